@@ -1,0 +1,106 @@
+"""The values everything is asked about: a workload, and the levers that may be turned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing, parse_checkpointing
+from finetune.config import HEADS, BertConfig, is_trained, preset, variable_shapes
+from finetune.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A model configuration, a task head and a sequence length.
+
+    Attributes:
+        model: name of the model, for people.
+        config: the encoder's shape; two workloads with equal configurations are the same work,
+            whatever their names.
+        head: one of `finetune.config.HEADS`.
+        seq_len: tokens per example.
+        num_labels: classes of the classifier; the SQuAD head has two outputs.
+    """
+
+    model: str
+    config: BertConfig
+    head: str
+    seq_len: int
+    num_labels: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse what no graph could be built for."""
+        if self.head not in HEADS:
+            raise InputError(f"unknown task head {self.head!r}", hint=f"use {' or '.join(HEADS)}")
+        if not 1 <= self.seq_len <= self.config.max_position_embeddings:
+            raise InputError(
+                f"sequence length {self.seq_len} is outside 1 to "
+                f"{self.config.max_position_embeddings}, which is all that {self.model} has "
+                "position embeddings for"
+            )
+
+    @property
+    def parameters(self) -> dict[str, list[int]]:
+        """Shape of every variable by name."""
+        return variable_shapes(self.config, self.head, self.num_labels)
+
+    def trained(self, name: str) -> bool:
+        """Whether a variable of this workload receives gradients."""
+        return is_trained(name, self.head)
+
+    def key(self) -> str:
+        """Canonical text: equal exactly for workloads that are the same work."""
+        values = dataclasses.asdict(self)
+        del values["model"]
+        return json.dumps(values, sort_keys=True)
+
+
+def published_workload(model: str, seq_len: int, head: str = "squad") -> Workload:
+    """Workload of a published model size.
+
+    Raises:
+        InputError: unknown model or head, or the model has fewer positions.
+    """
+    return Workload(model.lower().replace("_", "-"), preset(model), head, seq_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class Levers:
+    """Lever settings of a training step, all but the batch itself.
+
+    Attributes:
+        checkpointing: which activations are kept.
+        accumulation_steps: micro-batches per optimizer step; above 1 the step holds accumulators.
+        precision: `float32`.
+        optimizer: `adamw`, BERT's Adam with decoupled weight decay.
+        xla: whether the step is compiled by XLA.
+    """
+
+    checkpointing: Checkpointing = NO_CHECKPOINTING
+    accumulation_steps: int = 1
+    precision: str = "float32"
+    optimizer: str = "adamw"
+    xla: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Values for JSON, with the policy as text."""
+        return {**dataclasses.asdict(self), "checkpointing": str(self.checkpointing)}
+
+    def key(self) -> str:
+        """Canonical text for the ledger."""
+        return json.dumps(self.to_json(), sort_keys=True)
+
+
+def levers_from_json(values: dict[str, Any]) -> Levers:
+    """Read what `Levers.to_json` wrote; unknown keys are ignored.
+
+    Raises:
+        InputError: unknown checkpointing policy.
+    """
+    known = {field.name for field in dataclasses.fields(Levers)}
+    chosen = {key: value for key, value in values.items() if key in known}
+    if "checkpointing" in chosen:
+        chosen["checkpointing"] = parse_checkpointing(chosen["checkpointing"])
+    return Levers(**chosen)

@@ -1,0 +1,129 @@
+"""Training state on disk, in the format and under the names of the original's checkpoints.
+
+`model.ckpt-N` holds the weights, Adam's moments (`…/adam_m`, `…/adam_v`) and `global_step`, so
+the original's tools read it, and any output folder can be the `init_checkpoint` of a next stage.
+A checkpoint exists only once it is complete: the files are written under a temporary name,
+flushed, renamed, and then the `checkpoint` file is replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import tensorflow as tf
+
+from finetune.errors import InputError
+from finetune.modeling import Variables
+from finetune.optimization import OptimizerState
+
+KEPT_CHECKPOINTS = 2
+_PREFIX = "model.ckpt-"
+
+
+def _named_state(variables: Variables, state: OptimizerState) -> dict[str, tf.Variable]:
+    trained = [name for name, variable in variables.items() if variable.trainable]
+    return {
+        **variables,
+        **{f"{n}/adam_m": m for n, m in zip(trained, state.first_moments, strict=True)},
+        **{f"{n}/adam_v": v for n, v in zip(trained, state.second_moments, strict=True)},
+        "global_step": state.step,
+    }
+
+
+def save_state(output_dir: Path, variables: Variables, state: OptimizerState) -> Path:
+    """Write a checkpoint of the current step and forget all but the newest few.
+
+    Args:
+        output_dir: an existing folder.
+        variables: the model.
+        state: the optimizer's state.
+
+    Returns:
+        The checkpoint's prefix.
+    """
+    named = _named_state(variables, state)
+    prefix = output_dir / f"{_PREFIX}{int(state.step.numpy())}"
+    temporary = output_dir / f".tmp-{prefix.name}"
+    tf.raw_ops.SaveV2(
+        prefix=str(temporary),
+        tensor_names=list(named),
+        shape_and_slices=[""] * len(named),
+        tensors=[variable.read_value() for variable in named.values()],
+    )
+    # The index last: a checkpoint is found by it.
+    for suffix in (".data-00000-of-00001", ".index"):
+        _flush(Path(f"{temporary}{suffix}"))
+        os.replace(f"{temporary}{suffix}", f"{prefix}{suffix}")
+    _write_state_file(output_dir, prefix.name)
+    for old in list_checkpoints(output_dir)[:-KEPT_CHECKPOINTS]:
+        for suffix in (".index", ".data-00000-of-00001"):
+            Path(f"{old}{suffix}").unlink(missing_ok=True)
+    return prefix
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Prefixes of the complete checkpoints of a folder, oldest step first."""
+    found = {}
+    for index in output_dir.glob(f"{_PREFIX}*.index"):
+        match = re.fullmatch(rf"{_PREFIX}([0-9]+)", index.stem)
+        if match and Path(f"{index.with_suffix('')}.data-00000-of-00001").is_file():
+            found[int(match[1])] = index.with_suffix("")
+    return [found[step] for step in sorted(found)]
+
+
+def restore_state(output_dir: Path, variables: Variables, state: OptimizerState) -> int | None:
+    """Continue from the newest complete checkpoint of a folder.
+
+    Args:
+        output_dir: the folder; it need not exist.
+        variables: the model; changed.
+        state: the optimizer's state; changed.
+
+    Returns:
+        The step that was restored, or None where there is no checkpoint.
+
+    Raises:
+        InputError: the checkpoint is of another model, or damaged.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        return None
+    prefix = checkpoints[-1]
+    hint = "choose another output folder, or remove this one"
+    named: Mapping[str, tf.Variable] = _named_state(variables, state)
+    try:
+        reader = tf.train.load_checkpoint(str(prefix))
+        shapes = reader.get_variable_to_shape_map()
+        for name, variable in named.items():
+            if tuple(shapes.get(name, (-1,))) != tuple(variable.shape):
+                raise InputError(
+                    f"the checkpoint to continue from has no {name} of shape "
+                    f"{variable.shape.as_list()}",
+                    path=prefix,
+                    hint=hint,
+                )
+        for name, variable in named.items():
+            variable.assign(reader.get_tensor(name))
+    except (tf.errors.OpError, RuntimeError) as error:
+        raise InputError(
+            f"cannot read the checkpoint to continue from ({error})", path=prefix, hint=hint
+        ) from error
+    return int(state.step.numpy())
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_state_file(output_dir: Path, newest: str) -> None:
+    """Name the newest checkpoint in the text form that `tf.train.latest_checkpoint` reads."""
+    temporary = output_dir / ".tmp-checkpoint"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(f'model_checkpoint_path: "{newest}"\nall_model_checkpoint_paths: "{newest}"\n')
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, output_dir / "checkpoint")

@@ -1,0 +1,244 @@
+"""Shape of a BERT model: configuration files, published sizes, parameter counts. No TensorFlow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import InputError
+
+HEADS = ("squad", "classifier")
+"""Task heads: `squad` scores each token as start and end, `classifier` scores the pooled output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Configuration of a BERT encoder, with the field names of `bert_config.json`.
+
+    Attributes:
+        hidden_act: `gelu_tanh` (the original's approximation), `gelu_erf` (exact) or `relu`.
+            Configuration files say only `gelu`; which of the two is meant depends on who wrote
+            the file, see `from_json_file`.
+        layer_norm_eps: 1e-12 in the original and in Hugging Face's configurations of BERT.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu_tanh"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        """Check what a graph built from these numbers would otherwise fail on, obscurely."""
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+        ):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{field} must be a positive integer, not {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.hidden_act not in ("gelu_tanh", "gelu_erf", "relu"):
+            raise InputError(
+                f"hidden_act {self.hidden_act!r} is not supported", hint="use gelu or relu"
+            )
+        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise InputError(f"{field} must be in [0, 1), not {value!r}")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def without_dropout(self) -> BertConfig:
+        """Return the same model with every dropout rate 0."""
+        return dataclasses.replace(self, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def from_json_file(path: str | Path) -> BertConfig:
+    """Read a `bert_config.json` of the original release or a Hugging Face `config.json`.
+
+    The word `gelu` means the tanh approximation in the original's `modeling.py` and the exact
+    function in Hugging Face's; a file with a `model_type` or `architectures` key is theirs.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The configuration; keys that do not shape the encoder are ignored.
+
+    Raises:
+        InputError: the file is missing, not JSON, not of a BERT model, or inconsistent.
+    """
+    path = Path(path)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"cannot read the model configuration ({error.strerror})",
+            path=path,
+            hint="give the bert_config.json that came with the checkpoint",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 text ({error.reason})", path=path) from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"not valid JSON ({error.msg})", path=path, line=error.lineno) from error
+    if not isinstance(raw, dict):
+        raise InputError("not a JSON object", path=path)
+    try:
+        return from_mapping(raw)
+    except InputError as error:
+        raise InputError(str(error), path=path) from error
+
+
+def from_mapping(raw: Mapping[str, Any]) -> BertConfig:
+    """Make a configuration from the parsed JSON of either family; see `from_json_file`."""
+    hugging_face = "model_type" in raw or "architectures" in raw
+    if raw.get("model_type", "bert") != "bert":
+        raise InputError(f"model_type is {raw['model_type']!r}, not 'bert'")
+    if raw.get("position_embedding_type", "absolute") != "absolute":
+        raise InputError("only absolute position embeddings are supported")
+    if "vocab_size" not in raw:
+        raise InputError("vocab_size is missing", hint="is this a BERT configuration?")
+    known = {field.name for field in dataclasses.fields(BertConfig)}
+    values = {key: value for key, value in raw.items() if key in known}
+    activation = values.get("hidden_act", "gelu")
+    if activation == "gelu":
+        values["hidden_act"] = "gelu_erf" if hugging_face else "gelu_tanh"
+    elif activation in ("gelu_new", "gelu_pytorch_tanh"):
+        values["hidden_act"] = "gelu_tanh"
+    return BertConfig(**values)
+
+
+def to_original_json(config: BertConfig) -> str:
+    """Render a configuration that `from_json_file` and the original code both read.
+
+    The activation keeps its precise name where the original's `gelu` would mean another function.
+    """
+    values = dataclasses.asdict(config)
+    if config.hidden_act == "gelu_tanh":
+        values["hidden_act"] = "gelu"
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _preset(layers: int, hidden: int, vocab_size: int = 30522) -> BertConfig:
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        intermediate_size=4 * hidden,
+    )
+
+
+PRESETS: Mapping[str, BertConfig] = {
+    "bert-tiny": _preset(2, 128),
+    "bert-mini": _preset(4, 256),
+    "bert-small": _preset(4, 512),
+    "bert-medium": _preset(8, 512),
+    "bert-base": _preset(12, 768),
+    "bert-base-cased": _preset(12, 768, 28996),
+    "bert-large": _preset(24, 1024),
+    "bert-large-cased": _preset(24, 1024, 28996),
+}
+"""Sizes published with the original release (its README); uncased vocabulary unless named cased."""
+
+
+def preset(name: str) -> BertConfig:
+    """Look up a published size by name; `-uncased` may be appended.
+
+    Raises:
+        InputError: no such size.
+    """
+    key = name.lower().replace("_", "-").removesuffix("-uncased")
+    if key not in PRESETS:
+        raise InputError(f"unknown model {name!r}", hint=f"known models: {', '.join(PRESETS)}")
+    return PRESETS[key]
+
+
+def variable_shapes(config: BertConfig, head: str, num_labels: int = 2) -> dict[str, list[int]]:
+    """Name and shape of every trained variable, in the original's order of creation.
+
+    Names are those of the original's checkpoints (`modeling.py`, `run_classifier.py`,
+    `run_squad.py`), so a checkpoint and a model meet by name.
+
+    Args:
+        config: the encoder.
+        head: one of `HEADS`.
+        num_labels: classes of the classifier; the SQuAD head always has two rows.
+
+    Returns:
+        Shapes by name; kernels are `[inputs, outputs]`.
+
+    Raises:
+        InputError: unknown head.
+    """
+    h, f = config.hidden_size, config.intermediate_size
+    shapes: dict[str, list[int]] = {
+        "bert/embeddings/word_embeddings": [config.vocab_size, h],
+        "bert/embeddings/token_type_embeddings": [config.type_vocab_size, h],
+        "bert/embeddings/position_embeddings": [config.max_position_embeddings, h],
+        "bert/embeddings/LayerNorm/beta": [h],
+        "bert/embeddings/LayerNorm/gamma": [h],
+    }
+    for layer in range(config.num_hidden_layers):
+        prefix = f"bert/encoder/layer_{layer}/"
+        for projection in ("query", "key", "value"):
+            shapes[f"{prefix}attention/self/{projection}/kernel"] = [h, h]
+            shapes[f"{prefix}attention/self/{projection}/bias"] = [h]
+        shapes[f"{prefix}attention/output/dense/kernel"] = [h, h]
+        shapes[f"{prefix}attention/output/dense/bias"] = [h]
+        shapes[f"{prefix}attention/output/LayerNorm/beta"] = [h]
+        shapes[f"{prefix}attention/output/LayerNorm/gamma"] = [h]
+        shapes[f"{prefix}intermediate/dense/kernel"] = [h, f]
+        shapes[f"{prefix}intermediate/dense/bias"] = [f]
+        shapes[f"{prefix}output/dense/kernel"] = [f, h]
+        shapes[f"{prefix}output/dense/bias"] = [h]
+        shapes[f"{prefix}output/LayerNorm/beta"] = [h]
+        shapes[f"{prefix}output/LayerNorm/gamma"] = [h]
+    shapes["bert/pooler/dense/kernel"] = [h, h]
+    shapes["bert/pooler/dense/bias"] = [h]
+    if head == "squad":
+        shapes["cls/squad/output_weights"] = [2, h]
+        shapes["cls/squad/output_bias"] = [2]
+    elif head == "classifier":
+        shapes["output_weights"] = [num_labels, h]
+        shapes["output_bias"] = [num_labels]
+    else:
+        raise InputError(f"unknown task head {head!r}", hint=f"use one of {', '.join(HEADS)}")
+    return shapes
+
+
+def is_trained(name: str, head: str) -> bool:
+    """Whether a variable receives a gradient: under the SQuAD head the pooler does not.
+
+    The original leaves variables without gradient untouched: no moments, no weight decay.
+    """
+    return head != "squad" or not name.startswith("bert/pooler/")
+
+
+def parameter_count(config: BertConfig, head: str, num_labels: int = 2) -> int:
+    """Number of parameters, encoder and head together."""
+    return sum(math.prod(shape) for shape in variable_shapes(config, head, num_labels).values())

@@ -1,0 +1,76 @@
+"""Dropout as a pure function of (seed, optimizer step, example row, site).
+
+Two promises of the package rest on this file. A recomputed layer draws the masks that it drew the
+first time, and a micro-batch draws the rows of the masks that the whole effective batch would
+have drawn, so that accumulating micro-batches equals one large batch with dropout on.
+
+Both follow from Philox, a counter-based generator (Salmon et al. 2011, "Parallel random numbers:
+as easy as 1, 2, 3"): block c of a stream depends on the key and on c alone, and holds four
+32-bit numbers. An example row of n elements is given ceil(n / 4) blocks of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import tensorflow as tf
+
+_PHILOX = 1
+_SITES = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class DropoutKey:
+    """What a mask depends on, besides the site.
+
+    Attributes:
+        seed: the run's seed; a Python integer, below 2**63.
+        step: optimizer steps done so far, int64 scalar.
+        first_row: index within the effective batch of the first row at hand, int64 scalar.
+    """
+
+    seed: int
+    step: tf.Tensor
+    first_row: tf.Tensor
+
+
+def dropout(x: tf.Tensor, rate: float, key: DropoutKey | None, site: int) -> tf.Tensor:
+    """Zero elements with probability `rate` and scale the others by 1 / (1 - rate).
+
+    The gradient keeps one byte an element (the mask), not the four of a scaled mask.
+
+    Args:
+        x: `[rows, ...]`; the size of a row must be known when the graph is built.
+        rate: in [0, 1).
+        key: None turns dropout off.
+        site: number of this dropout within the model, in [0, 65536); sites draw independent
+            masks.
+
+    Returns:
+        A tensor like `x`.
+
+    Raises:
+        ValueError: the size of a row is unknown, or `site` is out of range.
+    """
+    if key is None or rate == 0:
+        return x
+    if not 0 <= site < _SITES:
+        raise ValueError(f"site {site} is outside 0 to {_SITES - 1}")
+    row_shape = x.shape[1:]
+    row_elements = row_shape.num_elements()
+    if row_elements is None:
+        raise ValueError(f"dropout needs the size of a row to be known, got shape {x.shape}")
+    blocks = math.ceil(row_elements / 4)
+    counter = tf.bitcast(tf.stack([key.first_row * blocks, key.step * _SITES + site]), tf.uint64)
+    uniform = tf.raw_ops.StatelessRandomUniformV2(
+        shape=tf.stack([tf.shape(x)[0], blocks * 4]),
+        key=tf.constant([key.seed], tf.uint64),
+        counter=counter,
+        alg=_PHILOX,
+    )  # [rows, 4 * blocks]
+    keep = uniform >= rate
+    if row_elements != blocks * 4:
+        keep = keep[:, :row_elements]
+    keep = tf.reshape(keep, tf.shape(x))
+    return tf.where(keep, x * (1.0 / (1.0 - rate)), tf.zeros([], x.dtype))

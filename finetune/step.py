@@ -1,0 +1,256 @@
+"""One optimizer step, compiled: micro-batches, accumulation, clipping, update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing
+from finetune.config import BertConfig, is_trained
+from finetune.dropout import DropoutKey
+from finetune.modeling import Variables, classifier_logits, encode, squad_logits
+from finetune.optimization import (
+    OptimizerSettings,
+    OptimizerState,
+    apply_gradients,
+    create_state,
+)
+
+INPUT_NAMES = ("input_ids", "input_mask", "segment_ids")
+TARGET_NAMES: Mapping[str, tuple[str, ...]] = {
+    "squad": ("start_positions", "end_positions"),
+    "classifier": ("label_ids",),
+}
+"""Arrays of a batch that a head is trained on, beside `INPUT_NAMES`."""
+
+Batch = Mapping[str, "np.ndarray | tf.Tensor"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports; float32 scalars."""
+
+    loss: tf.Tensor
+    learning_rate: tf.Tensor
+    gradient_norm: tf.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A model ready to be trained.
+
+    Attributes:
+        variables: the model.
+        state: optimizer state.
+        step: does one optimizer step on an effective batch, see `make_trainer`.
+    """
+
+    variables: Variables
+    state: OptimizerState
+    step: Callable[[Batch], StepResult]
+
+
+def example_losses(
+    variables: Variables,
+    config: BertConfig,
+    head: str,
+    batch: Batch,
+    *,
+    dropout_key: DropoutKey | None = None,
+    checkpointing: Checkpointing = NO_CHECKPOINTING,
+) -> tf.Tensor:
+    """Loss of each example, float32 `[b]`.
+
+    Cross-entropy of the class, or the mean of the cross-entropies of start and end position,
+    as in the original's `run_classifier.py` and `run_squad.py`. A position outside the sequence
+    adds nothing, as the original's one-hot rows of zeros.
+
+    Args:
+        variables: the model.
+        config: its configuration.
+        head: its head.
+        batch: int32 `[b, s]` under `INPUT_NAMES`, int32 `[b]` under the head's `TARGET_NAMES`.
+        dropout_key: None for no dropout.
+        checkpointing: policy per layer.
+    """
+    sequence = encode(
+        variables,
+        config,
+        *(batch[name] for name in INPUT_NAMES),
+        dropout_key=dropout_key,
+        checkpointing=checkpointing,
+    )
+
+    def cross_entropy(logits: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+        inside = tf.logical_and(target >= 0, target < tf.shape(logits)[1])
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            labels=tf.where(inside, target, 0), logits=logits
+        )
+        return losses * tf.cast(inside, tf.float32)
+
+    if head == "squad":
+        start_logits, end_logits = tf.unstack(squad_logits(variables, sequence))
+        return 0.5 * (
+            cross_entropy(start_logits, batch["start_positions"])
+            + cross_entropy(end_logits, batch["end_positions"])
+        )
+    logits = classifier_logits(variables, config, sequence, dropout_key)
+    return cross_entropy(logits, batch["label_ids"])
+
+
+def make_trainer(
+    variables: Variables,
+    config: BertConfig,
+    head: str,
+    seq_len: int,
+    settings: OptimizerSettings,
+    *,
+    accumulation_steps: int = 1,
+    checkpointing: Checkpointing = NO_CHECKPOINTING,
+    xla: bool = False,
+    seed: int = 0,
+) -> Trainer:
+    """Create optimizer state and the compiled step for a model.
+
+    The step takes an effective batch of `accumulation_steps * m` rows, for any micro-batch size m
+    without retracing: the names in `INPUT_NAMES` (int32 `[rows, seq_len]`), the head's
+    `TARGET_NAMES` (int32 `[rows]`) and `weights` (float32 `[rows]`, 1 for an example, 0 for a row
+    that only pads the last micro-batch; at least one must be above 0). The loss is the weighted
+    sum of the examples' losses over the sum of the weights of the whole effective batch, so the
+    cut into micro-batches does not change the update. Dropout masks belong to rows of the
+    effective batch.
+
+    Args:
+        variables: the model; changed by every step.
+        config: its configuration.
+        head: its head.
+        seq_len: tokens per example.
+        settings: optimizer and schedule.
+        accumulation_steps: micro-batches per step. Above 1 their gradients are added up in
+            accumulators that live between steps, 4 bytes a parameter, in the place of gradients
+            that live within one.
+        checkpointing: policy per layer.
+        xla: compile with XLA; it compiles once for every micro-batch size.
+        seed: of the dropout masks, at least 0.
+
+    Returns:
+        The trainer, at step 0.
+
+    Raises:
+        ValueError: `accumulation_steps` is below 1.
+    """
+    if accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps is {accumulation_steps}, below 1")
+    trained = [v for name, v in variables.items() if is_trained(name, head)]
+    state = create_state(trained)
+    accumulators = (
+        [tf.Variable(tf.zeros_like(v), trainable=False) for v in trained]
+        if accumulation_steps > 1
+        else []
+    )
+
+    def micro_gradients(
+        batch: Batch, first_row: tf.Tensor, total_weight: tf.Tensor
+    ) -> tuple[tf.Tensor, Sequence[tf.Tensor]]:
+        key = DropoutKey(seed, state.step.read_value(), first_row)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(trained)
+            losses = example_losses(
+                variables, config, head, batch, dropout_key=key, checkpointing=checkpointing
+            )
+            loss = tf.reduce_sum(losses * batch["weights"]) / total_weight
+        return loss, [
+            tf.zeros_like(v) if g is None else tf.convert_to_tensor(g)
+            for v, g in zip(trained, tape.gradient(loss, trained), strict=True)
+        ]
+
+    def accumulate(batch: Batch, total_weight: tf.Tensor) -> tf.Tensor:
+        micro_batch = tf.shape(batch["weights"])[0] // accumulation_steps
+        loss = tf.zeros([])
+        for index in tf.range(accumulation_steps):
+            # One micro-batch at a time: overlapping iterations would hold two sets of activations.
+            tf.autograph.experimental.set_loop_options(parallel_iterations=1)
+            start = index * micro_batch
+            rows = {name: value[start : start + micro_batch] for name, value in batch.items()}
+            micro_loss, gradients = micro_gradients(rows, tf.cast(start, tf.int64), total_weight)
+            loss += micro_loss
+            for accumulator, gradient in zip(accumulators, gradients, strict=True):
+                accumulator.assign_add(gradient)
+        return loss
+
+    signature = {
+        **{name: tf.TensorSpec([None, seq_len], tf.int32) for name in INPUT_NAMES},
+        **{name: tf.TensorSpec([None], tf.int32) for name in TARGET_NAMES[head]},
+        "weights": tf.TensorSpec([None], tf.float32),
+    }
+
+    @tf.function(input_signature=[signature], jit_compile=xla)
+    def compiled(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        total_weight = tf.reduce_sum(batch["weights"])
+        if accumulation_steps == 1:
+            loss, gradients = micro_gradients(batch, tf.zeros([], tf.int64), total_weight)
+            rate, norm = apply_gradients(settings, state, trained, gradients)
+        else:
+            loss = accumulate(batch, total_weight)
+            rate, norm = apply_gradients(
+                settings, state, trained, [a.read_value() for a in accumulators]
+            )
+            for accumulator in accumulators:
+                accumulator.assign(tf.zeros_like(accumulator))
+        return loss, rate, norm
+
+    def step(batch: Batch) -> StepResult:
+        return StepResult(*compiled({name: batch[name] for name in signature}))
+
+    return Trainer(variables, state, step)
+
+
+def pad_batch(batch: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """Append rows of weight 0 until an effective batch has `rows` rows.
+
+    The rows repeat the last example, so that no computation meets an empty sequence.
+
+    Args:
+        batch: arrays with one row an example; without `weights`, every row weighs 1.
+        rows: at least the number of examples.
+
+    Returns:
+        Arrays of `rows` rows, `weights` among them.
+
+    Raises:
+        ValueError: there are more examples than rows, or none.
+    """
+    examples = len(next(iter(batch.values())))
+    if not 1 <= examples <= rows:
+        raise ValueError(f"cannot pad {examples} examples to {rows} rows")
+    padded = {"weights": np.ones(examples, np.float32), **batch}
+    index = np.minimum(np.arange(rows), examples - 1)
+    padded = {name: value[index] for name, value in padded.items()}
+    padded["weights"][examples:] = 0
+    return padded
+
+
+def make_predictor(
+    variables: Variables, config: BertConfig, head: str, seq_len: int
+) -> Callable[[Batch], tf.Tensor]:
+    """Make a compiled forward pass without dropout.
+
+    Returns:
+        A function of `INPUT_NAMES` arrays: logits `[2, b, s]` for SQuAD, `[b, labels]` otherwise.
+    """
+    signature = {name: tf.TensorSpec([None, seq_len], tf.int32) for name in INPUT_NAMES}
+
+    @tf.function(input_signature=[signature])
+    def compiled(batch: Batch) -> tf.Tensor:
+        sequence = encode(variables, config, *(batch[name] for name in INPUT_NAMES))
+        if head == "squad":
+            return squad_logits(variables, sequence)
+        return classifier_logits(variables, config, sequence)
+
+    def predict(batch: Batch) -> tf.Tensor:
+        return compiled({name: batch[name] for name in signature})
+
+    return predict

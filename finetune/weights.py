@@ -1,0 +1,197 @@
+"""Weights in and out: TensorFlow checkpoints of the original release, Hugging Face folders."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from safetensors import SafetensorError, safe_open
+
+from finetune.errors import InputError
+from finetune.modeling import Variables
+
+_HEAD_NAMES = frozenset(
+    {"output_weights", "output_bias", "cls/squad/output_weights", "cls/squad/output_bias"}
+)
+_POOLER_PREFIX = "bert/pooler/"
+_LAYER_NORM_NAMES = {"weight": "gamma", "bias": "beta"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What happened to each name.
+
+    Attributes:
+        source: the checkpoint that was read.
+        loaded: variables that now have the checkpoint's value.
+        initialised: variables that the checkpoint does not have, left as they were.
+        unused: the checkpoint's tensors that the model has no place for.
+    """
+
+    source: Path
+    loaded: tuple[str, ...]
+    initialised: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Find the weights that a path means.
+
+    Args:
+        path: the prefix of a TensorFlow checkpoint (`bert_model.ckpt`), its `.index` file, a
+            `.safetensors` file, or a folder that holds one of them. In a folder, the newest
+            checkpoint that its `checkpoint` file names comes first, as that is how training
+            leaves an output folder.
+
+    Returns:
+        A `.safetensors` file, or the prefix of a TensorFlow checkpoint.
+
+    Raises:
+        InputError: nothing is there, or only a format that is not read, such as pickles.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        return path
+    if path.suffix == ".index" and path.is_file():
+        return path.with_suffix("")
+    if Path(f"{path}.index").is_file():
+        return path
+    if path.is_dir():
+        latest = tf.train.latest_checkpoint(str(path))
+        if latest is not None:
+            return Path(latest)
+        for name in ("model.safetensors", "bert_model.ckpt"):
+            found = path / name
+            if found.is_file() or Path(f"{found}.index").is_file():
+                return found
+        if (path / "pytorch_model.bin").is_file():
+            raise InputError(
+                "only pytorch_model.bin is there, a pickle, and pickles are never loaded",
+                path=path,
+                hint="get the model's model.safetensors",
+            )
+    raise InputError(
+        "no checkpoint found",
+        path=path,
+        hint="give the prefix of a TensorFlow checkpoint (…/bert_model.ckpt) or a folder with "
+        "model.safetensors",
+    )
+
+
+def load_weights(variables: Variables, init_checkpoint: str | Path) -> LoadReport:
+    """Set a model's variables from a checkpoint, one at a time.
+
+    The encoder must be there in full; the pooler and the task head may be missing and then keep
+    their values. A head of another shape (a different number of labels) counts as missing.
+
+    Args:
+        variables: the model; changed.
+        init_checkpoint: see `find_checkpoint`.
+
+    Returns:
+        What was loaded and what was not.
+
+    Raises:
+        InputError: no such checkpoint, it cannot be read, an encoder variable is missing, or a
+            shape differs (as when the configuration or vocabulary belongs to another model).
+    """
+    source = find_checkpoint(init_checkpoint)
+    names, read = _open_safetensors(source) if source.suffix == ".safetensors" else _open_tf(source)
+    loaded, initialised = [], []
+    for name, variable in variables.items():
+        optional = name in _HEAD_NAMES or name.startswith(_POOLER_PREFIX)
+        shape = names.get(name)
+        wanted = tuple(variable.shape)
+        if shape == wanted:
+            variable.assign(read(name))
+            loaded.append(name)
+        elif shape is None and optional:
+            initialised.append(name)
+        elif shape is None:
+            raise InputError(
+                f"the checkpoint has no {name}",
+                path=source,
+                hint="is its configuration file the one that belongs to it?",
+            )
+        elif name in _HEAD_NAMES:
+            initialised.append(name)
+        else:
+            raise InputError(
+                f"{name} has shape {list(shape)} in the checkpoint but {list(wanted)} by the "
+                "configuration",
+                path=source,
+                hint="use the configuration and vocabulary that belong to this checkpoint",
+            )
+    unused = sorted(set(names) - set(loaded))
+    return LoadReport(source, tuple(loaded), tuple(initialised), tuple(unused))
+
+
+_Reader = tuple[Mapping[str, tuple[int, ...]], Callable[[str], np.ndarray]]
+
+
+def _open_tf(prefix: Path) -> _Reader:
+    try:
+        reader = tf.train.load_checkpoint(str(prefix))
+        shapes = reader.get_variable_to_shape_map()
+    except (tf.errors.OpError, ValueError) as error:
+        raise InputError(
+            f"cannot read the TensorFlow checkpoint ({error.args[-1]})", path=prefix
+        ) from error
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return np.asarray(reader.get_tensor(name), np.float32)
+        except (tf.errors.OpError, RuntimeError) as error:
+            raise InputError(f"cannot read {name} ({error})", path=prefix) from error
+
+    return {name: tuple(shape) for name, shape in shapes.items()}, read
+
+
+def _open_safetensors(path: Path) -> _Reader:
+    try:
+        file = safe_open(path, framework="numpy")
+        theirs = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot read the safetensors file ({error})", path=path) from error
+    by_name = {original_name(name): name for name in theirs}
+    shapes = {}
+    for name, their_name in by_name.items():
+        shape = tuple(file.get_slice(their_name).get_shape())
+        shapes[name] = shape[::-1] if name.endswith("kernel") else shape
+
+    def read(name: str) -> np.ndarray:
+        try:
+            value = np.asarray(file.get_tensor(by_name[name]), np.float32)
+        except (SafetensorError, TypeError) as error:
+            raise InputError(f"cannot read {by_name[name]} ({error})", path=path) from error
+        return np.ascontiguousarray(value.T) if name.endswith("kernel") else value
+
+    return shapes, read
+
+
+def original_name(hugging_face_name: str) -> str:
+    """Translate a parameter's name in Hugging Face's BERT into the original's.
+
+    Their linear layers hold `[outputs, inputs]`, the original's kernels the transpose; a name
+    that ends in `kernel` says that the value is to be transposed.
+    """
+    heads = {
+        "classifier.weight": "output_weights",
+        "classifier.bias": "output_bias",
+        "qa_outputs.weight": "cls/squad/output_weights",
+        "qa_outputs.bias": "cls/squad/output_bias",
+    }
+    if hugging_face_name in heads:
+        return heads[hugging_face_name]
+    name = hugging_face_name.removeprefix("bert.").replace("encoder.layer.", "encoder.layer_")
+    stem, _, kind = name.rpartition(".")
+    if stem.startswith("embeddings.") and stem.endswith("_embeddings"):
+        name = stem
+    elif stem.endswith("LayerNorm"):
+        name = f"{stem}.{_LAYER_NORM_NAMES.get(kind, kind)}"
+    elif kind == "weight":
+        name = f"{stem}.kernel"
+    return f"bert/{name.replace('.', '/')}"
