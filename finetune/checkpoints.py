@@ -16,6 +16,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from finetune.errors import InputError
+from finetune.files import write_atomically
 from finetune.modeling import Variables
 from finetune.optimization import OptimizerState
 
@@ -121,9 +122,5 @@ def _flush(path: Path) -> None:
 
 def _write_state_file(output_dir: Path, newest: str) -> None:
     """Name the newest checkpoint in the text form that `tf.train.latest_checkpoint` reads."""
-    temporary = output_dir / ".tmp-checkpoint"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(f'model_checkpoint_path: "{newest}"\nall_model_checkpoint_paths: "{newest}"\n')
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, output_dir / "checkpoint")
+    text = f'model_checkpoint_path: "{newest}"\nall_model_checkpoint_paths: "{newest}"\n'
+    write_atomically(output_dir / "checkpoint", text)

@@ -14,6 +14,15 @@ from finetune.errors import InputError
 HEADS = ("squad", "classifier")
 """Task heads: `squad` scores each token as start and end, `classifier` scores the pooled output."""
 
+INPUT_NAMES = ("input_ids", "input_mask", "segment_ids")
+"""Arrays `[examples, sequence length]` that every model is fed."""
+
+TARGET_NAMES: Mapping[str, tuple[str, ...]] = {
+    "squad": ("start_positions", "end_positions"),
+    "classifier": ("label_ids",),
+}
+"""Arrays `[examples]` that a head is trained on, beside `INPUT_NAMES`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:

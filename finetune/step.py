@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing
-from finetune.config import BertConfig, is_trained
+from finetune.config import INPUT_NAMES, TARGET_NAMES, BertConfig, is_trained
 from finetune.dropout import DropoutKey
 from finetune.modeling import Variables, classifier_logits, encode, squad_logits
 from finetune.optimization import (
@@ -18,13 +18,6 @@ from finetune.optimization import (
     apply_gradients,
     create_state,
 )
-
-INPUT_NAMES = ("input_ids", "input_mask", "segment_ids")
-TARGET_NAMES: Mapping[str, tuple[str, ...]] = {
-    "squad": ("start_positions", "end_positions"),
-    "classifier": ("label_ids",),
-}
-"""Arrays of a batch that a head is trained on, beside `INPUT_NAMES`."""
 
 Batch = Mapping[str, "np.ndarray | tf.Tensor"]
 
@@ -137,7 +130,8 @@ def make_trainer(
         seed: of the dropout masks, at least 0.
 
     Returns:
-        The trainer, at step 0.
+        The trainer, at step 0. Its step raises ValueError for a number of rows that is not a
+        multiple of `accumulation_steps`; see `pad_batch`.
 
     Raises:
         ValueError: `accumulation_steps` is below 1.
@@ -194,15 +188,21 @@ def make_trainer(
             loss, gradients = micro_gradients(batch, tf.zeros([], tf.int64), total_weight)
             rate, norm = apply_gradients(settings, state, trained, gradients)
         else:
+            # Before, not after: a step that ran out of memory half-way leaves sums behind.
+            for accumulator in accumulators:
+                accumulator.assign(tf.zeros_like(accumulator))
             loss = accumulate(batch, total_weight)
             rate, norm = apply_gradients(
                 settings, state, trained, [a.read_value() for a in accumulators]
             )
-            for accumulator in accumulators:
-                accumulator.assign(tf.zeros_like(accumulator))
         return loss, rate, norm
 
     def step(batch: Batch) -> StepResult:
+        rows = len(batch["weights"])
+        if rows % accumulation_steps:
+            raise ValueError(
+                f"a batch of {rows} rows cannot be cut into {accumulation_steps} micro-batches"
+            )
         return StepResult(*compiled({name: batch[name] for name in signature}))
 
     return Trainer(variables, state, step)

