@@ -2,6 +2,10 @@
 
 Weights come in as tensors, not variables: the functions are pure, so that
 `finetune.checkpointing.recompute` may run them twice.
+
+The gradients wait for the gradient that comes in before they compute anything. Much of each
+depends on the forward pass alone: TensorFlow would compute it as soon as it can, in the forward
+pass, and keep it, three times the activation's own size for a GELU.
 """
 
 from __future__ import annotations
@@ -35,13 +39,14 @@ def layer_norm(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) 
         inverse = tf.math.rsqrt(variance + epsilon)  # [n, 1]
 
         def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            x_hat = (x - mean) * inverse
-            scaled = dy * gamma
-            centred = scaled - tf.reduce_mean(scaled, axis=-1, keepdims=True)
-            dx = inverse * (
-                centred - x_hat * tf.reduce_mean(scaled * x_hat, axis=-1, keepdims=True)
-            )
-            return dx, tf.reduce_sum(dy * x_hat, axis=0), tf.reduce_sum(dy, axis=0)
+            with tf.control_dependencies([dy]):
+                x_hat = (x - mean) * inverse
+                scaled = dy * gamma
+                centred = scaled - tf.reduce_mean(scaled, axis=-1, keepdims=True)
+                dx = inverse * (
+                    centred - x_hat * tf.reduce_mean(scaled * x_hat, axis=-1, keepdims=True)
+                )
+                return dx, tf.reduce_sum(dy * x_hat, axis=0), tf.reduce_sum(dy, axis=0)
 
         return (x - mean) * (inverse * gamma) + beta, gradient
 
@@ -51,10 +56,11 @@ def layer_norm(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) 
 @tf.custom_gradient
 def _gelu_tanh(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
     def gradient(dy: tf.Tensor) -> tf.Tensor:
-        square = tf.square(x)
-        tanh = tf.tanh(_SQRT_2_OVER_PI * x * (1.0 + 0.044715 * square))
-        slope = (1.0 - tf.square(tanh)) * (_SQRT_2_OVER_PI * (1.0 + 3 * 0.044715 * square))
-        return dy * (0.5 * (1.0 + tanh) + 0.5 * x * slope)
+        with tf.control_dependencies([dy]):
+            square = tf.square(x)
+            tanh = tf.tanh(_SQRT_2_OVER_PI * x * (1.0 + 0.044715 * square))
+            slope = (1.0 - tf.square(tanh)) * (_SQRT_2_OVER_PI * (1.0 + 3 * 0.044715 * square))
+            return dy * (0.5 * (1.0 + tanh) + 0.5 * x * slope)
 
     inner = _SQRT_2_OVER_PI * x * (1.0 + 0.044715 * tf.square(x))
     return 0.5 * x * (1.0 + tf.tanh(inner)), gradient
@@ -66,8 +72,9 @@ def _gelu_erf(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]
         return 0.5 * (1.0 + tf.math.erf(x * math.sqrt(0.5)))
 
     def gradient(dy: tf.Tensor) -> tf.Tensor:
-        density = tf.exp(-0.5 * tf.square(x)) * (1.0 / math.sqrt(2.0 * math.pi))
-        return dy * (cumulative() + x * density)
+        with tf.control_dependencies([dy]):
+            density = tf.exp(-0.5 * tf.square(x)) * (1.0 / math.sqrt(2.0 * math.pi))
+            return dy * (cumulative() + x * density)
 
     return x * cumulative(), gradient
 

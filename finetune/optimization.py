@@ -30,6 +30,8 @@ class OptimizerSettings:
         beta_2: decay of the second moment.
         epsilon: added to the root of the second moment.
         clip_norm: largest global norm of the gradient.
+        bias_correction: divide the moments by 1 - beta^t as Adam's paper does; the original does
+            not, which makes its first few hundred updates 2 to 5 times larger.
     """
 
     learning_rate: float
@@ -40,6 +42,7 @@ class OptimizerSettings:
     beta_2: float = 0.999
     epsilon: float = 1e-6
     clip_norm: float = 1.0
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what would divide by zero or run backwards."""
@@ -124,6 +127,11 @@ def apply_gradients(
         The learning rate used, and the global norm before clipping; float32 scalars.
     """
     rate = learning_rate(settings, state.step)
+    # Powers of 0 switch the correction off in TensorFlow's Adam.
+    power_1 = power_2 = tf.zeros([])
+    if settings.bias_correction:
+        updates = tf.cast(state.step + 1, tf.float32)
+        power_1, power_2 = settings.beta_1**updates, settings.beta_2**updates
     norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
     # As tf.clip_by_global_norm: a norm that is not finite makes every gradient NaN.
     scale = settings.clip_norm / tf.maximum(norm, settings.clip_norm)
@@ -144,9 +152,8 @@ def apply_gradients(
                 var=variable.handle,
                 m=first.handle,
                 v=second.handle,
-                # Powers of 0 switch Adam's bias correction off.
-                beta1_power=0.0,
-                beta2_power=0.0,
+                beta1_power=power_1,
+                beta2_power=power_2,
                 lr=rate,
                 beta1=settings.beta_1,
                 beta2=settings.beta_2,

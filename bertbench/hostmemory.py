@@ -1,0 +1,98 @@
+"""What the kernel says about host memory: control-group limits and the count of OOM kills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+VMSTAT = Path("/proc/vmstat")
+
+# Version 1 writes "no limit" as the largest multiple of the page size in 63 bits.
+_NO_LIMIT_BYTES = 1 << 60
+
+
+def memory_cgroups(root: Path = CGROUP_ROOT, own: Path = OWN_CGROUPS) -> list[Path]:
+    """Folders of the control groups whose memory limits bind this process, innermost first.
+
+    Both versions of control groups are understood. In a container the path that the kernel names
+    may lie outside what is mounted; its nearest ancestor that exists is taken then.
+
+    Args:
+        root: where control groups are mounted.
+        own: the kernel's list of this process's groups.
+    """
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    folders: list[Path] = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            mounts = [root, root / "unified"]
+        elif "memory" in controllers.split(","):
+            mounts = [root / "memory"]
+        else:
+            continue
+        for mount in mounts:
+            folder = mount / group.lstrip("/")
+            while folder != mount.parent:
+                if (folder / "memory.max").exists() or (folder / "memory.limit_in_bytes").exists():
+                    folders.append(folder)
+                folder = folder.parent
+    return folders
+
+
+def cgroup_limits(folders: list[Path]) -> list[tuple[int, int]]:
+    """Limit and use, in bytes, of every control group that has a memory limit.
+
+    File pages that the kernel can drop at once do not count as used.
+    """
+    limits = []
+    for folder in folders:
+        limit_bytes = _number(folder / "memory.max", folder / "memory.limit_in_bytes")
+        used_bytes = _number(folder / "memory.current", folder / "memory.usage_in_bytes")
+        if limit_bytes is None or used_bytes is None or limit_bytes >= _NO_LIMIT_BYTES:
+            continue
+        counters = _counters(folder / "memory.stat")
+        cached_bytes = counters.get("total_inactive_file", counters.get("inactive_file", 0))
+        limits.append((limit_bytes, max(used_bytes - cached_bytes, 0)))
+    return limits
+
+
+def oom_kill_counts(folders: list[Path] | None = None, vmstat: Path = VMSTAT) -> dict[str, int]:
+    """Processes that the kernel's OOM killer has ended, by the file that counts them.
+
+    Two readings around the death of a child tell whether the kernel killed it for memory. An
+    empty result means that this machine does not tell.
+    """
+    counts = {}
+    for folder in memory_cgroups() if folders is None else folders:
+        for name in ("memory.events", "memory.oom_control"):
+            count = _counters(folder / name).get("oom_kill")
+            if count is not None:
+                counts[str(folder / name)] = count
+    count = _counters(vmstat).get("oom_kill")
+    if count is not None:
+        counts[str(vmstat)] = count
+    return counts
+
+
+def _number(*candidates: Path) -> int | None:
+    for path in candidates:
+        try:
+            text = path.read_text(encoding="utf-8").strip()
+        except OSError:
+            continue
+        return int(text) if text.isdigit() else None
+    return None
+
+
+def _counters(path: Path) -> dict[str, int]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    pairs = (line.split() for line in text.splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}

@@ -1,0 +1,311 @@
+"""The ledger: a durable record of all trials, in one SQLite file.
+
+Every trial is committed, and synchronised to the disk, by itself; several processes may write at
+once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bertbench.devices import Budget
+from bertbench.trial import Trial
+from bertbench.workload import Levers, Workload
+from finetune.errors import InputError
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x62657274  # "bert": tells a ledger from other programs' SQLite files
+
+_BUSY_SECONDS = 30.0
+
+_SCHEMA = """
+CREATE TABLE trials (
+    id INTEGER PRIMARY KEY,
+    time_utc TEXT NOT NULL,
+    budget_key TEXT NOT NULL,
+    versions_key TEXT NOT NULL,
+    workload_key TEXT NOT NULL,
+    levers_key TEXT NOT NULL,
+    device TEXT NOT NULL,
+    budget_bytes INTEGER NOT NULL,
+    model TEXT NOT NULL,
+    head TEXT NOT NULL,
+    seq_len INTEGER NOT NULL,
+    batch INTEGER NOT NULL,
+    outcome TEXT NOT NULL,
+    peak_bytes INTEGER,
+    step_seconds REAL,
+    seconds REAL NOT NULL,
+    message TEXT NOT NULL,
+    fresh INTEGER NOT NULL
+);
+CREATE INDEX trials_by_key ON trials (workload_key, levers_key, budget_key, versions_key);
+"""
+
+_TRIAL_COLUMNS = "batch, outcome, peak_bytes, step_seconds, seconds, message, fresh"
+
+
+@dataclasses.dataclass(frozen=True)
+class LedgerRow:
+    """One recorded trial, for exports and reports.
+
+    Attributes:
+        id: rising in the order of recording.
+        time_utc: when it was recorded, in ISO 8601.
+        device: name of the device.
+        budget_bytes: what the allocator could use.
+        model: name of the model.
+        head: task head.
+        seq_len: tokens per example.
+        levers: lever settings, as `Levers.to_json` writes them.
+        versions: versions of what was measured, as `versions_key` writes them.
+        trial: the trial itself.
+    """
+
+    id: int
+    time_utc: str
+    device: str
+    budget_bytes: int
+    model: str
+    head: str
+    seq_len: int
+    levers: dict[str, Any]
+    versions: dict[str, str]
+    trial: Trial
+
+
+def default_ledger_path() -> Path:
+    """`$BERTBENCH_LEDGER`, or `bertbench/ledger.sqlite` in the user's folder for such state."""
+    chosen = os.environ.get("BERTBENCH_LEDGER")
+    if chosen:
+        return Path(chosen)
+    home = Path.home()
+    if sys.platform == "darwin":
+        base = home / "Library" / "Application Support"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
+    else:
+        state = os.environ.get("XDG_STATE_HOME", "")
+        # The XDG specification has relative paths ignored.
+        base = Path(state) if os.path.isabs(state) else home / ".local" / "state"
+    return base / "bertbench" / "ledger.sqlite"
+
+
+@contextlib.contextmanager
+def open_ledger(path: str | os.PathLike[str] | None = None) -> Iterator[sqlite3.Connection]:
+    """Open a ledger, making it where it does not exist; it is closed with the `with` block.
+
+    Args:
+        path: the file; None means `default_ledger_path()`.
+
+    Raises:
+        InputError: it is damaged, not a ledger, of a newer version, or cannot be written. So do
+            the functions of this module that are called inside the block.
+    """
+    path = Path(default_ledger_path() if path is None else path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Autocommit: each statement is a transaction of its own.
+        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+    try:
+        with _explained(path):
+            _prepare(connection, path)
+        yield connection
+    finally:
+        connection.close()
+
+
+def record(
+    ledger: sqlite3.Connection,
+    budget: Budget,
+    versions: str,
+    workload: Workload,
+    levers: Levers,
+    trial: Trial,
+) -> None:
+    """Write one trial; it is on the disk when this returns.
+
+    Raises:
+        InputError: the file cannot be written, for instance because the disk is full.
+    """
+    values = {
+        "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "budget_key": budget.key(),
+        "versions_key": versions,
+        "workload_key": workload.key(),
+        "levers_key": levers.key(),
+        "device": budget.device.name,
+        "budget_bytes": budget.budget_bytes,
+        "model": workload.model,
+        "head": workload.head,
+        "seq_len": workload.seq_len,
+        **trial.to_json(),
+    }
+    names, places = ", ".join(values), ", ".join(f":{name}" for name in values)
+    with _explained(_path_of(ledger)):
+        ledger.execute(f"INSERT INTO trials ({names}) VALUES ({places})", values)
+
+
+def find(
+    ledger: sqlite3.Connection, budget: Budget, versions: str, workload: Workload, levers: Levers
+) -> list[Trial]:
+    """Trials that answer a question, in the order of recording.
+
+    Failed trials are left out: they say nothing about the batch, so they are to be repeated.
+    """
+    keys = (workload.key(), levers.key(), budget.key(), versions)
+    with _explained(_path_of(ledger)):
+        rows = ledger.execute(
+            f"SELECT {_TRIAL_COLUMNS} FROM trials WHERE workload_key = ? AND levers_key = ? "
+            "AND budget_key = ? AND versions_key = ? AND outcome IN ('fits', 'oom') ORDER BY id",
+            keys,
+        ).fetchall()
+    return [_trial(row) for row in rows]
+
+
+def read_rows(ledger: sqlite3.Connection) -> list[LedgerRow]:
+    """All trials, failed ones too, in the order of recording."""
+    with _explained(_path_of(ledger)):
+        rows = ledger.execute(
+            "SELECT id, time_utc, device, budget_bytes, model, head, seq_len, levers_key, "
+            f"versions_key, {_TRIAL_COLUMNS} FROM trials ORDER BY id"
+        ).fetchall()
+    return [_row(row) for row in rows]
+
+
+def versions_key() -> str:
+    """Canonical text of the versions that decide a trial's outcome, without importing them."""
+    versions = {
+        "tensorflow": _version("tensorflow", "tensorflow-cpu", "tf-nightly", "tf-nightly-cpu"),
+        "bertbench": _version("bertbench"),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+    }
+    return json.dumps(versions, sort_keys=True)
+
+
+def _version(*distributions: str) -> str:
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def _trial(row: tuple[Any, ...]) -> Trial:
+    batch, outcome, peak_bytes, step_seconds, seconds, message, fresh = row
+    return Trial(batch, outcome, peak_bytes, step_seconds, seconds, message, bool(fresh))
+
+
+def _row(row: tuple[Any, ...]) -> LedgerRow:
+    number, time_utc, device, budget_bytes, model, head, seq_len, levers, versions, *trial = row
+    return LedgerRow(
+        id=number,
+        time_utc=time_utc,
+        device=device,
+        budget_bytes=budget_bytes,
+        model=model,
+        head=head,
+        seq_len=seq_len,
+        levers=json.loads(levers),
+        versions=json.loads(versions),
+        trial=_trial(tuple(trial)),
+    )
+
+
+def _path_of(ledger: sqlite3.Connection) -> Path:
+    return Path(ledger.execute("PRAGMA database_list").fetchone()[2])
+
+
+def _prepare(ledger: sqlite3.Connection, path: Path) -> None:
+    """Check that the file is a ledger that this version reads, or make it one."""
+    version = _pragma(ledger, "user_version")
+    if version == 0:
+        ledger.execute("BEGIN IMMEDIATE")  # one of several processes makes it, the others wait
+        try:
+            version = _pragma(ledger, "user_version")
+            if version == 0:
+                if ledger.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    raise _not_a_ledger(path)
+                for statement in _SCHEMA.split(";"):
+                    ledger.execute(statement)
+                ledger.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                ledger.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                version = SCHEMA_VERSION
+            ledger.execute("COMMIT")
+        except BaseException:
+            if ledger.in_transaction:  # a full disk has ended it already
+                ledger.execute("ROLLBACK")
+            raise
+    if _pragma(ledger, "application_id") != APPLICATION_ID:
+        raise _not_a_ledger(path)
+    if version > SCHEMA_VERSION:
+        raise InputError(
+            f"the ledger has format {version}, and this version reads up to {SCHEMA_VERSION}",
+            path=path,
+            hint="upgrade bertbench, or choose another ledger with BERTBENCH_LEDGER",
+        )
+    _use_wal(ledger)
+    ledger.execute("PRAGMA synchronous = FULL")
+
+
+def _use_wal(ledger: sqlite3.Connection) -> None:
+    # The change of mode does not wait for other processes as other statements do.
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            ledger.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
+
+
+def _pragma(ledger: sqlite3.Connection, name: str) -> int:
+    return int(ledger.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _not_a_ledger(path: Path) -> InputError:
+    return InputError(
+        "an SQLite file of another program, not a bertbench ledger",
+        path=path,
+        hint="choose another file with BERTBENCH_LEDGER",
+    )
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn errors of the file into ones that name it and say what to do."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:  # full disk, read-only, locked, no permission
+        raise InputError(
+            f"cannot use the ledger ({error})",
+            path=path,
+            hint="make it writable with room on its disk, or choose another with BERTBENCH_LEDGER",
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise InputError(
+            f"not a usable ledger ({error})",
+            path=path,
+            hint="move the file away, or choose another with BERTBENCH_LEDGER",
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"cannot use the ledger ({error.strerror})",
+            path=path,
+            hint="choose another with BERTBENCH_LEDGER",
+        ) from error

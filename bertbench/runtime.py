@@ -1,0 +1,34 @@
+"""How TensorFlow is set up before its first operation, alike in trials and in runs."""
+
+from __future__ import annotations
+
+from bertbench.devices import Budget, apply_budget
+from bertbench.quiet import muted_stderr
+
+
+def start_tensorflow(budget: Budget) -> str:
+    """Bind this process to a budget.
+
+    On a CPU one operation runs at a time, each on all cores: with several at a time the order in
+    which activations are freed changes from step to step, and the peak with it. And matrix
+    products are not fused with their bias there, because the fused kernel (oneDNN's, in
+    TensorFlow 2.20 and 2.21) does not check whether its output could be allocated and ends the
+    process with a segmentation fault where it should report that memory is exhausted.
+
+    Args:
+        budget: what `bertbench.devices.child_environment` set this process's environment for.
+
+    Returns:
+        TensorFlow's name of the device, as in `GPU:0`.
+
+    Raises:
+        InputError: the device or its budget cannot be had.
+        RuntimeError: TensorFlow has already run an operation.
+    """
+    with muted_stderr():
+        import tensorflow as tf
+
+        if budget.device.kind == "cpu":
+            tf.config.threading.set_inter_op_parallelism_threads(1)
+            tf.config.optimizer.set_experimental_options({"remapping": False})
+        return apply_budget(budget)

@@ -1,0 +1,296 @@
+"""Find the largest batch that fits with few trials, and certify it. Pure: it starts nothing.
+
+Peak memory is close to affine in the batch once activations outweigh the optimizer's temporaries,
+so two small batches tell where the limit should be; a trial there and one beside it are usually
+all that is left. The cost to keep low is that of trials that do not fit: TensorFlow's allocator
+waits 10 seconds, sometimes several times, before it gives up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+from bertbench.trial import Trial
+
+LARGEST_BATCH = 1 << 16
+"""No batch above this is tried, even when nothing limits it."""
+
+# After so many guesses the device is not as regular as guessing supposes: halve what is left.
+_GUESSES = 5
+
+# How far beyond what fits an extrapolation is believed. The peak of a small model hardly depends on
+# the first few batches, and a line through two of them ends at ten times the limit.
+_REACH = 8
+
+StoppedBy = Literal["oom", "max_batch", "failed"]
+
+
+class Measure(Protocol):
+    """Try rising batches in one process; stop at the first that does not fit."""
+
+    def __call__(self, batches: Sequence[int], fresh: bool) -> list[Trial]:
+        """With `fresh`, in a new process for each batch; at least one trial comes back."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """Two trials in fresh processes: `fits` fits, and one more example does not.
+
+    Attributes:
+        fits: None when not even batch 1 fits.
+        oom: the trial of one example more.
+    """
+
+    fits: Trial | None
+    oom: Trial
+
+    def to_json(self) -> dict[str, Any]:
+        """Values for JSON."""
+        return {"fits": self.fits.to_json() if self.fits else None, "oom": self.oom.to_json()}
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """What a search has found.
+
+    Attributes:
+        max_batch: largest batch below which no tried batch ran out of memory; 0 if batch 1 does.
+        certificate: None if the search was stopped, or not asked to certify.
+        stopped_by: `oom`: a limit was measured. `max_batch`: all up to the bound that was asked
+            for fits, and no limit was looked for. `failed`: a trial failed for another reason,
+            and `max_batch` is only the largest that has fitted so far.
+        trials: all evidence in order, beginning with what was known.
+        measured: how many of them were measured now.
+        contradictions: pairs (a, b) where a ran out of memory, and b, no smaller, fits. They may
+            be the same batch, tried twice.
+        message: the cause if it failed; the error of the first batch that does not fit otherwise.
+        missing_bytes: by how much the prediction for batch 1 exceeds the budget, if `max_batch` is
+            0 and there is a prediction that does.
+    """
+
+    max_batch: int
+    certificate: Certificate | None
+    stopped_by: StoppedBy
+    trials: tuple[Trial, ...]
+    measured: int
+    contradictions: tuple[tuple[Trial, Trial], ...] = ()
+    message: str = ""
+    missing_bytes: int | None = None
+
+
+def find_max_batch(
+    measure: Measure,
+    *,
+    known: Sequence[Trial] = (),
+    predict_peak_bytes: Callable[[int], int] | None = None,
+    trust_prediction: bool = False,
+    budget_bytes: int,
+    max_batch: int | None = None,
+    certify: bool = True,
+) -> SearchResult:
+    """Find the largest batch that fits.
+
+    The answer rests on trials only; the prediction and the peaks merely choose which to make. A
+    batch that was tried several times counts as its last trial in a fresh process says, or as its
+    last trial if none was fresh. Where trials contradict monotonicity, the smallest batch that
+    ran out of memory is the limit, and `SearchResult.contradictions` names the others.
+
+    Args:
+        measure: makes trials. The first batch of a call is taken as measured in a fresh process.
+        known: earlier trials of the same question; failed ones are ignored.
+        predict_peak_bytes: predicted peak of a batch, rising with it.
+        trust_prediction: try the predicted limit at once, without two smaller batches before it.
+        budget_bytes: what the allocator may use.
+        max_batch: largest batch of interest.
+        certify: measure both sides of the limit in fresh processes.
+
+    Returns:
+        The result, with all evidence.
+    """
+    cap = LARGEST_BATCH if max_batch is None else max_batch
+    if cap < 1:
+        raise ValueError(f"max_batch must be at least 1, not {max_batch}")
+    trials = [t for t in known if t.outcome != "failed" and t.batch <= cap]
+    known_count = len(trials)
+    guesses: list[str] = []
+    while True:
+        verdicts = _verdicts(trials)
+        low, high = _bracket(verdicts)
+        batches = _unsettled(verdicts, low, high, cap, certify)
+        if batches is None:
+            break
+        if not batches:
+            limit = _predicted_limit(predict_peak_bytes, budget_bytes, (high or cap + 1) - 1)
+            if low == 0 and not (trust_prediction and limit):
+                batches = _first_batches(limit, high, cap)
+            else:
+                estimate = _estimate(verdicts, predict_peak_bytes, budget_bytes)
+                if low and not high and estimate and min(estimate, cap) > _REACH * low:
+                    batches = [_REACH // 2 * low, _REACH * low]
+                else:
+                    batches = [_guess(low, high, cap, estimate, guesses)]
+        found = measure(batches, len(batches) == 1)
+        if not found or [trial.batch for trial in found] != batches[: len(found)]:
+            raise RuntimeError(f"batches {batches} were to be tried, not {found}")
+        for index, trial in enumerate(found):
+            trials.append(dataclasses.replace(trial, fresh=index == 0))
+        if found[-1].outcome == "failed":
+            low, high = _bracket(_verdicts(trials))
+            return _result("failed", low, None, trials, known_count, found[-1].message)
+        if len(batches) == 1:
+            guesses.append(found[0].outcome)
+
+    if high is None:
+        return _result("max_batch", low, None, trials, known_count, "")
+    certificate = None
+    if certify:
+        certificate = Certificate(verdicts[low] if low else None, verdicts[high])
+    result = _result("oom", low, certificate, trials, known_count, verdicts[high].message)
+    if low == 0 and predict_peak_bytes is not None:
+        missing_bytes = predict_peak_bytes(1) - budget_bytes
+        result = dataclasses.replace(
+            result, missing_bytes=missing_bytes if missing_bytes > 0 else None
+        )
+    return result
+
+
+def _result(
+    stopped_by: StoppedBy,
+    max_batch: int,
+    certificate: Certificate | None,
+    trials: Sequence[Trial],
+    known_count: int,
+    message: str,
+) -> SearchResult:
+    contradictions = tuple(
+        (smaller, larger)
+        for smaller in trials
+        for larger in trials
+        if smaller.outcome == "oom" and larger.outcome == "fits" and smaller.batch <= larger.batch
+    )
+    return SearchResult(
+        max_batch=max_batch,
+        certificate=certificate,
+        stopped_by=stopped_by,
+        trials=tuple(trials),
+        measured=len(trials) - known_count,
+        contradictions=contradictions,
+        message=message,
+    )
+
+
+def _verdicts(trials: Sequence[Trial]) -> dict[int, Trial]:
+    """Return the trial that counts for each batch: a fresh one above one in a used process."""
+    verdicts: dict[int, Trial] = {}
+    for trial in trials:
+        before = verdicts.get(trial.batch)
+        if trial.outcome != "failed" and (before is None or trial.fresh or not before.fresh):
+            verdicts[trial.batch] = trial
+    return verdicts
+
+
+def _bracket(verdicts: dict[int, Trial]) -> tuple[int, int | None]:
+    """Return the largest batch that fits below the smallest that does not, and the latter."""
+    high = min((b for b, t in verdicts.items() if t.outcome == "oom"), default=None)
+    fitting = (b for b, t in verdicts.items() if t.outcome == "fits")
+    return max((b for b in fitting if high is None or b < high), default=0), high
+
+
+def _unsettled(
+    verdicts: dict[int, Trial], low: int, high: int | None, cap: int, certify: bool
+) -> list[int] | None:
+    """Tell what is left once the limit is between two neighbours.
+
+    Returns:
+        The batch to repeat in a fresh process; an empty list while the limit is not that narrow;
+        None when nothing is left. The batch that fits comes first: it costs no waiting.
+    """
+    narrow = high == low + 1 or (high is None and low == cap)
+    if not narrow:
+        return []
+    for batch in (low, high) if certify else ():
+        if batch and not verdicts[batch].fresh:
+            return [batch]
+    return None
+
+
+def _predicted_limit(
+    predict: Callable[[int], int] | None, budget_bytes: int, largest: int
+) -> int | None:
+    """Largest batch up to `largest` that is predicted to fit; 0 if none, None if not predicted."""
+    if predict is None:
+        return None
+    low, high = 0, largest + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if predict(middle) <= budget_bytes:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _first_batches(limit: int | None, high: int | None, cap: int) -> list[int]:
+    """Two cheap batches to extrapolate from; below a batch of 2 the peak is not affine."""
+    below = cap + 1 if high is None else high
+    bound = high if limit is None else limit
+    pair: tuple[int, ...] = (2, 4)
+    if bound is not None and bound < 2:
+        pair = (1,)
+    elif bound is not None and bound >= 16:
+        # Far enough from where the limit is thought to be to fit even if that is twice too much,
+        # near enough to extrapolate from.
+        pair = (bound // 8, bound // 3)
+    return [batch for batch in pair if batch < below] or [1]
+
+
+def _estimate(
+    verdicts: dict[int, Trial], predict: Callable[[int], int] | None, budget_bytes: int
+) -> int | None:
+    """Where the limit should be by what is known; None if nothing tells."""
+    peaks = {
+        batch: trial.peak_bytes
+        for batch, trial in verdicts.items()
+        if trial.outcome == "fits" and trial.peak_bytes is not None
+    }
+    regular = sorted(batch for batch in peaks if batch >= 2)
+    if len(regular) >= 2:
+        last = regular[-1]
+        # The nearest to half of the last: near enough to see a bend, far enough to see past noise.
+        first = min(regular[:-1], key=lambda batch: abs(2 * batch - last))
+        rise = peaks[last] - peaks[first]
+        if rise <= 0:
+            return None
+        return last + (budget_bytes - peaks[last]) * (last - first) // rise
+    if predict is None:
+        return None
+    error_bytes = 0
+    if peaks:
+        error_bytes = peaks[max(peaks)] - predict(max(peaks))
+    return _predicted_limit(predict, budget_bytes - error_bytes, LARGEST_BATCH)
+
+
+def _guess(
+    low: int, high: int | None, cap: int, estimate: int | None, guesses: Sequence[str]
+) -> int:
+    """Choose the next batch strictly between what fits and what does not."""
+    if high is not None and (len(guesses) >= _GUESSES or estimate is None):
+        return (low + high) // 2
+    repeated = 1
+    while repeated < len(guesses) and guesses[-repeated - 1] == guesses[-1]:
+        repeated += 1
+    # The first miss beside the estimate is by one, for that would be the certificate; then by
+    # growing parts of the batch, for that is how fragmentation grows.
+    step = 1 if repeated == 1 else max(1, (high or low) // 32) * 3 ** (repeated - 1)
+    last = guesses[-1] if guesses else ""
+    guess = 2 * low if estimate is None else max(estimate, low + 1)
+    if last == "fits" and repeated > 1:
+        guess = max(guess, low + step)
+    if high is not None:
+        guess = min(guess, high - (step if last == "oom" else 1))
+        middle = (low + high) // 2
+        if repeated > 1:
+            guess = min(guess, middle) if last == "fits" else max(guess, middle)
+    return max(low + 1, min(guess, cap if high is None else high - 1))

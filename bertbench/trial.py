@@ -1,0 +1,224 @@
+"""Trials: real training steps in a fresh process, and what they tell about a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bertbench.devices import Budget, budget_from_json, child_environment
+from bertbench.isolation import Ending, Message, run_isolated
+from bertbench.outcomes import Outcome, classify_error, classify_exit, shorten, summarise_error
+from bertbench.workload import Levers, Workload, levers_from_json
+from finetune.config import BertConfig
+
+TARGET = "bertbench.trial_step:run_trial"
+"""What a trial's process runs: training steps for every batch of a `TrialRequest`."""
+
+TIMEOUT_SECONDS = 900.0
+"""Default limit of one batch: its steps, and for the first also start, tracing and set-up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One batch tried at one lever setting.
+
+    Attributes:
+        batch: examples of a micro-batch.
+        outcome: `fits`, `oom` or `failed`.
+        peak_bytes: largest memory in use, by the allocator; None unless it fits.
+        step_seconds: time of an optimizer step after warm-up; None unless it fits.
+        seconds: whole time that this batch took, with the process's start if it was the first.
+        message: why it does not fit; empty if it does.
+        fresh: it was the first batch of its process, so nothing had touched the memory before.
+    """
+
+    batch: int
+    outcome: Outcome
+    peak_bytes: int | None = None
+    step_seconds: float | None = None
+    seconds: float = 0.0
+    message: str = ""
+    fresh: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def trial_from_json(values: Mapping[str, Any]) -> Trial:
+    """Read what `Trial.to_json` wrote; unknown keys are ignored."""
+    known = {field.name for field in dataclasses.fields(Trial)}
+    return Trial(**{key: value for key, value in values.items() if key in known})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialRequest:
+    """What a trial's process is asked to do.
+
+    Attributes:
+        workload: model, head and sequence length.
+        levers: lever settings.
+        budget: device, and the bytes of it that the allocator may use.
+        batches: micro-batch sizes to run one after the other, rising.
+        steps: optimizer steps to run for each.
+    """
+
+    workload: Workload
+    levers: Levers
+    budget: Budget
+    batches: tuple[int, ...]
+    steps: int
+
+    def __post_init__(self) -> None:
+        """Refuse what no trial could answer."""
+        if not self.batches or list(self.batches) != sorted({*self.batches}) or self.batches[0] < 1:
+            raise ValueError(f"batches must be positive and rising, not {self.batches}")
+        if self.steps < 1:
+            raise ValueError(f"a trial needs at least one step, not {self.steps}")
+
+    def to_payload(self) -> dict[str, Any]:
+        """Plain values, to cross into another process."""
+        return {
+            "workload": dataclasses.asdict(self.workload),
+            "levers": self.levers.to_json(),
+            "budget": self.budget.to_json(),
+            "batches": list(self.batches),
+            "steps": self.steps,
+        }
+
+
+def request_from_payload(payload: Mapping[str, Any]) -> TrialRequest:
+    """Read what `TrialRequest.to_payload` wrote."""
+    workload = payload["workload"]
+    return TrialRequest(
+        workload=Workload(**{**workload, "config": BertConfig(**workload["config"])}),
+        levers=levers_from_json(payload["levers"]),
+        budget=budget_from_json(payload["budget"]),
+        batches=tuple(payload["batches"]),
+        steps=int(payload["steps"]),
+    )
+
+
+def measure_batches(
+    workload: Workload,
+    levers: Levers,
+    budget: Budget,
+    batches: Sequence[int],
+    *,
+    steps: int = 3,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    fresh: bool = False,
+    on_trial: Callable[[Trial], None] | None = None,
+    target: str = TARGET,
+) -> list[Trial]:
+    """Try rising batches until one does not fit.
+
+    The target is called as `target(payload, send)` with the payload of a `TrialRequest`, and sends
+
+    - `{"event": "trial", "batch", "peak_bytes", "step_seconds"}` for each batch that fits;
+    - `{"event": "error", "batch", "type", "message"}` for an exception, after which it ends.
+      An exception that leaves it counts for the batch that was next.
+
+    Anything else that it sends with an `event` is ignored.
+
+    Args:
+        workload: model, head and sequence length.
+        levers: lever settings.
+        budget: device, and the bytes of it that the allocator may use.
+        batches: micro-batch sizes, rising.
+        steps: optimizer steps for each batch.
+        timeout_seconds: limit of one batch, see `TIMEOUT_SECONDS`.
+        fresh: take a new process for every batch, instead of one for all.
+        on_trial: called with every trial as soon as it is known, to make it durable.
+        target: `module:function` that trains.
+
+    Returns:
+        Trials in the order of `batches`; only the last may be `oom` or `failed`.
+    """
+    request = TrialRequest(workload, levers, budget, tuple(batches), steps)
+    groups = [(batch,) for batch in request.batches] if fresh else [request.batches]
+    trials: list[Trial] = []
+    for group in groups:
+        part = dataclasses.replace(request, batches=group)
+        trials += _measure_in_one_process(part, timeout_seconds, on_trial, target)
+        if trials[-1].outcome != "fits":
+            break
+    return trials
+
+
+def _measure_in_one_process(
+    request: TrialRequest,
+    timeout_seconds: float,
+    on_trial: Callable[[Trial], None] | None,
+    target: str,
+) -> list[Trial]:
+    trials: list[Trial] = []
+    began = time.monotonic()
+
+    def add(outcome: Outcome, message: str = "", measured: Message | None = None) -> None:
+        nonlocal began
+        now = time.monotonic()
+        trial = Trial(
+            batch=request.batches[len(trials)],
+            outcome=outcome,
+            peak_bytes=measured["peak_bytes"] if measured else None,
+            step_seconds=measured["step_seconds"] if measured else None,
+            seconds=now - began,
+            message=message,
+            fresh=not trials,
+        )
+        began = now
+        trials.append(trial)
+        if on_trial:
+            on_trial(trial)
+
+    def on_message(message: Message) -> None:
+        if len(trials) == len(request.batches) or (trials and trials[-1].outcome != "fits"):
+            return
+        event = message.get("event")
+        if event == "error":
+            kind, text = str(message.get("type")), str(message.get("message"))
+            add(classify_error(kind, text), summarise_error(kind, text))
+        elif event == "trial" and _is_result(message, request.batches[len(trials)]):
+            add("fits", measured=message)
+        elif event == "trial":
+            add("failed", shorten(f"the trial's process sent a wrong result: {message}"))
+
+    ending = run_isolated(
+        target,
+        request.to_payload(),
+        environment=child_environment(request.budget),
+        timeout_seconds=timeout_seconds,
+        on_message=on_message,
+    )
+    if len(trials) < len(request.batches) and (not trials or trials[-1].outcome == "fits"):
+        add(*_explain(ending, timeout_seconds))
+    return trials
+
+
+def _is_result(message: Message, batch: int) -> bool:
+    peak_bytes, step_seconds = message.get("peak_bytes"), message.get("step_seconds")
+    return (
+        message.get("batch") == batch
+        and (peak_bytes is None or (type(peak_bytes) is int and peak_bytes >= 0))
+        and (step_seconds is None or (type(step_seconds) in (int, float) and step_seconds >= 0))
+    )
+
+
+def _explain(ending: Ending, timeout_seconds: float) -> tuple[Outcome, str]:
+    """Say why a process ended without the result of a batch."""
+    if ending.error is not None:
+        return classify_error(*ending.error), summarise_error(*ending.error)
+    outcome: Outcome = "failed"
+    if ending.timed_out:
+        reason = f"no result within {timeout_seconds:g} s; killed"
+    elif ending.garbage:
+        reason = f"the trial's process sent what is no message: {ending.garbage}"
+    else:
+        outcome, reason = classify_exit(
+            ending.exit_code, ending.oom_kills_before, ending.oom_kills_after, ending.printed
+        )
+    printed = f"; it printed: {ending.tail}" if ending.tail and outcome == "failed" else ""
+    return outcome, shorten(reason + printed)

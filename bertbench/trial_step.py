@@ -1,0 +1,93 @@
+"""What happens inside a trial's process: the optimizer step that a run would do, measured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from bertbench.runtime import start_tensorflow
+from bertbench.trial import request_from_payload
+from bertbench.workload import Levers, Workload
+from finetune.config import INPUT_NAMES, TARGET_NAMES
+from finetune.modeling import create_variables
+from finetune.optimization import OptimizerSettings
+from finetune.step import Trainer, make_trainer
+
+
+def run_trial(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], None]) -> None:
+    """Run real training steps for each batch of a request, in this process.
+
+    Forward pass, backward pass, clipping and update, with dropout, on sequences of full length:
+    attention and padding cost the same memory, so no data set needs more. The peak is the
+    allocator's over all steps of a batch, the first among them.
+
+    Args:
+        payload: of a `bertbench.trial.TrialRequest`.
+        send: takes one message for each batch that fits, see `bertbench.trial.measure_batches`.
+
+    Raises:
+        tensorflow.errors.ResourceExhaustedError: a batch does not fit.
+    """
+    request = request_from_payload(payload)
+    device = start_tensorflow(request.budget)
+    trainer = build_trainer(request.workload, request.levers)
+    for batch in request.batches:
+        rows = random_batch(request.workload, batch * request.levers.accumulation_steps)
+        tf.config.experimental.reset_memory_stats(device)
+        step_seconds = []
+        for _ in range(request.steps):
+            began = time.monotonic()
+            float(trainer.step(rows).loss)
+            step_seconds.append(time.monotonic() - began)
+        send(
+            {
+                "event": "trial",
+                "batch": batch,
+                "peak_bytes": int(tf.config.experimental.get_memory_info(device)["peak"]),
+                # The first step pays for tracing or for the allocator's growth.
+                "step_seconds": statistics.median(step_seconds[1:] or step_seconds),
+            }
+        )
+
+
+def build_trainer(workload: Workload, levers: Levers) -> Trainer:
+    """Make a randomly initialised model and its step."""
+    variables = create_variables(
+        workload.config, workload.head, num_labels=workload.num_labels, seed=0
+    )
+    return make_trainer(
+        variables,
+        workload.config,
+        workload.head,
+        workload.seq_len,
+        OptimizerSettings(learning_rate=1e-5, num_train_steps=1_000_000),
+        accumulation_steps=levers.accumulation_steps,
+        checkpointing=levers.checkpointing,
+        xla=levers.xla,
+    )
+
+
+def random_batch(workload: Workload, rows: int) -> dict[str, np.ndarray]:
+    """Draw an effective batch of full-length sequences.
+
+    Args:
+        workload: gives shapes and ranges.
+        rows: examples.
+
+    Returns:
+        Arrays as `finetune.step.make_trainer` takes them.
+    """
+    generator = np.random.default_rng(0)
+    shape = (rows, workload.seq_len)
+    batch = {name: np.ones(shape, np.int32) for name in INPUT_NAMES}
+    batch["input_ids"] = generator.integers(0, workload.config.vocab_size, shape, np.int32)
+    classes = workload.seq_len if workload.head == "squad" else workload.num_labels
+    for name in TARGET_NAMES[workload.head]:
+        batch[name] = generator.integers(0, classes, rows, np.int32)
+    batch["segment_ids"] %= workload.config.type_vocab_size
+    return {**batch, "weights": np.ones(rows, np.float32)}

@@ -1,0 +1,97 @@
+"""What the tests of `bertbench.isolation` and `bertbench.trial` run in isolated processes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Payload = dict[str, Any]
+Send = Callable[[dict[str, Any]], None]
+
+
+class ResourceExhaustedError(RuntimeError):
+    """Named like TensorFlow's."""
+
+
+def echo(payload: Payload, send: Send) -> None:
+    print("noise on stdout", flush=True)
+    send({"payload": payload, "pid": os.getpid(), "environment": dict(os.environ)})
+
+
+def crash(payload: Payload, send: Send) -> None:
+    """Send one message, then end as `how` says."""
+    send({"before": "the crash"})
+    print("last words", flush=True)
+    how = payload["how"]
+    if how == "exit":
+        os._exit(7)
+    elif how == "segfault":
+        ctypes.string_at(0)
+    elif how == "hang":
+        time.sleep(600)
+    elif how == "raise":
+        raise ResourceExhaustedError("x" * 100_000 + "\nOOM when allocating tensor with shape[1]")
+    elif how == "garbage":
+        os.write(_message_pipe(send), b"\x00\xffnot a message\n")
+        time.sleep(600)
+    elif how == "half":
+        os.write(_message_pipe(send), b'{"half a mess')
+        time.sleep(600)
+    elif how == "flood":
+        os.write(_message_pipe(send), b"x" * 3_000_000)
+    else:
+        os.kill(os.getpid(), getattr(signal, how))
+
+
+def start_grandchild(payload: Payload, send: Send) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    send({"pids": [os.getpid(), child.pid]})
+    if payload["then"] == "hang":
+        time.sleep(600)
+
+
+def _message_pipe(send: Send) -> int:
+    """Dig the file descriptor of the messages out of the closure of `send`."""
+    cells = dict(zip(send.__code__.co_freevars, send.__closure__ or (), strict=True))
+    return int(cells["messages"].cell_contents.fileno())
+
+
+def allocate(payload: Payload, send: Send) -> None:
+    """Fill a tensor for every size, under a budget that the environment sets."""
+    import tensorflow as tf
+
+    for size_mib in payload["sizes_mib"]:
+        tf.ones([size_mib << 18])
+        send({"size_mib": size_mib, **tf.config.experimental.get_memory_info("CPU:0")})
+
+
+def train(payload: Payload, send: Send) -> None:
+    """Pretend to train: batch b needs b units, and `script` says what happens at a batch."""
+    script = payload["levers"]["optimizer"]
+    kind, _, at = script.partition("@")
+    for batch in payload["batches"]:
+        if kind and batch >= int(at or 1 << 30):
+            if kind in ("exit", "segfault", "SIGKILL", "hang", "garbage"):
+                crash({"how": kind}, send)
+            elif kind == "oom":
+                text = "OOM when allocating tensor with shape[2]"
+                error = {"type": "ResourceExhaustedError", "message": text}
+                send({"event": "error", "batch": batch, **error})
+            elif kind == "uncaught":
+                raise ResourceExhaustedError("OOM when allocating tensor with shape[3]")
+            elif kind == "liar":
+                print("OOM when allocating tensor; CUDA_ERROR_OUT_OF_MEMORY", flush=True)
+                raise ValueError("OOM when allocating tensor")
+            elif kind == "wrong":
+                result = {"batch": batch, "peak_bytes": "many", "step_seconds": 1}
+                send({"event": "trial", **result})
+            return
+        result = {"batch": batch, "peak_bytes": batch * 1000 + os.getpid(), "step_seconds": 0.5}
+        send({"event": "trial", **result})
+        send({"event": "progress"})

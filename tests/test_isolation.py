@@ -1,0 +1,306 @@
+"""Isolated processes, and trials in them: nothing is lost, misread or left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from bertbench.bytes import MIB_BYTES
+from bertbench.devices import Budget, Device, child_environment
+from bertbench.isolation import Ending, run_isolated
+from bertbench.outcomes import classify_error, classify_exit
+from bertbench.trial import Trial, TrialRequest, measure_batches, request_from_payload
+from bertbench.workload import Levers, published_workload
+
+CPU = Device("cpu", 0, "test", None, 1 << 34, 1 << 34)
+
+
+def run(
+    function: str,
+    payload: dict[str, Any] | None = None,
+    *,
+    timeout_seconds: float = 60,
+    environment: dict[str, str] | None = None,
+    on_message: Callable[[dict[str, Any]], None] | None = None,
+) -> tuple[list[dict[str, Any]], Ending]:
+    messages: list[dict[str, Any]] = []  # of `on_message`, unless another is given
+    ending = run_isolated(
+        f"isolation_targets:{function}",
+        payload or {},
+        environment=environment or {},
+        timeout_seconds=timeout_seconds,
+        on_message=on_message or messages.append,
+    )
+    return messages, ending
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) and not zombie(pid) for pid in pids):
+        assert time.monotonic() < deadline, f"still there: {pids}"
+        time.sleep(0.05)
+
+
+def zombie(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_messages_environment_and_output_arrive(capfd: pytest.CaptureFixture[str]) -> None:
+    [message], ending = run("echo", {"list": [1, "ü\n"]}, environment={"MARKER": "here"})
+    assert message["payload"] == {"list": [1, "ü\n"]}
+    assert message["environment"] == {**os.environ, "MARKER": "here"}
+    assert message["pid"] != os.getpid()
+    assert (ending.exit_code, ending.error, ending.timed_out, ending.garbage) == (
+        0,
+        None,
+        False,
+        "",
+    )
+    assert ending.tail == "noise on stdout"
+    assert "MARKER" not in os.environ
+    assert capfd.readouterr() == ("", ""), "an isolated process prints to the terminal"
+
+
+def test_the_environment_is_this_process_s_not_the_server_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run("echo")  # the server runs from here on, without the variable
+    monkeypatch.setenv("MARKER", "set later")
+    [message], _ = run("echo")
+    assert message["environment"] == dict(os.environ)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks")
+def test_tensorflow_is_preloaded_in_a_process_of_its_own() -> None:
+    first, ending = run("echo")
+    second, _ = run("echo")
+    assert ending.preloaded
+    assert first[0]["pid"] != second[0]["pid"]
+
+
+@pytest.mark.parametrize(
+    ("how", "exit_code"),
+    [
+        ("exit", 7),
+        ("segfault", -signal.SIGSEGV),
+        ("SIGKILL", -signal.SIGKILL),
+        ("SIGTERM", -signal.SIGTERM),
+    ],
+)
+def test_what_was_sent_before_a_crash_is_kept(how: str, exit_code: int) -> None:
+    messages, ending = run("crash", {"how": how})
+    assert messages == [{"before": "the crash"}]
+    assert ending.exit_code == exit_code
+    assert not ending.timed_out
+    assert "last words" in ending.tail
+
+
+def test_a_segmentation_fault_shows_where() -> None:
+    _, ending = run("crash", {"how": "segfault"})
+    assert ending.tail.startswith("last words\nFatal Python error: Segmentation fault\nFile ")
+    assert "in crash" in ending.tail
+    assert "Extension modules" not in ending.tail
+
+
+def test_a_kill_by_a_person_is_no_memory_limit() -> None:
+    _, ending = run("crash", {"how": "SIGKILL"})
+    found = classify_exit(ending.exit_code, ending.oom_kills_before, ending.oom_kills_after)
+    assert found == ("failed", "killed by SIGKILL; not known to be out of memory")
+
+
+@pytest.mark.parametrize("how", ["hang", "half"])
+def test_silence_is_ended(how: str) -> None:
+    messages, ending = run("crash", {"how": how}, timeout_seconds=1.0)
+    assert messages == [{"before": "the crash"}]
+    assert ending.timed_out
+    assert ending.exit_code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("how", ["garbage", "flood"])
+def test_garbage_is_named_and_ends_the_process(how: str) -> None:
+    messages, ending = run("crash", {"how": how})
+    assert messages == [{"before": "the crash"}]
+    assert ("not a message" if how == "garbage" else "xxx") in ending.garbage
+
+
+def test_an_exception_crosses_with_its_telling_end() -> None:
+    _, ending = run("crash", {"how": "raise"})
+    assert ending.error is not None
+    assert classify_error(*ending.error) == "oom"
+    assert len(ending.error[1]) < 70_000
+
+
+def test_a_missing_target_is_an_error_not_a_hang() -> None:
+    _, ending = run("no_such_function")
+    assert ending.error is not None
+    assert ending.error[0] == "AttributeError"
+
+
+@pytest.mark.parametrize("then", ["end", "hang"])
+def test_descendants_are_ended_too(then: str) -> None:
+    messages, _ = run("start_grandchild", {"then": then}, timeout_seconds=2.0)
+    wait_until_gone(messages[0]["pids"])
+
+
+def test_an_interruption_ends_the_process() -> None:
+    pids: list[int] = []
+
+    def interrupt(message: dict[str, Any]) -> None:
+        pids.extend(message["pids"])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("start_grandchild", {"then": "hang"}, on_message=interrupt)
+    wait_until_gone(pids)
+
+
+def test_no_file_descriptor_is_left() -> None:
+    run("echo")
+    before = psutil.Process().num_fds()
+    for _ in range(5):
+        run("echo")
+        run("crash", {"how": "SIGKILL"})
+    assert psutil.Process().num_fds() == before
+
+
+# A script without a main guard, as a user might write it, that is killed while it measures.
+SCRIPT = """
+import sys
+sys.path[:0] = {paths!r}
+print("script starts", flush=True)
+from bertbench.isolation import run_isolated
+run_isolated("isolation_targets:start_grandchild", {{"then": {then!r}}}, environment={{}},
+             timeout_seconds=60, on_message=lambda m: print(*m["pids"], flush=True))
+print("script ends", flush=True)
+"""
+
+
+def start_script(tmp_path: Path, then: str) -> subprocess.Popen[str]:
+    root = Path(__file__).resolve().parents[1]
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(paths=[str(root), str(root / "tests")], then=then))
+    return subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, cwd=tmp_path, text=True
+    )
+
+
+def test_the_main_script_is_not_run_again(tmp_path: Path) -> None:
+    with start_script(tmp_path, "end") as script:
+        output, _ = script.communicate(timeout=120)
+    assert script.returncode == 0
+    assert output.count("script starts") == 1
+    assert output.endswith("script ends\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a fork server")
+def test_everything_dies_with_a_killed_parent(tmp_path: Path) -> None:
+    with start_script(tmp_path, "hang") as script:
+        assert script.stdout is not None
+        script.stdout.readline()
+        pids = [int(pid) for pid in script.stdout.readline().split()]
+        servers = [child.pid for child in psutil.Process(script.pid).children()]
+        assert servers
+        script.kill()
+    wait_until_gone(pids + servers)
+
+
+def test_the_capped_cpu_is_in_force_in_a_forked_process() -> None:
+    """One test of the real allocator; it waits 10 seconds before it reports the exhaustion."""
+    environment = child_environment(Budget(CPU, 64 * MIB_BYTES))
+    messages, ending = run("allocate", {"sizes_mib": [20, 200]}, environment=environment)
+    assert ending.preloaded or sys.platform != "linux"
+    assert [message["size_mib"] for message in messages] == [20]
+    assert 20 * MIB_BYTES <= messages[0]["peak"] <= 64 * MIB_BYTES
+    assert ending.error is not None, ending.tail
+    assert ending.error[0] == "ResourceExhaustedError"
+    assert classify_error(*ending.error) == "oom"
+
+
+def measure(script: str, batches: list[int], **options: Any) -> list[Trial]:
+    """Measure with the fake training step, which takes its script in place of the optimizer."""
+    return measure_batches(
+        published_workload("bert-tiny", 64),
+        Levers(optimizer=script),
+        Budget(CPU, 64 * MIB_BYTES),
+        batches,
+        target="isolation_targets:train",
+        **options,
+    )
+
+
+def test_one_process_measures_rising_batches() -> None:
+    seen: list[Trial] = []
+    trials = measure("", [2, 4, 8], on_trial=seen.append)
+    assert seen == trials
+    assert [(t.batch, t.outcome, t.fresh) for t in trials] == [
+        (2, "fits", True),
+        (4, "fits", False),
+        (8, "fits", False),
+    ]
+    assert len({(t.peak_bytes or 0) - t.batch * 1000 for t in trials}) == 1, "several processes"
+    assert [t.step_seconds for t in trials] == [0.5] * 3
+
+
+def test_fresh_trials_have_a_process_each() -> None:
+    trials = measure("oom@4", [2, 3, 4, 5], fresh=True)
+    assert [(t.batch, t.outcome, t.fresh) for t in trials] == [
+        (2, "fits", True),
+        (3, "fits", True),
+        (4, "oom", True),
+    ]
+    assert len({(t.peak_bytes or 0) - t.batch * 1000 for t in trials[:2]}) == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome", "words"),
+    [
+        ("oom@4", "oom", "ResourceExhaustedError: OOM when allocating tensor with shape[2]"),
+        ("uncaught@4", "oom", "ResourceExhaustedError: OOM when allocating tensor with shape[3]"),
+        ("liar@4", "failed", "ValueError"),
+        ("segfault@4", "failed", "killed by SIGSEGV (segmentation fault); it printed: "),
+        ("SIGKILL@4", "failed", "not known to be out of memory; it printed: last words"),
+        ("exit@4", "failed", "exit code 7"),
+        ("hang@4", "failed", "no result within 2 s; killed"),
+        ("garbage@4", "failed", "what is no message"),
+        ("wrong@4", "failed", "sent a wrong result"),
+        ("silent@4", "failed", "ended without a result"),
+    ],
+)
+def test_the_end_of_a_process_becomes_the_outcome_of_the_batch_that_ran(
+    script: str, outcome: str, words: str
+) -> None:
+    trials = measure(script, [2, 4, 8], timeout_seconds=2 if "hang" in script else 60)
+    assert [(t.batch, t.outcome) for t in trials] == [(2, "fits"), (4, outcome)]
+    assert words in trials[-1].message
+    assert "\n" not in trials[-1].message
+    assert trials[-1].peak_bytes is None
+
+
+def test_a_request_crosses_unchanged() -> None:
+    device = Device("gpu", 1, "A", "GPU-1", 1 << 34, 1 << 33, ((7, "x", 5),), "550")
+    request = TrialRequest(
+        published_workload("bert-mini", 128, "classifier"),
+        Levers(accumulation_steps=3),
+        Budget(device, 1 << 30),
+        (1, 2),
+        4,
+    )
+    assert request_from_payload(request.to_payload()) == request
+
+
+@pytest.mark.parametrize("batches", [[], [2, 2], [4, 2], [0, 1]])
+def test_batches_must_rise(batches: list[int]) -> None:
+    with pytest.raises(ValueError, match="rising"):
+        measure("", batches)

@@ -1,0 +1,222 @@
+"""The ledger keeps every trial, answers only with real answers, and explains its troubles."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bertbench import ledger as ledger_module
+from bertbench.bytes import GIB_BYTES
+from bertbench.devices import Budget, Device, make_budget
+from bertbench.ledger import (
+    default_ledger_path,
+    find,
+    open_ledger,
+    read_rows,
+    record,
+    versions_key,
+)
+from bertbench.trial import Trial, trial_from_json
+from bertbench.workload import Levers, Workload, published_workload
+from finetune.checkpointing import Checkpointing
+from finetune.errors import InputError
+
+DEVICE = Device("cpu", 0, "Some CPU", None, 16 * GIB_BYTES, 8 * GIB_BYTES)
+BUDGET = make_budget(DEVICE, GIB_BYTES)
+WORKLOAD = published_workload("bert-tiny", 64)
+LEVERS = Levers()
+VERSIONS = '{"tensorflow": "2.21.0"}'
+FITS = Trial(4, "fits", 5 * GIB_BYTES, 0.25, 3.5, "", True)
+OOM = Trial(5, "oom", None, None, 12.0, "OOM when allocating tensor", False)
+FAILED = Trial(6, "failed", None, None, 1.0, "killed by SIGSEGV", True)
+
+
+def test_trials_come_back_unchanged_and_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "ledger.sqlite"
+    with open_ledger(path) as ledger:
+        for trial in (OOM, FITS, FAILED):
+            record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, trial)
+    with open_ledger(path) as ledger:
+        assert find(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == [OOM, FITS]
+        rows = read_rows(ledger)
+    assert [row.trial for row in rows] == [OOM, FITS, FAILED]
+    row = rows[0]
+    assert (row.device, row.budget_bytes) == ("Some CPU", GIB_BYTES)
+    assert (row.model, row.head, row.seq_len) == ("bert-tiny", "squad", 64)
+    assert row.levers == LEVERS.to_json()
+    assert row.versions == {"tensorflow": "2.21.0"}
+    assert row.time_utc.endswith("+00:00")
+    assert trial_from_json({**FITS.to_json(), "later": 1}) == FITS
+
+
+@pytest.mark.parametrize(
+    ("budget", "versions", "workload", "levers"),
+    [
+        (make_budget(DEVICE, 2 * GIB_BYTES), VERSIONS, WORKLOAD, LEVERS),
+        (BUDGET, '{"tensorflow": "2.22.0"}', WORKLOAD, LEVERS),
+        (BUDGET, VERSIONS, published_workload("bert-tiny", 128), LEVERS),
+        (BUDGET, VERSIONS, published_workload("bert-tiny", 64, "classifier"), LEVERS),
+        (BUDGET, VERSIONS, WORKLOAD, Levers(checkpointing=Checkpointing("full"))),
+        (BUDGET, VERSIONS, WORKLOAD, Levers(accumulation_steps=2)),
+    ],
+)
+def test_another_question_is_not_answered(
+    tmp_path: Path, budget: Budget, versions: str, workload: Workload, levers: Levers
+) -> None:
+    with open_ledger(tmp_path / "ledger.sqlite") as ledger:
+        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
+        assert find(ledger, budget, versions, workload, levers) == []
+
+
+def test_the_same_work_under_another_name_is_answered(tmp_path: Path) -> None:
+    with open_ledger(tmp_path / "ledger.sqlite") as ledger:
+        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
+        renamed = dataclasses.replace(WORKLOAD, model="mine")
+        assert find(ledger, BUDGET, VERSIONS, renamed, LEVERS) == [FITS]
+
+
+WRITER = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+import test_ledger as t
+with t.open_ledger({path!r}) as ledger:
+    for batch in range(1, 10**6):
+        trial = t.Trial(batch, "fits", 1, 1.0, 1.0)
+        t.record(ledger, t.BUDGET, {versions!r}, t.WORKLOAD, t.LEVERS, trial)
+        print(batch, flush=True)
+        if batch == {last}:
+            break
+"""
+
+
+def start_writer(path: Path, versions: str, last: int) -> subprocess.Popen[str]:
+    here = Path(__file__).parent
+    code = WRITER.format(root=str(here), path=str(path), versions=versions, last=last)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=here.parent
+    )
+
+
+def test_a_kill_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with start_writer(path, "{}", 0) as writer:
+        assert writer.stdout is not None
+        told = [int(writer.stdout.readline()) for _ in range(20)]
+        writer.send_signal(signal.SIGKILL)
+    with open_ledger(path) as ledger:
+        batches = [trial.batch for trial in find(ledger, BUDGET, "{}", WORKLOAD, LEVERS)]
+        assert batches[: len(told)] == told
+        record(ledger, BUDGET, "{}", WORKLOAD, LEVERS, FITS)
+
+
+def test_several_processes_make_and_write_one_ledger(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    keys = [f'{{"writer": "{number}"}}' for number in range(4)]
+    writers = [start_writer(path, key, 25) for key in keys]
+    for writer in writers:
+        writer.communicate(timeout=100)
+        assert writer.returncode == 0
+    with open_ledger(path) as ledger:
+        for key in keys:
+            found = find(ledger, BUDGET, key, WORKLOAD, LEVERS)
+            assert [trial.batch for trial in found] == list(range(1, 26))
+
+
+def fill(ledger: sqlite3.Connection) -> None:
+    for _ in range(1000):
+        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
+
+
+def test_a_full_or_read_only_disk_is_one_line_naming_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with open_ledger(path) as ledger:
+        ledger.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(InputError, match=r"ledger\.sqlite: cannot use the ledger.*is full"):
+            fill(ledger)
+        ledger.execute("PRAGMA query_only = ON")
+        with pytest.raises(InputError, match=r"ledger\.sqlite: cannot use the ledger.*readonly"):
+            record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
+        assert find(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) != []
+
+
+def test_what_is_no_ledger_is_refused_and_not_touched(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(b"not a database, but long enough to be looked at" * 100)
+    other = tmp_path / "other.sqlite"
+    with sqlite3.connect(other) as connection:
+        connection.execute("CREATE TABLE recipes (cake TEXT)")
+    connection.close()
+    numbered = tmp_path / "numbered.sqlite"
+    with sqlite3.connect(numbered) as connection:
+        connection.execute("CREATE TABLE recipes (cake TEXT)")
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    for path, words in [
+        (text, "not a usable ledger"),
+        (other, "another program"),
+        (numbered, "another program"),
+        (tmp_path, "cannot use the ledger"),
+        (text / "below", "cannot use the ledger"),
+    ]:
+        before = path.read_bytes() if path.is_file() else b""
+        with pytest.raises(InputError, match=f"{path.name}: .*{words}"), open_ledger(path):
+            pass
+        assert not path.is_file() or path.read_bytes() == before
+
+
+def test_a_newer_format_asks_for_an_upgrade(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.sqlite"
+    monkeypatch.setattr(ledger_module, "SCHEMA_VERSION", 2)
+    with open_ledger(path):
+        pass
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"format 2.*up to 1; upgrade"), open_ledger(path):
+        pass
+
+
+def test_every_record_is_synchronised(tmp_path: Path) -> None:
+    with open_ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert ledger.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert ledger.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
+        assert not ledger.in_transaction
+
+
+def test_default_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("BERTBENCH_LEDGER", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    assert default_ledger_path() == tmp_path / ".local/state/bertbench/ledger.sqlite"
+    monkeypatch.setenv("XDG_STATE_HOME", os.fspath(tmp_path / "state"))
+    assert default_ledger_path() == tmp_path / "state/bertbench/ledger.sqlite"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "Application Support" in str(default_ledger_path())
+    monkeypatch.setenv("BERTBENCH_LEDGER", "here.sqlite")
+    assert default_ledger_path() == Path("here.sqlite")
+
+
+def test_versions_are_found_without_importing_tensorflow() -> None:
+    code = (
+        "import sys; from bertbench.ledger import versions_key; print(versions_key());"
+        "assert 'tensorflow' not in sys.modules"
+    )
+    root = Path(__file__).parents[1]
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True
+    ).stdout
+    versions = json.loads(output)
+    assert output.strip() == versions_key()
+    assert versions["tensorflow"].startswith("2.")
+    assert versions["python"] == f"{sys.version_info[0]}.{sys.version_info[1]}"
