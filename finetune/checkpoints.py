@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import tensorflow as tf
@@ -19,6 +18,7 @@ from finetune.errors import InputError
 from finetune.files import write_atomically
 from finetune.modeling import Variables
 from finetune.optimization import OptimizerState
+from finetune.weights import open_tf_checkpoint
 
 KEPT_CHECKPOINTS = 2
 _PREFIX = "model.ckpt-"
@@ -48,18 +48,23 @@ def save_state(output_dir: Path, variables: Variables, state: OptimizerState) ->
     named = _named_state(variables, state)
     prefix = output_dir / f"{_PREFIX}{int(state.step.numpy())}"
     temporary = output_dir / f".tmp-{prefix.name}"
-    tf.raw_ops.SaveV2(
-        prefix=str(temporary),
-        tensor_names=list(named),
-        shape_and_slices=[""] * len(named),
-        tensors=[variable.read_value() for variable in named.values()],
-    )
-    # The index last: a checkpoint is found by it.
-    for suffix in (".data-00000-of-00001", ".index"):
-        _flush(Path(f"{temporary}{suffix}"))
-        os.replace(f"{temporary}{suffix}", f"{prefix}{suffix}")
+    _remove_temporaries(output_dir)
+    try:
+        tf.raw_ops.SaveV2(
+            prefix=str(temporary),
+            tensor_names=list(named),
+            shape_and_slices=[""] * len(named),
+            tensors=[variable.read_value() for variable in named.values()],
+        )
+        # The index last: a checkpoint is found by it.
+        for suffix in (".data-00000-of-00001", ".index"):
+            _flush(Path(f"{temporary}{suffix}"))
+            os.replace(f"{temporary}{suffix}", f"{prefix}{suffix}")
+    finally:
+        _remove_temporaries(output_dir)
     _write_state_file(output_dir, prefix.name)
-    for old in list_checkpoints(output_dir)[:-KEPT_CHECKPOINTS]:
+    others = [checkpoint for checkpoint in list_checkpoints(output_dir) if checkpoint != prefix]
+    for old in others[: 1 - KEPT_CHECKPOINTS]:
         for suffix in (".index", ".data-00000-of-00001"):
             Path(f"{old}{suffix}").unlink(missing_ok=True)
     return prefix
@@ -94,25 +99,25 @@ def restore_state(output_dir: Path, variables: Variables, state: OptimizerState)
         return None
     prefix = checkpoints[-1]
     hint = "choose another output folder, or remove this one"
-    named: Mapping[str, tf.Variable] = _named_state(variables, state)
-    try:
-        reader = tf.train.load_checkpoint(str(prefix))
-        shapes = reader.get_variable_to_shape_map()
-        for name, variable in named.items():
-            if tuple(shapes.get(name, (-1,))) != tuple(variable.shape):
-                raise InputError(
-                    f"the checkpoint to continue from has no {name} of shape "
-                    f"{variable.shape.as_list()}",
-                    path=prefix,
-                    hint=hint,
-                )
-        for name, variable in named.items():
-            variable.assign(reader.get_tensor(name))
-    except (tf.errors.OpError, RuntimeError) as error:
-        raise InputError(
-            f"cannot read the checkpoint to continue from ({error})", path=prefix, hint=hint
-        ) from error
+    shapes, read = open_tf_checkpoint(prefix, hint=hint)
+    named = _named_state(variables, state)
+    for name, variable in named.items():
+        if shapes.get(name) != tuple(variable.shape):
+            raise InputError(
+                f"the checkpoint to continue from has no {name} of shape "
+                f"{variable.shape.as_list()}",
+                path=prefix,
+                hint=hint,
+            )
+    for name, variable in named.items():
+        variable.assign(read(name))
     return int(state.step.numpy())
+
+
+def _remove_temporaries(output_dir: Path) -> None:
+    """Remove what a save that failed, or that a kill cut short, has left: as large as a model."""
+    for path in output_dir.glob(f".tmp-{_PREFIX}*"):
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -60,7 +60,8 @@ class BertConfig:
             "type_vocab_size",
         ):
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
+            # To Python, true is also an int.
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{field} must be a positive integer, not {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
@@ -75,6 +76,10 @@ class BertConfig:
             value = getattr(self, field)
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise InputError(f"{field} must be in [0, 1), not {value!r}")
+        for field in ("initializer_range", "layer_norm_eps"):
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise InputError(f"{field} must be a number, 0 or above, not {value!r}")
 
     @property
     def head_size(self) -> int:
@@ -114,6 +119,8 @@ def from_json_file(path: str | Path) -> BertConfig:
         raise InputError(f"not UTF-8 text ({error.reason})", path=path) from error
     except json.JSONDecodeError as error:
         raise InputError(f"not valid JSON ({error.msg})", path=path, line=error.lineno) from error
+    except RecursionError as error:
+        raise InputError(f"not valid JSON ({error})", path=path) from error
     if not isinstance(raw, dict):
         raise InputError("not a JSON object", path=path)
     try:

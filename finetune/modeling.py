@@ -134,8 +134,12 @@ def _embed(
     """Sum word, segment and position embeddings, normalise, drop; `[b * s, h]`."""
     batch, seq_len, hidden = tf.shape(input_ids)[0], input_ids.shape[1], config.hidden_size
     prefix = "bert/embeddings/"
-    x = tf.gather(variables[prefix + "word_embeddings"], input_ids)  # [b, s, h]
-    x += tf.gather(variables[prefix + "token_type_embeddings"], segment_ids)
+    # From the value, not the variable: a gather from a variable makes TensorFlow copy the whole
+    # table at every later read and update (EnsureSparseVariableAccess, copy_on_read_mode).
+    words = tf.convert_to_tensor(variables[prefix + "word_embeddings"])
+    segments = tf.convert_to_tensor(variables[prefix + "token_type_embeddings"])
+    x = tf.gather(words, input_ids)  # [b, s, h]
+    x += tf.gather(segments, segment_ids)
     x += variables[prefix + "position_embeddings"][:seq_len]
     x = layer_norm(
         tf.reshape(x, [-1, hidden]),

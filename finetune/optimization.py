@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -136,18 +137,17 @@ def apply_gradients(
     # As tf.clip_by_global_norm: a norm that is not finite makes every gradient NaN.
     scale = settings.clip_norm / tf.maximum(norm, settings.clip_norm)
     scale = tf.where(tf.math.is_finite(norm), scale, float("nan"))
-    before: list[tf.Operation] = (
-        [norm.op] if hasattr(norm, "op") and not tf.executing_eagerly() else []
-    )
+    before: list[Any] = [norm]
     for variable, first, second, gradient in zip(
         trained, state.first_moments, state.second_moments, gradients, strict=True
     ):
+        if decays(variable.name):
+            # From the value before the update, as the original has it: the decay and Adam's term
+            # do not depend on each other, so they may be taken off in turn.
+            with tf.control_dependencies(before):
+                decay = variable * (rate * settings.weight_decay)
+                before = [variable.assign_sub(decay, read_value=False)]
         with tf.control_dependencies(before):
-            clipped = gradient * scale
-            if decays(variable.name):
-                # From the value before the update, as the original has it: the decay and Adam's
-                # term do not depend on each other, so they may be taken off in turn.
-                variable.assign_sub(variable * (rate * settings.weight_decay))
             update = tf.raw_ops.ResourceApplyAdam(
                 var=variable.handle,
                 m=first.handle,
@@ -158,9 +158,9 @@ def apply_gradients(
                 beta1=settings.beta_1,
                 beta2=settings.beta_2,
                 epsilon=settings.epsilon,
-                grad=clipped,
+                grad=gradient * scale,
             )
-            before = [] if update is None else [update]
+            before = [update]
     with tf.control_dependencies(before):
         state.step.assign_add(1)
     return rate, norm

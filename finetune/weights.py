@@ -99,14 +99,15 @@ def load_weights(variables: Variables, init_checkpoint: str | Path) -> LoadRepor
             shape differs (as when the configuration or vocabulary belongs to another model).
     """
     source = find_checkpoint(init_checkpoint)
-    names, read = _open_safetensors(source) if source.suffix == ".safetensors" else _open_tf(source)
+    opened = _open_safetensors if source.suffix == ".safetensors" else open_tf_checkpoint
+    names, read = opened(source)
     loaded, initialised = [], []
     for name, variable in variables.items():
         optional = name in _HEAD_NAMES or name.startswith(_POOLER_PREFIX)
         shape = names.get(name)
         wanted = tuple(variable.shape)
         if shape == wanted:
-            variable.assign(read(name))
+            variable.assign(np.asarray(read(name), np.float32))
             loaded.append(name)
         elif shape is None and optional:
             initialised.append(name)
@@ -132,20 +133,36 @@ def load_weights(variables: Variables, init_checkpoint: str | Path) -> LoadRepor
 _Reader = tuple[Mapping[str, tuple[int, ...]], Callable[[str], np.ndarray]]
 
 
-def _open_tf(prefix: Path) -> _Reader:
+def open_tf_checkpoint(prefix: Path, *, hint: str = "fetch or export it again") -> _Reader:
+    """Open a TensorFlow checkpoint.
+
+    Args:
+        prefix: its files' name without `.index`.
+        hint: what the user should do if it cannot be read.
+
+    Returns:
+        Shapes by name, and a function from a name to its array.
+
+    Raises:
+        InputError: it cannot be read; the function raises it too.
+    """
+
+    def damaged(what: str, error: Exception) -> InputError:
+        return InputError(f"cannot read {what} ({error})", path=prefix, hint=hint)
+
+    # TensorFlow's reader raises by the kind of damage: OpError, or Python's own exceptions.
+    kinds = (tf.errors.OpError, RuntimeError, ValueError, LookupError)
     try:
         reader = tf.train.load_checkpoint(str(prefix))
         shapes = reader.get_variable_to_shape_map()
-    except (tf.errors.OpError, ValueError) as error:
-        raise InputError(
-            f"cannot read the TensorFlow checkpoint ({error.args[-1]})", path=prefix
-        ) from error
+    except kinds as error:
+        raise damaged("the TensorFlow checkpoint", error) from error
 
     def read(name: str) -> np.ndarray:
         try:
-            return np.asarray(reader.get_tensor(name), np.float32)
-        except (tf.errors.OpError, RuntimeError) as error:
-            raise InputError(f"cannot read {name} ({error})", path=prefix) from error
+            return np.asarray(reader.get_tensor(name))
+        except kinds as error:
+            raise damaged(f"{name} from the TensorFlow checkpoint", error) from error
 
     return {name: tuple(shape) for name, shape in shapes.items()}, read
 
@@ -164,7 +181,7 @@ def _open_safetensors(path: Path) -> _Reader:
 
     def read(name: str) -> np.ndarray:
         try:
-            value = np.asarray(file.get_tensor(by_name[name]), np.float32)
+            value = np.asarray(file.get_tensor(by_name[name]))
         except (SafetensorError, TypeError) as error:
             raise InputError(f"cannot read {by_name[name]} ({error})", path=path) from error
         return np.ascontiguousarray(value.T) if name.endswith("kernel") else value

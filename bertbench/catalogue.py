@@ -1,0 +1,98 @@
+"""Accelerators that a plan can be made for without having one: memory and rates, from data sheets.
+
+Sources: NVIDIA's data sheets and architecture white papers of each product (memory, bandwidth,
+peak single-precision rate without tensor cores).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from bertbench.bytes import GIB_BYTES, MIB_BYTES
+from finetune.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """One product.
+
+    Attributes:
+        name: what `--gpu` takes.
+        memory_bytes: nominal memory.
+        usable_bytes: what a training step's allocator can expect when nobody else uses the card:
+            nominal memory less the driver's reservation, the CUDA context and library workspaces.
+        flops_per_second: peak float32 rate, without tensor cores.
+        bytes_per_second: memory bandwidth.
+    """
+
+    name: str
+    memory_bytes: int
+    flops_per_second: float
+    bytes_per_second: float
+
+    @property
+    def usable_bytes(self) -> int:
+        """Nominal memory less 7 %, as the 11,430 MiB that TensorFlow gets of a 12 GiB Titan X."""
+        return int(self.memory_bytes * 0.93) // MIB_BYTES * MIB_BYTES
+
+
+_ROWS = (
+    # name, GiB, TFLOP/s float32, GB/s
+    ("gtx-1050-ti", 4, 2.1, 112),
+    ("gtx-1060", 6, 4.4, 192),
+    ("gtx-1070", 8, 6.5, 256),
+    ("gtx-1080", 8, 8.9, 320),
+    ("gtx-1080-ti", 11, 11.3, 484),
+    ("titan-x", 12, 10.2, 480),
+    ("titan-rtx", 24, 16.3, 672),
+    ("rtx-2060", 6, 6.5, 336),
+    ("rtx-2070", 8, 7.5, 448),
+    ("rtx-2080", 8, 10.1, 448),
+    ("rtx-2080-ti", 11, 13.4, 616),
+    ("rtx-3060", 12, 12.7, 360),
+    ("rtx-3070", 8, 20.3, 448),
+    ("rtx-3080", 10, 29.8, 760),
+    ("rtx-3090", 24, 35.6, 936),
+    ("rtx-4060", 8, 15.1, 272),
+    ("rtx-4070", 12, 29.1, 504),
+    ("rtx-4080", 16, 48.7, 717),
+    ("rtx-4090", 24, 82.6, 1008),
+    ("k80", 12, 4.4, 240),
+    ("p100", 16, 9.3, 732),
+    ("t4", 16, 8.1, 320),
+    ("v100", 16, 15.7, 900),
+    ("a10", 24, 31.2, 600),
+    ("l4", 24, 30.3, 300),
+    ("a100", 40, 19.5, 1555),
+    ("h100", 80, 67.0, 3350),
+    ("h200", 141, 67.0, 4800),
+)
+
+ACCELERATORS = {
+    name: Accelerator(name, gib * GIB_BYTES, tera * 1e12, giga * 1e9)
+    for name, gib, tera, giga in _ROWS
+}
+
+
+def find_accelerator(name: str) -> Accelerator:
+    """Look up a product; case, spaces, underscores and the maker's name do not matter.
+
+    Raises:
+        InputError: it is not in the catalogue.
+    """
+    key = name.lower().replace(" ", "-").replace("_", "-")
+    for prefix in ("nvidia-", "geforce-", "tesla-", "gpu-"):
+        key = key.removeprefix(prefix)
+    if key not in ACCELERATORS:
+        raise InputError(
+            f"{name!r} is not in the catalogue",
+            hint="see `bertbench plan --gpu list`, or give --memory",
+        )
+    return ACCELERATORS[key]
+
+
+def match_accelerator(product: str) -> Accelerator | None:
+    """The product that a driver's device name means, as `NVIDIA H100 80GB HBM3`, or None."""
+    key = product.lower().replace(" ", "-")
+    matches = [name for name in ACCELERATORS if f"-{name}-" in f"-{key}-"]
+    return ACCELERATORS[max(matches, key=len)] if matches else None

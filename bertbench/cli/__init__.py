@@ -1,0 +1,83 @@
+"""The command line: one module per verb, loaded only when the verb is used."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from bertbench.cli.common import CONTEXT
+from bertbench.errors import StoppedEarlyError, WorkError
+from finetune.errors import InputError
+
+_VERBS = {
+    "devices": "What is attached, how much memory it has, and who holds it.",
+    "plan": "Fastest lever setting that fits, for a target batch.",
+    "probe": "Largest batch that really fits, certified.",
+    "run": "Fine-tune, predict and evaluate with a plan.",
+}
+
+
+class _LazyGroup(click.Group):
+    """A group that knows its verbs' names and imports a verb when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            return None
+        command: click.Command = importlib.import_module(f"bertbench.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(_VERBS.items()))
+
+
+@click.group(cls=_LazyGroup, context_settings=CONTEXT)
+@click.version_option(package_name="bertbench")
+def cli() -> None:
+    """Make BERT fine-tuning fit: probe the largest batch, plan, and run.
+
+    \b
+    Example:
+      bertbench probe
+      bertbench plan --target-batch 32
+      bertbench run squad
+    """
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line.
+
+    Exits with code 0 on success, 2 for wrong input, 1 for work that failed, 130 when interrupted.
+    """
+    try:
+        cli.main(args=arguments, prog_name="bertbench", standalone_mode=False)
+    except click.exceptions.Exit as finished:
+        sys.exit(finished.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except InputError as error:
+        _fail(str(error), 2)
+    except StoppedEarlyError as error:
+        _fail(str(error), 130)
+    except WorkError as error:
+        _fail(str(error), 1)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of a pipe has gone, as in `bertbench plan | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> None:
+    line = " ".join(message.split())
+    print(f"bertbench: {line}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,230 @@
+"""`bertbench run`: the original's scripts, with a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bertbench.cli.common import CONTEXT, device_options, json_option, resolve_budget, write_json
+from bertbench.progress import say
+from bertbench.running import ModelFiles, RunSettings, find_model_files
+from finetune.checkpointing import parse_checkpointing
+from finetune.demo_data import demo_files
+from finetune.errors import InputError
+from finetune.tokenization import infer_do_lower_case
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_DEMO_FLAGS = {"max_seq_length": 64, "train_batch_size": 8, "num_train_epochs": 6.0}
+
+
+def _switch(name: str, default: bool | None, text: str) -> Callable[[Any], Any]:
+    """A flag that may stand alone or take a value, as the original's: --do_train[=true]."""
+    return click.option(
+        name, type=bool, is_flag=False, flag_value="true", default=default, help=text
+    )
+
+
+def _shared_options(command: Any) -> Any:
+    options = [
+        click.option("--model", "model_dir", type=_FOLDER, help="Folder with configuration, "
+                     "vocab.txt and weights (bert_model.ckpt or model.safetensors)."),
+        click.option("--bert_config_file", type=_FILE, help="Shape of the model."),
+        click.option("--vocab_file", type=_FILE, help="WordPiece vocabulary."),
+        click.option("--init_checkpoint", type=click.Path(path_type=Path),
+                     help="Weights: a TensorFlow checkpoint, a safetensors file or a folder."),
+        click.option("--output_dir", type=_FOLDER, help="Results and checkpoints."),
+        click.option("--overwrite_output_dir", is_flag=True, help="Forget an earlier run there."),
+        _switch("--do_lower_case", None, "Lower-case the input (uncased models). Default: as the "
+                "model's name says, else true."),
+        click.option("--train_batch_size", "--target-batch", type=click.IntRange(1), default=32,
+                     show_default=True, help="Effective batch, whatever fits at a time."),
+        click.option("--predict_batch_size", "--eval_batch_size", type=click.IntRange(1),
+                     default=8, show_default=True, help="At most so many at a time to predict."),
+        click.option("--learning_rate", type=float, default=5e-5, show_default=True),
+        click.option("--num_train_epochs", type=float, default=3.0, show_default=True),
+        click.option("--warmup_proportion", type=click.FloatRange(0, 1), default=0.1,
+                     show_default=True),
+        click.option("--save_checkpoints_steps", type=click.IntRange(1), default=1000,
+                     show_default=True, help="Also every ten minutes."),
+        click.option("--seed", type=click.IntRange(0), default=12345, show_default=True),
+        click.option("--adam_bias_correction", is_flag=True, help="Adam as published; the "
+                     "original leaves its bias correction out."),
+        click.option("--plan", "plan_file", type=_FILE, help="From `bertbench plan --json FILE`. "
+                     "Default: plan now."),
+        click.option("--checkpointing", help="Insist on none, full or full:N."),
+        click.option("--micro_batch", type=click.IntRange(1), help="Insist on a micro-batch."),
+        click.option("--max_train_examples", type=click.IntRange(1), help="Only the first ones."),
+        click.option("--demo", is_flag=True, help="Built-in data and a tiny random model."),
+        device_options,
+        json_option,
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings=CONTEXT)
+def command() -> None:
+    """Fine-tune, predict and evaluate with a plan."""
+
+
+@command.command(context_settings=CONTEXT)
+@_shared_options
+@_switch("--do_train", None, "Default: if --train_file is given.")
+@_switch("--do_predict", None, "Default: if --predict_file is given.")
+@click.option("--train_file", type=_FILE, help="SQuAD JSON to train on.")
+@click.option("--predict_file", type=_FILE, help="SQuAD JSON to answer.")
+@click.option("--max_seq_length", type=click.IntRange(8), default=384, show_default=True)
+@click.option("--doc_stride", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--max_query_length", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--n_best_size", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--max_answer_length", type=click.IntRange(1), default=30, show_default=True)
+@_switch("--version_2_with_negative", False, "Some questions have no answer.")
+@click.option("--null_score_diff_threshold", type=float, default=0.0, show_default=True)
+@click.pass_context
+def squad(context: click.Context, **flags: Any) -> None:
+    """Question answering on SQuAD files. Without files: the demo.
+
+    \b
+    Example:
+      bertbench run squad --model uncased_L-12_H-768_A-12 \\
+        --train_file train-v1.1.json --predict_file dev-v1.1.json \\
+        --target-batch 32 --memory 12GiB --output_dir squad_out
+    """
+    from bertbench.run_squad import SquadSettings, run_squad
+
+    if not flags["demo"] and flags["train_file"] is None and flags["predict_file"] is None:
+        say("no --train_file and no --predict_file: running the built-in demo")
+        flags["demo"] = True
+    if flags["demo"]:
+        demo = demo_files()
+        _use_demo(context, flags, {"doc_stride": 32, "max_query_length": 24})
+        flags["train_file"] = flags["train_file"] or demo.squad_train
+        flags["predict_file"] = flags["predict_file"] or demo.squad_dev
+    _need(flags, "do_train", "train_file")
+    _need(flags, "do_predict", "predict_file")
+    files, settings = _model_and_settings(flags)
+    squad_settings = SquadSettings(
+        train_file=flags["train_file"] if flags["do_train"] is not False else None,
+        predict_file=flags["predict_file"] if flags["do_predict"] is not False else None,
+        **{
+            field.name: flags[field.name]
+            for field in dataclasses.fields(SquadSettings)
+            if field.name not in ("train_file", "predict_file")
+        },
+    )
+    budget = resolve_budget(flags["device"], flags["memory"])
+    _report(run_squad(files, settings, squad_settings, budget), flags)
+
+
+@command.command(context_settings=CONTEXT)
+@_shared_options
+@click.option("--task_name", help="As in MRPC, CoLA.")
+@click.option("--data_dir", type=_FOLDER, help="Folder of the task's files.")
+@_switch(
+    "--do_train",
+    None,
+    "Train on the train split. Default: true unless --do_eval or --do_predict is given.",
+)
+@_switch("--do_eval", None, "Evaluate on the dev split. Default: as --do_train.")
+@_switch("--do_predict", False, "Write probabilities for the test split.")
+@click.option("--max_seq_length", type=click.IntRange(8), default=128, show_default=True)
+@click.pass_context
+def classifier(context: click.Context, **flags: Any) -> None:
+    """Sentence and sentence-pair classification on GLUE folders. Without a task: the demo.
+
+    \b
+    Example:
+      bertbench run classifier --task_name MRPC --data_dir glue/MRPC \\
+        --model uncased_L-12_H-768_A-12 --do_train --do_eval \\
+        --train_batch_size 32 --learning_rate 2e-5 --output_dir mrpc_out
+    """
+    from bertbench.run_classifier import ClassifierSettings, run_classifier
+
+    if not flags["demo"] and flags["task_name"] is None and flags["data_dir"] is None:
+        say("no --task_name and no --data_dir: running the built-in demo")
+        flags["demo"] = True
+    if flags["demo"]:
+        demo = demo_files()
+        _use_demo(context, flags, {})
+        flags["task_name"] = flags["task_name"] or "MRPC"
+        flags["data_dir"] = flags["data_dir"] or demo.mrpc_dir
+    for name in ("task_name", "data_dir"):
+        if flags[name] is None:
+            raise InputError(f"--{name} is missing", hint="or use --demo")
+    asked = flags["do_train"] or flags["do_eval"] or flags["do_predict"]
+    files, settings = _model_and_settings(flags)
+    what = ClassifierSettings(
+        flags["task_name"],
+        flags["data_dir"],
+        do_train=not asked if flags["do_train"] is None else flags["do_train"],
+        do_eval=not asked if flags["do_eval"] is None else flags["do_eval"],
+        do_predict=flags["do_predict"],
+        max_train_examples=flags["max_train_examples"],
+    )
+    budget = resolve_budget(flags["device"], flags["memory"])
+    _report(run_classifier(files, settings, what, budget), flags)
+
+
+def _use_demo(context: click.Context, flags: dict[str, Any], more: dict[str, Any]) -> None:
+    """Fill in the demo's model and small numbers where the user gave none."""
+    demo = demo_files()
+    for name, value in {**_DEMO_FLAGS, "learning_rate": 5e-4, **more}.items():
+        if context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+            flags[name] = value
+    if flags["model_dir"] is None:
+        flags["bert_config_file"] = flags["bert_config_file"] or demo.bert_config_file
+        flags["vocab_file"] = flags["vocab_file"] or demo.vocab_file
+    if flags["output_dir"] is None:
+        flags["output_dir"] = Path(tempfile.mkdtemp(prefix="bertbench-demo-"))
+
+
+def _need(flags: dict[str, Any], switch: str, file: str) -> None:
+    if flags[switch] and flags[file] is None:
+        raise InputError(f"--{switch} needs --{file}")
+
+
+def _model_and_settings(flags: dict[str, Any]) -> tuple[ModelFiles, RunSettings]:
+    """Settings from flags; the output folder is required, as in the original."""
+    if flags["output_dir"] is None:
+        raise InputError("--output_dir is missing", hint="name a folder for the results")
+    files = find_model_files(
+        flags["model_dir"],
+        flags["bert_config_file"],
+        flags["vocab_file"],
+        flags["init_checkpoint"],
+    )
+    lower = flags["do_lower_case"]
+    if lower is None:
+        inferred = infer_do_lower_case(str(files.init_checkpoint or files.config_file))
+        lower = True if inferred is None else inferred
+    policy = flags["checkpointing"]
+    settings = RunSettings(
+        do_lower_case=lower,
+        overwrite=flags["overwrite_output_dir"],
+        checkpointing=None if policy is None else parse_checkpointing(policy),
+        **{
+            field.name: flags[field.name]
+            for field in dataclasses.fields(RunSettings)
+            if field.name not in ("do_lower_case", "overwrite", "checkpointing")
+        },
+    )
+    return files, settings
+
+
+def _report(results: dict[str, Any], flags: dict[str, Any]) -> None:
+    json_file = flags["json_file"]
+    if json_file is not None:
+        write_json(json_file, results)
+    if str(json_file) == "-":
+        return
+    for name, value in results.items():
+        if not isinstance(value, dict):
+            click.echo(f"{name} = {value}")
+    click.echo(f"output: {flags['output_dir']}")

@@ -1,0 +1,100 @@
+"""Predicted seconds of an optimizer step: operations over rates.
+
+Good for comparing lever settings with one another; on a device that nothing was measured on, the
+absolute number is a rough one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+
+from bertbench.catalogue import Accelerator, match_accelerator
+from bertbench.devices import Device
+from bertbench.workload import Levers, Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What a device delivers on this work.
+
+    Attributes:
+        flops_per_second: rate of large float32 matrix products and what surrounds them.
+        bytes_per_second: memory bandwidth of the update.
+        half_rate_tokens: tokens of a micro-batch at which half the rate is reached.
+        launch_seconds: fixed cost of a layer's kernels, forward and backward.
+    """
+
+    flops_per_second: float
+    bytes_per_second: float
+    half_rate_tokens: float
+    launch_seconds: float
+
+
+_CPU_FLOPS_PER_CORE = 6e10
+_GPU_EFFICIENCY = 0.5
+
+
+def gpu_rates(accelerator: Accelerator) -> Rates:
+    """Rates of a product of the catalogue: half of the data sheet's."""
+    return Rates(
+        accelerator.flops_per_second * _GPU_EFFICIENCY,
+        accelerator.bytes_per_second * _GPU_EFFICIENCY,
+        half_rate_tokens=256,
+        launch_seconds=5e-4,
+    )
+
+
+def device_rates(device: Device) -> Rates:
+    """Rates of an attached device; a GPU that is not in the catalogue counts as a T4."""
+    if device.kind == "cpu":
+        cores = usable_cores()
+        return Rates(_CPU_FLOPS_PER_CORE * cores, 1e10, half_rate_tokens=32, launch_seconds=2e-3)
+    accelerator = match_accelerator(device.name) or match_accelerator("t4")
+    assert accelerator is not None
+    return gpu_rates(accelerator)
+
+
+def usable_cores() -> int:
+    """Number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def forward_flops(workload: Workload) -> int:
+    """Operations of one example's forward pass through the layers, two per multiply-add."""
+    config, s = workload.config, workload.seq_len
+    h, f = config.hidden_size, config.intermediate_size
+    layer = 2 * s * (4 * h * h + 2 * h * f) + 4 * s * s * h
+    return config.num_hidden_layers * layer
+
+
+def predict_step_seconds(
+    workload: Workload, levers: Levers, micro_batch: int, rates: Rates
+) -> float:
+    """Seconds of one optimizer step: all its micro-batches and the update.
+
+    Args:
+        workload: what is trained.
+        levers: lever settings with the number of micro-batches.
+        micro_batch: rows of each, padding rows among them.
+        rates: the device's.
+    """
+    layers = workload.config.num_hidden_layers
+    recomputed = levers.checkpointing.checkpointed_layers(layers) / layers
+    # Forward once, backward twice as much, recomputed layers forward once more.
+    flops = forward_flops(workload) * micro_batch * (3 + recomputed)
+    tokens = micro_batch * workload.seq_len
+    efficiency = tokens / (tokens + rates.half_rate_tokens)
+    parameters = sum(math.prod(shape) for shape in workload.parameters.values())
+    micro_seconds = (
+        flops / (rates.flops_per_second * efficiency)
+        + rates.launch_seconds * layers * (1 + recomputed / 3)
+        # An accumulator is read, added to and written.
+        + (12 * parameters / rates.bytes_per_second if levers.accumulation_steps > 1 else 0)
+    )
+    # Norm, clipping, decay and Adam read and write weights, gradients and moments.
+    update_seconds = 44 * parameters / rates.bytes_per_second
+    return levers.accumulation_steps * micro_seconds + update_seconds

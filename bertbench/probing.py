@@ -1,0 +1,118 @@
+"""One cell of a probe: a workload and levers, the largest batch that fits, and the evidence."""
+
+from __future__ import annotations
+
+import dataclasses
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bertbench.devices import Budget
+from bertbench.footprint import predict_footprint
+from bertbench.ledger import find, record, versions_key
+from bertbench.search import SearchResult, find_max_batch
+from bertbench.trial import Trial, measure_batches
+from bertbench.workload import Levers, Workload
+
+PUBLISHED_MAX_BATCH = {
+    ("bert-base", 64): 64,
+    ("bert-base", 128): 32,
+    ("bert-base", 256): 16,
+    ("bert-base", 320): 14,
+    ("bert-base", 384): 12,
+    ("bert-base", 512): 6,
+    ("bert-large", 64): 12,
+    ("bert-large", 128): 6,
+    ("bert-large", 256): 2,
+    ("bert-large", 320): 1,
+    ("bert-large", 384): 0,
+    ("bert-large", 512): 0,
+}
+"""Maximum batch of the original release on a Titan X with 12 GB, from its README."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A question and its answer.
+
+    Attributes:
+        workload: model, head and sequence length.
+        levers: lever settings.
+        result: what the search found.
+        seconds: time it took now.
+    """
+
+    workload: Workload
+    levers: Levers
+    result: SearchResult
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Values under the keys of a probe file."""
+        result = self.result
+        return {
+            "model": self.workload.model,
+            "head": self.workload.head,
+            "seq_len": self.workload.seq_len,
+            "levers": self.levers.to_json(),
+            "max_batch": result.max_batch,
+            "stopped_by": result.stopped_by,
+            "certificate": result.certificate.to_json() if result.certificate else None,
+            "contradictions": [[a.to_json(), b.to_json()] for a, b in result.contradictions],
+            "message": result.message,
+            "missing_bytes": result.missing_bytes,
+            "trials": [trial.to_json() for trial in result.trials],
+            "measured": result.measured,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def probe_cell(
+    ledger: sqlite3.Connection,
+    budget: Budget,
+    workload: Workload,
+    levers: Levers,
+    *,
+    max_batch: int | None = None,
+    certify: bool = True,
+    fresh: bool = False,
+    steps: int = 3,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
+) -> Cell:
+    """Find and certify the largest batch of a cell; every trial goes to the ledger at once.
+
+    Args:
+        ledger: open; trials in it that answer the same question are not repeated.
+        budget: device and bytes.
+        workload: model, head and sequence length.
+        levers: lever settings.
+        max_batch: largest batch of interest.
+        certify: measure both sides of the limit in fresh processes.
+        fresh: measure again what the ledger knows.
+        steps: optimizer steps of a trial, at least 2.
+        on_trial: called after every trial that was measured.
+    """
+    began = time.monotonic()
+    versions = versions_key()
+
+    def keep(trial: Trial) -> None:
+        record(ledger, budget, versions, workload, levers, trial)
+        on_trial(trial)
+
+    def measure(batches: Sequence[int], fresh: bool) -> list[Trial]:
+        return measure_batches(
+            workload, levers, budget, batches, steps=steps, fresh=fresh, on_trial=keep
+        )
+
+    result = find_max_batch(
+        measure,
+        known=[] if fresh else find(ledger, budget, versions, workload, levers),
+        predict_peak_bytes=lambda batch: (
+            predict_footprint(workload, levers, batch, device_kind=budget.device.kind).peak_bytes
+        ),
+        budget_bytes=budget.budget_bytes,
+        max_batch=max_batch,
+        certify=certify,
+    )
+    return Cell(workload, levers, result, time.monotonic() - began)

@@ -1,0 +1,82 @@
+"""Progress with an estimate of the time left: a bar on a terminal, a line now and then elsewhere.
+
+Everything goes to standard error; standard output is for results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINE_EVERY_SECONDS = 15.0
+
+Advance = Callable[[int, str], None]
+"""Takes how many items are finished in all, and what to say about them."""
+
+
+def say(text: str) -> None:
+    """Write a line for people to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int, unit: str, first: int = 0) -> Iterator[Advance]:
+    """Show how far a piece of work is.
+
+    Args:
+        description: what is being done, as in `train`.
+        total: items in all.
+        unit: what an item is, as in `steps`.
+        first: items that were finished before; they do not count for the rate.
+
+    Yields:
+        A function to call after every item.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with Progress(
+            TextColumn(description),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=False,
+        ) as bar:
+            task = bar.add_task(description, total=total, completed=first, note="")
+            yield lambda done, note: bar.update(task, completed=done, note=note)
+        return
+    began = said = time.monotonic()
+
+    def advance(done: int, note: str) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said < LINE_EVERY_SECONDS and done < total:
+            return
+        said = now
+        left = (now - began) / max(done - first, 1) * (total - done)
+        say(f"{description}: {done}/{total} {unit}, {_duration(left)} left {note}".rstrip())
+
+    yield advance
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,0 +1,237 @@
+"""The command line as a user meets it: exit codes, messages, files, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune.demo_data import demo_files
+from finetune.training import read_log
+
+
+def bertbench(*arguments: str | Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bertbench", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        **kwargs,  # type: ignore[call-overload]
+    )
+
+
+def fails_with_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert result.returncode == 2, result
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("bertbench: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in last, last
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model folder without weights: the demo's shape and vocabulary."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(demo_files().bert_config_file, folder)
+    shutil.copy(demo_files().vocab_file, folder)
+    return folder
+
+
+def squad_arguments(output_dir: Path, *more: str | Path) -> list[str | Path]:
+    demo = demo_files()
+    return [
+        "run", "squad", "--bert_config_file", demo.bert_config_file, "--vocab_file",
+        demo.vocab_file, "--output_dir", output_dir, "--max_seq_length", "64", "--doc_stride",
+        "32", "--max_query_length", "24", "--memory", "400MiB", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", [[], ["devices"], ["plan"], ["probe"], ["run"], ["run", "squad"]])
+def test_help_has_an_example_and_needs_no_tensorflow(verb: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from bertbench.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    assert 'tensorflow' not in sys.modules\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *verb, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Usage: bertbench" in result.stdout
+    assert "bertbench " in result.stdout.partition("Usage")[2]
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_plan_needs_no_tensorflow_and_writes_what_it_shows(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from bertbench.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    assert 'tensorflow' not in sys.modules\n"
+    )
+    path = tmp_path / "plan.json"
+    arguments = ["plan", "--target-batch", "32", "--model", "bert-base", "--seq-len", "384",
+                 "--gpu", "titan-x", "--memory", "12GiB", "--json", str(path)]  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
+    )
+    plan = json.loads(path.read_text())
+    chosen = plan["chosen"]
+    assert plan["target_batch"] == 32
+    assert plan["budget_bytes"] == 12 << 30
+    assert 32 <= chosen["micro_batch"] * chosen["accumulation_steps"] < 32 + chosen["micro_batch"]
+    assert sum(chosen["footprint"].values()) == chosen["predicted_peak_bytes"] < 12 << 30
+    assert f"chosen {chosen['micro_batch']:>13}" in result.stdout
+    assert max(map(len, result.stdout.splitlines()[1:5])) <= 80
+
+
+def test_plan_alone_prints_the_papers_grid() -> None:
+    result = bertbench("plan", "--target-batch", "32", "--gpu", "titan-x")
+    assert result.returncode == 0
+    lines = result.stdout.splitlines()
+    assert sum(line.startswith(("bert-base ", "bert-large ")) for line in lines) == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "--model", "bert-huge", "--seq-len", "128"], ["bert-huge", "bert-base"]),
+        (["plan", "--model", "bert-base", "--seq-len", "600"], ["600", "512"]),
+        (["plan", "--model", "bert-large", "--seq-len", "128", "--memory", "2GiB"],
+         ["does not fit", "more"]),
+        (["plan", "--memory", "twelve"], ["twelve", "12GiB"]),
+        (["plan", "--gpu", "voodoo2"], ["voodoo2", "list"]),
+        (["plan", "--checkpointing", "some"], ["some", "full"]),
+        (["plan", "--no-such-flag"], ["no-such-flag"]),
+        (["probe", "--models", "bert-tiny", "--seq-lens", "many"], ["many"]),
+        (["probe", "--device", "gpu:77"], ["gpu:77"]),
+        (["probe", "--memory", "900TiB"], ["more than"]),
+        (["run", "classifier", "--task_name", "NoSuchTask", "--demo"], ["NoSuchTask", "MRPC"]),
+        (["run", "squad", "--train_file", "no-such.json"], ["--output_dir"]),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line_and_exit_code_2(arguments: list[str], words: list[str]) -> None:
+    fails_with_one_line(bertbench(*arguments), *words)
+
+
+def test_missing_and_broken_files(tmp_path: Path, model: Path) -> None:
+    output = tmp_path / "out"
+    missing = tmp_path / "missing.json"
+    fails_with_one_line(
+        bertbench(*squad_arguments(output, "--train_file", missing)), "missing.json"
+    )
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"version": "1.1",\n "data": [\n  {"title" "x"}]}')
+    fails_with_one_line(
+        bertbench(*squad_arguments(output, "--train_file", broken)), f"{broken}:3:", "JSON"
+    )
+    (model / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nword\n")
+    fails_with_one_line(
+        bertbench("run", "squad", "--model", model, "--train_file", demo_files().squad_train,
+                  "--output_dir", output, "--max_seq_length", "64", "--init_checkpoint", "x"),
+        "vocab.txt", "1140",
+    )  # fmt: skip
+    assert not output.exists()
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, shared_dir: Path) -> None:
+    result = bertbench(
+        *squad_arguments(
+            tmp_path / "out",
+            "--train_file",
+            demo_files().squad_train,
+            "--init_checkpoint",
+            shared_dir / "golden" / "tiny_bert" / "bert_model.ckpt",
+        )
+    )
+    fails_with_one_line(result, "word_embeddings", "[120, 32]", "[1140, 64]")
+
+
+def test_demo_of_both_tasks(tmp_path: Path) -> None:
+    squad = bertbench("run", "squad", "--demo", "--output-dir", tmp_path / "squad", "--json",
+                      tmp_path / "squad.json", "--memory", "1GiB")  # fmt: skip
+    assert squad.returncode == 0, squad.stderr
+    results = json.loads((tmp_path / "squad.json").read_text())
+    answers = json.loads((tmp_path / "squad" / "predictions.json").read_text())
+    assert len(answers) == 13
+    assert all(isinstance(answer, str) for answer in answers.values())
+    assert 0 <= results["exact_match"] <= results["f1"] <= 100
+    losses = [record.loss for record in read_log(tmp_path / "squad" / "train_log.jsonl")]
+    assert len(losses) == results["global_step"]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    classifier = bertbench("run", "classifier", "--demo", "--output_dir", tmp_path / "mrpc",
+                           "--memory", "1GiB", "--do_train=true", "--do_eval=true",
+                           "--do_predict=true")  # fmt: skip
+    assert classifier.returncode == 0, classifier.stderr
+    assert "eval_accuracy = " in classifier.stdout
+    lines = (tmp_path / "mrpc" / "test_results.tsv").read_text().splitlines()
+    assert len(lines) == 6
+    assert all(abs(sum(map(float, line.split("\t"))) - 1) < 1e-5 for line in lines)
+
+
+def test_killed_run_continues_on_the_same_curve(tmp_path: Path) -> None:
+    """SIGKILL in mid-epoch, another plan afterwards: the losses are those of an undisturbed run."""
+    more = ["--train_file", demo_files().squad_train, "--train_batch_size", "8",
+            "--num_train_epochs", "8", "--save_checkpoints_steps", "7"]  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert bertbench(*squad_arguments(whole, *more, "--micro-batch", "8")).returncode == 0
+    arguments = squad_arguments(killed, *more, "--micro-batch", "8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bertbench", *map(str, arguments)],
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    log = killed / "train_log.jsonl"
+    deadline = time.monotonic() + 200
+    while not (log.exists() and len(log.read_text().splitlines()) >= 17):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed = bertbench(
+        *squad_arguments(killed, *more, "--micro-batch", "3", "--checkpointing", "full")
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continuing at step" in resumed.stderr
+    expected, got = read_log(whole / "train_log.jsonl"), read_log(log)
+    assert [record.step for record in got] == list(range(1, 41)) == [r.step for r in expected]
+    for one, other in zip(expected, got, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=2e-4)
+    # Another learning rate would be another run: refused, nothing touched.
+    before = log.read_bytes()
+    fails_with_one_line(
+        bertbench(*squad_arguments(killed, *more, "--learning_rate", "1e-3")), "learning_rate"
+    )
+    assert log.read_bytes() == before
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
+    more = ["--train_file", demo_files().squad_train, "--train_batch_size", "8",
+            "--num_train_epochs", "40", "--micro-batch", "8"]  # fmt: skip
+    arguments = squad_arguments(tmp_path, *more)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bertbench", *map(str, arguments)],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    log = tmp_path / "train_log.jsonl"
+    deadline = time.monotonic() + 200
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130
+    steps = len(read_log(log))
+    assert f"stopped at step {steps} of 200; saved" in errors
+    assert (tmp_path / f"model.ckpt-{steps}.index").exists()

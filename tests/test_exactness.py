@@ -1,0 +1,199 @@
+"""The promise of `finetune.step`: however an effective batch is cut, the update is the same.
+
+Two measures, after four optimizer steps with dropout on. Both take all variables as one vector.
+
+- Over the norm of the weights, at most 1e-5, as DESIGN promises.
+- Over the norm of what training changed, at most 1e-5 too, which is about sixty times stricter. It
+  leaves out the variables whose gradient is zero by algebra, so that what reaches Adam is rounding
+  noise, which Adam divides by its own size: a key bias moves all scores of a row alike, and under
+  the SQuAD head the last LayerNorm's shift and the output bias move all positions alike.
+
+Measured: at most 1.7e-6 of the change over 160 runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import (
+    CONFIG,
+    NUM_LABELS,
+    WEIGHTS_SEED,
+    Arrays,
+    eagerly,
+    norm_of,
+    random_batch,
+    reset,
+    rows_of,
+    tiny_trainer,
+    values_of,
+)
+
+from finetune.checkpointing import parse_checkpointing
+from finetune.config import BertConfig, is_trained
+from finetune.dropout import DropoutKey
+from finetune.modeling import create_variables
+from finetune.step import Trainer, example_losses, pad_batch
+
+SEQ_LEN = 7
+TOLERANCE = 1e-5
+
+
+def has_no_gradient(name: str, head: str, config: BertConfig) -> bool:
+    """Whether a variable's gradient is zero by algebra, whatever the batch."""
+    last_shift = f"bert/encoder/layer_{config.num_hidden_layers - 1}/output/LayerNorm/beta"
+    return name.endswith("key/bias") or (
+        head == "squad" and name in ("cls/squad/output_bias", last_shift)
+    )
+
+
+cached_trainer = lru_cache(tiny_trainer)
+
+
+def train(trainer: Trainer, batches: list[Arrays], initial: Arrays) -> tuple[Arrays, list[float]]:
+    """Train from the initial weights; returns the new weights, and each step's reported numbers."""
+    reset(trainer, initial)
+    reported: list[float] = []
+    for batch in batches:
+        result = trainer.step(batch)
+        reported += [float(result.loss), float(result.learning_rate), float(result.gradient_norm)]
+    return values_of(trainer), reported
+
+
+def assert_same_training(
+    head: str,
+    plan: Trainer,
+    cut: list[Arrays],
+    reference: Trainer,
+    whole: list[Arrays],
+    config: BertConfig = CONFIG,
+) -> None:
+    initial = {
+        name: variable.numpy()
+        for name, variable in create_variables(
+            config, head, num_labels=NUM_LABELS, seed=WEIGHTS_SEED
+        ).items()
+    }
+    expected, expected_reports = train(reference, whole, initial)
+    trained, reports = train(plan, cut, initial)
+    difference = {name: trained[name] - expected[name] for name in expected}
+    assert norm_of(difference) <= TOLERANCE * norm_of(expected)
+    change = norm_of({name: expected[name] - initial[name] for name in expected})
+    moved = {n: d for n, d in difference.items() if not has_no_gradient(n, head, config)}
+    assert norm_of(moved) <= TOLERANCE * change
+    np.testing.assert_allclose(reports, expected_reports, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("head", "accumulation_steps", "policy"),
+    [
+        ("squad", 1, "full"),
+        ("squad", 3, "none"),
+        ("squad", 2, "full:1"),
+        ("classifier", 3, "full"),
+    ],
+)
+def test_exact_update_compiled(head: str, accumulation_steps: int, policy: str) -> None:
+    batches = [random_batch(6, SEQ_LEN, seed=seed) for seed in range(4)]
+    plan = cached_trainer(head, SEQ_LEN, accumulation_steps=accumulation_steps, policy=policy)
+    assert_same_training(head, plan, batches, cached_trainer(head, SEQ_LEN), batches)
+
+
+@pytest.mark.parametrize(("head", "policy"), [("squad", "none"), ("classifier", "full")])
+def test_exact_update_with_padded_rows(head: str, policy: str) -> None:
+    whole = [random_batch(7, SEQ_LEN, seed=seed) for seed in range(4)]
+    plan = cached_trainer(head, SEQ_LEN, accumulation_steps=3, policy=policy)
+    padded = [pad_batch(batch, 9) for batch in whole]
+    assert_same_training(head, plan, padded, cached_trainer(head, SEQ_LEN), whole)
+
+
+def test_exact_update_compiled_by_xla() -> None:
+    # XLA draws other dropout masks than TensorFlow's kernels do, so it is compared with itself.
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1)
+    batches = [random_batch(4, 3, seed=seed) for seed in range(4)]
+    plan = tiny_trainer("squad", 3, accumulation_steps=2, policy="full", xla=True, config=config)
+    whole = tiny_trainer("squad", 3, xla=True, config=config)
+    assert_same_training("squad", plan, batches, whole, batches, config)
+
+
+@settings(max_examples=6, derandomize=True, deadline=None)
+@given(
+    head=st.sampled_from(["squad", "classifier"]),
+    rows=st.integers(1, 6),
+    micro_batch=st.integers(1, 4),
+    policy=st.sampled_from(["none", "full", "full:1"]),
+    seq_len=st.integers(1, 9),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_exact_update_of_any_cut(
+    head: str, rows: int, micro_batch: int, policy: str, seq_len: int, seed: int
+) -> None:
+    whole = [random_batch(rows, seq_len, seed=step) for step in range(4)]
+    accumulation_steps = -(-rows // micro_batch)
+    cut = [pad_batch(batch, accumulation_steps * micro_batch) for batch in whole]
+    plan = tiny_trainer(
+        head, seq_len, accumulation_steps=accumulation_steps, policy=policy, seed=seed
+    )
+    with eagerly():
+        assert_same_training(head, plan, cut, tiny_trainer(head, seq_len, seed=seed), whole)
+
+
+def gradients_of(head: str, policy: str, batch: Arrays, first_row: int = 0) -> Arrays:
+    """Gradients of the sum of losses, computed without the graph optimizer."""
+    variables = create_variables(CONFIG, head, num_labels=NUM_LABELS, seed=WEIGHTS_SEED)
+    trained = {name: v for name, v in variables.items() if is_trained(name, head)}
+    key = DropoutKey(3, tf.constant(2, tf.int64), tf.constant(first_row, tf.int64))
+    with tf.GradientTape() as tape:
+        losses = example_losses(
+            variables,
+            CONFIG,
+            head,
+            {name: tf.constant(value) for name, value in batch.items()},
+            dropout_key=key,
+            checkpointing=parse_checkpointing(policy),
+        )
+    gradients = tape.gradient(losses, list(trained.values()))
+    return {
+        name: tf.convert_to_tensor(gradient).numpy()
+        for name, gradient in zip(trained, gradients, strict=True)
+    }
+
+
+@pytest.mark.parametrize("policy", ["full", "full:1"])
+@pytest.mark.parametrize("head", ["squad", "classifier"])
+def test_exact_gradients_of_checkpointing_to_the_last_bit(head: str, policy: str) -> None:
+    batch = random_batch(5, SEQ_LEN)
+    expected = gradients_of(head, "none", batch)
+    for name, gradient in gradients_of(head, policy, batch).items():
+        np.testing.assert_array_equal(gradient, expected[name], err_msg=name)
+
+
+def test_exact_gradients_need_the_rows_place_in_the_batch() -> None:
+    # The measures above would be worth nothing if dropout hardly mattered.
+    batch = random_batch(6, SEQ_LEN)
+    whole = gradients_of("squad", "none", batch)
+    second_half = rows_of(batch, slice(3, 6))
+    first = gradients_of("squad", "none", rows_of(batch, slice(0, 3)))
+
+    def error(second: Arrays) -> float:
+        return norm_of({n: first[n] + second[n] - whole[n] for n in whole}) / norm_of(whole)
+
+    assert error(gradients_of("squad", "none", second_half, first_row=3)) < 1e-6
+    assert error(gradients_of("squad", "none", second_half, first_row=0)) > 1e-2
+
+
+def test_exact_update_after_a_step_that_failed() -> None:
+    # Memory may run out in the middle of a step. What it had accumulated is of no use.
+    good = [random_batch(6, SEQ_LEN, seed=seed) for seed in range(4)]
+    plan = cached_trainer("squad", SEQ_LEN, accumulation_steps=3, policy="none")
+    bad = random_batch(6, SEQ_LEN)
+    bad["input_ids"][5] = CONFIG.vocab_size
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        plan.step(bad)
+    assert_same_training("squad", plan, good, cached_trainer("squad", SEQ_LEN), good)

@@ -1,0 +1,75 @@
+"""Tests of finetune.files."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.files import write_atomically
+
+
+def test_writes_text_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_atomically(path, "é\r\none\n")
+    assert path.read_bytes() == "é\r\none\n".encode()
+    write_atomically(str(path), "")
+    assert path.read_bytes() == b""
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_failure_keeps_the_old_file_and_leaves_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, error: BaseException
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, broken, fail)
+    with pytest.raises(type(error)):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_flushed_before_it_takes_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    calls = []
+    flush, replace = os.fsync, os.replace
+
+    def record_flush(descriptor: int) -> None:
+        calls.append(("flush", os.fstat(descriptor).st_size, path.read_text()))
+        flush(descriptor)
+
+    def record_replace(source: Path, target: Path) -> None:
+        calls.append(("replace", source.parent == target.parent, path.read_text()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_flush)
+    monkeypatch.setattr(os, "replace", record_replace)
+    write_atomically(path, "new!")
+    assert calls == [("flush", 4, "old"), ("replace", True, "old")]
+    assert path.read_text() == "new!"
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "nowhere" / "a.txt", "x")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_mode_is_that_of_new_files(tmp_path: Path, umask: int, mode: int) -> None:
+    previous = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "a.txt", "x")
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode

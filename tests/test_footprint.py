@@ -1,0 +1,134 @@
+"""Predicted footprints: arithmetic, monotony, and peaks that were measured."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bertbench.footprint import (
+    SAFETY_MARGIN,
+    Footprint,
+    max_micro_batch,
+    predict_footprint,
+)
+from bertbench.workload import Levers, Workload, published_workload
+from finetune.checkpointing import parse_checkpointing
+
+# Peaks of the CPU allocator, 2026-11-23, TensorFlow 2.21: model, head, sequence length, policy,
+# accumulation steps, micro-batch, bytes.
+MEASURED = [
+    ("bert-mini", "squad", 128, "none", 1, 2, 278_498_048),
+    ("bert-mini", "squad", 128, "full", 2, 32, 416_001_024),
+    ("bert-mini", "classifier", 128, "full", 1, 64, 505_462_784),
+    ("bert-small", "squad", 256, "full", 2, 8, 772_525_056),
+    ("bert-medium", "classifier", 128, "full", 1, 32, 970_645_248),
+    ("bert-small", "squad", 128, "none", 1, 16, 789_328_128),
+    ("bert-medium", "classifier", 128, "none", 1, 16, 1_318_216_192),
+    ("bert-small", "squad", 64, "none", 4, 16, 760_991_744),
+    ("bert-mini", "squad", 128, "none", 2, 2, 333_960_960),
+    ("bert-medium", "squad", 128, "full:4", 1, 8, 868_647_424),
+    ("bert-base", "squad", 384, "full", 1, 8, 2_187_945_984),
+]
+
+
+def predict(workload: Workload, policy: str, micro_batch: int, accumulation: int = 1) -> Footprint:
+    levers = Levers(parse_checkpointing(policy), accumulation_steps=accumulation)
+    return predict_footprint(workload, levers, micro_batch)
+
+
+@pytest.mark.parametrize("head", ["squad", "classifier"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_state_takes_sixteen_bytes_a_trained_parameter(head: str, accumulation: int) -> None:
+    workload = published_workload("bert-base", 128, head)
+    counts = {name: math.prod(shape) for name, shape in workload.parameters.items()}
+    trained = sum(count for name, count in counts.items() if workload.trained(name))
+    footprint = predict(workload, "full", 1, accumulation)
+    assert footprint.phase == "update"
+    parts = footprint.parts
+    # The allocator rounds each of 200 variables up to 256 bytes.
+    assert parts["weights"] == pytest.approx(4 * sum(counts.values()), abs=200 * 256)
+    assert parts["optimizer_state"] == pytest.approx(8 * trained, abs=2 * 200 * 256)
+    held = "gradients" if accumulation == 1 else "accumulators"
+    free = "accumulators" if accumulation == 1 else "gradients"
+    assert parts[held] == pytest.approx(4 * trained, abs=200 * 256)
+    assert parts[free] == 0
+
+
+def test_a_layer_keeps_what_its_gradient_reads() -> None:
+    # A batch so large that rounding and states are nothing beside activations.
+    workload = published_workload("bert-base", 128, "squad")
+    b, s, h, a, f = 1024, 128, 768, 12, 3072
+    kept = 4 * b * s * (8 * h + 2 * f) + 2 * b * s * h + 9 * b * a * s * s
+    footprint = predict(workload, "none", b)
+    assert footprint.phase == "backward of layer 11"
+    assert footprint.parts["saved_activations"] == 12 * kept
+    recomputed = predict(workload, "full:8", b)
+    assert recomputed.parts["saved_activations"] == 8 * 4 * b * s * h + 4 * kept
+    # All layers checkpointed: the first layer is differentiated while all other gradients exist.
+    whole = predict(workload, "full", b)
+    assert whole.parts["layer_working_set"] > kept
+
+
+@given(
+    st.sampled_from(["bert-tiny", "bert-medium", "bert-large"]),
+    st.sampled_from(["none", "full", "full:1", "full:3"]),
+    st.sampled_from([1, 3]),
+    st.sampled_from([64, 200, 512]),
+    st.integers(1, 300),
+)
+def test_more_examples_never_take_less(
+    model: str, policy: str, accumulation: int, seq_len: int, micro_batch: int
+) -> None:
+    workload = published_workload(model, seq_len)
+    one, more = (predict(workload, policy, n, accumulation) for n in (micro_batch, micro_batch + 1))
+    assert one.peak_bytes <= more.peak_bytes
+    assert one.peak_bytes == sum(one.parts.values())
+    assert all(type(size) is int and size >= 0 for size in one.parts.values())
+
+
+def test_checkpointing_more_layers_takes_less() -> None:
+    workload = published_workload("bert-large", 384)
+    peaks = [predict(workload, p, 8).peak_bytes for p in ("full", "full:18", "full:6", "none")]
+    assert peaks == sorted(peaks)
+    assert 2 * peaks[0] < peaks[-1]
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_max_micro_batch_is_the_last_that_fits(policy: str) -> None:
+    workload = published_workload("bert-base", 384)
+    levers = Levers(parse_checkpointing(policy))
+    budget_bytes = 12 << 30
+    largest = max_micro_batch(workload, levers, budget_bytes)
+    assert predict(workload, policy, largest).peak_bytes <= budget_bytes
+    assert predict(workload, policy, largest + 1).peak_bytes > budget_bytes
+    exact = predict(workload, policy, 5).peak_bytes
+    assert max_micro_batch(workload, levers, exact) >= 5
+    assert max_micro_batch(workload, levers, 1 << 30) == 0
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=lambda case: "-".join(map(str, case[:6])))
+def test_close_to_measured_peaks(case: tuple[str, str, int, str, int, int, int]) -> None:
+    model, head, seq_len, policy, accumulation, micro_batch, peak_bytes = case
+    workload = published_workload(model, seq_len, head)
+    predicted = predict(workload, policy, micro_batch, accumulation).peak_bytes
+    assert predicted == pytest.approx(peak_bytes, rel=0.07)
+    assert predicted * (1 + SAFETY_MARGIN) >= peak_bytes
+
+
+def test_a_micro_batch_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="below 1"):
+        predict(published_workload("bert-tiny", 64), "none", 0)
+
+
+def test_needs_no_tensorflow() -> None:
+    code = (
+        "import sys; from bertbench.footprint import max_micro_batch as m;"
+        "from bertbench.workload import Levers, published_workload as p;"
+        "m(p('bert-base', 128), Levers(), 12 << 30); sys.exit('tensorflow' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

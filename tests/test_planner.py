@@ -1,0 +1,151 @@
+"""The planner: what is chosen fits, reaches the target, and nothing faster would have fitted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bertbench.bytes import GIB_BYTES, MIB_BYTES, format_bytes, parse_bytes
+from bertbench.catalogue import ACCELERATORS, find_accelerator, match_accelerator
+from bertbench.cost import gpu_rates, predict_step_seconds
+from bertbench.footprint import predict_footprint
+from bertbench.planner import Plan, make_plan, read_plan, usable_for_plan
+from bertbench.workload import Levers, published_workload
+from finetune.checkpointing import Checkpointing, parse_checkpointing
+from finetune.errors import InputError
+
+RATES = gpu_rates(ACCELERATORS["titan-x"])
+
+
+def plan_for(model: str, seq_len: int, target: int, budget_bytes: int, policy: str = "") -> Plan:
+    policies = [parse_checkpointing(policy)] if policy else None
+    workload = published_workload(model, seq_len)
+    return make_plan(workload, target, budget_bytes, RATES, device="test", policies=policies)
+
+
+@settings(deadline=None)
+@given(
+    model=st.sampled_from(["bert-tiny", "bert-medium", "bert-base", "bert-large"]),
+    seq_len=st.sampled_from([64, 128, 384, 512]),
+    target=st.integers(1, 70),
+    budget_mib=st.integers(100, 20_000),
+)
+def test_chosen_fits_and_reaches_the_target(
+    model: str, seq_len: int, target: int, budget_mib: int
+) -> None:
+    budget_bytes = budget_mib * MIB_BYTES
+    try:
+        plan = plan_for(model, seq_len, target, budget_bytes)
+    except InputError:
+        # Only where not even the smallest setting fits.
+        workload = published_workload(model, seq_len)
+        least = predict_footprint(
+            workload, Levers(Checkpointing("full"), accumulation_steps=min(2, target)), 1
+        )
+        assert least.peak_bytes > usable_for_plan(budget_bytes)
+        return
+    for entry in (plan.chosen, *plan.alternatives):
+        assert entry.footprint.peak_bytes <= usable_for_plan(budget_bytes)
+        assert target <= entry.rows < target + entry.micro_batch
+        assert entry.predicted_step_seconds >= plan.chosen.predicted_step_seconds
+    for rejection in plan.rejected:
+        assert predict_footprint(
+            plan.workload, rejection.levers, rejection.micro_batch
+        ).peak_bytes > usable_for_plan(budget_bytes)
+
+
+def test_more_memory_is_never_slower() -> None:
+    seconds = [
+        plan_for("bert-large", 384, 24, gib * GIB_BYTES).chosen.predicted_step_seconds
+        for gib in range(8, 80, 6)
+    ]
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[-1] < seconds[0]
+
+
+def test_plenty_of_memory_needs_no_lever() -> None:
+    chosen = plan_for("bert-base", 128, 32, 80 * GIB_BYTES).chosen
+    assert (chosen.micro_batch, chosen.levers) == (32, Levers())
+
+
+def test_an_insisted_policy_is_kept() -> None:
+    plan = plan_for("bert-base", 384, 32, 6 * GIB_BYTES, "full")
+    assert str(plan.chosen.levers.checkpointing) == "full"
+    # Checkpointing everything leaves room for the whole batch where `none` must be cut.
+    assert plan.chosen.levers.accumulation_steps == 1
+    assert plan_for("bert-base", 384, 32, 6 * GIB_BYTES, "none").chosen.micro_batch < 32
+
+
+def test_missing_bytes_are_named() -> None:
+    with pytest.raises(InputError, match=r"needs ([\d,]+) MiB, ([\d,]+) MiB more") as caught:
+        plan_for("bert-large", 384, 24, 2 * GIB_BYTES)
+    needed, missing = (
+        int(word.replace(",", ""))
+        for word in str(caught.value).replace(" MiB", "").split("needs ")[1].split(";")[0]
+        .replace("more", "").split(", ")
+    )  # fmt: skip
+    assert abs(needed - missing - 2048) <= 1
+    with pytest.raises(InputError, match="target batch 0"):
+        plan_for("bert-tiny", 64, 0, GIB_BYTES)
+
+
+def test_plan_file_round_trip(tmp_path: Path) -> None:
+    plan = plan_for("bert-base", 384, 32, 8 * GIB_BYTES)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan.to_json()))
+    assert read_plan(path) == (32, plan.chosen.micro_batch, plan.chosen.levers)
+    values = plan.to_json()
+    values["chosen"]["accumulation_steps"] = 1
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match="do not reach"):
+        read_plan(path)
+    path.write_text('{"chosen": 3}')
+    with pytest.raises(InputError, match="not a plan"):
+        read_plan(path)
+    path.write_text('{\n"chosen": ]')
+    with pytest.raises(InputError, match=r"plan\.json:2: not valid JSON"):
+        read_plan(path)
+
+
+def test_cost_counts_recomputation_and_accumulation() -> None:
+    workload = published_workload("bert-base", 384)
+    seconds = {
+        policy: predict_step_seconds(workload, Levers(parse_checkpointing(policy)), 8, RATES)
+        for policy in ("none", "full:6", "full")
+    }
+    assert seconds["none"] < seconds["full:6"] < seconds["full"] < 1.4 * seconds["none"]
+    cut = predict_step_seconds(workload, Levers(accumulation_steps=8), 1, RATES)
+    assert cut > seconds["none"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("12GiB", 12 << 30), ("11430 MiB", 11430 << 20), ("8g", 8 << 30), ("1.5GB", 1_500_000_000),
+     ("2097152", 2 << 20)],
+)  # fmt: skip
+def test_memory_sizes(text: str, size_bytes: int) -> None:
+    assert parse_bytes(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "many", "-3GiB", "12 parsecs", "5", "1e3MiB"])
+def test_not_memory_sizes(text: str) -> None:
+    with pytest.raises(InputError, match="memory size"):
+        parse_bytes(text)
+
+
+def test_catalogue() -> None:
+    assert find_accelerator("NVIDIA GeForce RTX_2080 Ti").name == "rtx-2080-ti"
+    assert find_accelerator("titan-x").usable_bytes == pytest.approx(11430 << 20, rel=0.01)
+    found = match_accelerator("NVIDIA H100 80GB HBM3")
+    assert found is not None
+    assert found.name == "h100"
+    found = match_accelerator("NVIDIA GeForce RTX 2080 Ti")
+    assert found is not None
+    assert found.name == "rtx-2080-ti"
+    assert match_accelerator("Voodoo 2") is None
+    assert format_bytes(11430 << 20) == "11.2 GiB"
+    assert format_bytes(437 << 20) == "437 MiB"

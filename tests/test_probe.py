@@ -1,0 +1,52 @@
+"""A real probe of a small cell, from the command line to the ledger and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from bertbench.ledger import open_ledger, read_rows
+
+
+def probe(tmp_path: Path, *more: str) -> tuple[dict[str, object], str]:
+    path = tmp_path / "p.json"
+    result = subprocess.run(
+        [sys.executable, "-m", "bertbench", "probe", "--models", "bert-tiny", "--seq-lens", "64",
+         "--memory", "256MiB", "--device", "cpu", "--json", str(path), *more],
+        capture_output=True, text=True, check=True, timeout=280,
+        env={**os.environ, "BERTBENCH_LEDGER": str(tmp_path / "ledger.sqlite")},
+    )  # fmt: skip
+    return json.loads(path.read_text()), result.stdout
+
+
+def test_certified_cell_is_measured_once(tmp_path: Path) -> None:
+    first, shown = probe(tmp_path)
+    (cell,) = first["cells"]
+    assert first["device"]["budget_bytes"] == 256 << 20
+    certificate = cell["certificate"]
+    assert certificate["fits"]["batch"] == cell["max_batch"] > 4
+    assert certificate["fits"]["peak_bytes"] <= 256 << 20
+    assert certificate["oom"]["batch"] == cell["max_batch"] + 1
+    assert certificate["oom"]["outcome"] == "oom"
+    assert certificate["fits"]["fresh"]
+    assert certificate["oom"]["fresh"]
+    assert "certified" in shown
+    assert max(map(len, shown.splitlines()[1:])) <= 80
+    with open_ledger(tmp_path / "ledger.sqlite") as ledger:
+        rows = read_rows(ledger)
+    assert len(rows) == cell["measured"] == len(cell["trials"])
+    again, _ = probe(tmp_path)
+    assert again["cells"][0]["measured"] == 0
+    assert again["cells"][0]["certificate"] == certificate
+
+
+def test_bound_is_reported_as_such(tmp_path: Path) -> None:
+    result, shown = probe(tmp_path, "--max-batch", "3")
+    (cell,) = result["cells"]
+    assert cell["max_batch"] == 3
+    assert cell["stopped_by"] == "max_batch"
+    assert cell["certificate"] is None
+    assert "not the limit" in shown

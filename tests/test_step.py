@@ -1,0 +1,178 @@
+"""Tests of finetune.step: losses, weights of rows, what a step reports and leaves alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tiny_models import (
+    CONFIG,
+    NUM_LABELS,
+    SETTINGS,
+    WEIGHTS_SEED,
+    Arrays,
+    eagerly,
+    random_batch,
+    reset,
+    rows_of,
+    tiny_trainer,
+    values_of,
+)
+
+from finetune import step as step_module
+from finetune.modeling import create_variables
+from finetune.step import Trainer, example_losses, make_predictor, make_trainer, pad_batch
+
+SEQ_LEN = 6
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def losses_of(head: str, batch: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """Losses and logits of a new model without dropout."""
+    variables = create_variables(CONFIG, head, num_labels=NUM_LABELS, seed=WEIGHTS_SEED)
+    tensors = {name: tf.constant(value) for name, value in batch.items()}
+    losses = example_losses(variables, CONFIG, head, tensors)
+    return losses.numpy(), make_predictor(variables, CONFIG, head, SEQ_LEN)(tensors).numpy()
+
+
+def test_classifier_losses_are_cross_entropies() -> None:
+    batch = random_batch(4, SEQ_LEN)
+    losses, logits = losses_of("classifier", batch)
+    expected = -log_softmax(logits)[np.arange(4), batch["label_ids"]]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_squad_losses_and_positions_outside() -> None:
+    batch = random_batch(5, SEQ_LEN)
+    batch["start_positions"] = np.array([0, 5, -1, 6, 100], np.int32)
+    batch["end_positions"] = np.array([3, -7, 2, 6, 0], np.int32)
+    losses, logits = losses_of("squad", batch)
+    start, end = log_softmax(logits)
+    expected = -0.5 * np.array([start[0, 0] + end[0, 3], start[1, 5], end[2, 2], 0.0, end[4, 0]])
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    """A classifier without dropout in two micro-batches."""
+    return tiny_trainer(
+        "classifier", SEQ_LEN, accumulation_steps=2, config=CONFIG.without_dropout()
+    )
+
+
+@pytest.fixture
+def initial(trainer: Trainer) -> Arrays:
+    values = create_variables(CONFIG, "classifier", num_labels=NUM_LABELS, seed=WEIGHTS_SEED)
+    initial = {name: variable.numpy() for name, variable in values.items()}
+    reset(trainer, initial)
+    return initial
+
+
+def test_loss_is_the_weighted_mean(trainer: Trainer, initial: Arrays) -> None:
+    batch = random_batch(4, SEQ_LEN)
+    losses, _ = losses_of("classifier", batch)
+    batch["weights"] = np.array([1, 0.5, 0, 2], np.float32)
+    result = trainer.step(batch)
+    assert float(result.loss) == pytest.approx((losses @ batch["weights"]) / 3.5, rel=1e-5)
+    assert float(result.learning_rate) == 0.0
+    assert int(trainer.state.step) == 1
+
+
+def test_rows_of_weight_zero_have_no_influence(trainer: Trainer, initial: Arrays) -> None:
+    results = []
+    for ids in (3, 4):
+        reset(trainer, initial)
+        batch = random_batch(4, SEQ_LEN)
+        batch["weights"][2:] = 0
+        batch["input_ids"][2:] = ids
+        batch["label_ids"][2:] = ids - 3
+        results.append([float(trainer.step(batch).gradient_norm) for _ in range(2)])
+    assert results[0] == results[1]
+
+
+def test_micro_batch_of_nothing_but_padding(trainer: Trainer, initial: Arrays) -> None:
+    batch = random_batch(2, SEQ_LEN)
+    padded = pad_batch(batch, 4)
+    result = trainer.step(padded)
+    assert np.isfinite(float(result.loss))
+    assert float(result.loss) == pytest.approx(losses_of("classifier", batch)[0].mean(), rel=1e-5)
+
+
+def test_new_batch_sizes_do_not_trace_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = []
+
+    def count(*args: object, **kwargs: object) -> tf.Tensor:
+        traces.append(1)
+        return example_losses(*args, **kwargs)
+
+    monkeypatch.setattr(step_module, "example_losses", count)
+    trainer = tiny_trainer("squad", SEQ_LEN, accumulation_steps=2)
+    trainer.step(random_batch(2, SEQ_LEN))
+    traced = len(traces)
+    for rows in (4, 6):
+        trainer.step(random_batch(rows, SEQ_LEN))
+    assert len(traces) == traced
+
+
+def test_pooler_under_the_squad_head_stays_as_it_is() -> None:
+    trainer = tiny_trainer("squad", SEQ_LEN)
+    before = values_of(trainer)
+    with eagerly():
+        for seed in range(3):
+            trainer.step(random_batch(3, SEQ_LEN, seed=seed))
+    changed = {name for name, value in values_of(trainer).items() if (value != before[name]).any()}
+    assert set(before) - changed == {"bert/pooler/dense/kernel", "bert/pooler/dense/bias"}
+    moments = (*trainer.state.first_moments, *trainer.state.second_moments)
+    assert len(moments) == 2 * (len(before) - 2)
+
+
+def test_dropout_changes_from_step_to_step_and_with_the_seed() -> None:
+    settings = step_module.OptimizerSettings(0.0, 10)
+    batch = random_batch(3, SEQ_LEN)
+    losses = set()
+    for seed in (0, 1):
+        trainer = tiny_trainer("squad", SEQ_LEN, seed=seed, settings=settings)
+        with eagerly():
+            losses |= {float(trainer.step(batch).loss) for _ in range(3)}
+    assert len(losses) == 6
+
+
+def test_rows_that_cannot_be_cut(trainer: Trainer, initial: Arrays) -> None:
+    with pytest.raises(ValueError, match="3 rows cannot be cut into 2 micro-batches"):
+        trainer.step(random_batch(3, SEQ_LEN))
+    assert int(trainer.state.step) == 0
+
+
+def test_no_accumulation_steps() -> None:
+    with pytest.raises(ValueError, match="accumulation_steps is 0"):
+        make_trainer({}, CONFIG, "squad", SEQ_LEN, SETTINGS, accumulation_steps=0)
+
+
+def test_pad_batch() -> None:
+    batch = random_batch(3, SEQ_LEN)
+    padded = pad_batch(batch, 5)
+    for name, value in padded.items():
+        assert value.dtype == batch[name].dtype
+        np.testing.assert_array_equal(value[:3], batch[name])
+    np.testing.assert_array_equal(padded["weights"], [1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(padded["input_ids"][3:], batch["input_ids"][[2, 2]])
+    np.testing.assert_array_equal(batch["weights"], [1, 1, 1])
+
+
+def test_pad_batch_keeps_weights_and_adds_missing_ones() -> None:
+    batch = random_batch(2, SEQ_LEN)
+    batch["weights"][0] = 0.5
+    np.testing.assert_array_equal(pad_batch(batch, 3)["weights"], [0.5, 1, 0])
+    np.testing.assert_array_equal(pad_batch(batch, 2)["weights"], [0.5, 1])
+    del batch["weights"]
+    np.testing.assert_array_equal(pad_batch(batch, 3)["weights"], [1, 1, 0])
+
+
+@pytest.mark.parametrize("examples", [0, 4])
+def test_pad_batch_with_too_many_examples_or_none(examples: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot pad {examples} examples to 3 rows"):
+        pad_batch(rows_of(random_batch(4, SEQ_LEN), slice(0, examples)), 3)

