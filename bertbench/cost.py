@@ -7,6 +7,7 @@ absolute number is a rough one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 
@@ -71,6 +72,11 @@ def forward_flops(workload: Workload) -> int:
     return config.num_hidden_layers * layer
 
 
+@functools.lru_cache(maxsize=256)
+def _parameters(workload: Workload) -> int:
+    return sum(math.prod(shape) for shape in workload.parameters.values())
+
+
 def predict_step_seconds(
     workload: Workload, levers: Levers, micro_batch: int, rates: Rates
 ) -> float:
@@ -88,7 +94,7 @@ def predict_step_seconds(
     flops = forward_flops(workload) * micro_batch * (3 + recomputed)
     tokens = micro_batch * workload.seq_len
     efficiency = tokens / (tokens + rates.half_rate_tokens)
-    parameters = sum(math.prod(shape) for shape in workload.parameters.values())
+    parameters = _parameters(workload)
     micro_seconds = (
         flops / (rates.flops_per_second * efficiency)
         + rates.launch_seconds * layers * (1 + recomputed / 3)

@@ -27,6 +27,7 @@ This module does not import TensorFlow.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
@@ -153,6 +154,33 @@ class _Sizes:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _StateSizes:
+    weights: int
+    trained: int
+    of_layer: tuple[int, ...]
+    largest: int
+    embeddings: int
+
+
+@functools.lru_cache(maxsize=256)
+def _state_sizes(workload: Workload) -> _StateSizes:
+    """Bytes of the variables; the planner asks thousands of times for the same workload."""
+    variables = {name: _variable_bytes(shape) for name, shape in workload.parameters.items()}
+    trained = {name: size for name, size in variables.items() if workload.trained(name)}
+    of_layer = [0] * workload.config.num_hidden_layers
+    for name, size in trained.items():
+        if name.startswith("bert/encoder/layer_"):
+            of_layer[int(name.split("/")[2].removeprefix("layer_"))] += size
+    return _StateSizes(
+        weights=sum(variables.values()),
+        trained=sum(trained.values()),
+        of_layer=tuple(of_layer),
+        largest=max(trained.values()),
+        embeddings=sum(size for name, size in trained.items() if "/embeddings/" in name),
+    )
+
+
 def _sizes(config: BertConfig, seq_len: int, micro_batch: int) -> _Sizes:
     tokens = micro_batch * seq_len
     hidden = tokens * config.hidden_size
@@ -170,19 +198,13 @@ def _moments(workload: Workload, levers: Levers, micro_batch: int) -> list[Footp
     config, layers = workload.config, workload.config.num_hidden_layers
     sizes = _sizes(config, workload.seq_len, micro_batch)
     accumulated = levers.accumulation_steps > 1
-    variables = {name: _variable_bytes(shape) for name, shape in workload.parameters.items()}
-    trained = {name: size for name, size in variables.items() if workload.trained(name)}
-    of_layer = [
-        sum(size for name, size in trained.items() if f"/layer_{index}/" in name)
-        for index in range(layers)
-    ]
-    largest = max(trained.values())
-    embeddings = sum(size for name, size in trained.items() if "/embeddings/" in name)
+    state = _state_sizes(workload)
+    of_layer, largest, embeddings = state.of_layer, state.largest, state.embeddings
     rows = micro_batch * levers.accumulation_steps
     always = {
-        "weights": sum(variables.values()),
-        "optimizer_state": 2 * sum(trained.values()),
-        "accumulators": sum(trained.values()) if accumulated else 0,
+        "weights": state.weights,
+        "optimizer_state": 2 * state.trained,
+        "accumulators": state.trained if accumulated else 0,
         # Three int32 [rows, s]; targets and weights are a few numbers a row.
         "inputs": 3 * _rounded(4 * rows * workload.seq_len),
     }
@@ -205,7 +227,7 @@ def _moments(workload: Workload, levers: Levers, micro_batch: int) -> list[Footp
     )
     working += _BACKWARD_HIDDEN * sizes.hidden
     moments = []
-    gradients = sum(trained.values()) - sum(of_layer) - embeddings
+    gradients = state.trained - sum(of_layer) - embeddings
     for index in reversed(range(layers)):
         recomputed = whole_layer if levers.checkpointing.of_layer(index) == "full" else 0
         moments.append(

@@ -8,7 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bertbench.ledger import open_ledger, read_rows
+
+# Every trial that runs out of memory waits ten seconds or more for memory to be freed.
+pytestmark = pytest.mark.timeout(600)
 
 
 def probe(tmp_path: Path, *more: str) -> tuple[dict[str, object], str]:
@@ -16,7 +21,7 @@ def probe(tmp_path: Path, *more: str) -> tuple[dict[str, object], str]:
     result = subprocess.run(
         [sys.executable, "-m", "bertbench", "probe", "--models", "bert-tiny", "--seq-lens", "64",
          "--memory", "256MiB", "--device", "cpu", "--json", str(path), *more],
-        capture_output=True, text=True, check=True, timeout=280,
+        capture_output=True, text=True, check=True, timeout=580,
         env={**os.environ, "BERTBENCH_LEDGER": str(tmp_path / "ledger.sqlite")},
     )  # fmt: skip
     return json.loads(path.read_text()), result.stdout

@@ -164,7 +164,9 @@ def _length(item: str) -> int:
 def _describe(trial: Trial) -> str:
     if trial.outcome == "fits" and trial.peak_bytes is not None:
         return f"batch {trial.batch} fits, peak {format_bytes(trial.peak_bytes)}"
-    return f"batch {trial.batch} {trial.outcome} ({trial.message})"
+    if trial.outcome == "oom":
+        return f"batch {trial.batch} runs out of memory"
+    return f"batch {trial.batch} failed ({trial.message})"
 
 
 def _to_json(budget: Budget, cells: Sequence[Cell]) -> dict[str, Any]:
