@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -65,11 +67,13 @@ def trainer() -> Trainer:
 
 
 @pytest.fixture
-def initial(trainer: Trainer) -> Arrays:
+def initial(trainer: Trainer) -> Iterator[Arrays]:
+    """The trainer's weights, to which it is reset; its steps run without being compiled."""
     values = create_variables(CONFIG, "classifier", num_labels=NUM_LABELS, seed=WEIGHTS_SEED)
     initial = {name: variable.numpy() for name, variable in values.items()}
     reset(trainer, initial)
-    return initial
+    with eagerly():
+        yield initial
 
 
 def test_loss_is_the_weighted_mean(trainer: Trainer, initial: Arrays) -> None:
