@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 
 from bertbench.catalogue import Accelerator, match_accelerator
 from bertbench.devices import Device
 from bertbench.workload import Levers, Workload
+from finetune.config import parameter_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def forward_flops(workload: Workload) -> int:
 
 @functools.lru_cache(maxsize=256)
 def _parameters(workload: Workload) -> int:
-    return sum(math.prod(shape) for shape in workload.parameters.values())
+    return parameter_count(workload.config, workload.head, workload.num_labels)
 
 
 def predict_step_seconds(

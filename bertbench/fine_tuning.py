@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 
 from bertbench.devices import Budget
+from bertbench.output_folder import hash_arrays, prepare_output, write_model_files
 from bertbench.progress import say
 from bertbench.running import (
     ModelFiles,
     RunSettings,
     bind_budget,
     choose_levers,
-    hash_arrays,
-    prepare_output,
     train_model,
-    write_model_files,
 )
 from bertbench.workload import Workload
 from finetune.errors import InputError
@@ -41,6 +39,11 @@ class FineTuned:
     variables: Mapping[str, Any]
     predict_batch: int
     results: dict[str, Any]
+
+
+def feature_arrays(features: object, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Take the arrays that a model is fed out of a task's columnar features."""
+    return {name: getattr(features, name) for name in names}
 
 
 def fine_tune(

@@ -15,22 +15,6 @@ from bertbench.search import SearchResult, find_max_batch
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload
 
-PUBLISHED_MAX_BATCH = {
-    ("bert-base", 64): 64,
-    ("bert-base", 128): 32,
-    ("bert-base", 256): 16,
-    ("bert-base", 320): 14,
-    ("bert-base", 384): 12,
-    ("bert-base", 512): 6,
-    ("bert-large", 64): 12,
-    ("bert-large", 128): 6,
-    ("bert-large", 256): 2,
-    ("bert-large", 320): 1,
-    ("bert-large", 384): 0,
-    ("bert-large", 512): 0,
-}
-"""Maximum batch of the original release on a Titan X with 12 GB, from its README."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Cell:

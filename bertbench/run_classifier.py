@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bertbench.devices import Budget
-from bertbench.fine_tuning import fine_tune
+from bertbench.fine_tuning import feature_arrays, fine_tune
 from bertbench.running import ModelFiles, RunSettings, load_config_and_tokenizer, predict_all
 from bertbench.workload import Workload
 from finetune.config import INPUT_NAMES, TARGET_NAMES
@@ -22,6 +22,8 @@ from finetune.tasks.glue import (
     write_eval_results,
     write_test_results,
 )
+
+_TRAIN_NAMES = INPUT_NAMES + TARGET_NAMES["classifier"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ def run_classifier(
             splits[split] = featurize(examples, tokenizer, max_seq_length=settings.max_seq_length)
     train_arrays = None
     if "train" in splits:
-        arrays = _inputs(splits["train"], labels=True)
+        arrays = feature_arrays(splits["train"], _TRAIN_NAMES)
         train_arrays = {name: a[: classifier.max_train_examples] for name, a in arrays.items()}
     workload = Workload(
         files.config_file.parent.name,
@@ -104,7 +106,11 @@ def run_classifier(
         log_probabilities = _log_softmax(
             np.concatenate(
                 predict_all(
-                    tuned.variables, workload, _inputs(splits["dev"]), tuned.predict_batch, "eval"
+                    tuned.variables,
+                    workload,
+                    feature_arrays(splits["dev"], INPUT_NAMES),
+                    tuned.predict_batch,
+                    "eval",
                 )
             )
         )
@@ -118,17 +124,16 @@ def run_classifier(
         results |= scored
     if "test" in splits:
         batches = predict_all(
-            tuned.variables, workload, _inputs(splits["test"]), tuned.predict_batch, "predict"
+            tuned.variables,
+            workload,
+            feature_arrays(splits["test"], INPUT_NAMES),
+            tuned.predict_batch,
+            "predict",
         )
         path = settings.output_dir / "test_results.tsv"
         write_test_results(path, np.exp(_log_softmax(np.concatenate(batches))))
         results["test_results"] = str(path)
     return results
-
-
-def _inputs(features: ClassificationFeatures, labels: bool = False) -> dict[str, np.ndarray]:
-    names = INPUT_NAMES + (TARGET_NAMES["classifier"] if labels else ())
-    return {name: getattr(features, name) for name in names}
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

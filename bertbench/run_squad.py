@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 
 from bertbench.devices import Budget
-from bertbench.fine_tuning import fine_tune
+from bertbench.fine_tuning import feature_arrays, fine_tune
 from bertbench.running import ModelFiles, RunSettings, load_config_and_tokenizer, predict_all
 from bertbench.workload import Workload
 from finetune.config import INPUT_NAMES, TARGET_NAMES
 from finetune.errors import InputError
 from finetune.files import write_atomically
-from finetune.tasks.squad import SquadFeatures, featurize
+from finetune.tasks.squad import featurize
 from finetune.tasks.squad_examples import SquadExamples, read_squad
 from finetune.tasks.squad_metrics import evaluate_v1
 from finetune.tasks.squad_predictions import predict_answers, write_predictions
+
+_TRAIN_NAMES = INPUT_NAMES + TARGET_NAMES["squad"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +96,17 @@ def run_squad(
         budget,
         workload,
         "squad",
-        None if train_features is None else _inputs(train_features, positions=True),
+        None if train_features is None else feature_arrays(train_features, _TRAIN_NAMES),
         0 if train_examples is None else len(train_examples),
     )
     results = dict(tuned.results)
     if predict_features is not None and predict_examples is not None:
         batches = predict_all(
-            tuned.variables, workload, _inputs(predict_features), tuned.predict_batch, "predict"
+            tuned.variables,
+            workload,
+            feature_arrays(predict_features, INPUT_NAMES),
+            tuned.predict_batch,
+            "predict",
         )
         start_logits, end_logits = np.concatenate(batches, axis=1)
         predictions = predict_answers(
@@ -133,8 +139,3 @@ def _read(path: Path, squad: SquadSettings, *, is_training: bool) -> SquadExampl
     if not len(examples):
         raise InputError("there are no questions in the file", path=path)
     return examples
-
-
-def _inputs(features: SquadFeatures, positions: bool = False) -> dict[str, np.ndarray]:
-    names = INPUT_NAMES + (TARGET_NAMES["squad"] if positions else ())
-    return {name: getattr(features, name) for name in names}

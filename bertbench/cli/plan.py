@@ -14,22 +14,20 @@ from bertbench.bytes import format_bytes
 from bertbench.catalogue import ACCELERATORS, find_accelerator
 from bertbench.cli.common import (
     CONTEXT,
-    MemorySize,
+    device_options,
     json_option,
     resolve_budget,
     terminal,
     write_json,
 )
 from bertbench.cost import Rates, device_rates, gpu_rates
+from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.planner import Plan, PlanEntry, make_plan
 from bertbench.workload import Workload, published_workload
 from finetune.checkpointing import parse_checkpointing
 from finetune.config import HEADS
 from finetune.errors import InputError
 from finetune.recipes import RECIPES
-
-PAPER_MODELS = ("bert-base", "bert-large")
-PAPER_SEQ_LENS = (64, 128, 256, 320, 384, 512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +51,8 @@ class _Target:
 @click.option("--model", help="A published size, as in bert-base. Default: the paper's grid.")
 @click.option("--seq-len", type=click.IntRange(1), help="Tokens per example. Default: the grid.")
 @click.option("--head", type=click.Choice(HEADS), default="squad", show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, gpu:N, gpu:UUID or cpu.")
+@device_options
 @click.option("--gpu", help="Plan for a product of the catalogue; `list` shows it.")
-@click.option("--memory", type=MemorySize(), help="Bytes the allocator may use, as in 12GiB.")
 @click.option("--checkpointing", help="Insist on none, full or full:N.")
 @json_option
 def command(

@@ -21,7 +21,8 @@ from bertbench.cli.common import (
 from bertbench.devices import Budget, check_free, make_budget, resolve_device
 from bertbench.errors import WorkError
 from bertbench.ledger import open_ledger
-from bertbench.probing import PUBLISHED_MAX_BATCH, Cell, probe_cell
+from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS, PUBLISHED_MAX_BATCH
+from bertbench.probing import Cell, probe_cell
 from bertbench.progress import say
 from bertbench.trial import Trial
 from bertbench.workload import Levers, published_workload
@@ -31,7 +32,8 @@ from finetune.errors import InputError
 
 _CPU_DEFAULT_BYTES = 512 * MIB_BYTES
 _CPU_MODELS, _CPU_SEQ_LENS = "bert-tiny,bert-mini", "64,128"
-_PAPER_MODELS, _PAPER_SEQ_LENS = "bert-base,bert-large", "64,128,256,320,384,512"
+_PAPER_MODELS = ",".join(PAPER_MODELS)
+_PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
 
 
 @click.command(context_settings=CONTEXT)

@@ -1,0 +1,22 @@
+"""The grid that the original release published, and what it measured."""
+
+from __future__ import annotations
+
+PAPER_MODELS = ("bert-base", "bert-large")
+PAPER_SEQ_LENS = (64, 128, 256, 320, 384, 512)
+
+PUBLISHED_MAX_BATCH = {
+    ("bert-base", 64): 64,
+    ("bert-base", 128): 32,
+    ("bert-base", 256): 16,
+    ("bert-base", 320): 14,
+    ("bert-base", 384): 12,
+    ("bert-base", 512): 6,
+    ("bert-large", 64): 12,
+    ("bert-large", 128): 6,
+    ("bert-large", 256): 2,
+    ("bert-large", 320): 1,
+    ("bert-large", 384): 0,
+    ("bert-large", 512): 0,
+}
+"""Maximum batch of the original release on a Titan X with 12 GB, from its README."""
