@@ -5,24 +5,46 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from bertbench.devices import Budget
-from bertbench.output_folder import hash_arrays, prepare_output, write_model_files
-from bertbench.progress import say
-from bertbench.running import (
-    ModelFiles,
-    RunSettings,
-    bind_budget,
-    choose_levers,
-    train_model,
+from bertbench.output_folder import (
+    describe_file,
+    hash_arrays,
+    prepare_output,
+    record_results,
+    write_model_files,
 )
+from bertbench.progress import say
+from bertbench.running import ModelFiles, RunSettings, bind_budget, choose_levers
+from bertbench.training import Predict, Scorer, make_predict, train_model
 from bertbench.workload import Workload
 from finetune.errors import InputError
 from finetune.recipes import train_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a task wants done.
+
+    Attributes:
+        task: its name, for the record.
+        workload: model, head and sequence length.
+        train_arrays: one row an example or window; None does not train.
+        num_examples: what steps are counted by.
+        make_scorer: gives the scores to take while training; None takes none.
+        record: what else belongs in `run.json`.
+    """
+
+    task: str
+    workload: Workload
+    train_arrays: Mapping[str, np.ndarray] | None
+    num_examples: int
+    make_scorer: Callable[[Predict], Scorer] | None = None
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +52,12 @@ class FineTuned:
     """A model after its training, or as loaded where there was none.
 
     Attributes:
-        variables: the model.
-        predict_batch: examples at a time without gradients; no more than the micro-batch, which
-            is known to fit.
+        predict: predicts with it, no more examples at a time than the micro-batch, which is known
+            to fit.
         results: for `--json`.
     """
 
-    variables: Mapping[str, Any]
-    predict_batch: int
+    predict: Predict
     results: dict[str, Any]
 
 
@@ -46,61 +66,41 @@ def feature_arrays(features: object, names: tuple[str, ...]) -> dict[str, np.nda
     return {name: getattr(features, name) for name in names}
 
 
-def fine_tune(
-    files: ModelFiles,
-    settings: RunSettings,
-    budget: Budget,
-    workload: Workload,
-    task: str,
-    train_arrays: Mapping[str, np.ndarray] | None,
-    num_examples: int,
-) -> FineTuned:
+def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job) -> FineTuned:
     """Plan, bind the budget, load weights and train; import TensorFlow on the way.
+
+    Without training, the weights are those that an earlier training left in the output folder,
+    as in the original; only where there are none, those of `--init_checkpoint`.
 
     Args:
         files: the model.
         settings: training and output.
         budget: the device and what may be used of it.
-        workload: model, head and sequence length.
-        task: name for the record.
-        train_arrays: one row an example or window; None does not train.
-        num_examples: what steps are counted by.
+        job: what to do.
 
     Raises:
         InputError: too few examples, nothing fits, the weights do not match, or the output
             folder holds another run.
         bertbench.errors.WorkError: training failed.
     """
-    results: dict[str, Any] = {"task": task}
-    predict_batch, micro_batch, levers, steps = settings.predict_batch_size, 0, None, 0
-    if train_arrays is not None:
-        steps = train_steps(num_examples, settings.train_batch_size, settings.num_train_epochs)
-        if steps < 1:
-            raise InputError(
-                f"{num_examples} examples and {settings.num_train_epochs} epochs make no batch of "
-                f"{settings.train_batch_size}",
-                hint="use a smaller --train_batch_size or more epochs",
-            )
-        say(f"train: {num_examples} examples, {steps} steps of {settings.train_batch_size}")
-        micro_batch, levers = choose_levers(workload, settings, budget)
-        predict_batch = min(predict_batch, micro_batch)
+    if job.train_arrays is None:
+        return _load(files, settings, budget, job)
+    steps = train_steps(job.num_examples, settings.train_batch_size, settings.num_train_epochs)
+    if steps < 1:
+        raise InputError(
+            f"{job.num_examples} examples and {settings.num_train_epochs} epochs make no batch of "
+            f"{settings.train_batch_size}",
+            hint="use a smaller --train_batch_size or more epochs",
+        )
+    say(f"train: {job.num_examples} examples, {steps} steps of {settings.train_batch_size}")
+    micro_batch, levers = choose_levers(job.workload, settings, budget)
     bind_budget(budget)
-    from finetune.modeling import create_variables
-    from finetune.weights import load_weights
-
-    variables = create_variables(
-        workload.config, workload.head, num_labels=workload.num_labels, seed=settings.seed
-    )
+    variables = _create(settings, job.workload)
     if files.init_checkpoint is not None:
-        report = load_weights(variables, files.init_checkpoint)
-        say(f"weights: {len(report.loaded)} of {len(variables)} from {report.source.name}")
-    # The folder is made once everything that can be wrong with the input has been read.
-    if train_arrays is None or levers is None:
-        settings.output_dir.mkdir(parents=True, exist_ok=True)
-        return FineTuned(variables, predict_batch, results)
+        _load_into(variables, files.init_checkpoint)
     identity = {
-        "workload": json.loads(workload.key()),
-        "data_sha256": hash_arrays(train_arrays),
+        "workload": json.loads(job.workload.key()),
+        "data_sha256": hash_arrays(job.train_arrays),
         "initial_weights_sha256": hash_arrays({n: v.numpy() for n, v in variables.items()}),
         "train_batch_size": settings.train_batch_size,
         "learning_rate": settings.learning_rate,
@@ -109,24 +109,71 @@ def fine_tune(
         "seed": settings.seed,
         "adam_bias_correction": settings.adam_bias_correction,
     }
-    record = {
-        "task": task,
-        "init_checkpoint": str(files.init_checkpoint),
+    plan = {
         "micro_batch": micro_batch,
         "levers": levers.to_json(),
         "budget": budget.to_json(),
     }
-    prepare_output(settings, identity, record)
-    write_model_files(settings, files, workload.config)
+    record = {
+        "task": job.task,
+        "init_checkpoint": None if files.init_checkpoint is None else str(files.init_checkpoint),
+        "do_lower_case": settings.do_lower_case,
+        "files": {
+            "config": describe_file(files.config_file),
+            "vocab": describe_file(files.vocab_file),
+        },
+        **job.record,
+    }
+    # The folder is made once everything that can be wrong with the input has been read.
+    prepare_output(settings, identity, record, plan)
+    write_model_files(settings, files, job.workload.config)
+    predict = make_predict(variables, job.workload, min(settings.predict_batch_size, micro_batch))
+    scorer = None if job.make_scorer is None else job.make_scorer(predict)
     began = time.monotonic()
-    done, loss = train_model(
-        variables, workload, settings, levers, micro_batch, train_arrays, steps
+    trained = train_model(
+        variables, job.workload, settings, levers, micro_batch, job.train_arrays, steps, scorer
     )
-    results |= {
-        "global_step": done,
-        "loss": loss,
+    results = {
+        "task": job.task,
+        **trained,
         "train_seconds": round(time.monotonic() - began, 3),
         "micro_batch": micro_batch,
         "levers": levers.to_json(),
     }
-    return FineTuned(variables, predict_batch, results)
+    record_results(settings, results)
+    return FineTuned(predict, results)
+
+
+def _load(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job) -> FineTuned:
+    bind_budget(budget)
+    from finetune.checkpoints import list_checkpoints
+
+    variables = _create(settings, job.workload)
+    source = files.init_checkpoint
+    if settings.output_dir.is_dir() and list_checkpoints(settings.output_dir):
+        source = settings.output_dir
+        say(f"using the weights that a training left in {source}")
+    unset = list(variables) if source is None else _load_into(variables, source)
+    head = [name for name in unset if not name.startswith("bert/")]
+    if head:
+        say(f"warning: {', '.join(head)} are random: train first, or give trained weights")
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    predict = make_predict(variables, job.workload, settings.predict_batch_size)
+    return FineTuned(predict, {"task": job.task})
+
+
+def _create(settings: RunSettings, workload: Workload) -> dict[str, Any]:
+    from finetune.modeling import create_variables
+
+    return create_variables(
+        workload.config, workload.head, num_labels=workload.num_labels, seed=settings.seed
+    )
+
+
+def _load_into(variables: dict[str, Any], source: Any) -> list[str]:
+    """Load weights; returns the names that the source does not have."""
+    from finetune.weights import load_weights
+
+    report = load_weights(variables, source)
+    say(f"weights: {len(report.loaded)} of {len(variables)} from {report.source.name}")
+    return list(report.initialised)

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import platform
 from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bertbench.running import ModelFiles, RunSettings
+from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, to_original_json
 from finetune.errors import InputError
 from finetune.files import write_atomically
 
 RUN_FILE = "run.json"
+_RUN_FILES = (
+    "model.ckpt-*",
+    ".tmp-*",
+    "checkpoint",
+    "train_log.jsonl",
+    "eval_log.jsonl",
+    "events.out.tfevents.*",
+    "eval/events.out.tfevents.*",
+    "best/model.ckpt-*",
+    "best/checkpoint",
+    "predictions.json",
+    "nbest_predictions.json",
+    "null_odds.json",
+    "eval_results.txt",
+    "test_results.tsv",
+    RUN_FILE,
+)
 
 
 def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
@@ -26,8 +49,29 @@ def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def describe_file(path: Path) -> dict[str, str]:
+    """Name and SHA-256 of a file that a run read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"path": str(path), "sha256": digest.hexdigest()}
+
+
+def settings_json(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass of settings, as JSON holds them."""
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return {
+        name: str(value) if isinstance(value, (Path, Checkpointing)) else value
+        for name, value in values.items()
+    }
+
+
 def prepare_output(
-    settings: RunSettings, identity: Mapping[str, Any], extra: Mapping[str, Any]
+    settings: RunSettings,
+    identity: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    plan: Mapping[str, Any],
 ) -> None:
     """Make the output folder and record the run, or see that the folder holds this same run.
 
@@ -39,6 +83,7 @@ def prepare_output(
         settings: names the folder.
         identity: what decides the result.
         extra: what else to record.
+        plan: how it is computed this time; each continuation adds its own.
 
     Raises:
         InputError: the folder holds another run, or something else under the names needed.
@@ -47,14 +92,17 @@ def prepare_output(
     path = folder / RUN_FILE
     if settings.overwrite and path.is_file():
         # Only what a run writes: a user may keep other files there.
-        for pattern in ("model.ckpt-*", ".tmp-*", "checkpoint", "train_log.jsonl", RUN_FILE):
+        for pattern in _RUN_FILES:
             for old in folder.glob(pattern):
                 old.unlink()
+    earlier = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"cannot use the output folder ({error})", path=folder) from error
+    if earlier is not None and not isinstance(earlier, dict):
+        raise InputError("not the record of a run", path=path, hint="choose another --output_dir")
     if earlier is None and any(folder.glob("model.ckpt-*")):
         raise InputError(
             "the output folder holds checkpoints of something else",
@@ -62,19 +110,67 @@ def prepare_output(
             hint="choose another --output_dir",
         )
     if earlier is not None:
-        changed = [key for key in identity if earlier.get("identity", {}).get(key) != identity[key]]
+        if not settings.resume:
+            raise InputError(
+                "the output folder holds a run already",
+                path=folder,
+                hint="choose another --output_dir, or --overwrite_output_dir to start again",
+            )
+        before = earlier.get("identity", {})
+        changed = [key for key in identity if before.get(key) != identity[key]]
         if changed:
             raise InputError(
                 f"the output folder holds a run that differs in {', '.join(sorted(changed))}",
                 path=folder,
                 hint="choose another --output_dir, or --overwrite_output_dir to start again",
             )
-    record = {"identity": dict(identity), **extra}
-    write_atomically(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
+    begun = {
+        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        **plan,
+    }
+    _write_record(
+        folder,
+        {
+            "identity": dict(identity),
+            "settings": settings_json(settings),
+            **extra,
+            "invocations": [*(earlier or {}).get("invocations", []), begun],
+        },
+    )
+
+
+def record_results(settings: RunSettings, results: Mapping[str, Any]) -> None:
+    """Add what came out to the run's record; without one, as after prediction alone, do nothing."""
+    path = settings.output_dir / RUN_FILE
+    if not path.is_file():
+        return
+    record = json.loads(path.read_text(encoding="utf-8"))
+    _write_record(
+        settings.output_dir, {**record, "results": {**record.get("results", {}), **results}}
+    )
+
+
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    write_atomically(folder / RUN_FILE, json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    names = ("bertbench", "tensorflow", "numpy", "tokenizers", "safetensors")
+    versions = {"python": platform.python_version(), "system": platform.platform()}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
 
 
 def write_model_files(settings: RunSettings, files: ModelFiles, config: BertConfig) -> None:
     """Leave configuration and vocabulary beside the weights, so the folder is a model folder."""
-    write_atomically(settings.output_dir / "bert_config.json", to_original_json(config))
+    folder = settings.output_dir
     vocabulary = files.vocab_file.read_text(encoding="utf-8")
-    write_atomically(settings.output_dir / "vocab.txt", vocabulary)
+    for place in (folder, folder / "best") if settings.keep_best else (folder,):
+        place.mkdir(exist_ok=True)
+        write_atomically(place / "bert_config.json", to_original_json(config))
+        write_atomically(place / "vocab.txt", vocabulary)

@@ -61,13 +61,15 @@ def progress(description: str, total: int, unit: str, first: int = 0) -> Iterato
             yield lambda done, note: bar.update(task, completed=done, note=note)
         return
     began = said = time.monotonic()
+    ended = False
 
     def advance(done: int, note: str) -> None:
-        nonlocal said
+        nonlocal said, ended
         now = time.monotonic()
-        if now - said < LINE_EVERY_SECONDS and done < total:
+        ends_now = done >= total and not ended
+        if now - said < LINE_EVERY_SECONDS and not ends_now:
             return
-        said = now
+        said, ended = now, ended or ends_now
         left = (now - began) / max(done - first, 1) * (total - done)
         say(f"{description}: {done}/{total} {unit}, {_duration(left)} left {note}".rstrip())
 

@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 
 from bertbench.devices import Budget
-from bertbench.fine_tuning import feature_arrays, fine_tune
-from bertbench.running import ModelFiles, RunSettings, load_config_and_tokenizer, predict_all
+from bertbench.fine_tuning import Job, feature_arrays, fine_tune
+from bertbench.output_folder import record_results
+from bertbench.progress import progress
+from bertbench.running import ModelFiles, RunSettings, load_config_and_tokenizer
+from bertbench.training import OnProgress, Predict, Scorer, predict_with_progress
 from bertbench.workload import Workload
 from finetune.config import INPUT_NAMES, TARGET_NAMES
+from finetune.errors import InputError
 from finetune.tasks.glue import (
     ClassificationFeatures,
     evaluate,
@@ -84,55 +88,59 @@ def run_classifier(
     if "train" in splits:
         arrays = feature_arrays(splits["train"], _TRAIN_NAMES)
         train_arrays = {name: a[: classifier.max_train_examples] for name, a in arrays.items()}
-    workload = Workload(
-        files.config_file.parent.name,
-        config,
-        "classifier",
-        settings.max_seq_length,
-        len(task.labels),
-    )
+
+    def score(predict: Predict, on_progress: OnProgress) -> dict[str, float]:
+        labels = splits["dev"].label_ids
+        log_probabilities = _log_softmax(
+            predict(feature_arrays(splits["dev"], INPUT_NAMES), on_progress)
+        )
+        scores = evaluate(task, labels, log_probabilities.argmax(axis=1))
+        loss = -log_probabilities[np.arange(len(labels)), labels].mean()
+        return {**scores, "loss": float(loss)}
+
+    if settings.evaluate_every_steps is not None and "dev" not in splits:
+        raise InputError("--evaluate_every_steps needs --do_eval")
     tuned = fine_tune(
         files,
         settings,
         budget,
-        workload,
-        task.name,
-        train_arrays,
-        0 if train_arrays is None else len(train_arrays["label_ids"]),
+        Job(
+            task=task.name,
+            workload=Workload(
+                files.config_file.parent.name,
+                config,
+                "classifier",
+                settings.max_seq_length,
+                len(task.labels),
+            ),
+            train_arrays=train_arrays,
+            num_examples=0 if train_arrays is None else len(train_arrays["label_ids"]),
+            make_scorer=None
+            if settings.evaluate_every_steps is None
+            else lambda predict: Scorer(
+                lambda told: score(predict, told), task.metric or "accuracy"
+            ),
+            record={"labels": list(task.labels), "data_dir": str(classifier.data_dir)},
+        ),
     )
     results = dict(tuned.results)
     if "dev" in splits:
-        labels = splits["dev"].label_ids
-        log_probabilities = _log_softmax(
-            np.concatenate(
-                predict_all(
-                    tuned.variables,
-                    workload,
-                    feature_arrays(splits["dev"], INPUT_NAMES),
-                    tuned.predict_batch,
-                    "eval",
-                )
-            )
-        )
-        scores = evaluate(task, labels, log_probabilities.argmax(axis=1))
-        scored = {f"eval_{name}": value for name, value in scores.items()}
-        scored["eval_loss"] = float(-log_probabilities[np.arange(len(labels)), labels].mean())
+        with progress("eval", len(splits["dev"]), "examples") as advance:
+            scores = score(tuned.predict, lambda done, _: advance(done, ""))
+        scored: dict[str, Any] = {f"eval_{name}": value for name, value in scores.items()}
         for name in ("global_step", "loss"):
             if name in results:
                 scored[name] = results[name]
         write_eval_results(settings.output_dir / "eval_results.txt", scored)
         results |= scored
     if "test" in splits:
-        batches = predict_all(
-            tuned.variables,
-            workload,
-            feature_arrays(splits["test"], INPUT_NAMES),
-            tuned.predict_batch,
-            "predict",
+        logits = predict_with_progress(
+            tuned.predict, feature_arrays(splits["test"], INPUT_NAMES), "predict"
         )
         path = settings.output_dir / "test_results.tsv"
-        write_test_results(path, np.exp(_log_softmax(np.concatenate(batches))))
+        write_test_results(path, np.exp(_log_softmax(logits)))
         results["test_results"] = str(path)
+    record_results(settings, results)
     return results
 
 

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bertbench.devices import Budget
-from bertbench.fine_tuning import feature_arrays, fine_tune
-from bertbench.running import ModelFiles, RunSettings, load_config_and_tokenizer, predict_all
+from bertbench.fine_tuning import Job, feature_arrays, fine_tune
+from bertbench.output_folder import describe_file, record_results, settings_json
+from bertbench.progress import progress, say
+from bertbench.running import ModelFiles, RunSettings, load_config_and_tokenizer
+from bertbench.training import OnProgress, Predict, Scorer
 from bertbench.workload import Workload
 from finetune.config import INPUT_NAMES, TARGET_NAMES
 from finetune.errors import InputError
 from finetune.files import write_atomically
-from finetune.tasks.squad import featurize
+from finetune.tasks.squad import SquadFeatures, featurize
 from finetune.tasks.squad_examples import SquadExamples, read_squad
-from finetune.tasks.squad_metrics import evaluate_v1
-from finetune.tasks.squad_predictions import predict_answers, write_predictions
+from finetune.tasks.squad_metrics import (
+    evaluate_v1,
+    evaluate_v2,
+    score_questions,
+    tune_threshold,
+)
+from finetune.tasks.squad_predictions import (
+    SquadPredictions,
+    answers_at_threshold,
+    predict_answers,
+    write_predictions,
+)
 
 _TRAIN_NAMES = INPUT_NAMES + TARGET_NAMES["squad"]
 
@@ -37,6 +51,7 @@ class SquadSettings:
         max_answer_length: tokens of an answer.
         version_2_with_negative: some questions have no answer.
         null_score_diff_threshold: from which on no answer is given.
+        tune_threshold: find that threshold on the prediction file, which has answers.
         max_train_examples: use only the first so many questions.
     """
 
@@ -48,7 +63,16 @@ class SquadSettings:
     max_answer_length: int = 30
     version_2_with_negative: bool = False
     null_score_diff_threshold: float = 0.0
+    tune_threshold: bool = False
     max_train_examples: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """The questions to answer, and the windows that their paragraphs are cut into."""
+
+    examples: SquadExamples
+    features: SquadFeatures
 
 
 def run_squad(
@@ -63,8 +87,8 @@ def run_squad(
         budget: the device and what may be used of it.
 
     Returns:
-        Results for `--json`: steps, loss, seconds, and `exact_match` and `f1` where the
-        prediction file has answers.
+        Results for `--json`: steps, loss, seconds, and where the prediction file has answers the
+        metrics of `score_predictions`.
 
     Raises:
         InputError: something the user can mend.
@@ -80,54 +104,121 @@ def run_squad(
         doc_stride=squad.doc_stride,
         max_query_length=squad.max_query_length,
     )
-    train_examples = train_features = predict_examples = predict_features = None
+    train_examples = train_features = None
+    record: dict[str, Any] = {"squad": settings_json(squad)}
     if squad.train_file is not None:
         train_examples = _read(squad.train_file, squad, is_training=True)
         train_features = cut(train_examples, is_training=True)
+        record["train_file"] = describe_file(squad.train_file)
+        record["skipped_answers"] = len(train_examples.skipped)
+    # Read before training: a bad file should not be found out hours later.
+    dev = None
     if squad.predict_file is not None:
-        # Read before training: a bad file should not be found out hours later.
-        predict_examples = _read(squad.predict_file, squad, is_training=False)
-        predict_features = cut(predict_examples, is_training=False)
-    workload = Workload(files.config_file.parent.name, config, "squad", settings.max_seq_length)
+        dev_examples = _read(squad.predict_file, squad, is_training=False)
+        dev = Questions(dev_examples, cut(dev_examples, is_training=False))
+        record["predict_file"] = describe_file(squad.predict_file)
+    can_score = dev is not None and has_gold_answers(dev.examples, squad)
+    if squad.tune_threshold and not squad.version_2_with_negative:
+        raise InputError("--tune_threshold needs --version_2_with_negative")
+    for wanted, flag in (
+        (squad.tune_threshold, "--tune_threshold"),
+        (settings.evaluate_every_steps is not None, "--evaluate_every_steps"),
+    ):
+        if wanted and not can_score:
+            raise InputError(f"{flag} needs a --predict_file with answers", path=squad.predict_file)
 
+    def answer(predict: Predict, on_progress: OnProgress) -> SquadPredictions:
+        assert dev is not None
+        inputs = feature_arrays(dev.features, INPUT_NAMES)
+        logits = predict(inputs, on_progress)
+        return answer_questions(dev, logits, squad, settings.do_lower_case)
+
+    def make_scorer(predict: Predict) -> Scorer:
+        assert dev is not None
+        examples = dev.examples
+        return Scorer(lambda told: score_predictions(examples, answer(predict, told), squad), "f1")
+
+    name = files.config_file.parent.name
     tuned = fine_tune(
         files,
         settings,
         budget,
-        workload,
-        "squad",
-        None if train_features is None else feature_arrays(train_features, _TRAIN_NAMES),
-        0 if train_examples is None else len(train_examples),
+        Job(
+            task="squad",
+            workload=Workload(name, config, "squad", settings.max_seq_length),
+            train_arrays=None
+            if train_features is None
+            else feature_arrays(train_features, _TRAIN_NAMES),
+            num_examples=0 if train_examples is None else len(train_examples),
+            make_scorer=make_scorer if settings.evaluate_every_steps is not None else None,
+            record=record,
+        ),
     )
     results = dict(tuned.results)
-    if predict_features is not None and predict_examples is not None:
-        batches = predict_all(
-            tuned.variables,
-            workload,
-            feature_arrays(predict_features, INPUT_NAMES),
-            tuned.predict_batch,
-            "predict",
-        )
-        start_logits, end_logits = np.concatenate(batches, axis=1)
-        predictions = predict_answers(
-            predict_examples,
-            predict_features,
-            start_logits,
-            end_logits,
-            n_best_size=squad.n_best_size,
-            max_answer_length=squad.max_answer_length,
-            do_lower_case=settings.do_lower_case,
-            version_2_with_negative=squad.version_2_with_negative,
-            null_score_diff_threshold=squad.null_score_diff_threshold,
-        )
+    if train_examples is not None and train_examples.skipped:
+        results["skipped_answers"] = len(train_examples.skipped)
+    if dev is not None:
+        with progress("predict", len(dev.features), "windows") as advance:
+            predictions = answer(tuned.predict, lambda done, _: advance(done, ""))
+        if squad.tune_threshold:
+            threshold = best_threshold(dev.examples, predictions)
+            say(f"best null_score_diff_threshold: {threshold:.4f}")
+            results["null_score_diff_threshold"] = threshold
         write_predictions(predictions, settings.output_dir)
         results["predictions"] = str(settings.output_dir / "predictions.json")
-        if not squad.version_2_with_negative and all(e.gold_answers for e in predict_examples):
-            scores = evaluate_v1(predict_examples, predictions.predictions)
+        if can_score:
+            scores = score_predictions(dev.examples, predictions, squad)
             results |= scores
-            lines = "".join(f"{name} = {value}\n" for name, value in sorted(scores.items()))
+            lines = "".join(f"{key} = {value}\n" for key, value in sorted(scores.items()))
             write_atomically(settings.output_dir / "eval_results.txt", lines)
+    record_results(settings, results)
     return results
+
+
+def answer_questions(
+    dev: Questions, logits: np.ndarray, squad: SquadSettings, do_lower_case: bool
+) -> SquadPredictions:
+    """Turn logits `[2, n, s]` into answers, at the best threshold if it is to be tuned."""
+    predictions = predict_answers(
+        dev.examples,
+        dev.features,
+        *logits,
+        n_best_size=squad.n_best_size,
+        max_answer_length=squad.max_answer_length,
+        do_lower_case=do_lower_case,
+        version_2_with_negative=squad.version_2_with_negative,
+        null_score_diff_threshold=squad.null_score_diff_threshold,
+    )
+    if not squad.tune_threshold:
+        return predictions
+    threshold = best_threshold(dev.examples, predictions)
+    return dataclasses.replace(
+        predictions, predictions=answers_at_threshold(predictions, threshold)
+    )
+
+
+def best_threshold(examples: SquadExamples, predictions: SquadPredictions) -> float:
+    """The threshold on the null odds that gives the best F1."""
+    answered = answers_at_threshold(predictions, math.inf)
+    scores = score_questions(examples, answered, predictions.null_odds)
+    return tune_threshold(scores, scores.f1)
+
+
+def has_gold_answers(examples: SquadExamples, squad: SquadSettings) -> bool:
+    """Whether predictions for these questions can be scored."""
+    if squad.version_2_with_negative:
+        return any(example.gold_answers for example in examples)
+    return all(example.gold_answers for example in examples)
+
+
+def score_predictions(
+    examples: SquadExamples, predictions: SquadPredictions, squad: SquadSettings
+) -> dict[str, float]:
+    """Official metrics: `exact_match` and `f1`; for version 2.0 those of `evaluate_v2`."""
+    if not squad.version_2_with_negative:
+        return evaluate_v1(examples, predictions.predictions)
+    scores = score_questions(examples, predictions.predictions, predictions.null_odds)
+    return evaluate_v2(scores, best_thresholds=True)
 
 
 def _read(path: Path, squad: SquadSettings, *, is_training: bool) -> SquadExamples:

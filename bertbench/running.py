@@ -1,24 +1,16 @@
-"""What every `run` does: model files, plan, training, prediction."""
+"""What every `run` begins with: its settings, model files, plan and budget."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import signal
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any
-
-import numpy as np
 
 from bertbench.bytes import format_bytes
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, check_free, child_environment
-from bertbench.errors import StoppedEarlyError, WorkError
 from bertbench.planner import PlanEntry, make_plan, read_plan
-from bertbench.progress import progress, say
+from bertbench.progress import say
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, from_json_file
@@ -63,6 +55,11 @@ class RunSettings:
         plan_file: settings to run with; None makes a plan.
         checkpointing: policy to insist on.
         micro_batch: micro-batch to insist on.
+        resume: continue an interrupted run; False refuses a folder that holds one.
+        evaluate_every_steps: optimizer steps between evaluations while training; None for none.
+        early_stopping_patience: see `finetune.evaluation.Evaluation`.
+        keep_best: as there; predictions are then made with the best weights.
+        tensorboard: write event files.
     """
 
     output_dir: Path
@@ -80,6 +77,11 @@ class RunSettings:
     plan_file: Path | None = None
     checkpointing: Checkpointing | None = None
     micro_batch: int | None = None
+    resume: bool = True
+    evaluate_every_steps: int | None = None
+    early_stopping_patience: int | None = None
+    keep_best: bool = False
+    tensorboard: bool = True
 
 
 def find_model_files(
@@ -216,140 +218,3 @@ def bind_budget(budget: Budget) -> str:
     from bertbench.runtime import start_tensorflow
 
     return start_tensorflow(budget)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a question that the work asks between steps.
-
-    Yields:
-        A function that says whether to stop. A second Ctrl-C interrupts at once.
-    """
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        say("stopping after this step; once more to stop at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train_model(
-    variables: Mapping[str, Any],
-    workload: Workload,
-    settings: RunSettings,
-    levers: Levers,
-    micro_batch: int,
-    data: Mapping[str, np.ndarray],
-    num_train_steps: int,
-) -> tuple[int, float]:
-    """Train to the end, or continue; TensorFlow is already under the run's budget.
-
-    Returns:
-        Steps done, and the last step's loss (NaN if no step was left to do).
-
-    Raises:
-        WorkError: out of memory, or a loss that is not finite.
-        StoppedEarlyError: the user interrupted.
-    """
-    import tensorflow as tf
-
-    from finetune.checkpoints import list_checkpoints
-    from finetune.optimization import OptimizerSettings
-    from finetune.step import make_trainer
-    from finetune.training import Schedule, StepRecord, train
-
-    optimizer = OptimizerSettings(
-        settings.learning_rate,
-        num_train_steps,
-        int(num_train_steps * settings.warmup_proportion),
-        bias_correction=settings.adam_bias_correction,
-    )
-    trainer = make_trainer(
-        variables,
-        workload.config,
-        workload.head,
-        workload.seq_len,
-        optimizer,
-        accumulation_steps=levers.accumulation_steps,
-        checkpointing=levers.checkpointing,
-        xla=levers.xla,
-        seed=settings.seed,
-    )
-    schedule = Schedule(
-        settings.train_batch_size,
-        micro_batch * levers.accumulation_steps,
-        num_train_steps,
-        settings.seed,
-        settings.save_checkpoints_steps,
-    )
-    checkpoints = list_checkpoints(settings.output_dir)
-    first = int(checkpoints[-1].name.rpartition("-")[2]) if checkpoints else 0
-    if first:
-        say(f"continuing at step {first} of {num_train_steps}")
-    last_loss = float("nan")
-    with (
-        interruptible() as should_stop,
-        progress("train", num_train_steps, "steps", first) as advance,
-    ):
-
-        def on_step(record: StepRecord) -> None:
-            nonlocal last_loss
-            last_loss = record.loss
-            rate = settings.train_batch_size / record.seconds
-            advance(record.step, f"loss {record.loss:.4f}, {rate:.1f} examples/s")
-
-        try:
-            done = train(
-                trainer,
-                data,
-                schedule,
-                settings.output_dir,
-                on_step=on_step,
-                should_stop=should_stop,
-            )
-        except tf.errors.ResourceExhaustedError as error:
-            raise WorkError(
-                f"out of memory with micro-batch {micro_batch} and checkpointing "
-                f"{levers.checkpointing} ({str(error).splitlines()[0]}); the last checkpoint is "
-                "kept: give a smaller --memory, which plans smaller, and run again"
-            ) from error
-        except FloatingPointError as error:
-            raise WorkError(str(error)) from error
-    if done < num_train_steps:
-        raise StoppedEarlyError(
-            f"stopped at step {done} of {num_train_steps}; saved: the same command continues"
-        )
-    return done, last_loss
-
-
-def predict_all(
-    variables: Mapping[str, Any],
-    workload: Workload,
-    data: Mapping[str, np.ndarray],
-    batch_size: int,
-    description: str,
-) -> list[np.ndarray]:
-    """Logits of all examples, batch after batch, with progress."""
-    from finetune.step import make_predictor
-    from finetune.training import predict
-
-    predictor = make_predictor(variables, workload.config, workload.head, workload.seq_len)
-    total = len(next(iter(data.values())))
-    done = 0
-    with progress(description, total, "examples") as advance:
-
-        def on_batch(examples: int) -> None:
-            nonlocal done
-            done += examples
-            advance(done, "")
-
-        return list(predict(predictor, data, batch_size, on_batch=on_batch))

@@ -8,20 +8,25 @@ flushed, renamed, and then the `checkpoint` file is replaced.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import tensorflow as tf
 
-from finetune.errors import InputError
+from finetune.errors import DamagedFileError, InputError
 from finetune.files import write_atomically
 from finetune.modeling import Variables
 from finetune.optimization import OptimizerState
 from finetune.weights import open_tf_checkpoint
 
+_logger = logging.getLogger(__name__)
+
 KEPT_CHECKPOINTS = 2
 _PREFIX = "model.ckpt-"
+_SUFFIXES = (".data-00000-of-00001", ".index")
 
 
 def _named_state(variables: Variables, state: OptimizerState) -> dict[str, tf.Variable]:
@@ -44,9 +49,42 @@ def save_state(output_dir: Path, variables: Variables, state: OptimizerState) ->
 
     Returns:
         The checkpoint's prefix.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to; the checkpoints that were
+            there are as they were.
     """
-    named = _named_state(variables, state)
-    prefix = output_dir / f"{_PREFIX}{int(state.step.numpy())}"
+    prefix = _write(output_dir, _named_state(variables, state), int(state.step.numpy()))
+    others = [checkpoint for checkpoint in list_checkpoints(output_dir) if checkpoint != prefix]
+    for old in others[: 1 - KEPT_CHECKPOINTS]:
+        _remove(old)
+    return prefix
+
+
+def save_weights(output_dir: Path, variables: Variables, step: int) -> Path:
+    """Write the weights alone, without optimizer state, in the place of those there.
+
+    Args:
+        output_dir: a folder, made if missing, that holds nothing but one such checkpoint.
+        variables: the model.
+        step: optimizer step they belong to.
+
+    Returns:
+        The checkpoint's prefix.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    prefix = _write(output_dir, variables, step)
+    for old in list_checkpoints(output_dir):
+        if old != prefix:
+            _remove(old)
+    return prefix
+
+
+def _write(output_dir: Path, named: Mapping[str, tf.Variable], step: int) -> Path:
+    prefix = output_dir / f"{_PREFIX}{step}"
     temporary = output_dir / f".tmp-{prefix.name}"
     _remove_temporaries(output_dir)
     try:
@@ -57,16 +95,17 @@ def save_state(output_dir: Path, variables: Variables, state: OptimizerState) ->
             tensors=[variable.read_value() for variable in named.values()],
         )
         # The index last: a checkpoint is found by it.
-        for suffix in (".data-00000-of-00001", ".index"):
+        for suffix in _SUFFIXES:
             _flush(Path(f"{temporary}{suffix}"))
             os.replace(f"{temporary}{suffix}", f"{prefix}{suffix}")
+    except tf.errors.OpError as error:
+        if isinstance(error, tf.errors.ResourceExhaustedError) and "OOM" in str(error):
+            raise
+        # TensorFlow's file system wraps what the operating system said.
+        raise OSError(f"cannot write the checkpoint {prefix} ({error.message})") from error
     finally:
         _remove_temporaries(output_dir)
     _write_state_file(output_dir, prefix.name)
-    others = [checkpoint for checkpoint in list_checkpoints(output_dir) if checkpoint != prefix]
-    for old in others[: 1 - KEPT_CHECKPOINTS]:
-        for suffix in (".index", ".data-00000-of-00001"):
-            Path(f"{old}{suffix}").unlink(missing_ok=True)
     return prefix
 
 
@@ -83,6 +122,9 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def restore_state(output_dir: Path, variables: Variables, state: OptimizerState) -> int | None:
     """Continue from the newest complete checkpoint of a folder.
 
+    One that cannot be read, as after a disk error, is passed over with a warning: an older one
+    only costs the steps since it.
+
     Args:
         output_dir: the folder; it need not exist.
         variables: the model; changed.
@@ -92,15 +134,30 @@ def restore_state(output_dir: Path, variables: Variables, state: OptimizerState)
         The step that was restored, or None where there is no checkpoint.
 
     Raises:
-        InputError: the checkpoint is of another model, or damaged.
+        InputError: the newest checkpoint is of another model, or all are damaged.
     """
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
-        return None
-    prefix = checkpoints[-1]
-    hint = "choose another output folder, or remove this one"
-    shapes, read = open_tf_checkpoint(prefix, hint=hint)
     named = _named_state(variables, state)
+    first_damage: InputError | None = None
+    for prefix in reversed(list_checkpoints(output_dir)):
+        hint = "choose another output folder, or remove this one"
+        try:
+            shapes, read = open_tf_checkpoint(prefix, hint=hint)
+            _check_shapes(prefix, shapes, named, hint)
+            for name, variable in named.items():
+                variable.assign(read(name))
+        except DamagedFileError as error:
+            _logger.warning("passing over a damaged checkpoint: %s", error)
+            first_damage = first_damage or error
+            continue
+        return int(state.step.numpy())
+    if first_damage is not None:
+        raise first_damage
+    return None
+
+
+def _check_shapes(
+    prefix: Path, shapes: Mapping[str, tuple[int, ...]], named: Mapping[str, tf.Variable], hint: str
+) -> None:
     for name, variable in named.items():
         if shapes.get(name) != tuple(variable.shape):
             raise InputError(
@@ -109,9 +166,12 @@ def restore_state(output_dir: Path, variables: Variables, state: OptimizerState)
                 path=prefix,
                 hint=hint,
             )
-    for name, variable in named.items():
-        variable.assign(read(name))
-    return int(state.step.numpy())
+
+
+def _remove(prefix: Path) -> None:
+    # The index first: what is left of a checkpoint half removed must not look like one.
+    for suffix in reversed(_SUFFIXES):
+        Path(f"{prefix}{suffix}").unlink(missing_ok=True)
 
 
 def _remove_temporaries(output_dir: Path) -> None:

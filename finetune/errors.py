@@ -30,3 +30,7 @@ class InputError(ValueError):
         """
         where = "" if path is None else f"{os.fspath(path)}:{'' if line is None else f'{line}:'} "
         super().__init__(f"{where}{what}{f'; {hint}' if hint else ''}".replace("\n", " "))
+
+
+class DamagedFileError(InputError):
+    """A file that cannot be read although it is there, where an older one might serve."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,14 @@ import tensorflow as tf
 
 from finetune.checkpoints import restore_state, save_state
 from finetune.errors import InputError
+from finetune.evaluation import (
+    EvalRecord,
+    Evaluation,
+    evaluate_now,
+    out_of_patience,
+    read_eval_log,
+    truncate_eval_log,
+)
 from finetune.files import write_atomically
 from finetune.step import Batch, Trainer, pad_batch
 
@@ -86,16 +95,64 @@ def example_order(num_examples: int, seed: int, first: int, count: int) -> np.nd
     return order
 
 
+@dataclasses.dataclass(frozen=True)
+class Listener:
+    """What to tell while training; every function may be left out.
+
+    Attributes:
+        on_step: called after every step.
+        on_evaluation: called after every evaluation.
+        should_stop: asked after every step whether the user wants to stop.
+    """
+
+    on_step: Callable[[StepRecord], None] = lambda record: None
+    on_evaluation: Callable[[EvalRecord], None] = lambda record: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+class Ending(enum.Enum):
+    """Why a training ended."""
+
+    FINISHED = "finished"
+    ASKED = "asked to stop"
+    NO_IMPROVEMENT = "no improvement"
+
+
+def resume(trainer: Trainer, output_dir: Path) -> int:
+    """Continue from the newest readable checkpoint of a folder, if there is one.
+
+    Log lines of later steps are removed, because those steps are about to be done again.
+
+    Args:
+        trainer: changed.
+        output_dir: existing folder.
+
+    Returns:
+        Optimizer steps done so far.
+
+    Raises:
+        InputError: the folder's checkpoint is of another model, or all are damaged.
+    """
+    step = restore_state(output_dir, trainer.variables, trainer.state) or 0
+    log_path = output_dir / LOG_NAME
+    if log_path.exists():
+        kept = [record for record in read_log(log_path) if record.step <= step]
+        lines = (json.dumps(dataclasses.asdict(record)) + "\n" for record in kept)
+        write_atomically(log_path, "".join(lines))
+    truncate_eval_log(output_dir, step)
+    return step
+
+
 def train(
     trainer: Trainer,
     data: Mapping[str, np.ndarray],
     schedule: Schedule,
     output_dir: Path,
     *,
-    on_step: Callable[[StepRecord], None] = lambda record: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> int:
-    """Train to the end of the schedule, from the newest checkpoint of the folder if there is one.
+    evaluation: Evaluation | None = None,
+    listener: Listener | None = None,
+) -> Ending:
+    """Train from the trainer's step (see `resume`) to the end of the schedule.
 
     Every step appends a line to `train_log.jsonl`. A checkpoint is written at the set intervals,
     at the end, and when asked to stop, so an interruption with notice loses nothing and a kill
@@ -105,65 +162,91 @@ def train(
         trainer: model, optimizer and compiled step; changed.
         data: arrays with one row an example.
         schedule: batches, steps and intervals.
-        output_dir: existing folder for checkpoints and log.
-        on_step: called after every step.
-        should_stop: asked after every step.
+        output_dir: existing folder for checkpoints and logs.
+        evaluation: what to do between steps.
+        listener: whom to tell.
 
     Returns:
-        Optimizer steps done: fewer than the schedule's only when asked to stop.
+        Why it ended; `trainer.state.step` says where.
 
     Raises:
-        InputError: there is no data, or the folder's checkpoint is of another model.
-        FloatingPointError: the loss is not finite; the last checkpoint stays as it was.
+        InputError: there is no data.
+        FloatingPointError: the loss or the gradient is not finite; the last checkpoint stays.
+        OSError: a checkpoint or log could not be written.
         tensorflow.errors.ResourceExhaustedError: a step does not fit in memory.
     """
-    num_examples = len(next(iter(data.values())))
-    if not num_examples:
+    listener = listener or Listener()
+    if not len(next(iter(data.values()))):
         raise InputError("there are no training examples")
-    step = restore_state(output_dir, trainer.variables, trainer.state) or 0
-    log_path = output_dir / LOG_NAME
-    if log_path.exists():
-        # Steps after the checkpoint are about to be done again.
-        _truncate_log(log_path, step)
-    saved_at, saved_step = time.monotonic(), step
-    with log_path.open("a", encoding="utf-8", buffering=1) as log:
-        while step < schedule.num_train_steps:
-            began = time.monotonic()
-            order = example_order(
-                num_examples,
-                schedule.seed,
-                step * schedule.effective_batch,
-                schedule.effective_batch,
-            )
-            batch = pad_batch({name: value[order] for name, value in data.items()}, schedule.rows)
-            result = trainer.step(batch)
-            loss = float(result.loss)
-            step += 1
-            if not np.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss} at step {step}; use a smaller learning rate"
+    step = saved_step = int(trainer.state.step.numpy())
+    saved_at = time.monotonic()
+    ending = None
+    with (output_dir / LOG_NAME).open("a", encoding="utf-8", buffering=1) as log:
+        while True:
+            asked = listener.should_stop()
+            due = evaluation is not None and _evaluation_due(evaluation, schedule, step, output_dir)
+            if evaluation is not None and due and not asked:
+                # Before the checkpoint: a run killed in between does both again.
+                listener.on_evaluation(
+                    evaluate_now(evaluation, trainer.variables, step, output_dir)
                 )
-            record = StepRecord(
-                step,
-                loss,
-                float(result.learning_rate),
-                float(result.gradient_norm),
-                time.monotonic() - began,
-            )
-            log.write(json.dumps(dataclasses.asdict(record)) + "\n")
-            on_step(record)
-            stop = should_stop()
-            if (
-                stop
-                or step == schedule.num_train_steps
+            if asked and (due or step < schedule.num_train_steps):
+                ending = Ending.ASKED
+            elif step >= schedule.num_train_steps:
+                ending = Ending.FINISHED
+            elif evaluation is not None and out_of_patience(evaluation, read_eval_log(output_dir)):
+                ending = Ending.NO_IMPROVEMENT
+            if step > saved_step and (
+                ending is not None
                 or step - saved_step >= schedule.save_checkpoints_steps
                 or time.monotonic() - saved_at >= schedule.save_checkpoints_seconds
             ):
                 save_state(output_dir, trainer.variables, trainer.state)
                 saved_at, saved_step = time.monotonic(), step
-            if stop:
-                break
-    return step
+            if ending is not None:
+                return ending
+            record = _one_step(trainer, data, schedule, step)
+            step = record.step
+            log.write(json.dumps(dataclasses.asdict(record)) + "\n")
+            listener.on_step(record)
+
+
+def _evaluation_due(
+    evaluation: Evaluation, schedule: Schedule, step: int, output_dir: Path
+) -> bool:
+    """Whether this step's evaluation is still to be made, also after an interruption."""
+    at_end = step == schedule.num_train_steps
+    if not step or not (at_end or step % evaluation.every_steps == 0):
+        return False
+    return all(record.step != step for record in read_eval_log(output_dir))
+
+
+def _one_step(
+    trainer: Trainer, data: Mapping[str, np.ndarray], schedule: Schedule, step: int
+) -> StepRecord:
+    began = time.monotonic()
+    order = example_order(
+        len(next(iter(data.values()))),
+        schedule.seed,
+        step * schedule.effective_batch,
+        schedule.effective_batch,
+    )
+    batch = pad_batch({name: value[order] for name, value in data.items()}, schedule.rows)
+    result = trainer.step(batch)
+    record = StepRecord(
+        step + 1,
+        float(result.loss),
+        float(result.learning_rate),
+        float(result.gradient_norm),
+        time.monotonic() - began,
+    )
+    # The update has been made already: such weights must not be saved.
+    for what, value in (("loss", record.loss), ("gradient's norm", record.gradient_norm)):
+        if not np.isfinite(value):
+            raise FloatingPointError(
+                f"the {what} is {value} at step {record.step}; use a smaller learning rate"
+            )
+    return record
 
 
 def read_log(path: Path) -> list[StepRecord]:
@@ -175,13 +258,6 @@ def read_log(path: Path) -> list[StepRecord]:
         except (json.JSONDecodeError, TypeError):
             break
     return records
-
-
-def _truncate_log(path: Path, last_step: int) -> None:
-    kept = [record for record in read_log(path) if record.step <= last_step]
-    write_atomically(
-        path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in kept)
-    )
 
 
 def predict(

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from safetensors import SafetensorError, safe_open
 
-from finetune.errors import InputError
+from finetune.errors import DamagedFileError, InputError
 from finetune.modeling import Variables
 
 _HEAD_NAMES = frozenset(
@@ -42,9 +42,9 @@ def find_checkpoint(path: str | Path) -> Path:
 
     Args:
         path: the prefix of a TensorFlow checkpoint (`bert_model.ckpt`), its `.index` file, a
-            `.safetensors` file, or a folder that holds one of them. In a folder, the newest
-            checkpoint that its `checkpoint` file names comes first, as that is how training
-            leaves an output folder.
+            `.safetensors` file, or a folder that holds one of them. In a folder that training
+            left, the best weights come first if they were kept, then the newest checkpoint that
+            its `checkpoint` file names.
 
     Returns:
         A `.safetensors` file, or the prefix of a TensorFlow checkpoint.
@@ -60,9 +60,10 @@ def find_checkpoint(path: str | Path) -> Path:
     if Path(f"{path}.index").is_file():
         return path
     if path.is_dir():
-        latest = tf.train.latest_checkpoint(str(path))
-        if latest is not None:
-            return Path(latest)
+        for folder in (path / "best", path):
+            latest = tf.train.latest_checkpoint(str(folder))
+            if latest is not None:
+                return Path(latest)
         for name in ("model.safetensors", "bert_model.ckpt"):
             found = path / name
             if found.is_file() or Path(f"{found}.index").is_file():
@@ -144,11 +145,11 @@ def open_tf_checkpoint(prefix: Path, *, hint: str = "fetch or export it again") 
         Shapes by name, and a function from a name to its array.
 
     Raises:
-        InputError: it cannot be read; the function raises it too.
+        DamagedFileError: it cannot be read; the function raises it too.
     """
 
-    def damaged(what: str, error: Exception) -> InputError:
-        return InputError(f"cannot read {what} ({error})", path=prefix, hint=hint)
+    def damaged(what: str, error: Exception) -> DamagedFileError:
+        return DamagedFileError(f"cannot read {what} ({error})", path=prefix, hint=hint)
 
     # TensorFlow's reader raises by the kind of damage: OpError, or Python's own exceptions.
     kinds = (tf.errors.OpError, RuntimeError, ValueError, LookupError)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,13 @@ import pytest
 import tensorflow as tf
 from tiny_models import CONFIG, Arrays, eagerly, random_batch, tiny_trainer, values_of
 
-from finetune.checkpoints import KEPT_CHECKPOINTS, list_checkpoints, restore_state, save_state
+from finetune.checkpoints import (
+    KEPT_CHECKPOINTS,
+    list_checkpoints,
+    restore_state,
+    save_state,
+    save_weights,
+)
 from finetune.errors import InputError
 from finetune.modeling import create_variables
 from finetune.optimization import OptimizerState, create_state
@@ -205,3 +212,50 @@ def test_damaged_checkpoint(tmp_path: Path, suffix: str, size: int) -> None:
     with pytest.raises(InputError, match=r"cannot read .*choose another output folder") as caught:
         restore_state(tmp_path, *model())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".index", DATA])
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_state(tmp_path, *model(4, seed=1))
+    path = Path(f"{save_state(tmp_path, *model(8, seed=2))}{suffix}")
+    path.write_bytes(path.read_bytes()[:-40])
+    restored = model()
+    assert restore_state(tmp_path, *restored) == 4
+    assert_equal(restored, model(4, seed=1))
+    assert "model.ckpt-8" in caplog.text
+
+
+def test_another_model_is_not_taken_for_damage(tmp_path: Path) -> None:
+    save_state(tmp_path, *model(4, head="classifier"))
+    save_state(tmp_path, *model(8, head="squad"))
+    with pytest.raises(InputError, match=r"model\.ckpt-8"):
+        restore_state(tmp_path, *model(head="classifier"))
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    save_state(tmp_path, *model(4, seed=1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Writing beyond the largest file size fails as writing to a full disk does.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write the checkpoint"):
+            save_state(tmp_path, *model(8, seed=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list_checkpoints(tmp_path) == [tmp_path / "model.ckpt-4"]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".tmp")]
+
+
+def test_weights_alone_are_one_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "best"
+    save_weights(folder, model(seed=1)[0], 5)
+    variables = model(seed=2)[0]
+    prefix = save_weights(folder, variables, 9)
+    assert list_checkpoints(folder) == [prefix]
+    assert tf.train.latest_checkpoint(str(folder)) == str(prefix)
+    reader = tf.train.load_checkpoint(str(prefix))
+    assert set(reader.get_variable_to_shape_map()) == set(variables)
+    for name, variable in variables.items():
+        np.testing.assert_array_equal(reader.get_tensor(name), variable.numpy())

@@ -56,7 +56,22 @@ def squad_arguments(output_dir: Path, *more: str | Path) -> list[str | Path]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("verb", [[], ["devices"], ["plan"], ["probe"], ["run"], ["run", "squad"]])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        [],
+        ["convert"],
+        ["convert", "triviaqa"],
+        ["devices"],
+        ["eval"],
+        ["eval", "squad"],
+        ["plan"],
+        ["probe"],
+        ["run"],
+        ["run", "classifier"],
+        ["run", "squad"],
+    ],
+)
 def test_help_has_an_example_and_needs_no_tensorflow(verb: list[str]) -> None:
     program = (
         "import sys\n"
@@ -118,6 +133,9 @@ def test_plan_alone_prints_the_papers_grid() -> None:
         (["probe", "--memory", "900TiB"], ["more than"]),
         (["run", "classifier", "--task_name", "NoSuchTask", "--demo"], ["NoSuchTask", "MRPC"]),
         (["run", "squad", "--train_file", "no-such.json"], ["--output_dir"]),
+        (["run", "squad", "--demo", "--tune_threshold"], ["--version_2_with_negative"]),
+        (["run", "squad", "--demo", "--keep_best"], ["--evaluate_every_steps"]),
+        (["eval", "squad", "no-such.json", "other.json"], ["no-such.json"]),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line_and_exit_code_2(arguments: list[str], words: list[str]) -> None:
@@ -177,6 +195,72 @@ def test_demo_of_both_tasks(tmp_path: Path) -> None:
     lines = (tmp_path / "mrpc" / "test_results.tsv").read_text().splitlines()
     assert len(lines) == 6
     assert all(abs(sum(map(float, line.split("\t"))) - 1) < 1e-5 for line in lines)
+
+
+def with_unanswerable_questions(source: Path, target: Path) -> Path:
+    """Copy a file in the format of SQuAD 2.0, each third question without an answer."""
+    root = json.loads(source.read_text(encoding="utf-8"))
+    number = 0
+    for article in root["data"]:
+        for paragraph in article["paragraphs"]:
+            for question in paragraph["qas"]:
+                question["is_impossible"] = number % 3 == 0
+                if question["is_impossible"]:
+                    question["answers"] = []
+                number += 1
+    target.write_text(json.dumps(root), encoding="utf-8")
+    return target
+
+
+def test_squad_2_with_tuned_threshold_is_scored_as_by_eval(tmp_path: Path) -> None:
+    demo = demo_files()
+    train = with_unanswerable_questions(demo.squad_train, tmp_path / "train.json")
+    dev = with_unanswerable_questions(demo.squad_dev, tmp_path / "dev.json")
+    output = tmp_path / "out"
+    result = bertbench(
+        *squad_arguments(output, "--train_file", train, "--predict_file", dev, "--micro-batch", "4",
+                         "--train_batch_size", "8", "--version_2_with_negative=true",
+                         "--tune_threshold", "--evaluate_every_steps", "4", "--keep_best",
+                         "--num_train_epochs", "2", "--json", tmp_path / "run.json")
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "run.json").read_text())
+    threshold = results["null_score_diff_threshold"]
+    odds = json.loads((output / "null_odds.json").read_text())
+    answers = json.loads((output / "predictions.json").read_text())
+    assert {qas_id for qas_id in odds if answers[qas_id] == ""} == {
+        qas_id for qas_id, value in odds.items() if value > threshold
+    }
+    evaluations = [json.loads(line) for line in (output / "eval_log.jsonl").open()]
+    assert [record["step"] for record in evaluations] == [4, 8, 10]
+    best = max(evaluations, key=lambda record: record["f1"])
+    assert results["best_step"] == best["step"]
+    assert results["f1"] == pytest.approx(best["f1"])
+    assert list(output.glob("events.out.tfevents.*"))
+    assert list(output.glob("eval/events.out.tfevents.*"))
+
+    scored = bertbench("eval", "squad", dev, output / "predictions.json", "--na-prob-file",
+                       output / "null_odds.json", "--out-image-dir", tmp_path / "pictures",
+                       "--json", "-")  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    official = json.loads(scored.stdout)
+    for name in ("exact", "f1", "total", "HasAns_f1", "NoAns_exact", "best_f1"):
+        assert official[name] == results[name]
+    assert 0 <= official["pr_oracle_ap"] <= 100
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+        "na_prob_hist_HasAns.png", "na_prob_hist_NoAns.png", "pr_exact.png", "pr_f1.png",
+        "pr_oracle.png",
+    ]  # fmt: skip
+
+    # As in the original, prediction alone takes the weights that training left in the folder.
+    before = (output / "predictions.json").read_bytes()
+    again = bertbench(
+        *squad_arguments(output, "--predict_file", dev, "--version_2_with_negative", "true",
+                         "--do_train=False", "--null_score_diff_threshold", str(threshold))
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "model.ckpt-" in again.stderr
+    assert (output / "predictions.json").read_bytes() == before
 
 
 def test_killed_run_continues_on_the_same_curve(tmp_path: Path) -> None:

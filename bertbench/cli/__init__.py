@@ -14,7 +14,9 @@ from bertbench.errors import StoppedEarlyError, WorkError
 from finetune.errors import InputError
 
 _VERBS = {
+    "convert": "TriviaQA to SQuAD's format.",
     "devices": "What is attached, how much memory it has, and who holds it.",
+    "eval": "Official metrics of predictions.",
     "plan": "Fastest lever setting that fits, for a target batch.",
     "probe": "Largest batch that really fits, certified.",
     "run": "Fine-tune, predict and evaluate with a plan.",

@@ -59,6 +59,15 @@ def _shared_options(command: Any) -> Any:
                      "Default: plan now."),
         click.option("--checkpointing", help="Insist on none, full or full:N."),
         click.option("--micro_batch", type=click.IntRange(1), help="Insist on a micro-batch."),
+        _switch("--resume", True, "Continue an interrupted run. With false, a folder that holds a "
+                "run is refused."),
+        click.option("--evaluate_every_steps", type=click.IntRange(1), help="Evaluate while "
+                     "training, and after the last step."),
+        click.option("--early_stopping_patience", type=click.IntRange(1), help="Stop after so "
+                     "many evaluations without a new best."),
+        click.option("--keep_best", is_flag=True, help="Keep the best evaluation's weights in "
+                     "the folder best, and predict with them."),
+        _switch("--tensorboard", True, "Write event files to --output_dir."),
         click.option("--max_train_examples", type=click.IntRange(1), help="Only the first ones."),
         click.option("--demo", is_flag=True, help="Built-in data and a tiny random model."),
         device_options,
@@ -87,6 +96,7 @@ def command() -> None:
 @click.option("--max_answer_length", type=click.IntRange(1), default=30, show_default=True)
 @_switch("--version_2_with_negative", False, "Some questions have no answer.")
 @click.option("--null_score_diff_threshold", type=float, default=0.0, show_default=True)
+@_switch("--tune_threshold", False, "Find that threshold on --predict_file (SQuAD 2.0).")
 @click.pass_context
 def squad(context: click.Context, **flags: Any) -> None:
     """Question answering on SQuAD files. Without files: the demo.
@@ -204,6 +214,10 @@ def _model_and_settings(flags: dict[str, Any]) -> tuple[ModelFiles, RunSettings]
     if lower is None:
         inferred = infer_do_lower_case(str(files.init_checkpoint or files.config_file))
         lower = True if inferred is None else inferred
+    if flags["evaluate_every_steps"] is None:
+        for name in ("early_stopping_patience", "keep_best"):
+            if flags[name]:
+                raise InputError(f"--{name} needs --evaluate_every_steps")
     policy = flags["checkpointing"]
     settings = RunSettings(
         do_lower_case=lower,

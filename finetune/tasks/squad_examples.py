@@ -5,19 +5,20 @@ Reproduces `read_squad_examples` of `run_squad.py` in google-research/bert.
 
 from __future__ import annotations
 
-import json
+import functools
 import logging
 import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 from finetune.errors import InputError
+from finetune.json_files import get_value, load_json
 
+_HINT = "give a SQuAD JSON file"
+_get = functools.partial(get_value, hint=_HINT)
 _logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 # What separates words in a paragraph: fewer characters than `str.split` knows. Other white space
 # stays inside a word, and with it in the text of an answer.
@@ -135,7 +136,7 @@ def read_squad(
         InputError: not a file in this format, an id occurs twice, or, for training, a possible
             question does not have exactly one answer.
     """
-    root = _load_json(path)
+    root = load_json(path, hint=_HINT)
     examples: list[SquadExample] = []
     skipped: list[SkippedAnswer] = []
     seen: dict[str, str] = {}
@@ -163,27 +164,6 @@ def read_squad(
             skipped[0],
         )
     return SquadExamples(tuple(examples), tuple(skipped))
-
-
-def _load_json(path: str | os.PathLike[str]) -> object:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"not JSON ({error.msg}, column {error.colno})",
-            path=path,
-            line=error.lineno,
-            hint="fetch the file again",
-        ) from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"not JSON ({error})", path=path, hint="fetch the file again") from error
-    except OSError as error:
-        raise InputError(
-            f"cannot read the questions ({error.strerror})",
-            path=path,
-            hint="give a SQuAD JSON file",
-        ) from error
 
 
 def _iter_questions(
@@ -238,27 +218,3 @@ def _read_question(
     if first < 0 or " ".join(gold[0].split()) not in found:
         return SkippedAnswer(qas_id, gold[0], found)
     return SquadExample(qas_id, question, paragraph, gold[0], (first, last), False, gold)
-
-
-def _get(
-    node: object,
-    key: str,
-    kind: type[_T],
-    where: str,
-    path: str | os.PathLike[str],
-    default: _T | None = None,
-) -> _T:
-    """Returns `node[key]` if it is of the right kind, or `default` if there is no such key."""
-    if not isinstance(node, dict):
-        raise InputError(f"{where} is not an object", path=path, hint="give a SQuAD JSON file")
-    value: Any = node.get(key, default)
-    if key not in node and default is None:
-        raise InputError(f"{where} has no {key!r}", path=path, hint="give a SQuAD JSON file")
-    # To Python, true is also an int.
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InputError(
-            f"{key!r} in {where} is {type(value).__name__}, not {kind.__name__}",
-            path=path,
-            hint="give a SQuAD JSON file",
-        )
-    return value

@@ -1,6 +1,7 @@
-"""SQuAD's official metrics of version 1.1: exact match and F1.
+"""SQuAD's official metrics: exact match and F1, and what version 2.0 adds.
 
-Gives the numbers of `evaluate-v1.1.py` (Rajpurkar et al. 2016, section 6.1).
+Gives the numbers of `evaluate-v1.1.py` (Rajpurkar et al. 2016, section 6.1) and of
+`evaluate-v2.0.py` (Rajpurkar et al. 2018, section 5).
 """
 
 from __future__ import annotations
@@ -8,7 +9,11 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from finetune.errors import InputError
 from finetune.tasks.squad_examples import SquadExample
@@ -71,3 +76,212 @@ def evaluate_v1(
     if total == 0:
         raise InputError("no questions to evaluate", hint="give a file with questions")
     return {"exact_match": 100.0 * exact_match / total, "f1": 100.0 * f1 / total}
+
+
+@dataclass(frozen=True)
+class QuestionScores:
+    """Each question's scores by version 2.0, before any threshold; n questions in file order.
+
+    Attributes:
+        has_answer: bool [n], the file has an answer.
+        is_answered: bool [n], the prediction is not "".
+        exact: float64 [n], 0 or 1; for a question without answer, whether the prediction is "".
+        f1: float64 [n], the same for F1.
+        no_answer_odds: float64 [n], the greater, the likelier is "no answer".
+    """
+
+    has_answer: npt.NDArray[np.bool_] = field(repr=False)
+    is_answered: npt.NDArray[np.bool_] = field(repr=False)
+    exact: npt.NDArray[np.float64] = field(repr=False)
+    f1: npt.NDArray[np.float64] = field(repr=False)
+    no_answer_odds: npt.NDArray[np.float64] = field(repr=False)
+
+    def at_threshold(self, threshold: float) -> QuestionScores:
+        """Scores when questions with odds above a threshold are left unanswered."""
+        silent = self.no_answer_odds > threshold
+        right = (~self.has_answer).astype(np.float64)
+        return QuestionScores(
+            self.has_answer,
+            self.is_answered & ~silent,
+            np.where(silent, right, self.exact),
+            np.where(silent, right, self.f1),
+            self.no_answer_odds,
+        )
+
+
+def score_questions(
+    examples: Iterable[SquadExample],
+    predictions: Mapping[str, str],
+    no_answer_odds: Mapping[str, float] | None = None,
+) -> QuestionScores:
+    """Scores each question as version 2.0 does: the best over its answers, or over "".
+
+    Answers that normalization leaves nothing of do not count, as in the official script.
+
+    Args:
+        examples: questions with their `gold_answers`.
+        predictions: question id to text, "" for no answer.
+        no_answer_odds: question id to a score such as `null_odds.json` has; 0 everywhere if None.
+
+    Raises:
+        InputError: there are no questions, or one has no prediction or no odds.
+    """
+    rows = []
+    for example in examples:
+        qas_id = example.qas_id
+        for what, known in (("prediction", predictions), ("null odds", no_answer_odds)):
+            if known is not None and qas_id not in known:
+                raise InputError(
+                    f"question {qas_id!r} has no {what}", hint="predict all questions of the file"
+                )
+        text = predictions[qas_id]
+        answers = [answer for answer in example.gold_answers if normalize_answer(answer)] or [""]
+        rows.append(
+            (
+                bool(example.gold_answers),
+                bool(text),
+                max(exact_match_score(text, answer) for answer in answers),
+                max(_f1_with_silence(text, answer) for answer in answers),
+                0.0 if no_answer_odds is None else no_answer_odds[qas_id],
+            )
+        )
+    if not rows:
+        raise InputError("no questions to evaluate", hint="give a file with questions")
+    has_answer, is_answered, exact, f1, odds = (
+        np.array(column) for column in zip(*rows, strict=True)
+    )
+    return QuestionScores(has_answer, is_answered, exact, f1, odds.astype(np.float64))
+
+
+def evaluate_v2(
+    scores: QuestionScores, *, threshold: float | None = None, best_thresholds: bool = False
+) -> dict[str, float]:
+    """Averages scores under the official script's names.
+
+    Args:
+        scores: of all questions.
+        threshold: leave questions with greater odds unanswered; None leaves answers as they are.
+        best_thresholds: also look for the best ones.
+
+    Returns:
+        `exact`, `f1` (percent) and `total`; the same with `HasAns_` and `NoAns_` for questions
+        with and without answers, where there are any; and with `best_thresholds` `best_exact`,
+        `best_exact_thresh`, `best_f1`, `best_f1_thresh`.
+    """
+    final = scores if threshold is None else scores.at_threshold(threshold)
+    results: dict[str, float] = {}
+    groups = {
+        "": np.ones(len(final.exact), np.bool_),
+        "HasAns_": final.has_answer,
+        "NoAns_": ~final.has_answer,
+    }
+    for prefix, group in groups.items():
+        total = int(group.sum())
+        if total:
+            results[f"{prefix}exact"] = 100.0 * float(final.exact[group].sum()) / total
+            results[f"{prefix}f1"] = 100.0 * float(final.f1[group].sum()) / total
+            results[f"{prefix}total"] = total
+    if best_thresholds:
+        for name, values in (("exact", scores.exact), ("f1", scores.f1)):
+            best, where = find_best_threshold(scores, values)
+            results[f"best_{name}"] = best
+            results[f"best_{name}_thresh"] = where
+    return results
+
+
+def find_best_threshold(
+    scores: QuestionScores, values: npt.NDArray[np.float64]
+) -> tuple[float, float]:
+    """Finds the odds above which questions are best left unanswered (`find_best_thresh`).
+
+    As in the official script, thresholds are tried between single questions, also between
+    questions of equal odds, 0 stands for leaving all unanswered, and an answer that the
+    prediction already leaves out cannot come back.
+
+    Args:
+        scores: of all questions.
+        values: the scores to improve, `scores.exact` or `scores.f1`.
+
+    Returns:
+        The average in percent that is reached, and the threshold.
+    """
+    order = np.argsort(scores.no_answer_odds, kind="stable")
+    change = np.where(scores.has_answer, values, np.where(scores.is_answered, -1.0, 0.0))[order]
+    unanswered = float((~scores.has_answer).sum())
+    # Added one by one, like the official script, whose rounding decides between near ties.
+    running = np.cumsum(np.concatenate([[unanswered], change]))
+    best = int(np.argmax(running))
+    where = 0.0 if best == 0 else float(scores.no_answer_odds[order[best - 1]])
+    return 100.0 * float(running[best]) / len(values), where
+
+
+def tune_threshold(scores: QuestionScores, values: npt.NDArray[np.float64]) -> float:
+    """Finds the threshold that gives the best average when it is then applied.
+
+    Unlike `find_best_threshold`, only thresholds that can be applied are tried: questions of equal
+    odds stay together, and leaving all unanswered has a threshold below all odds.
+
+    Args:
+        scores: of all questions, with an answer for each, however unlikely.
+        values: the scores to improve, `scores.exact` or `scores.f1`.
+
+    Returns:
+        The least of the best thresholds, to use as `null_score_diff_threshold`.
+    """
+    order = np.argsort(scores.no_answer_odds, kind="stable")
+    odds = scores.no_answer_odds[order]
+    change = (values - (~scores.has_answer))[order]
+    gains = np.concatenate([[0.0], np.cumsum(change)[np.append(odds[1:] != odds[:-1], True)]])
+    thresholds = np.concatenate([[odds[0] - 1.0], np.unique(odds)])
+    return float(thresholds[np.argmax(gains)])
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """A precision-recall curve over thresholds.
+
+    Attributes:
+        precisions: from 1.0 on.
+        recalls: ascending from 0.0.
+        average_precision: in percent.
+    """
+
+    precisions: Sequence[float] = field(repr=False)
+    recalls: Sequence[float] = field(repr=False)
+    average_precision: float
+
+
+def precision_recall(
+    scores: QuestionScores, values: npt.NDArray[np.float64]
+) -> PrecisionRecall | None:
+    """Traces precision and recall while the threshold on the odds rises.
+
+    Args:
+        scores: of all questions.
+        values: what counts as right: `scores.exact`, `scores.f1`, or `scores.has_answer` as float
+            for the official script's oracle.
+
+    Returns:
+        The curve; None if no question has an answer.
+    """
+    answerable = int(scores.has_answer.sum())
+    if not answerable:
+        return None
+    order = np.argsort(scores.no_answer_odds, kind="stable")
+    odds = scores.no_answer_odds[order]
+    right = np.cumsum(np.where(scores.has_answer, values, 0.0)[order])
+    precision = right / np.arange(1, len(order) + 1)
+    recall = right / answerable
+    # A point stands for a threshold, so only the last of questions with equal odds makes one.
+    last = np.append(odds[1:] != odds[:-1], True)
+    precisions = np.concatenate([[1.0], precision[last]])
+    recalls = np.concatenate([[0.0], recall[last]])
+    average = 100.0 * float(np.sum(precisions[1:] * np.diff(recalls)))
+    return PrecisionRecall(precisions.tolist(), recalls.tolist(), average)
+
+
+def _f1_with_silence(prediction: str, answer: str) -> float:
+    """F1 of version 2.0, where two empty texts agree."""
+    if not normalize_answer(prediction) or not normalize_answer(answer):
+        return exact_match_score(prediction, answer)
+    return f1_score(prediction, answer)

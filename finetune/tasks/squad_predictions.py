@@ -164,6 +164,23 @@ def predict_answers(
     return result
 
 
+def answers_at_threshold(predictions: SquadPredictions, threshold: float) -> dict[str, str]:
+    """Chooses between the best answer and none anew, for predictions that may be either.
+
+    Args:
+        predictions: made with `version_2_with_negative`.
+        threshold: null odds above this give the answer ""; infinity gives every best answer.
+
+    Returns:
+        Text by question id, in the same order.
+    """
+    answers = {}
+    for qas_id, candidates in predictions.nbest.items():
+        best = next((candidate["text"] for candidate in candidates if candidate["text"]), "")
+        answers[qas_id] = "" if predictions.null_odds[qas_id] > threshold else best
+    return answers
+
+
 def write_predictions(predictions: SquadPredictions, output_dir: str | os.PathLike[str]) -> None:
     """Writes `predictions.json`, `nbest_predictions.json` and, if there are any, `null_odds.json`.
 

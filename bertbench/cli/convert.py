@@ -1,0 +1,207 @@
+"""`bertbench convert`: other data sets in the formats that `run` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bertbench.cli.common import CONTEXT, json_option, write_json
+from bertbench.progress import progress, say
+from finetune.errors import InputError
+from finetune.files import write_atomically
+from finetune.tasks.triviaqa import (
+    MAX_WORDS,
+    OUTCOMES,
+    SEED,
+    Conversion,
+    Source,
+    TriviaQA,
+    convert_pairs,
+    read_triviaqa,
+)
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.group(context_settings=CONTEXT)
+def command() -> None:
+    """Bring other data sets into a format that `bertbench run` reads.
+
+    \b
+    Example:
+      bertbench convert triviaqa --help
+    """
+
+
+@command.command(context_settings=CONTEXT)
+@click.option(
+    "--triviaqa_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="Questions, as in qa/wikipedia-train.json.",
+)
+@click.option("--data_dir", type=_FOLDER, help="Evidence: has the folders wikipedia and web.")
+@click.option("--wikipedia_dir", type=_FOLDER, help="Default: wikipedia in --data_dir.")
+@click.option("--web_dir", type=_FOLDER, help="Default: web in --data_dir.")
+@click.option(
+    "--squad_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="Where to write SQuAD's JSON.",
+)
+@click.option("--force", is_flag=True, help="Overwrite --squad_file.")
+@click.option(
+    "--max_words",
+    "--max_num_tokens",
+    "max_words",
+    type=click.IntRange(1),
+    default=MAX_WORDS,
+    show_default=True,
+    help="Words to keep of the beginning of a document.",
+)
+@click.option(
+    "--version_2_with_negative",
+    type=bool,
+    is_flag=False,
+    flag_value="true",
+    default=False,
+    help="Keep questions whose answer is not in the context, as impossible (SQuAD 2.0).",
+)
+@click.option(
+    "--max_questions",
+    "--sample_size",
+    "max_questions",
+    type=click.IntRange(1),
+    help="Take a random sample. Default: 80000 of a web training file, else all.",
+)
+@click.option("--seed", type=int, default=SEED, show_default=True, help="For order and sample.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "dev", "test"]),
+    help="Default: what --triviaqa_file says.",
+)
+@json_option
+def triviaqa(
+    triviaqa_file: Path,
+    data_dir: Path | None,
+    wikipedia_dir: Path | None,
+    web_dir: Path | None,
+    squad_file: Path,
+    force: bool,
+    max_words: int,
+    version_2_with_negative: bool,
+    max_questions: int | None,
+    seed: int,
+    split: str | None,
+    json_file: Path | None,
+) -> None:
+    """TriviaQA to SQuAD's format, to fine-tune on before SQuAD or to answer.
+
+    A paragraph per question and document, with the offset of the first answer in it. A training
+    question whose answer is not found is left out.
+
+    \b
+    Example:
+      bertbench convert triviaqa --data_dir evidence \\
+        --triviaqa_file qa/wikipedia-train.json --squad_file triviaqa-train.json
+    """
+    folders = _evidence_folders(data_dir, wikipedia_dir, web_dir)
+    _check_outputs(triviaqa_file, squad_file, json_file, force)
+    say(f"reading {triviaqa_file}")
+    data = read_triviaqa(triviaqa_file, split)
+    limit = data.default_max_questions if max_questions is None else max_questions
+    is_sample = limit is not None and limit < len(data.pairs)
+    total = limit if is_sample and limit is not None else len(data.pairs)
+    unit = "questions" if is_sample else "documents"
+    with progress("convert", total, unit) as advance:
+        conversion = convert_pairs(
+            data,
+            folders,
+            max_words=max_words,
+            version_2_with_negative=version_2_with_negative,
+            seed=seed,
+            max_questions=limit,
+            on_pair=lambda looked_at, written: advance(written if is_sample else looked_at, ""),
+        )
+    try:
+        write_atomically(squad_file, conversion.text)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the questions ({error.strerror})",
+            path=squad_file,
+            hint="give another --squad_file",
+        ) from error
+    if json_file is not None:
+        write_json(json_file, _summary(data, conversion, squad_file))
+    if str(json_file) != "-":
+        _show(conversion, squad_file)
+
+
+def _evidence_folders(
+    data_dir: Path | None, wikipedia_dir: Path | None, web_dir: Path | None
+) -> dict[Source, Path]:
+    if data_dir is None and wikipedia_dir is None and web_dir is None:
+        raise InputError("no evidence folder", hint="give --data_dir")
+    for folder in (data_dir, wikipedia_dir, web_dir):
+        if folder is not None and not folder.is_dir():
+            raise InputError(
+                "no such folder", path=folder, hint="give TriviaQA's evidence folder as --data_dir"
+            )
+    folders: dict[Source, Path] = {}
+    if data_dir is not None:
+        folders = {"wikipedia": data_dir / "wikipedia", "web": data_dir / "web"}
+    if wikipedia_dir is not None:
+        folders["wikipedia"] = wikipedia_dir
+    if web_dir is not None:
+        folders["web"] = web_dir
+    return folders
+
+
+def _check_outputs(
+    triviaqa_file: Path, squad_file: Path, json_file: Path | None, force: bool
+) -> None:
+    """Find out before the work what would make its result impossible to write."""
+    if squad_file.exists():
+        if squad_file.samefile(triviaqa_file):
+            raise InputError(
+                "--squad_file is --triviaqa_file", path=squad_file, hint="give another one"
+            )
+        if not force:
+            raise InputError(
+                "the file is there already", path=squad_file, hint="--force overwrites it"
+            )
+    for flag, path in (("--squad_file", squad_file), ("--json", json_file)):
+        if path is not None and str(path) != "-" and not path.parent.is_dir():
+            raise InputError(
+                f"the folder of {flag} is missing", path=path, hint="make it, or give another file"
+            )
+
+
+def _summary(data: TriviaQA, conversion: Conversion, squad_file: Path) -> dict[str, Any]:
+    return {
+        "squad_file": str(squad_file),
+        "split": data.split,
+        "domain": data.domain,
+        "pairs": len(data.pairs),
+        "questions": conversion.questions,
+        **conversion.counts,
+        "not_needed": conversion.not_needed,
+        "not_utf8": conversion.not_utf8,
+    }
+
+
+def _show(conversion: Conversion, squad_file: Path) -> None:
+    plural = "" if conversion.questions == 1 else "s"
+    click.echo(f"{conversion.questions:,} question{plural} in {squad_file}")
+    for outcome, count in conversion.counts.items():
+        if count:
+            click.echo(f"{count:>9,} {OUTCOMES[outcome]}")
+    if conversion.first_lost:
+        # As Python writes it: a name may hold what a terminal cannot show.
+        click.echo(f"{'':>9} first document lost: {conversion.first_lost!r}")
+    if conversion.not_utf8:
+        click.echo(f"{conversion.not_utf8:>9,} contexts had bytes replaced that are not UTF-8")
+    if conversion.not_needed:
+        click.echo(f"{conversion.not_needed:>9,} pairs not needed")

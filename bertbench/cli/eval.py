@@ -1,0 +1,132 @@
+"""`bertbench eval`: official metrics of predictions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bertbench.cli.common import CONTEXT, json_option, write_json
+from finetune.errors import InputError
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.group(context_settings=CONTEXT)
+def command() -> None:
+    """Score predictions with a data set's official metrics.
+
+    \b
+    Example:
+      bertbench eval squad dev-v1.1.json squad_out/predictions.json
+    """
+
+
+@command.command(context_settings=CONTEXT)
+@click.argument("data", type=_FILE)
+@click.argument("predictions", type=_FILE)
+@click.option(
+    "--version",
+    type=click.Choice(["1.1", "2.0"]),
+    help="Metrics of SQuAD 1.1 or 2.0. Default: 2.0 if a question has no answer.",
+)
+@click.option("--na_prob_file", type=_FILE, help="Null odds (null_odds.json): also find the best "
+              "thresholds (2.0).")  # fmt: skip
+@click.option(
+    "--na_prob_thresh",
+    type=float,
+    help="Leave questions with greater odds unanswered (2.0). Default: keep what is answered.",
+)
+@click.option("--out_file", type=_FILE, help="Write the scores as JSON here.")
+@click.option("--out_image_dir", type=click.Path(file_okay=False, path_type=Path),
+              help="Draw precision-recall curves and histograms (2.0).")  # fmt: skip
+@json_option
+def squad(
+    data: Path,
+    predictions: Path,
+    version: str | None,
+    na_prob_file: Path | None,
+    na_prob_thresh: float | None,
+    out_file: Path | None,
+    out_image_dir: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Exact match and F1, as evaluate-v1.1.py and evaluate-v2.0.py give them.
+
+    \b
+    Example:
+      bertbench eval squad dev-v2.0.json squad_out/predictions.json \\
+        --na-prob-file squad_out/null_odds.json --out-image-dir pictures
+    """
+    from finetune.tasks.squad_examples import read_squad
+    from finetune.tasks.squad_metrics import evaluate_v1, evaluate_v2, score_questions
+
+    examples = read_squad(data, is_training=False, version_2_with_negative=True)
+    if not len(examples):
+        raise InputError("there are no questions in the file", path=data)
+    answers = _read_values(predictions, str)
+    if version is None:
+        unanswerable = any(e.is_impossible or not e.gold_answers for e in examples)
+        version = "2.0" if unanswerable else "1.1"
+    results: dict[str, float]
+    if version == "1.1":
+        for name, value in {
+            "na_prob_file": na_prob_file,
+            "na_prob_thresh": na_prob_thresh,
+            "out_image_dir": out_image_dir,
+        }.items():
+            if value is not None:
+                raise InputError(
+                    f"--{name} belongs to SQuAD 2.0, and every question of the data has an answer",
+                    hint="give --version 2.0 to use its metrics",
+                )
+        missing = sum(example.qas_id not in answers for example in examples)
+        if missing:
+            click.echo(f"{missing} questions without prediction count as wrong", err=True)
+        results = evaluate_v1(examples, answers)
+    else:
+        odds = None if na_prob_file is None else _read_values(na_prob_file, float)
+        if odds is None and na_prob_thresh is not None:
+            raise InputError("--na_prob_thresh needs --na_prob_file")
+        scores = score_questions(examples, answers, odds)
+        results = evaluate_v2(
+            scores, threshold=na_prob_thresh, best_thresholds=na_prob_file is not None
+        )
+        if out_image_dir is not None:
+            if odds is None:
+                raise InputError("--out_image_dir needs --na_prob_file")
+            from bertbench.squad_plots import average_precisions, draw_pictures
+
+            curves = average_precisions(scores)
+            results |= {f"{n}_ap": curve.average_precision for n, curve in curves.items()}
+            for path in draw_pictures(scores, out_image_dir):
+                click.echo(f"wrote {path}", err=True)
+    if out_file is not None:
+        write_json(out_file, results)
+    if json_file is not None:
+        write_json(json_file, results)
+    if str(json_file) != "-":
+        for name, score in results.items():
+            click.echo(f"{name} = {score}")
+
+
+def _read_values(path: Path, kind: type) -> dict[str, Any]:
+    """Read a JSON object whose values are texts or numbers."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the file ({error.strerror})", path=path) from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"not JSON ({error.msg})", path=path, line=error.lineno) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"not JSON ({error})", path=path) from error
+    kinds = (int, float) if kind is float else (kind,)
+    what = "a number" if kind is float else "a text"
+    if not isinstance(values, dict):
+        raise InputError("not an object of question ids", path=path)
+    for qas_id, value in values.items():
+        if not isinstance(value, kinds) or isinstance(value, bool) or value != value:
+            raise InputError(f"{qas_id!r} has {value!r}, not {what}", path=path)
+    return values

@@ -1,0 +1,239 @@
+"""Training and prediction of a run: progress, interruption, evaluation, what can go wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from bertbench.errors import StoppedEarlyError, WorkError
+from bertbench.progress import progress, say
+from bertbench.running import RunSettings
+from bertbench.workload import Levers, Workload
+
+OnProgress = Callable[[int, int], None]
+"""Told how many examples are done, and of how many."""
+
+Predict = Callable[[Mapping[str, np.ndarray], OnProgress], np.ndarray]
+"""Gives the logits of all rows of a model's inputs, `[2, n, s]` or `[n, labels]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """How a task scores a model while it is trained.
+
+    Attributes:
+        score: predicts with the model as it is, and compares.
+        metric: the score that counts.
+        greater_is_better: False for a loss.
+    """
+
+    score: Callable[[OnProgress], Mapping[str, float]]
+    metric: str
+    greater_is_better: bool = True
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a question that the work asks between steps.
+
+    Yields:
+        A function that says whether to stop. A second Ctrl-C interrupts at once.
+    """
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        say("stopping after this step; once more to stop at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train_model(
+    variables: Mapping[str, Any],
+    workload: Workload,
+    settings: RunSettings,
+    levers: Levers,
+    micro_batch: int,
+    data: Mapping[str, np.ndarray],
+    num_train_steps: int,
+    scorer: Scorer | None = None,
+) -> dict[str, Any]:
+    """Train to the end, or continue; TensorFlow is already under the run's budget.
+
+    Afterwards the variables are the best ones if the settings say so.
+
+    Returns:
+        `global_step`; `loss` of the last step, if there was one left to do; and with evaluations
+        `best_step` and `stopped_early`.
+
+    Raises:
+        InputError: the folder's checkpoints cannot be continued from.
+        WorkError: out of memory, a loss that is not finite, or a disk that is full.
+        StoppedEarlyError: the user interrupted.
+    """
+    import tensorflow as tf
+
+    from finetune.evaluation import BEST_FOLDER, EvalRecord, Evaluation, best_record, read_eval_log
+    from finetune.optimization import OptimizerSettings
+    from finetune.step import make_trainer
+    from finetune.tensorboard import ScalarWriter
+    from finetune.training import Ending, Listener, Schedule, StepRecord, resume, train
+    from finetune.weights import load_weights
+
+    optimizer = OptimizerSettings(
+        settings.learning_rate,
+        num_train_steps,
+        int(num_train_steps * settings.warmup_proportion),
+        bias_correction=settings.adam_bias_correction,
+    )
+    trainer = make_trainer(
+        variables,
+        workload.config,
+        workload.head,
+        workload.seq_len,
+        optimizer,
+        accumulation_steps=levers.accumulation_steps,
+        checkpointing=levers.checkpointing,
+        xla=levers.xla,
+        seed=settings.seed,
+    )
+    schedule = Schedule(
+        settings.train_batch_size,
+        micro_batch * levers.accumulation_steps,
+        num_train_steps,
+        settings.seed,
+        settings.save_checkpoints_steps,
+    )
+    folder = settings.output_dir
+    first = resume(trainer, folder)
+    if first:
+        say(f"continuing at step {first} of {num_train_steps}")
+    result: dict[str, Any] = {}
+    done = first
+    with (
+        interruptible() as should_stop,
+        contextlib.ExitStack() as stack,
+        progress("train", num_train_steps, "steps", first) as advance,
+    ):
+        writers = {}
+        if settings.tensorboard:
+            for name, place in (("train", folder), ("eval", folder / "eval")):
+                if name == "train" or scorer is not None:
+                    writers[name] = stack.enter_context(contextlib.closing(ScalarWriter(place)))
+
+        def on_step(record: StepRecord) -> None:
+            nonlocal done
+            done, result["loss"] = record.step, record.loss
+            rate = settings.train_batch_size / record.seconds
+            advance(record.step, f"loss {record.loss:.4f}, {rate:.1f} examples/s")
+            if "train" in writers:
+                writers["train"].write(
+                    record.step,
+                    {
+                        "loss": record.loss,
+                        "learning_rate": record.learning_rate,
+                        "gradient_norm": record.gradient_norm,
+                        "examples_per_second": rate,
+                    },
+                )
+
+        def on_evaluation(record: EvalRecord) -> None:
+            scores = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
+            say(f"step {record.step}: {scores}")
+            if "eval" in writers:
+                writers["eval"].write(record.step, record.metrics)
+
+        evaluation = None
+        if scorer is not None:
+            score = scorer.score
+            evaluation = Evaluation(
+                lambda: score(lambda n, of: advance(done, f"evaluating {n}/{of}")),
+                settings.evaluate_every_steps or num_train_steps,
+                scorer.metric,
+                scorer.greater_is_better,
+                settings.early_stopping_patience,
+                settings.keep_best,
+            )
+        try:
+            ending = train(
+                trainer,
+                data,
+                schedule,
+                folder,
+                evaluation=evaluation,
+                listener=Listener(on_step, on_evaluation, should_stop),
+            )
+        except tf.errors.ResourceExhaustedError as error:
+            raise WorkError(
+                f"out of memory with micro-batch {micro_batch} and checkpointing "
+                f"{levers.checkpointing} ({str(error).splitlines()[0]}); the last checkpoint is "
+                "kept: give a smaller --memory, which plans smaller, and run again"
+            ) from error
+        except FloatingPointError as error:
+            raise WorkError(str(error)) from error
+        except OSError as error:
+            raise WorkError(
+                f"{error}; make room or mend the folder: the same command continues"
+            ) from error
+    step = int(trainer.state.step.numpy())
+    if ending is Ending.ASKED:
+        raise StoppedEarlyError(
+            f"stopped at step {step} of {num_train_steps}; saved: the same command continues"
+        )
+    result["global_step"] = step
+    if evaluation is not None:
+        best = best_record(evaluation, read_eval_log(folder))
+        result["stopped_early"] = ending is Ending.NO_IMPROVEMENT
+        if result["stopped_early"]:
+            say(f"stopped at step {step}: no better {scorer and scorer.metric} for a while")
+        if best is not None:
+            result["best_step"] = best.step
+        if settings.keep_best and best is not None and best.step != step:
+            load_weights(variables, folder / BEST_FOLDER)
+            say(f"using the weights of step {best.step}, the best")
+    return result
+
+
+def make_predict(variables: Mapping[str, Any], workload: Workload, batch_size: int) -> Predict:
+    """Make a function that predicts with a model as it is when called; it compiles only once."""
+    from finetune.step import make_predictor
+    from finetune.training import predict
+
+    predictor = make_predictor(variables, workload.config, workload.head, workload.seq_len)
+
+    def predict_rows(data: Mapping[str, np.ndarray], on_progress: OnProgress) -> np.ndarray:
+        total = len(next(iter(data.values())))
+        done = 0
+
+        def on_batch(examples: int) -> None:
+            nonlocal done
+            done += examples
+            on_progress(done, total)
+
+        batches = list(predict(predictor, data, batch_size, on_batch=on_batch))
+        return np.concatenate(batches, axis=1 if workload.head == "squad" else 0)
+
+    return predict_rows
+
+
+def predict_with_progress(
+    predict: Predict, data: Mapping[str, np.ndarray], description: str
+) -> np.ndarray:
+    """Predict, and show how far it is."""
+    total = len(next(iter(data.values())))
+    with progress(description, total, "examples") as advance:
+        return predict(data, lambda done, _: advance(done, ""))

@@ -1,0 +1,129 @@
+"""Evaluation during training: its log, the best weights, and when to stop early.
+
+All of it follows from `eval_log.jsonl`, so a run that was interrupted decides as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from finetune.checkpoints import save_weights
+from finetune.files import write_atomically
+from finetune.modeling import Variables
+
+EVAL_LOG_NAME = "eval_log.jsonl"
+BEST_FOLDER = "best"
+
+Metrics = Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What to do between training steps.
+
+    Attributes:
+        evaluate: scores the model as it is now.
+        every_steps: optimizer steps between two evaluations; the last step is evaluated too.
+        metric: the score that decides which weights are best.
+        greater_is_better: False for a loss.
+        patience: stop after so many evaluations in a row without a new best; None never stops.
+        keep_best: write the best weights to the folder `best`.
+    """
+
+    evaluate: Callable[[], Metrics]
+    every_steps: int
+    metric: str
+    greater_is_better: bool = True
+    patience: int | None = None
+    keep_best: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalRecord:
+    """One line of the evaluation log.
+
+    Attributes:
+        step: optimizer steps that the weights have seen.
+        metrics: the scores.
+    """
+
+    step: int
+    metrics: Metrics
+
+
+def read_eval_log(output_dir: Path) -> list[EvalRecord]:
+    """Read a folder's evaluations; a last line cut short by a kill is left out."""
+    try:
+        text = (output_dir / EVAL_LOG_NAME).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+            records.append(EvalRecord(values.pop("step"), values))
+        except (json.JSONDecodeError, AttributeError, KeyError):
+            break
+    return records
+
+
+def truncate_eval_log(output_dir: Path, last_step: int) -> None:
+    """Forget the evaluations of steps that are about to be done again."""
+    records = read_eval_log(output_dir)
+    if records:
+        _write_log(output_dir, [record for record in records if record.step <= last_step])
+
+
+def evaluate_now(
+    evaluation: Evaluation, variables: Variables, step: int, output_dir: Path
+) -> EvalRecord:
+    """Score the model, log it, and keep its weights if they are the best so far.
+
+    The weights are written before the log names them the best.
+    """
+    record = EvalRecord(step, {name: float(v) for name, v in evaluation.evaluate().items()})
+    records = [r for r in read_eval_log(output_dir) if r.step < step] + [record]
+    if evaluation.keep_best and best_record(evaluation, records) is record:
+        save_weights(output_dir / BEST_FOLDER, variables, step)
+    _write_log(output_dir, records)
+    return record
+
+
+def best_record(evaluation: Evaluation, records: list[EvalRecord]) -> EvalRecord | None:
+    """Find the best evaluation, the first of equals; one without a finite score never is.
+
+    Returns:
+        None if no evaluation has a finite score.
+    """
+    best: EvalRecord | None = None
+    best_score = -math.inf
+    for record in records:
+        score = _score(evaluation, record)
+        if score > best_score:
+            best, best_score = record, score
+    return best
+
+
+def out_of_patience(evaluation: Evaluation, records: list[EvalRecord]) -> bool:
+    """Whether the last `patience` evaluations brought no new best."""
+    if evaluation.patience is None or not records:
+        return False
+    best = best_record(evaluation, records)
+    since = len(records) - (0 if best is None else records.index(best) + 1)
+    return since >= evaluation.patience
+
+
+def _score(evaluation: Evaluation, record: EvalRecord) -> float:
+    value = record.metrics[evaluation.metric]
+    if not math.isfinite(value):
+        return -math.inf
+    return value if evaluation.greater_is_better else -value
+
+
+def _write_log(output_dir: Path, records: list[EvalRecord]) -> None:
+    lines = (json.dumps({"step": r.step, **r.metrics}) + "\n" for r in records)
+    write_atomically(output_dir / EVAL_LOG_NAME, "".join(lines))
