@@ -58,13 +58,28 @@ def describe_file(path: Path) -> dict[str, str]:
     return {"path": str(path), "sha256": digest.hexdigest()}
 
 
+def recorded_labels(folder: Path) -> tuple[str, ...] | None:
+    """The labels of the classifier that a folder's run has trained; None if it says nothing."""
+    try:
+        labels = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["labels"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return tuple(map(str, labels)) if isinstance(labels, list) and labels else None
+
+
 def settings_json(settings: Any) -> dict[str, Any]:
     """The fields of a dataclass of settings, as JSON holds them."""
-    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    return {
-        name: str(value) if isinstance(value, (Path, Checkpointing)) else value
-        for name, value in values.items()
-    }
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (Checkpointing, Path)):
+            return str(value)
+        if dataclasses.is_dataclass(value):
+            return settings_json(value)
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return value
+
+    return {f.name: plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
 
 
 def prepare_output(

@@ -1,4 +1,4 @@
-"""`bertbench run classifier`: from a GLUE folder and weights to accuracy and test predictions."""
+"""`bertbench run classifier`: from labelled texts and weights to scores and test predictions."""
 
 from __future__ import annotations
 
@@ -10,24 +10,32 @@ import numpy as np
 
 from bertbench.devices import Budget
 from bertbench.fine_tuning import Job, feature_arrays, fine_tune
-from bertbench.output_folder import record_results
-from bertbench.progress import progress
+from bertbench.output_folder import record_results, recorded_labels, settings_json
+from bertbench.progress import say
 from bertbench.running import ModelFiles, RunSettings, load_config_and_tokenizer
 from bertbench.training import OnProgress, Predict, Scorer, predict_with_progress
 from bertbench.workload import Workload
 from finetune.config import INPUT_NAMES, TARGET_NAMES
 from finetune.errors import InputError
-from finetune.tasks.glue import (
+from finetune.tasks.classification import (
+    ClassificationData,
     ClassificationFeatures,
-    evaluate,
     featurize,
-    find_task,
-    read_examples,
     write_eval_results,
     write_test_results,
 )
+from finetune.tasks.classification_metrics import evaluate
+from finetune.tasks.glue import find_task, read_task
+from finetune.tasks.table_files import TableTask, read_table_task
 
-_TRAIN_NAMES = INPUT_NAMES + TARGET_NAMES["classifier"]
+
+@dataclasses.dataclass(frozen=True)
+class GlueSource:
+    """A task of `finetune.tasks.glue` and the folder of its files."""
+
+    task_name: str
+    data_dir: Path
+    xnli_language: str = "zh"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +43,14 @@ class ClassifierSettings:
     """Flags that only classification has; names as in the original's `run_classifier.py`.
 
     Attributes:
-        task_name: as in `MRPC`.
-        data_dir: folder of its files.
+        source: a GLUE task and its folder, or tables of one's own.
         do_train: train on the train split.
         do_eval: evaluate on the dev split.
         do_predict: write probabilities for the test split.
         max_train_examples: use only the first so many examples.
     """
 
-    task_name: str
-    data_dir: Path
+    source: GlueSource | TableTask
     do_train: bool
     do_eval: bool
     do_predict: bool
@@ -69,79 +75,119 @@ def run_classifier(
         InputError: something the user can mend.
         bertbench.errors.WorkError: training failed.
     """
-    task = find_task(classifier.task_name)
     config, tokenizer = load_config_and_tokenizer(
         files, settings.do_lower_case, settings.max_seq_length
     )
     # All splits before training: a bad file should not be found out hours later.
-    splits: dict[str, ClassificationFeatures] = {}
-    wanted = {
-        "train": classifier.do_train,
-        "dev": classifier.do_eval,
-        "test": classifier.do_predict,
+    data = read_data(classifier, settings.output_dir)
+    splits = {
+        name: featurize(examples, tokenizer, max_seq_length=settings.max_seq_length)
+        for name, examples in data.splits.items()
     }
-    for split in ("train", "dev", "test"):
-        if wanted[split]:
-            examples = read_examples(task, classifier.data_dir, split)
-            splits[split] = featurize(examples, tokenizer, max_seq_length=settings.max_seq_length)
+    skipped = {name: len(e.skipped_lines) for name, e in data.splits.items() if e.skipped_lines}
+    for name, count in skipped.items():
+        say(f"{name}: left out {count} malformed lines")
+    head = "regressor" if data.is_regression else "classifier"
     train_arrays = None
     if "train" in splits:
-        arrays = feature_arrays(splits["train"], _TRAIN_NAMES)
+        arrays = feature_arrays(splits["train"], INPUT_NAMES + TARGET_NAMES[head])
         train_arrays = {name: a[: classifier.max_train_examples] for name, a in arrays.items()}
 
     def score(predict: Predict, on_progress: OnProgress) -> dict[str, float]:
-        labels = splits["dev"].label_ids
-        log_probabilities = _log_softmax(
-            predict(feature_arrays(splits["dev"], INPUT_NAMES), on_progress)
-        )
-        scores = evaluate(task, labels, log_probabilities.argmax(axis=1))
-        loss = -log_probabilities[np.arange(len(labels)), labels].mean()
-        return {**scores, "loss": float(loss)}
+        logits = predict(feature_arrays(splits["dev"], INPUT_NAMES), on_progress)
+        return score_logits(data, splits["dev"], logits)
 
     if settings.evaluate_every_steps is not None and "dev" not in splits:
         raise InputError("--evaluate_every_steps needs --do_eval")
-    tuned = fine_tune(
-        files,
-        settings,
-        budget,
-        Job(
-            task=task.name,
-            workload=Workload(
-                files.config_file.parent.name,
-                config,
-                "classifier",
-                settings.max_seq_length,
-                len(task.labels),
-            ),
-            train_arrays=train_arrays,
-            num_examples=0 if train_arrays is None else len(train_arrays["label_ids"]),
-            make_scorer=None
-            if settings.evaluate_every_steps is None
-            else lambda predict: Scorer(
-                lambda told: score(predict, told), task.metric or "accuracy"
-            ),
-            record={"labels": list(task.labels), "data_dir": str(classifier.data_dir)},
+    job = Job(
+        task=data.name,
+        workload=Workload(
+            files.config_file.parent.name,
+            config,
+            head,
+            settings.max_seq_length,
+            len(data.labels) or 1,
         ),
+        train_arrays=train_arrays,
+        num_examples=0 if train_arrays is None else len(train_arrays["input_ids"]),
+        make_scorer=None
+        if settings.evaluate_every_steps is None
+        else lambda predict: Scorer(lambda told: score(predict, told), data.metrics[0]),
+        record={
+            "labels": list(data.labels),
+            "classifier": settings_json(classifier),
+            "skipped_lines": skipped,
+        },
     )
+    tuned = fine_tune(files, settings, budget, job)
     results = dict(tuned.results)
-    if "dev" in splits:
-        with progress("eval", len(splits["dev"]), "examples") as advance:
-            scores = score(tuned.predict, lambda done, _: advance(done, ""))
-        scored: dict[str, Any] = {f"eval_{name}": value for name, value in scores.items()}
+    scored: dict[str, Any] = {}
+    for name, features in splits.items():
+        kind, _, part = name.partition("_")
+        if kind == "train":
+            continue
+        # As in the original, the first part's results have no suffix.
+        suffix = f"_{part}" if part else ""
+        doing = "eval" if kind == "dev" else "predict"
+        logits = predict_with_progress(
+            tuned.predict, feature_arrays(features, INPUT_NAMES), f"{doing} {part}".strip()
+        )
+        if kind == "dev":
+            scores = score_logits(data, features, logits)
+            scored |= {f"eval{suffix}_{metric}": value for metric, value in scores.items()}
+        else:
+            path = settings.output_dir / f"test_results{suffix}.tsv"
+            rows = logits if data.is_regression else np.exp(_log_softmax(logits))
+            write_test_results(path, rows)
+            results[f"test_results{suffix}"] = str(path)
+    if scored:
         for name in ("global_step", "loss"):
             if name in results:
                 scored[name] = results[name]
         write_eval_results(settings.output_dir / "eval_results.txt", scored)
         results |= scored
-    if "test" in splits:
-        logits = predict_with_progress(
-            tuned.predict, feature_arrays(splits["test"], INPUT_NAMES), "predict"
-        )
-        path = settings.output_dir / "test_results.tsv"
-        write_test_results(path, np.exp(_log_softmax(logits)))
-        results["test_results"] = str(path)
     record_results(settings, results)
     return results
+
+
+def read_data(classifier: ClassifierSettings, output_dir: Path) -> ClassificationData:
+    """Read the splits that are needed.
+
+    Labels of one's own tables are those of the training file; without training, those that an
+    earlier training left in the output folder's record.
+
+    Raises:
+        InputError: a file or label is wrong, or unknown.
+    """
+    wanted = {
+        "train": classifier.do_train,
+        "dev": classifier.do_eval,
+        "test": classifier.do_predict,
+    }
+    names = [split for split, is_wanted in wanted.items() if is_wanted]
+    source = classifier.source
+    if isinstance(source, GlueSource):
+        task = find_task(source.task_name, language=source.xnli_language)
+        return read_task(task, source.data_dir, names)
+    labels = source.labels
+    if labels is None and not source.is_regression and "train" not in names:
+        labels = recorded_labels(output_dir)
+    chosen = {split: source.files[split] for split in names}
+    return read_table_task(dataclasses.replace(source, files=chosen, labels=labels))
+
+
+def score_logits(
+    data: ClassificationData, features: ClassificationFeatures, logits: np.ndarray
+) -> dict[str, float]:
+    """The task's metrics and the mean loss, of logits `[n, labels]` or `[n, 1]`."""
+    if features.label_values is not None:
+        values = logits[:, 0]
+        scores = evaluate(data.metrics, features.label_values, values)
+        return {**scores, "loss": float(np.mean((values - features.label_values) ** 2))}
+    log_probabilities = _log_softmax(logits)
+    scores = evaluate(data.metrics, features.label_ids, log_probabilities.argmax(axis=1))
+    rows = np.arange(len(features))
+    return {**scores, "loss": float(-log_probabilities[rows, features.label_ids].mean())}
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -88,6 +88,7 @@ def random_batch(workload: Workload, rows: int) -> dict[str, np.ndarray]:
     batch["input_ids"] = generator.integers(0, workload.config.vocab_size, shape, np.int32)
     classes = workload.seq_len if workload.head == "squad" else workload.num_labels
     for name in TARGET_NAMES[workload.head]:
-        batch[name] = generator.integers(0, classes, rows, np.int32)
+        targets = generator.integers(0, classes, rows, np.int32)
+        batch[name] = targets.astype(np.float32) if name == "label_values" else targets
     batch["segment_ids"] %= workload.config.type_vocab_size
     return {**batch, "weights": np.ones(rows, np.float32)}

@@ -11,8 +11,9 @@ from typing import Any
 
 from finetune.errors import InputError
 
-HEADS = ("squad", "classifier")
-"""Task heads: `squad` scores each token as start and end, `classifier` scores the pooled output."""
+HEADS = ("squad", "classifier", "regressor")
+"""Task heads: `squad` scores each token as start and end, `classifier` scores the pooled output for
+each class, `regressor` makes one number of it."""
 
 INPUT_NAMES = ("input_ids", "input_mask", "segment_ids")
 """Arrays `[examples, sequence length]` that every model is fed."""
@@ -20,8 +21,10 @@ INPUT_NAMES = ("input_ids", "input_mask", "segment_ids")
 TARGET_NAMES: Mapping[str, tuple[str, ...]] = {
     "squad": ("start_positions", "end_positions"),
     "classifier": ("label_ids",),
+    "regressor": ("label_values",),
 }
-"""Arrays `[examples]` that a head is trained on, beside `INPUT_NAMES`."""
+"""Arrays `[examples]` that a head is trained on, beside `INPUT_NAMES`; int32, but float32 for
+`label_values`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +206,7 @@ def variable_shapes(config: BertConfig, head: str, num_labels: int = 2) -> dict[
     Args:
         config: the encoder.
         head: one of `HEADS`.
-        num_labels: classes of the classifier; the SQuAD head always has two rows.
+        num_labels: classes of the classifier; the other heads have two rows and one.
 
     Returns:
         Shapes by name; kernels are `[inputs, outputs]`.
@@ -239,9 +242,10 @@ def variable_shapes(config: BertConfig, head: str, num_labels: int = 2) -> dict[
     if head == "squad":
         shapes["cls/squad/output_weights"] = [2, h]
         shapes["cls/squad/output_bias"] = [2]
-    elif head == "classifier":
-        shapes["output_weights"] = [num_labels, h]
-        shapes["output_bias"] = [num_labels]
+    elif head in ("classifier", "regressor"):
+        outputs = num_labels if head == "classifier" else 1
+        shapes["output_weights"] = [outputs, h]
+        shapes["output_bias"] = [outputs]
     else:
         raise InputError(f"unknown task head {head!r}", hint=f"use one of {', '.join(HEADS)}")
     return shapes

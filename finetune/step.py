@@ -58,14 +58,14 @@ def example_losses(
     """Loss of each example, float32 `[b]`.
 
     Cross-entropy of the class, or the mean of the cross-entropies of start and end position,
-    as in the original's `run_classifier.py` and `run_squad.py`. A position outside the sequence
-    adds nothing, as the original's one-hot rows of zeros.
+    as in the original's `run_classifier.py` and `run_squad.py`; for a regression the squared
+    error. A position outside the sequence adds nothing, as the original's one-hot rows of zeros.
 
     Args:
         variables: the model.
         config: its configuration.
         head: its head.
-        batch: int32 `[b, s]` under `INPUT_NAMES`, int32 `[b]` under the head's `TARGET_NAMES`.
+        batch: int32 `[b, s]` under `INPUT_NAMES`, `[b]` under the head's `TARGET_NAMES`.
         dropout_key: None for no dropout.
         checkpointing: policy per layer.
     """
@@ -91,6 +91,8 @@ def example_losses(
             + cross_entropy(end_logits, batch["end_positions"])
         )
     logits = classifier_logits(variables, config, sequence, dropout_key)
+    if head == "regressor":
+        return tf.math.squared_difference(logits[:, 0], batch["label_values"])
     return cross_entropy(logits, batch["label_ids"])
 
 
@@ -110,7 +112,7 @@ def make_trainer(
 
     The step takes an effective batch of `accumulation_steps * m` rows, for any micro-batch size m
     without retracing: the names in `INPUT_NAMES` (int32 `[rows, seq_len]`), the head's
-    `TARGET_NAMES` (int32 `[rows]`) and `weights` (float32 `[rows]`, 1 for an example, 0 for a row
+    `TARGET_NAMES` (`[rows]`) and `weights` (float32 `[rows]`, 1 for an example, 0 for a row
     that only pads the last micro-batch; at least one must be above 0). The loss is the weighted
     sum of the examples' losses over the sum of the weights of the whole effective batch, so the
     cut into micro-batches does not change the update. Dropout masks belong to rows of the
@@ -177,7 +179,10 @@ def make_trainer(
 
     signature = {
         **{name: tf.TensorSpec([None, seq_len], tf.int32) for name in INPUT_NAMES},
-        **{name: tf.TensorSpec([None], tf.int32) for name in TARGET_NAMES[head]},
+        **{
+            name: tf.TensorSpec([None], tf.float32 if name == "label_values" else tf.int32)
+            for name in TARGET_NAMES[head]
+        },
         "weights": tf.TensorSpec([None], tf.float32),
     }
 
@@ -239,7 +244,8 @@ def make_predictor(
     """Make a compiled forward pass without dropout.
 
     Returns:
-        A function of `INPUT_NAMES` arrays: logits `[2, b, s]` for SQuAD, `[b, labels]` otherwise.
+        A function of `INPUT_NAMES` arrays: logits `[2, b, s]` for SQuAD, `[b, labels]` for
+        the classifier, `[b, 1]` for the regressor.
     """
     signature = {name: tf.TensorSpec([None, seq_len], tf.int32) for name in INPUT_NAMES}
 

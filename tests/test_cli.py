@@ -197,6 +197,57 @@ def test_demo_of_both_tasks(tmp_path: Path) -> None:
     assert all(abs(sum(map(float, line.split("\t"))) - 1) < 1e-5 for line in lines)
 
 
+def classifier_arguments(output_dir: Path, *more: str | Path) -> list[str | Path]:
+    demo = demo_files()
+    return [
+        "run", "classifier", "--bert_config_file", demo.bert_config_file, "--vocab_file",
+        demo.vocab_file, "--output_dir", output_dir, "--max_seq_length", "32", "--memory",
+        "400MiB", "--train_batch_size", "4", "--num_train_epochs", "1", *more,
+    ]  # fmt: skip
+
+
+def test_a_table_of_ones_own(tmp_path: Path) -> None:
+    """Labels are those of training, also when predicting later; then they come from the record."""
+    train, dev, test = (tmp_path / name for name in ("train.csv", "dev.jsonl", "test.tsv"))
+    train.write_text("body,kind\n" + "".join(f'"text, {x}",{x}\n' for x in "cabacb"))
+    dev.write_text('{"body": "text a", "kind": "c"}\n{"body": "text b", "kind": "b"}\n')
+    test.write_text("body\ntext a\ntext b\ntext c\n")
+    columns = ["--text_a", "body", "--label", "kind"]
+    output = tmp_path / "out"
+    first = bertbench(
+        *classifier_arguments(output, *columns, "--train_file", train, "--dev_file", dev,
+                              "--test_file", test)
+    )  # fmt: skip
+    assert first.returncode == 0, first.stderr
+    assert "eval_accuracy = " in first.stdout
+    assert json.loads((output / "run.json").read_text())["labels"] == ["a", "b", "c"]
+    probabilities = (output / "test_results.tsv").read_text()
+    assert [len(line.split("\t")) for line in probabilities.splitlines()] == [3, 3, 3]
+    again = bertbench(
+        *classifier_arguments(output, *columns, "--dev_file", dev, "--test_file", test)
+    )
+    assert again.returncode == 0, again.stderr
+    assert (output / "test_results.tsv").read_text() == probabilities
+    assert again.stdout.split("eval_loss")[1][:12] == first.stdout.split("eval_loss")[1][:12]
+    fails_with_one_line(
+        bertbench(*classifier_arguments(output, *columns, "--dev_file", dev, "--do_train")),
+        "--train_file",
+    )
+
+
+def test_regression(tmp_path: Path) -> None:
+    train = tmp_path / "train.tsv"
+    train.write_text("text\tlabel\n" + "".join(f"word {n}\t{n / 2}\n" for n in range(8)))
+    result = bertbench(
+        *classifier_arguments(tmp_path / "out", "--train_file", train, "--dev_file", train,
+                              "--test_file", train, "--regression")
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "eval_spearman = " in result.stdout
+    rows = (tmp_path / "out" / "test_results.tsv").read_text().splitlines()
+    assert len([float(row) for row in rows]) == 8
+
+
 def with_unanswerable_questions(source: Path, target: Path) -> Path:
     """Copy a file in the format of SQuAD 2.0, each third question without an answer."""
     root = json.loads(source.read_text(encoding="utf-8"))

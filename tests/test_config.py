@@ -182,10 +182,11 @@ def test_published_sizes() -> None:
 
 
 def test_variables_of_the_heads() -> None:
-    squad, classifier = (variable_shapes(BertConfig(), head, 5) for head in HEADS)
-    assert len(squad) == len(classifier) == 5 + 16 * 12 + 2 + 2
+    squad, classifier, regressor = (variable_shapes(BertConfig(), head, 5) for head in HEADS)
+    assert len(squad) == len(classifier) == len(regressor) == 5 + 16 * 12 + 2 + 2
     assert squad["cls/squad/output_weights"] == [2, 768]
     assert classifier["output_weights"] == [5, 768]
+    assert regressor["output_weights"] == [1, 768]
     assert squad["bert/encoder/layer_11/intermediate/dense/kernel"] == [768, 3072]
     assert squad["bert/encoder/layer_11/output/dense/kernel"] == [3072, 768]
     assert squad["bert/embeddings/position_embeddings"] == [512, 768]

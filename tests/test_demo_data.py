@@ -17,7 +17,8 @@ from finetune import demo_data
 from finetune.config import from_json_file
 from finetune.demo_data import demo_file, demo_files
 from finetune.errors import InputError
-from finetune.tasks.glue import featurize, find_task, read_examples
+from finetune.tasks.classification import featurize
+from finetune.tasks.glue import find_task, read_examples
 from finetune.tasks.squad_examples import read_squad
 from finetune.tokenization import Tokenizer, load_tokenizer
 

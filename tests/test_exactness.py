@@ -97,6 +97,7 @@ def assert_same_training(
         ("squad", 3, "none"),
         ("squad", 2, "full:1"),
         ("classifier", 3, "full"),
+        ("regressor", 2, "full"),
     ],
 )
 def test_exact_update_compiled(head: str, accumulation_steps: int, policy: str) -> None:
@@ -125,7 +126,7 @@ def test_exact_update_compiled_by_xla() -> None:
 # No shrinking: each example trains two models.
 @settings(max_examples=6, derandomize=True, deadline=None, phases=[Phase.generate])
 @given(
-    head=st.sampled_from(["squad", "classifier"]),
+    head=st.sampled_from(["squad", "classifier", "regressor"]),
     rows=st.integers(1, 6),
     micro_batch=st.integers(1, 4),
     policy=st.sampled_from(["none", "full", "full:1"]),

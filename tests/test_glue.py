@@ -15,18 +15,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.errors import InputError
-from finetune.tasks.glue import (
-    TASKS,
+from finetune.tasks.classification import (
     ClassificationExamples,
-    GlueTask,
-    SplitFormat,
-    evaluate,
     featurize,
-    find_task,
-    read_examples,
     truncated_lengths,
     write_eval_results,
     write_test_results,
+)
+from finetune.tasks.classification_metrics import evaluate
+from finetune.tasks.glue import (
+    TASKS,
+    GlueTask,
+    SplitFormat,
+    find_task,
+    read_examples,
+    read_task,
 )
 from finetune.tokenization import Tokenizer, load_tokenizer
 
@@ -69,7 +72,7 @@ class TestFindTask:
         assert find_task(name).name == "MRPC"
 
     def test_an_unknown_task_lists_the_known_ones(self) -> None:
-        with pytest.raises(InputError, match=r"'mrcp'.*MRPC, CoLA"):
+        with pytest.raises(InputError, match=r"'mrcp'.*CoLA, MNLI, MRPC"):
             find_task("mrcp")
 
 
@@ -139,7 +142,6 @@ class TestRead:
         examples = read_examples(nli, tmp_path, "dev")
         assert examples.guids == ("dev-7",)
         assert examples.label_ids.tolist() == [1]
-        assert evaluate(nli, [2, 1, 0, 1], [2, 1, 1, 1]) == {"accuracy": 0.75}
 
     @pytest.mark.parametrize(
         ("row", "message"),
@@ -177,7 +179,7 @@ class TestRead:
     def test_a_missing_header_costs_no_example(self, tmp_path: Path, split: str) -> None:
         (tmp_path / f"{split}.tsv").write_text("1\t1\t2\ta\tb\n0\t3\t4\tc\td\n")
         with pytest.raises(InputError, match=r"\.tsv:1: the header is missing"):
-            read_examples(MRPC, tmp_path, split)  # type: ignore[arg-type]
+            read_examples(MRPC, tmp_path, split)
 
     def test_a_header_where_none_belongs_is_no_example(self, tmp_path: Path) -> None:
         (tmp_path / "dev.tsv").write_text("source\tlabel\tstar\tsentence\ngj04\t1\t\tA dog.\n")
@@ -185,15 +187,154 @@ class TestRead:
             read_examples(COLA, tmp_path, "dev")
 
 
+# The first lines of each published file, with texts of our own.
+PUBLISHED = {
+    "MNLI": {
+        "train.tsv": (
+            "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\t"
+            "sentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
+            "7\t1\t1n\tfiction\t( A )\t( B )\t(R A)\t(R B)\tA\tB\tneutral\tneutral",
+        ),
+        "dev_matched.tsv": (
+            "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\t"
+            "sentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tlabel2\tlabel3\t"
+            "label4\tlabel5\tgold_label",
+            "7\t1\t1n\tslate\tx\tx\tx\tx\tA\tB\tneutral\tneutral\tentailment\tneutral\t"
+            "neutral\tentailment",
+        ),
+        "test_matched.tsv": (
+            "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\t"
+            "sentence1_parse\tsentence2_parse\tsentence1\tsentence2",
+            "7\t1\t1n\tslate\tx\tx\tx\tx\tA\tB",
+        ),
+    },
+    "QNLI": {
+        "train.tsv": ("index\tquestion\tsentence\tlabel", "7\tA\tB\tentailment"),
+        "dev.tsv": ("index\tquestion\tsentence\tlabel", "7\tA\tB\tnot_entailment"),
+        "test.tsv": ("index\tquestion\tsentence", "7\tA\tB"),
+    },
+    "QQP": {
+        "train.tsv": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "7\t1\t2\tA\tB\t1"),
+        "dev.tsv": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "7\t1\t2\tA\tB\t0"),
+        "test.tsv": ("id\tquestion1\tquestion2", "7\tA\tB"),
+    },
+    "RTE": {
+        "train.tsv": ("index\tsentence1\tsentence2\tlabel", "7\tA\tB\tentailment"),
+        "dev.tsv": ("index\tsentence1\tsentence2\tlabel", "7\tA\tB\tnot_entailment"),
+        "test.tsv": ("index\tsentence1\tsentence2", "7\tA\tB"),
+    },
+    "SST-2": {
+        "train.tsv": ("sentence\tlabel", "A\t1"),
+        "dev.tsv": ("sentence\tlabel", "A\t0"),
+        "test.tsv": ("index\tsentence", "7\tA"),
+    },
+    "STS-B": {
+        "train.tsv": (
+            "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\t"
+            "score",
+            "7\tmain-captions\tMSRvid\t2012test\t0001\tnone\tnone\tA\tB\t3.800",
+        ),
+        "dev.tsv": (
+            "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\t"
+            "score",
+            "7\tmain-captions\tMSRvid\t2012test\t0001\tnone\tnone\tA\tB\t5",
+        ),
+        "test.tsv": (
+            "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2",
+            "7\tmain-captions\tMSRvid\t2012test\t0024\tnone\tnone\tA\tB",
+        ),
+    },
+    "WNLI": {
+        "train.tsv": ("index\tsentence1\tsentence2\tlabel", "7\tA\tB\t1"),
+        "dev.tsv": ("index\tsentence1\tsentence2\tlabel", "7\tA\tB\t0"),
+        "test.tsv": ("index\tsentence1\tsentence2", "7\tA\tB"),
+    },
+}
+LABEL_IDS = {"MNLI": (2, 1), "QNLI": (0, 1), "QQP": (1, 0), "RTE": (0, 1), "SST-2": (1, 0),
+             "WNLI": (1, 0)}  # fmt: skip
+
+
+class TestTasks:
+    @pytest.mark.parametrize("name", PUBLISHED)
+    def test_layouts(self, tmp_path: Path, name: str) -> None:
+        for file, lines in PUBLISHED[name].items():
+            (tmp_path / file).write_text("\n".join(lines) + "\n")
+        data = read_task(find_task(name), tmp_path, ("train", "dev", "test"))
+        assert list(data.splits) == ["train", "dev", "test"]
+        for split, examples in data.splits.items():
+            assert examples.texts_a == ("A",)
+            assert examples.texts_b == (None if name == "SST-2" else ("B",))
+            assert examples.has_labels == (split != "test")
+        train, dev = data.splits["train"], data.splits["dev"]
+        if name == "STS-B":
+            assert train.label_values is not None
+            assert dev.label_values is not None
+            assert train.label_values.tolist() == pytest.approx([3.8])
+            assert dev.label_values.tolist() == [5.0]
+            assert data.is_regression
+        else:
+            assert (train.label_ids[0], dev.label_ids[0]) == LABEL_IDS[name]
+            assert train.label_values is None
+
+    def test_mnli_mismatched_is_used_where_it_is(self, tmp_path: Path) -> None:
+        lines = PUBLISHED["MNLI"]["dev_matched.tsv"]
+        (tmp_path / "dev_matched.tsv").write_text("\n".join(lines) + "\n")
+        task = find_task("mnli")
+        assert list(read_task(task, tmp_path, ("dev",)).splits) == ["dev"]
+        other = lines[1].replace("\tA\t", "\tOther\t")
+        (tmp_path / "dev_mismatched.tsv").write_text(f"{lines[0]}\n{other}\n")
+        splits = read_task(task, tmp_path, ("dev",)).splits
+        assert splits["dev"].texts_a == ("A",)
+        assert splits["dev_mismatched"].texts_a == ("Other",)
+        with pytest.raises(InputError, match=r"train\.tsv: cannot read"):
+            read_task(task, tmp_path, ("train", "dev"))
+
+    def test_qqp_leaves_out_and_counts_malformed_lines(self, tmp_path: Path) -> None:
+        head, row = PUBLISHED["QQP"]["train.tsv"]
+        (tmp_path / "train.tsv").write_text(f"{head}\n{row}\n8\t1\t2\tbroken\n\n{row}\n")
+        examples = read_examples(find_task("qqp"), tmp_path, "train")
+        assert len(examples) == 2
+        assert examples.skipped_lines == (3, 4)
+
+    def test_sts_b_scores_are_numbers(self, tmp_path: Path) -> None:
+        head, row = PUBLISHED["STS-B"]["train.tsv"]
+        for score in ("nan", "inf", "high", ""):
+            (tmp_path / "train.tsv").write_text(f"{head}\n{row.replace('3.800', score)}\n")
+            with pytest.raises(InputError, match=r"train\.tsv:2: label .* is not a number"):
+                read_examples(find_task("stsb"), tmp_path, "train")
+
+    def test_xnli_takes_one_language(self, tmp_path: Path) -> None:
+        (tmp_path / "multinli").mkdir()
+        for language in ("zh", "de"):
+            (tmp_path / f"multinli/multinli.train.{language}.tsv").write_text(
+                f"premise\thypo\tlabel\n{language} A\tB\tcontradictory\nC\tD\tneutral\n"
+            )
+        names = ["language", "gold_label", *"abcd", "sentence1", "sentence2", *map(str, range(11))]
+        rows = [
+            [language, "entailment", *"abcd", f"{language} A", "B", *map(str, range(11))]
+            for language in ("ar", "zh", "de")
+        ]
+        text = "".join("\t".join(row) + "\n" for row in [names, *rows])
+        (tmp_path / "xnli.dev.tsv").write_text(text)
+        for language in ("zh", "de"):
+            task = find_task("XNLI", language=language)
+            splits = read_task(task, tmp_path, ("train", "dev")).splits
+            assert splits["train"].label_ids.tolist() == [0, 2]
+            assert splits["train"].texts_a[0] == splits["dev"].texts_a[0] == f"{language} A"
+            assert splits["dev"].label_ids.tolist() == [1]
+        with pytest.raises(InputError, match="no examples with 'xx'"):
+            read_examples(find_task("XNLI", language="xx"), tmp_path, "dev")
+
+
 class TestRealData:
     @pytest.mark.parametrize(("split", "count"), [("train", 3668), ("dev", 408), ("test", 1725)])
     def test_mrpc_counts(self, shared_dir: Path, split: str, count: int) -> None:
-        examples = read_examples(MRPC, shared_dir / "data/glue/MRPC", split)  # type: ignore[arg-type]
+        examples = read_examples(MRPC, shared_dir / "data/glue/MRPC", split)
         assert len(examples) == len(examples.texts_a) == len(examples.texts_b or ()) == count
 
     @pytest.mark.parametrize(("split", "count"), [("train", 8551), ("dev", 516)])
     def test_cola_counts(self, shared_dir: Path, split: str, count: int) -> None:
-        examples = read_examples(COLA, shared_dir / "data/glue/CoLA", split)  # type: ignore[arg-type]
+        examples = read_examples(COLA, shared_dir / "data/glue/CoLA", split)
         assert len(examples) == len(examples.texts_a) == count
         assert set(examples.label_ids.tolist()) == {0, 1}
 
@@ -221,7 +362,7 @@ class TestRealData:
         layout: SplitFormat = getattr(task, split)
         with open(path, encoding="utf-8") as file:
             rows = list(csv.reader(file, delimiter="\t", quotechar=None))[layout.has_header :]
-        examples = read_examples(task, path.parent, split)  # type: ignore[arg-type]
+        examples = read_examples(task, path.parent, split)
         assert examples.texts_a == tuple(row[layout.text_a] for row in rows)
         if layout.text_b is not None:
             assert examples.texts_b == tuple(row[layout.text_b] for row in rows)
@@ -255,8 +396,9 @@ class TestFeatures:
             [0] * 3 + [1] * 3 + [0] * 2,
         ]
         assert features.label_ids.tolist() == [0, 1]
-        for array in dataclasses.astuple(features):
-            assert array.dtype == np.int32
+        assert features.label_values is None
+        for name in ("input_ids", "input_mask", "segment_ids", "label_ids"):
+            assert getattr(features, name).dtype == np.int32
 
     def test_single_sentences_use_the_room_of_the_second_separator(
         self, tokenizer: Tokenizer
@@ -319,36 +461,55 @@ class TestEvaluate:
     LABELS = (1, 1, 1, 0, 1, 1, 0, 0, 0, 0)
     PREDICTED = (1, 1, 1, 1, 0, 0, 0, 0, 0, 0)
 
-    def test_mrpc(self) -> None:
-        results = evaluate(MRPC, self.LABELS, self.PREDICTED)
-        assert results == {"accuracy": 0.7, "f1": 6 / 9}
+    def test_binary(self) -> None:
+        results = evaluate(("f1", "accuracy"), self.LABELS, self.PREDICTED)
+        assert results == {"accuracy": 0.7, "f1": pytest.approx(6 / 9)}
+        assert list(results) == ["f1", "accuracy"]
 
-    def test_cola(self) -> None:
-        results = evaluate(COLA, np.array(self.LABELS), np.array(self.PREDICTED, np.int32))
+    def test_matthews(self) -> None:
+        labels, predicted = np.array(self.LABELS), np.array(self.PREDICTED, np.int32)
         # (3·4 - 1·2) / √(4·5·5·6)
-        assert results == {"accuracy": 0.7, "matthews": pytest.approx(10 / 600**0.5, abs=1e-15)}
+        expected = pytest.approx(10 / 600**0.5, abs=1e-15)
+        assert evaluate(("matthews",), labels, predicted) == {"matthews": expected}
+        assert evaluate(("matthews",), [0, 1, 1, 0], [1, 0, 0, 1]) == {"matthews": -1.0}
 
-    def test_matthews_of_opposite_predictions_is_minus_one(self) -> None:
-        assert evaluate(COLA, [0, 1, 1, 0], [1, 0, 0, 1]) == {"accuracy": 0.0, "matthews": -1.0}
+    def test_many_labels(self) -> None:
+        assert evaluate(("accuracy",), [2, 1, 0, 1], [2, 1, 1, 1]) == {"accuracy": 0.75}
+
+    def test_correlations(self) -> None:
+        values = [0.0, 1.0, 2.0, 5.0]
+        squares = [value**2 for value in values]
+        results = evaluate(("spearman", "pearson"), values, squares)
+        assert results["spearman"] == pytest.approx(1.0)
+        assert results["pearson"] == pytest.approx(np.corrcoef(values, squares)[0, 1])
 
     def test_zero_denominators(self) -> None:
-        assert evaluate(MRPC, [0, 0], [0, 0]) == {"accuracy": 1.0, "f1": 0.0}
-        assert evaluate(COLA, [0, 1], [1, 1]) == {"accuracy": 0.5, "matthews": 0.0}
+        assert evaluate(("f1",), [0, 0], [0, 0]) == {"f1": 0.0}
+        assert evaluate(("matthews",), [0, 1], [1, 1]) == {"matthews": 0.0}
+        for constant in ([3.0, 3.0], [1.0, 2.0]):
+            assert evaluate(("pearson", "spearman"), constant, [2.5, 2.5]) == {
+                "pearson": 0.0,
+                "spearman": 0.0,
+            }
 
     def test_many_examples_do_not_overflow(self) -> None:
         labels = np.tile(np.array([0, 1], np.int32), 200_000)
-        assert evaluate(COLA, labels, labels)["matthews"] == 1.0
+        assert evaluate(("matthews",), labels, labels)["matthews"] == 1.0
 
     @pytest.mark.parametrize(
-        ("labels", "predicted"), [([], []), ([0, 1], [0]), ([[0]], [[0]]), ([0], [2]), ([-1], [0])]
+        ("labels", "predicted"), [([], []), ([0, 1], [0]), ([[0]], [[0]]), ([0.0], [np.nan])]
     )
     def test_what_cannot_be_compared(self, labels: list[int], predicted: list[int]) -> None:
-        with pytest.raises(ValueError, match=r"cannot compare|ids of MRPC"):
-            evaluate(MRPC, labels, predicted)
+        with pytest.raises(ValueError, match=r"cannot compare|not finite"):
+            evaluate(("accuracy",), labels, predicted)
 
-    def test_a_binary_metric_needs_two_labels(self) -> None:
+    def test_metrics_belong_to_labels(self) -> None:
         with pytest.raises(ValueError, match="two labels"):
             dataclasses.replace(MRPC, labels=("0", "1", "2"))
+        with pytest.raises(ValueError, match="do not belong together"):
+            dataclasses.replace(COLA, labels=())
+        with pytest.raises(ValueError, match="do not belong together"):
+            dataclasses.replace(find_task("STS-B"), labels=("0", "1"))
 
 
 class TestResultFiles:

@@ -48,6 +48,13 @@ def test_classifier_losses_are_cross_entropies() -> None:
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
+def test_regression_losses_are_squared_errors() -> None:
+    batch = random_batch(4, SEQ_LEN)
+    losses, logits = losses_of("regressor", batch)
+    assert logits.shape == (4, 1)
+    np.testing.assert_allclose(losses, (logits[:, 0] - batch["label_values"]) ** 2, rtol=1e-5)
+
+
 def test_squad_losses_and_positions_outside() -> None:
     batch = random_batch(5, SEQ_LEN)
     batch["start_positions"] = np.array([0, 5, -1, 6, 100], np.int32)

@@ -46,6 +46,7 @@ def random_batch(rows: int, seq_len: int, *, seed: int = 0) -> Arrays:
         "start_positions": (rng.random(rows) * lengths).astype(np.int32),
         "end_positions": (rng.random(rows) * lengths).astype(np.int32),
         "label_ids": rng.integers(0, NUM_LABELS, rows).astype(np.int32),
+        "label_values": np.random.default_rng([seed, 1]).normal(size=rows).astype(np.float32),
         "weights": np.ones(rows, np.float32),
     }
 

@@ -135,15 +135,30 @@ def squad(context: click.Context, **flags: Any) -> None:
 
 @command.command(context_settings=CONTEXT)
 @_shared_options
-@click.option("--task_name", help="As in MRPC, CoLA.")
+@click.option("--task_name", help="A task of GLUE, as in MRPC, or XNLI.")
 @click.option("--data_dir", type=_FOLDER, help="Folder of the task's files.")
+@click.option("--xnli_language", default="zh", show_default=True, help="Part of XNLI.")
+@click.option(
+    "--train_file", type=_FILE, help="Instead of a task, a table of your own: .tsv, .csv or .jsonl."
+)
+@click.option("--dev_file", type=_FILE, help="The same to evaluate.")
+@click.option("--test_file", type=_FILE, help="The same to predict; labels are not needed.")
+@click.option("--text_a", default="text", show_default=True, help="Column of the (first) sentence.")
+@click.option("--text_b", help="Column of the second sentence.")
+@click.option("--label", default="label", show_default=True, help="Column of the label.")
+@click.option("--labels", help="All labels, as in no,yes. Default: those of --train_file.")
+@click.option("--regression", is_flag=True, help="The label is a number to predict.")
 @_switch(
     "--do_train",
     None,
     "Train on the train split. Default: true unless --do_eval or --do_predict is given.",
 )
 @_switch("--do_eval", None, "Evaluate on the dev split. Default: as --do_train.")
-@_switch("--do_predict", False, "Write probabilities for the test split.")
+@_switch(
+    "--do_predict",
+    None,
+    "Write probabilities for the test split. Default: if a --test_file is given.",
+)
 @click.option("--max_seq_length", type=click.IntRange(8), default=128, show_default=True)
 @click.pass_context
 def classifier(context: click.Context, **flags: Any) -> None:
@@ -157,29 +172,67 @@ def classifier(context: click.Context, **flags: Any) -> None:
     """
     from bertbench.run_classifier import ClassifierSettings, run_classifier
 
-    if not flags["demo"] and flags["task_name"] is None and flags["data_dir"] is None:
-        say("no --task_name and no --data_dir: running the built-in demo")
+    tables = {split: flags[f"{split}_file"] for split in ("train", "dev", "test")}
+    has_table = any(tables.values())
+    is_task = flags["task_name"] is not None or flags["data_dir"] is not None
+    if not flags["demo"] and not is_task and not has_table:
+        say("no --task_name and no --train_file: running the built-in demo")
         flags["demo"] = True
     if flags["demo"]:
         demo = demo_files()
         _use_demo(context, flags, {})
         flags["task_name"] = flags["task_name"] or "MRPC"
         flags["data_dir"] = flags["data_dir"] or demo.mrpc_dir
-    for name in ("task_name", "data_dir"):
-        if flags[name] is None:
-            raise InputError(f"--{name} is missing", hint="or use --demo")
     asked = flags["do_train"] or flags["do_eval"] or flags["do_predict"]
     files, settings = _model_and_settings(flags)
+    do = {
+        # A table that is given is wanted; without any flag, training and evaluation are.
+        split: bool(tables[split]) if has_table and not asked else not asked and split != "test"
+        for split in tables
+    }
+    do |= {
+        split: flags[flag]
+        for split, flag in (("train", "do_train"), ("dev", "do_eval"), ("test", "do_predict"))
+        if flags[flag] is not None
+    }
     what = ClassifierSettings(
-        flags["task_name"],
-        flags["data_dir"],
-        do_train=not asked if flags["do_train"] is None else flags["do_train"],
-        do_eval=not asked if flags["do_eval"] is None else flags["do_eval"],
-        do_predict=flags["do_predict"],
+        _classifier_source(flags, tables, do),
+        do_train=do["train"],
+        do_eval=do["dev"],
+        do_predict=do["test"],
         max_train_examples=flags["max_train_examples"],
     )
     budget = resolve_budget(flags["device"], flags["memory"])
     _report(run_classifier(files, settings, what, budget), flags)
+
+
+def _classifier_source(
+    flags: dict[str, Any], tables: dict[str, Path | None], do: dict[str, bool]
+) -> Any:
+    """What to classify: a task's folder, or tables."""
+    from bertbench.run_classifier import GlueSource
+    from finetune.tasks.table_files import TableTask
+
+    given = {split: path for split, path in tables.items() if path is not None}
+    if not given:
+        for name in ("task_name", "data_dir"):
+            if flags[name] is None:
+                raise InputError(f"--{name} is missing", hint="or use --demo")
+        return GlueSource(flags["task_name"], flags["data_dir"], flags["xnli_language"])
+    if flags["task_name"] is not None or flags["data_dir"] is not None:
+        raise InputError("--task_name and --data_dir do not go with tables of your own")
+    for split, flag in (("train", "do_train"), ("dev", "do_eval"), ("test", "do_predict")):
+        if do[split] and split not in given:
+            raise InputError(f"--{flag} needs --{split}_file")
+    labels = flags["labels"]
+    return TableTask(
+        given,
+        flags["text_a"],
+        flags["text_b"],
+        flags["label"],
+        None if labels is None else tuple(labels.split(",")),
+        flags["regression"],
+    )
 
 
 def _use_demo(context: click.Context, flags: dict[str, Any], more: dict[str, Any]) -> None:

@@ -1,0 +1,170 @@
+"""Sentence and sentence-pair classification: examples, model inputs, result files.
+
+Reproduces `convert_single_example` and the result files of `run_classifier.py` of
+google-research/bert. Where the examples come from is up to `glue` and `table_files`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune.errors import InputError
+from finetune.files import write_atomically
+from finetune.tasks.classification_metrics import Metric
+from finetune.tokenization import Tokenizer
+
+
+@dataclass(frozen=True)
+class ClassificationExamples:
+    """The examples of one split, column by column, in file order; n of them.
+
+    Attributes:
+        guids: `train-1` and so on; n strings.
+        texts_a: the (first) sentences; n strings.
+        texts_b: the second sentences; n strings, or None for a task of single sentences.
+        label_ids: int32 [n]; zeros if the split has no labels, as in the original.
+        has_labels: False for a split without labels.
+        label_values: float32 [n], what a regression is to predict; None for classes.
+        skipped_lines: lines of the file, from 1, that were left out because they are malformed.
+    """
+
+    guids: tuple[str, ...]
+    texts_a: tuple[str, ...]
+    texts_b: tuple[str, ...] | None
+    label_ids: npt.NDArray[np.int32] = field(repr=False)
+    has_labels: bool
+    label_values: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    skipped_lines: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.guids)
+
+
+@dataclass(frozen=True)
+class ClassificationFeatures:
+    """What the model is fed: n examples of s tokens.
+
+    Attributes:
+        input_ids: int32 [n, s], `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`, then padding.
+        input_mask: int32 [n, s], 1 for tokens, 0 for padding.
+        segment_ids: int32 [n, s], 1 for `b [SEP]`, 0 elsewhere.
+        label_ids: int32 [n].
+        label_values: float32 [n], for a regression; else None.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    input_mask: npt.NDArray[np.int32]
+    segment_ids: npt.NDArray[np.int32]
+    label_ids: npt.NDArray[np.int32]
+    label_values: npt.NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.label_ids)
+
+
+@dataclass(frozen=True)
+class ClassificationData:
+    """A task with the splits that were asked for.
+
+    Attributes:
+        name: as users know it.
+        labels: the labels as the files spell them, in the order of their ids; empty for a
+            regression.
+        metrics: what to report; the first is the one that counts.
+        splits: examples by `train`, `dev`, `test`, or `dev_…` and `test_…` for further ones.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    metrics: tuple[Metric, ...]
+    splits: Mapping[str, ClassificationExamples] = field(repr=False)
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether a number is predicted instead of a label."""
+        return not self.labels
+
+
+def featurize(
+    examples: ClassificationExamples, tokenizer: Tokenizer, *, max_seq_length: int
+) -> ClassificationFeatures:
+    """Turns examples into model inputs (`convert_single_example` of the original).
+
+    A pair that is too long loses tokens from the end of whichever sentence is longer, one at a
+    time. A second sentence without tokens is left out, with its `[SEP]`.
+
+    Args:
+        examples: n examples.
+        tokenizer: of the model's vocabulary.
+        max_seq_length: s, number of tokens of every example, padding included; at least 3.
+
+    Raises:
+        InputError: `max_seq_length` is less than 3.
+    """
+    if max_seq_length < 3:
+        raise InputError(
+            f"max_seq_length {max_seq_length} has no room for text", hint="use 3 or more"
+        )
+    count = len(examples)
+    ids_a = tokenizer.encode_batch(examples.texts_a)
+    ids_b = [[]] * count if examples.texts_b is None else tokenizer.encode_batch(examples.texts_b)
+    input_ids = np.full((count, max_seq_length), tokenizer.pad_id, np.int32)
+    input_mask = np.zeros((count, max_seq_length), np.int32)
+    segment_ids = np.zeros((count, max_seq_length), np.int32)
+    for row, (a, b) in enumerate(zip(ids_a, ids_b, strict=True)):
+        if b:
+            keep_a, keep_b = truncated_lengths(len(a), len(b), max_seq_length - 3)
+        else:
+            keep_a, keep_b = min(len(a), max_seq_length - 2), 0
+        tokens = [tokenizer.cls_id, *a[:keep_a], tokenizer.sep_id]
+        if keep_b:
+            segment_ids[row, len(tokens) : len(tokens) + keep_b + 1] = 1
+            tokens += [*b[:keep_b], tokenizer.sep_id]
+        input_ids[row, : len(tokens)] = tokens
+        input_mask[row, : len(tokens)] = 1
+    return ClassificationFeatures(
+        input_ids, input_mask, segment_ids, examples.label_ids, examples.label_values
+    )
+
+
+def truncated_lengths(length_a: int, length_b: int, room: int) -> tuple[int, int]:
+    """Returns how many tokens of each sentence of a pair remain when both must fit in `room`.
+
+    The same as taking a token from the end of the longer one, and of the second if they are
+    equally long, until they fit (`_truncate_seq_pair` of the original).
+    """
+    if length_a + length_b <= room:
+        return length_a, length_b
+    # The longer one shrinks to what the shorter leaves; at half of the room they shrink in turn,
+    # the second first, so that the first is never the shorter of the two.
+    keep_a = min(length_a, max(room - length_b, room - room // 2))
+    return keep_a, room - keep_a
+
+
+def write_eval_results(path: str | os.PathLike[str], results: Mapping[str, object]) -> None:
+    """Writes `eval_results.txt` as the original does: sorted lines `key = value`.
+
+    The original's keys are `eval_accuracy`, `eval_loss`, `global_step` and `loss`. The file
+    appears complete or not at all; one that was there is replaced.
+    """
+    # `str`, not formatting, which would print float32 values with 16 digits.
+    lines = (" = ".join((key, str(results[key]))) for key in sorted(results))
+    write_atomically(path, "".join(line + "\n" for line in lines))
+
+
+def write_test_results(
+    path: str | os.PathLike[str],
+    probabilities: npt.NDArray[np.floating] | Sequence[Sequence[float]],
+) -> None:
+    """Writes `test_results.tsv` as the original does: an example a line, a column a label.
+
+    Args:
+        path: the file; it appears complete or not at all, and one that was there is replaced.
+        probabilities: [n, labels].
+    """
+    write_atomically(path, "".join("\t".join(map(str, row)) + "\n" for row in probabilities))

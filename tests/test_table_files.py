@@ -1,0 +1,149 @@
+"""Tests of finetune.tasks.table_files: anybody's tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.errors import InputError
+from finetune.tasks.table_files import TableTask, read_table, read_table_task
+
+ROWS = [
+    {"text": 'A "quoted, text', "label": "yes"},
+    {"text": "two\u2028lines", "label": "no"},
+    {"text": "", "label": "yes"},
+]
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> Path:
+    """Write a table as other programs would."""
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    elif path.suffix == ".csv":
+        buffer = io.StringIO(newline="")
+        writer = csv.DictWriter(buffer, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        text = buffer.getvalue()
+    else:
+        lines = ["\t".join(rows[0]), *("\t".join(row.values()) for row in rows)]
+        text = "".join(line + "\n" for line in lines)
+    path.write_bytes(text.encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl"])
+def test_all_formats_mean_the_same(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"train{suffix}", ROWS)
+    data = read_table_task(TableTask({"train": path}, "text"))
+    train = data.splits["train"]
+    assert train.texts_a == tuple(row["text"] for row in ROWS)
+    assert train.texts_b is None
+    assert data.labels == ("no", "yes")
+    assert train.label_ids.tolist() == [1, 0, 1]
+    assert data.metrics == ("accuracy", "f1")
+
+
+@given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=5))
+def test_csv_cells_come_back(
+    tmp_path_factory: pytest.TempPathFactory, cells: list[tuple[str, str]]
+) -> None:
+    def clean(text: str) -> str:
+        # What csv cannot hold: lone surrogates are no text, and it refuses NUL on some versions.
+        return "".join(c for c in text if not "\ud800" <= c <= "\udfff" and c != "\0")
+
+    rows = [{"text": clean(a), "label": clean(b)} for a, b in cells]
+    path = write(tmp_path_factory.mktemp("csv") / "x.csv", rows)
+    assert [dict(row) for _, row in read_table(path)] == rows
+
+
+def test_very_long_cells(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", [{"text": "word " * 100_000, "label": "1"}])
+    assert next(read_table(path))[1]["text"] == "word " * 100_000
+    assert csv.field_size_limit() <= 2**31 - 1
+
+
+def test_pairs_and_numeric_labels(tmp_path: Path) -> None:
+    rows = [{"a": "x", "b": "y", "grade": str(grade)} for grade in (10, 9, 2)]
+    path = write(tmp_path / "train.jsonl", rows)
+    data = read_table_task(TableTask({"train": path}, "a", "b", "grade"))
+    assert data.labels == ("2", "9", "10")
+    assert data.splits["train"].texts_b == ("y", "y", "y")
+    assert data.metrics == ("accuracy",)
+    task = TableTask({"train": path}, "a", "b", "grade", is_regression=True)
+    values = read_table_task(task).splits["train"].label_values
+    assert values is not None
+    assert values.tolist() == [10.0, 9.0, 2.0]
+
+
+def test_json_values_keep_their_spelling(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a", "label": true}\n{"text": "b", "label": 1}\n')
+    data = read_table_task(TableTask({"train": path}, "text"))
+    assert data.labels == ("1", "true")
+
+
+def test_labels_of_the_dev_file_are_those_of_training(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.tsv", [{"text": "a", "label": x} for x in "xyz"])
+    dev = write(tmp_path / "dev.tsv", [{"text": "a", "label": "z"}])
+    test = write(tmp_path / "test.tsv", [{"text": "a"}])
+    task = TableTask({"train": train, "dev": dev, "test": test}, "text")
+    data = read_table_task(task)
+    assert data.splits["dev"].label_ids.tolist() == [2]
+    assert not data.splits["test"].has_labels
+    write(dev, [{"text": "a", "label": "x"}, {"text": "a", "label": "w"}])
+    with pytest.raises(InputError, match=r"dev\.tsv:3: unknown label 'w'.*x, y, z"):
+        read_table_task(task)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", 'text,label\n"open,1\nb,2\n', r"x\.csv:3: not CSV .*quotation"),
+        ("x.csv", "text,label\na\n", r"x\.csv:2: 1 columns instead of 2"),
+        ("x.csv", "text,label\n", "no examples"),
+        ("x.csv", "", "no examples"),
+        ("x.tsv", "text\tlabel\na\tb\tc\n", r"x\.tsv:2: 3 columns instead of 2"),
+        ("x.tsv", "text\tlabel\n\n", r"x\.tsv:2: empty line"),
+        ("x.tsv", "text\ttext\na\tb\n", r"x\.tsv:1: two columns have the same name"),
+        ("x.tsv", "words\tlabel\na\tb\nc\td\n", r"x\.tsv:2: no column 'text'.*words, label"),
+        ("x.tsv", "text\tlabel\na\tb\nc\tb\n", "only the label b"),
+        ("x.jsonl", '{"text": "a"}\n', r"x\.jsonl:1: no column 'label'"),
+        ("x.jsonl", '{"text": "a", "label": 1}\n{"te', r"x\.jsonl:2: not JSON"),
+        ("x.jsonl", "[1]\n", r"x\.jsonl:1: not a JSON object"),
+        ("x.jsonl", '{"text": null, "label": 1}\n{"text": "a", "label": 2}\n', r":1: no column"),
+        ("x.xlsx", "", "unknown kind of file '.xlsx'"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, name: str, content: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_table_task(TableTask({"train": path}, "text"))
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    for name in ("x.csv", "x.tsv", "x.jsonl"):
+        (tmp_path / name).write_bytes(b"text\nab\ncaf\xe9\n")
+        with pytest.raises(InputError, match=r":3: not UTF-8"):
+            list(read_table(tmp_path / name))
+
+
+def test_labels_and_metrics_must_fit(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", ROWS)
+    with pytest.raises(InputError, match="labels are unknown without training"):
+        read_table_task(TableTask({"dev": path}, "text"))
+    with pytest.raises(InputError, match="two or more"):
+        read_table_task(TableTask({"dev": path}, "text", labels=("yes", "yes")))
+    with pytest.raises(InputError, match="pearson is no metric for classes"):
+        read_table_task(TableTask({"train": path}, "text", metrics=("pearson",)))
+    with pytest.raises(InputError, match=r"x\.csv:2: label 'yes' is not a number"):
+        read_table_task(TableTask({"train": path}, "text", is_regression=True))
+    data = read_table_task(TableTask({"dev": path}, "text", labels=("yes", "no", "maybe")))
+    assert data.splits["dev"].label_ids.tolist() == [0, 1, 0]
