@@ -45,7 +45,8 @@ def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name}{arrays[name].shape}{arrays[name].dtype}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+        # No copy: the array may be a memory map larger than memory.
+        digest.update(np.ascontiguousarray(arrays[name]).data.cast("B"))
     return digest.hexdigest()
 
 

@@ -20,8 +20,9 @@ from bertbench.workload import Workload
 from finetune.config import INPUT_NAMES, TARGET_NAMES
 from finetune.errors import InputError
 from finetune.files import write_atomically
-from finetune.tasks.squad import SquadFeatures, featurize
-from finetune.tasks.squad_examples import SquadExamples, read_squad
+from finetune.tasks.squad import SquadFeatures
+from finetune.tasks.squad_cache import SquadSource, default_cache_dir, load_squad_features
+from finetune.tasks.squad_examples import SquadExamples
 from finetune.tasks.squad_metrics import (
     evaluate_v1,
     evaluate_v2,
@@ -97,25 +98,34 @@ def run_squad(
     config, tokenizer = load_config_and_tokenizer(
         files, settings.do_lower_case, settings.max_seq_length
     )
-    cut = functools.partial(
-        featurize,
-        tokenizer=tokenizer,
+    cache_dir = default_cache_dir() if settings.feature_cache else None
+    source = functools.partial(
+        SquadSource,
+        vocab_file=files.vocab_file,
+        do_lower_case=settings.do_lower_case,
         max_seq_length=settings.max_seq_length,
         doc_stride=squad.doc_stride,
         max_query_length=squad.max_query_length,
+        version_2_with_negative=squad.version_2_with_negative,
     )
-    train_examples = train_features = None
+    train = None
     record: dict[str, Any] = {"squad": settings_json(squad)}
     if squad.train_file is not None:
-        train_examples = _read(squad.train_file, squad, is_training=True)
-        train_features = cut(train_examples, is_training=True)
+        train = load_squad_features(
+            source(squad.train_file, is_training=True, max_examples=squad.max_train_examples),
+            cache_dir,
+        )
         record["train_file"] = describe_file(squad.train_file)
-        record["skipped_answers"] = len(train_examples.skipped)
+        record["skipped_answers"] = train.extra["skipped"]
+        if train.was_there and train.extra["skipped"]:
+            say(f"left out {train.extra['skipped']} questions whose answer is not at its offset")
     # Read before training: a bad file should not be found out hours later.
     dev = None
     if squad.predict_file is not None:
-        dev_examples = _read(squad.predict_file, squad, is_training=False)
-        dev = Questions(dev_examples, cut(dev_examples, is_training=False))
+        dev_source = source(squad.predict_file, is_training=False)
+        dev_examples = dev_source.read()
+        dev_arrays = load_squad_features(dev_source, cache_dir, dev_examples).arrays
+        dev = Questions(dev_examples, SquadFeatures.from_arrays(dev_arrays, tokenizer))
         record["predict_file"] = describe_file(squad.predict_file)
     can_score = dev is not None and has_gold_answers(dev.examples, squad)
     if squad.tune_threshold and not squad.version_2_with_negative:
@@ -147,16 +157,16 @@ def run_squad(
             task="squad",
             workload=Workload(name, config, "squad", settings.max_seq_length),
             train_arrays=None
-            if train_features is None
-            else feature_arrays(train_features, _TRAIN_NAMES),
-            num_examples=0 if train_examples is None else len(train_examples),
+            if train is None
+            else {name: train.arrays[name] for name in _TRAIN_NAMES},
+            num_examples=0 if train is None else train.extra["num_examples"],
             make_scorer=make_scorer if settings.evaluate_every_steps is not None else None,
             record=record,
         ),
     )
     results = dict(tuned.results)
-    if train_examples is not None and train_examples.skipped:
-        results["skipped_answers"] = len(train_examples.skipped)
+    if train is not None and train.extra["skipped"]:
+        results["skipped_answers"] = train.extra["skipped"]
     if dev is not None:
         with progress("predict", len(dev.features), "windows") as advance:
             predictions = answer(tuned.predict, lambda done, _: advance(done, ""))
@@ -219,14 +229,3 @@ def score_predictions(
         return evaluate_v1(examples, predictions.predictions)
     scores = score_questions(examples, predictions.predictions, predictions.null_odds)
     return evaluate_v2(scores, best_thresholds=True)
-
-
-def _read(path: Path, squad: SquadSettings, *, is_training: bool) -> SquadExamples:
-    examples = read_squad(
-        path, is_training=is_training, version_2_with_negative=squad.version_2_with_negative
-    )
-    if is_training and squad.max_train_examples is not None:
-        examples = dataclasses.replace(examples, items=examples.items[: squad.max_train_examples])
-    if not len(examples):
-        raise InputError("there are no questions in the file", path=path)
-    return examples

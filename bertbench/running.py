@@ -60,6 +60,7 @@ class RunSettings:
         early_stopping_patience: see `finetune.evaluation.Evaluation`.
         keep_best: as there; predictions are then made with the best weights.
         tensorboard: write event files.
+        feature_cache: keep SQuAD's features for the next run.
     """
 
     output_dir: Path
@@ -82,6 +83,7 @@ class RunSettings:
     early_stopping_patience: int | None = None
     keep_best: bool = False
     tensorboard: bool = True
+    feature_cache: bool = True
 
 
 def find_model_files(

@@ -67,6 +67,8 @@ def _shared_options(command: Any) -> Any:
                      "many evaluations without a new best."),
         click.option("--keep_best", is_flag=True, help="Keep the best evaluation's weights in "
                      "the folder best, and predict with them."),
+        _switch("--feature_cache", True, "Keep SQuAD's features in $BERTBENCH_CACHE (default: the "
+                "user's cache folder) for the next run."),
         _switch("--tensorboard", True, "Write event files to --output_dir."),
         click.option("--max_train_examples", type=click.IntRange(1), help="Only the first ones."),
         click.option("--demo", is_flag=True, help="Built-in data and a tiny random model."),
@@ -96,6 +98,7 @@ def command() -> None:
 @click.option("--max_answer_length", type=click.IntRange(1), default=30, show_default=True)
 @_switch("--version_2_with_negative", False, "Some questions have no answer.")
 @click.option("--null_score_diff_threshold", type=float, default=0.0, show_default=True)
+@_switch("--verbose_logging", False, "Accepted, as the original has it; does nothing.")
 @_switch("--tune_threshold", False, "Find that threshold on --predict_file (SQuAD 2.0).")
 @click.pass_context
 def squad(context: click.Context, **flags: Any) -> None:

@@ -7,8 +7,8 @@ feature).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
 import numpy as np
@@ -58,6 +58,16 @@ class SquadFeatures:
     num_tokens: NDArray[np.int32] = field(repr=False)
     vocab_tokens: tuple[str, ...] = field(repr=False)
 
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> SquadFeatures:
+        """Puts features together from what `arrays` gave."""
+        return cls(**arrays, vocab_tokens=_vocab_tokens(tokenizer))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns all arrays by name, those with a row for each feature."""
+        names = [name.name for name in fields(self) if name.name != "vocab_tokens"]
+        return {name: getattr(self, name) for name in names}
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
@@ -93,6 +103,46 @@ def featurize(
     Raises:
         InputError: the lengths contradict each other.
     """
+    chunks = feature_chunks(
+        examples,
+        tokenizer,
+        max_seq_length=max_seq_length,
+        doc_stride=doc_stride,
+        max_query_length=max_query_length,
+        is_training=is_training,
+        rows=None,
+    )
+    return next(chunks)
+
+
+def feature_chunks(
+    examples: SquadExamples,
+    tokenizer: Tokenizer,
+    *,
+    max_seq_length: int,
+    doc_stride: int,
+    max_query_length: int,
+    is_training: bool,
+    rows: int | None = 2048,
+) -> Iterator[SquadFeatures]:
+    """Does what `featurize` does, a part at a time, so that memory does not grow with the file.
+
+    Args:
+        examples: as there.
+        tokenizer: as there.
+        max_seq_length: as there.
+        doc_stride: as there.
+        max_query_length: as there.
+        is_training: as there.
+        rows: features of a part, at most; a question's may be more. None makes one part.
+
+    Yields:
+        Features in order; `example_index` goes on from part to part. At least one part, empty if
+        there are no features.
+
+    Raises:
+        InputError: the lengths contradict each other.
+    """
     _check_lengths(max_seq_length, doc_stride, max_query_length)
     docs = _tokenize_paragraphs(examples, tokenizer)
     questions = _encode_distinct((e.question for e in examples), tokenizer)
@@ -103,41 +153,63 @@ def featurize(
         room = max_seq_length - query_length - _NUM_SPECIAL_TOKENS
         return _doc_windows(len(docs[id(example.paragraph)].ids), room, doc_stride)
 
-    n = sum(len(windows_of(example).starts) for example in examples)
-    features = _empty_features(n, max_seq_length, tokenizer)
-    row = 0
-    for example_index, example in enumerate(examples):
-        doc = docs[id(example.paragraph)]
-        query = questions[example.question][:max_query_length]
-        prefix = np.array([tokenizer.cls_id, *query, tokenizer.sep_id], np.int32)
-        offset = len(prefix)
-        answer = None
-        if is_training and not example.is_impossible:
-            answer = _answer_tokens(example, doc, answers)
-        windows = windows_of(example)
-        for span_index, (start, length) in enumerate(
-            zip(windows.starts, windows.lengths, strict=True)
-        ):
-            window = slice(start, start + length)
-            end = offset + length
-            features.input_ids[row, :offset] = prefix
-            features.input_ids[row, offset:end] = doc.ids[window]
-            features.input_ids[row, end] = tokenizer.sep_id
-            features.input_mask[row, : end + 1] = 1
-            features.segment_ids[row, offset : end + 1] = 1
-            features.token_to_orig[row, offset:end] = doc.token_to_word[window]
-            features.token_is_max_context[row, offset:end] = (
-                windows.best_window[window] == span_index
-            )
-            features.num_tokens[row] = end + 1
-            features.example_index[row] = example_index
-            features.doc_span_index[row] = span_index
-            features.is_impossible[row] = is_training and example.is_impossible
-            if answer is not None and start <= answer[0] and answer[1] < start + length:
-                features.start_positions[row] = answer[0] - start + offset
-                features.end_positions[row] = answer[1] - start + offset
-            row += 1
-    return features
+    def chunk(first: int, last: int, n: int) -> SquadFeatures:
+        features = _empty_features(n, max_seq_length, tokenizer)
+        row = 0
+        for example_index in range(first, last):
+            example = examples[example_index]
+            doc = docs[id(example.paragraph)]
+            query = questions[example.question][:max_query_length]
+            answer = None
+            if is_training and not example.is_impossible:
+                answer = _answer_tokens(example, doc, answers)
+            windows = windows_of(example)
+            _fill(features, row, example_index, doc, query, windows, answer, tokenizer)
+            end = row + len(windows.starts)
+            features.is_impossible[row:end] = is_training and example.is_impossible
+            row = end
+        return features
+
+    first, n = 0, 0
+    for index, example in enumerate(examples):
+        count = len(windows_of(example).starts)
+        if rows is not None and n and n + count > rows:
+            yield chunk(first, index, n)
+            first, n = index, 0
+        n += count
+    yield chunk(first, len(examples), n)
+
+
+def _fill(
+    features: SquadFeatures,
+    row: int,
+    example_index: int,
+    doc: _TokenizedDoc,
+    query: list[int],
+    windows: _Windows,
+    answer: tuple[int, int] | None,
+    tokenizer: Tokenizer,
+) -> None:
+    """Writes one question's windows to the rows from `row` on."""
+    prefix = np.array([tokenizer.cls_id, *query, tokenizer.sep_id], np.int32)
+    offset = len(prefix)
+    for span_index, (start, length) in enumerate(zip(windows.starts, windows.lengths, strict=True)):
+        window = slice(start, start + length)
+        end = offset + length
+        features.input_ids[row, :offset] = prefix
+        features.input_ids[row, offset:end] = doc.ids[window]
+        features.input_ids[row, end] = tokenizer.sep_id
+        features.input_mask[row, : end + 1] = 1
+        features.segment_ids[row, offset : end + 1] = 1
+        features.token_to_orig[row, offset:end] = doc.token_to_word[window]
+        features.token_is_max_context[row, offset:end] = windows.best_window[window] == span_index
+        features.num_tokens[row] = end + 1
+        features.example_index[row] = example_index
+        features.doc_span_index[row] = span_index
+        if answer is not None and start <= answer[0] and answer[1] < start + length:
+            features.start_positions[row] = answer[0] - start + offset
+            features.end_positions[row] = answer[1] - start + offset
+        row += 1
 
 
 @dataclass(frozen=True)
@@ -224,10 +296,14 @@ def _encode_distinct(texts: Iterable[str], tokenizer: Tokenizer) -> dict[str, li
     return dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
 
 
-def _empty_features(n: int, max_seq_length: int, tokenizer: Tokenizer) -> SquadFeatures:
-    vocab_tokens = [""] * tokenizer.vocab_size
+def _vocab_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
+    tokens = [""] * tokenizer.vocab_size
     for token, token_id in tokenizer.vocab.items():
-        vocab_tokens[token_id] = token
+        tokens[token_id] = token
+    return tuple(tokens)
+
+
+def _empty_features(n: int, max_seq_length: int, tokenizer: Tokenizer) -> SquadFeatures:
     shape = (n, max_seq_length)
     return SquadFeatures(
         input_ids=np.full(shape, tokenizer.pad_id, np.int32),
@@ -241,7 +317,7 @@ def _empty_features(n: int, max_seq_length: int, tokenizer: Tokenizer) -> SquadF
         token_to_orig=np.full(shape, -1, np.int32),
         token_is_max_context=np.zeros(shape, np.bool_),
         num_tokens=np.zeros(n, np.int32),
-        vocab_tokens=tuple(vocab_tokens),
+        vocab_tokens=_vocab_tokens(tokenizer),
     )
 
 

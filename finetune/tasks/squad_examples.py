@@ -42,8 +42,9 @@ class SquadParagraph:
     @classmethod
     def from_context(cls, context: str) -> SquadParagraph:
         """Splits a text into words."""
-        words = list(_WORD.finditer(context))
-        return cls(context, tuple(w.group() for w in words), tuple(w.start() for w in words))
+        spans = [match.span() for match in _WORD.finditer(context)]
+        words = tuple([context[start:end] for start, end in spans])
+        return cls(context, words, tuple([start for start, _ in spans]))
 
     def word_at(self, offset: int) -> int:
         """Returns the word that holds a character; for white space, the word before it, or -1."""

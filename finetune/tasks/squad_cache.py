@@ -1,0 +1,139 @@
+"""SQuAD features from a file, cached under a hash of everything that they depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.array_cache import CacheEntry, hash_file, hash_key, load_or_make
+from finetune.errors import InputError
+from finetune.tasks.squad import feature_chunks
+from finetune.tasks.squad_examples import SquadExamples, read_squad
+from finetune.tokenization import load_tokenizer
+
+# To be raised with every change that gives other features.
+_FEATURES_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SquadSource:
+    """What features are made from.
+
+    Attributes:
+        path: questions in SQuAD's format.
+        vocab_file: the model's vocabulary.
+        do_lower_case: for an uncased model.
+        max_seq_length: as for `finetune.tasks.squad.featurize`, like the next three.
+        doc_stride: as there.
+        max_query_length: as there.
+        is_training: as there.
+        version_2_with_negative: as for `read_squad`.
+        max_examples: only the first so many questions.
+    """
+
+    path: Path
+    vocab_file: Path
+    do_lower_case: bool
+    max_seq_length: int
+    doc_stride: int
+    max_query_length: int
+    is_training: bool
+    version_2_with_negative: bool
+    max_examples: int | None = None
+
+    def read(self) -> SquadExamples:
+        """Reads the questions.
+
+        Raises:
+            InputError: see `read_squad`; or there are none.
+        """
+        examples = read_squad(
+            self.path,
+            is_training=self.is_training,
+            version_2_with_negative=self.version_2_with_negative,
+        )
+        if self.max_examples is not None:
+            examples = dataclasses.replace(examples, items=examples.items[: self.max_examples])
+        if not len(examples):
+            raise InputError("there are no questions in the file", path=self.path)
+        return examples
+
+    def key(self) -> str:
+        """Hash of contents and settings, not of names.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        values = dataclasses.asdict(self)
+        for name in ("path", "vocab_file"):
+            path = values.pop(name)
+            try:
+                values[name] = hash_file(path)
+            except OSError as error:
+                raise InputError(f"cannot read the file ({error.strerror})", path=path) from error
+        return hash_key(
+            kind="squad",
+            version=_FEATURES_VERSION,
+            # Both decide how texts are split.
+            unicode=unicodedata.unidata_version,
+            tokenizers=metadata.version("tokenizers"),
+            byte_order=sys.byteorder,
+            **values,
+        )
+
+
+def load_squad_features(
+    source: SquadSource, cache_dir: Path | None, examples: SquadExamples | None = None
+) -> CacheEntry:
+    """Takes features from the cache, or makes them.
+
+    Args:
+        source: what to make them from.
+        cache_dir: None does not cache.
+        examples: what `source.read` gave, if that is known.
+
+    Returns:
+        The arrays of `finetune.tasks.squad.SquadFeatures`, and as extra `num_examples` and the
+        number of `skipped` questions.
+
+    Raises:
+        InputError: see `SquadSource.read` and `featurize`.
+    """
+
+    def make() -> tuple[Iterator[Mapping[str, np.ndarray]], dict[str, Any]]:
+        questions = source.read() if examples is None else examples
+        tokenizer = load_tokenizer(source.vocab_file, do_lower_case=source.do_lower_case)
+        chunks = feature_chunks(
+            questions,
+            tokenizer,
+            max_seq_length=source.max_seq_length,
+            doc_stride=source.doc_stride,
+            max_query_length=source.max_query_length,
+            is_training=source.is_training,
+        )
+        extra = {"num_examples": len(questions), "skipped": len(questions.skipped)}
+        return (chunk.arrays() for chunk in chunks), extra
+
+    return load_or_make(cache_dir, source.key(), make)
+
+
+def default_cache_dir() -> Path:
+    """`$BERTBENCH_CACHE`, or `bertbench/features` in the user's folder for caches."""
+    chosen = os.environ.get("BERTBENCH_CACHE")
+    if chosen:
+        return Path(chosen)
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        cache = os.environ.get("XDG_CACHE_HOME", "")
+        # The XDG specification has relative paths ignored.
+        base = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
+    return base / "bertbench" / "features"
