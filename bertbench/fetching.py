@@ -1,0 +1,262 @@
+"""Fetches entries of the catalogue into a folder: download, verify, unpack, and only then rename.
+
+What is there already and is what it should be is left alone, and needs no network; what is there
+and is something else is replaced only when asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bertbench.downloading import Checked, download
+from bertbench.errors import WorkError
+from bertbench.fetch_catalogue import Entry, Source
+from bertbench.unpacking import (
+    SUMS_FILE,
+    ArchiveError,
+    check_members,
+    format_sums,
+    hash_file,
+    hash_folder,
+    read_sums,
+    split_mrpc,
+    unpack,
+)
+from finetune.errors import InputError
+from finetune.files import write_atomically
+
+Comparison = Checked | Literal["published SHA-256", "SHA-256 seen before"]
+"""What a file was compared with."""
+
+_WORKSPACE = ".fetching"
+
+
+@dataclass(frozen=True)
+class FetchedFile:
+    """A file that was used.
+
+    Attributes:
+        path: where it is or was; archives that were downloaded are deleted once unpacked.
+        url: where it comes from.
+        sha256: its checksum.
+        checked: what it was compared with.
+        downloaded: whether it was downloaded now.
+    """
+
+    path: Path
+    url: str
+    sha256: str
+    checked: Comparison
+    downloaded: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {
+            "path": str(self.path),
+            "url": self.url,
+            "sha256": self.sha256,
+            "checked": self.checked,
+            "downloaded": self.downloaded,
+        }
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """An entry that is in place.
+
+    Attributes:
+        entry: what it is.
+        folder: where it is.
+        was_there: whether there was nothing to do.
+        files: the files that it was made from; none if its folder was there.
+        members_checked: whether the files in its folder have their published checksums.
+    """
+
+    entry: Entry
+    folder: Path
+    was_there: bool
+    files: tuple[FetchedFile, ...]
+    members_checked: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {
+            "name": self.entry.name,
+            "folder": str(self.folder),
+            "was_there": self.was_there,
+            "members_checked": self.members_checked,
+            "files": [file.to_json() for file in self.files],
+        }
+
+
+def fetch(entry: Entry, root: Path, mirror: str | None = None, force: bool = False) -> Fetched:
+    """Bring an entry into a folder, and see that it is what it should be.
+
+    Args:
+        entry: a row of the catalogue.
+        root: the folder; made if it is not there.
+        mirror: an address under which the servers' files lie as `HOST/PATH`.
+        force: replace what is there and is something else.
+
+    Raises:
+        InputError: something else is there, or a file put there by hand is not what it must be.
+        WorkError: download or unpacking failed; what was there is as it was.
+    """
+    try:
+        found = _find(entry, root, force)
+        if found is not None:
+            return found
+        with _workspace(root) as workspace:
+            files = tuple(
+                _obtain(source, root, workspace, mirror, force) for source in entry.sources
+            )
+            if entry.preparation == "none":
+                return Fetched(entry, root / entry.folder, False, files, False)
+            _build(entry, root, workspace, files)
+            for source, file in zip(entry.sources, files, strict=True):
+                _remember(root, source.path, file.sha256)
+                if file.downloaded:
+                    file.path.unlink()
+        return Fetched(entry, root / entry.folder, False, files, bool(entry.members))
+    except OSError as error:
+        place = root if error.filename is None else error.filename
+        raise WorkError(
+            f"{place}: cannot fetch {entry.name} ({error.strerror or error})"
+        ) from error
+
+
+def _find(entry: Entry, root: Path, force: bool) -> Fetched | None:
+    """The entry, if it is in place; None if there is room for it."""
+    folder = root / entry.folder
+    if entry.preparation == "none":
+        files = []
+        for source in entry.sources:
+            path = root / source.path
+            if not path.is_file() or hash_file(path) != source.sha256:
+                return None
+            files.append(
+                FetchedFile(path, source.url, source.sha256, "published SHA-256", downloaded=False)
+            )
+        return Fetched(entry, folder, True, tuple(files), False)
+    if not os.path.lexists(folder):
+        return None
+    sums = read_sums(folder / SUMS_FILE) if folder.is_dir() else {}
+    if sums or (entry.members and folder.is_dir()):
+        problem = check_members(folder, {**sums, **entry.members}, entry.expected)
+        if problem is None:
+            return Fetched(entry, folder, True, (), bool(entry.members))
+    else:
+        problem = "was not put there by `bertbench fetch`"
+    if not force:
+        raise InputError(problem, path=folder, hint="--force replaces it, or use another --to")
+    return None
+
+
+def _obtain(
+    source: Source, root: Path, workspace: Path, mirror: str | None, force: bool
+) -> FetchedFile:
+    """Take the file that is there, or download it."""
+    path = root / source.path
+    wanted, named_by = source.sha256, "is published"
+    origin: Comparison = "published SHA-256"
+    if wanted is None:
+        wanted = read_sums(root / SUMS_FILE).get(source.path)
+        origin, named_by = "SHA-256 seen before", f"{root / SUMS_FILE} names"
+    if path.is_file():
+        found = hash_file(path)
+        if wanted in (None, found):
+            origin = "nothing" if wanted is None else origin
+            return FetchedFile(path, source.url, found, origin, downloaded=False)
+        if not force:
+            raise InputError(
+                f"SHA-256 {found}, not the {wanted} that {named_by}",
+                path=path,
+                hint="delete the file, or --force replaces it",
+            )
+    if source.sha256 is None:
+        # The server may have a new version, which only the user can accept.
+        wanted, named_by = None if force else wanted, f"{named_by} (--force accepts another)"
+    arrived = download(source.url, path, workspace, wanted, named_by, mirror)
+    _remember(root, source.path, arrived.sha256)
+    checked = origin if arrived.checked == "SHA-256" else arrived.checked
+    return FetchedFile(path, source.url, arrived.sha256, checked, downloaded=True)
+
+
+def _remember(root: Path, name: str, sha256: str | None) -> None:
+    """Note a checksum for later fetches, or forget it."""
+    sums = read_sums(root / SUMS_FILE)
+    changed = {key: value for key, value in sums.items() if key != name}
+    if sha256 is not None:
+        changed[name] = sha256
+    if changed != sums:
+        write_atomically(root / SUMS_FILE, format_sums(changed))
+
+
+def _build(entry: Entry, root: Path, workspace: Path, files: tuple[FetchedFile, ...]) -> None:
+    """Make the entry's folder from its files, and put it in its place."""
+    built = workspace / "folder"
+    if entry.preparation == "mrpc":
+        train, test, dev_ids = (file.path for file in files)
+        split_mrpc(train, test, dev_ids, built)
+    else:
+        for file in files:
+            try:
+                unpack(file.path, built)
+            except ArchiveError as error:
+                raise _refused(file, str(error), root) from error
+        problem = check_members(built, entry.members, entry.expected)
+        if problem is not None:
+            raise _refused(files[-1], f"does not hold {entry.name}: {problem}", root)
+    sums = format_sums(hash_folder(built))
+    (built / SUMS_FILE).write_bytes(sums.encode("utf-8", "surrogateescape"))
+    # A power cut after the renaming must find the content on the disk.
+    os.sync()
+    target = root / entry.folder
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(target):
+        target.rename(workspace / "replaced")
+    built.rename(target)
+
+
+def _refused(file: FetchedFile, problem: str, root: Path) -> Exception:
+    if not file.downloaded:
+        return InputError(problem, path=file.path, hint="delete the file, and it is downloaded")
+    # It is complete and as the server has it: kept, it would be refused again for ever.
+    file.path.unlink()
+    _remember(root, file.path.relative_to(root).as_posix(), None)
+    return WorkError(f"{file.path.name} from {file.url} {problem}; it was not kept")
+
+
+@contextlib.contextmanager
+def _workspace(root: Path) -> Iterator[Path]:
+    """An empty hidden folder that no other fetch uses, deleted afterwards."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot use the folder ({error.strerror})", path=root, hint="name another with --to"
+        ) from error
+    lock = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise WorkError(
+                f"another `bertbench fetch` is at work in {root}; wait for it, or use another --to"
+            ) from error
+        workspace = root / _WORKSPACE
+        shutil.rmtree(workspace, ignore_errors=True)
+        workspace.mkdir()
+        try:
+            yield workspace
+        finally:
+            shutil.rmtree(workspace, ignore_errors=True)
+    finally:
+        os.close(lock)

@@ -1,0 +1,237 @@
+"""Archives and their folders: unpacked without leaving the folder, and checked file by file."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import shutil
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+import pooch
+
+from bertbench.bytes import MIB_BYTES
+from bertbench.progress import progress
+from finetune.errors import InputError
+
+SUMS_FILE = "SHA256SUMS"
+"""Name of the files that hold checksums, in the format of `sha256sum`."""
+
+_CHUNK_BYTES = 1 << 20
+_DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    zlib.error,
+    EOFError,
+    # What zipfile raises for a password, and for a compression that it does not know.
+    RuntimeError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
+
+_Opener = Callable[[], IO[bytes]]
+
+
+class ArchiveError(Exception):
+    """An archive that is damaged, would leave its folder, or does not hold what it should."""
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip or tar archive; a single folder around everything is left out.
+
+    What macOS adds to archives is left out too. A name that an earlier archive has used gets the
+    archive's name in front.
+
+    Args:
+        archive: ends in `.zip`, or is a tar archive, compressed or not.
+        folder: where to put the files; made if it is not there.
+
+    Raises:
+        ArchiveError: the archive is damaged, or holds a name outside of the folder, a link or a
+            device.
+    """
+    inner = folder.with_name(f"{folder.name}-{archive.stem}")
+    inner.mkdir()
+    try:
+        with (
+            archive.open("rb") as file,
+            progress(f"unpack {archive.name}", _mib(archive.stat().st_size), "MiB") as advance,
+        ):
+            read = _zip_members if archive.suffix == ".zip" else _tar_members
+            for name, opener in read(file, inner):
+                _write(name, opener, inner)
+                advance(file.tell() // MIB_BYTES, "")
+            advance(_mib(archive.stat().st_size), "")
+    except _DAMAGED as error:
+        raise ArchiveError(f"cannot be unpacked ({error})") from error
+    top = list(inner.iterdir())
+    if not top:
+        raise ArchiveError("holds no files")
+    if len(top) == 1 and top[0].is_dir():
+        top = list(top[0].iterdir())
+    folder.mkdir(exist_ok=True)
+    for child in top:
+        target = folder / child.name
+        if target.exists():
+            target = folder / f"{archive.stem}-{child.name}"
+        child.rename(target)
+    shutil.rmtree(inner)
+
+
+def split_mrpc(train: Path, test: Path, dev_ids: Path, folder: Path) -> None:
+    r"""Split the files of MRPC as GLUE does, byte for byte like `download_glue_data.py`.
+
+    Args:
+        train: `msr_paraphrase_train.txt`: a header, then `label \t id \t id \t text \t text`.
+        test: `msr_paraphrase_test.txt`, alike.
+        dev_ids: the pairs of ids that make the development split.
+        folder: gets `train.tsv`, `dev.tsv` and `test.tsv`; made if it is not there.
+
+    Raises:
+        InputError: a line does not have its columns.
+    """
+    folder.mkdir(exist_ok=True)
+    # Universal line ends and `strip` are the original's, and so is a byte order mark that stays.
+    with dev_ids.open(encoding="utf-8") as file:
+        pairs = {tuple(line.strip().split("\t")) for line in file}
+    header, rows = _read_mrpc(train)
+    splits = {"train": [header], "dev": [header]}
+    for row in rows:
+        splits["dev" if tuple(row[1:3]) in pairs else "train"].append("\t".join(row) + "\n")
+    splits["test"] = ["index\t#1 ID\t#2 ID\t#1 String\t#2 String\n"]
+    for index, row in enumerate(_read_mrpc(test)[1]):
+        splits["test"].append("\t".join((str(index), *row[1:])) + "\n")
+    for name, lines in splits.items():
+        (folder / f"{name}.tsv").write_bytes("".join(lines).encode())
+
+
+def check_members(
+    folder: Path, members: Mapping[str, str], expected: Sequence[str] = ()
+) -> str | None:
+    """Compare the files of a folder with their checksums.
+
+    Args:
+        folder: where the files are; there may be others.
+        members: SHA-256 by path.
+        expected: further paths that must be there.
+
+    Returns:
+        What is wrong first; None if nothing is.
+    """
+    for name in (*members, *expected):
+        if not (folder / name).exists():
+            return f"{name} is missing"
+    for name, sha256 in members.items():
+        if (folder / name).is_dir() or hash_file(folder / name) != sha256:
+            return f"{name} does not have the SHA-256 {sha256}"
+    return None
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest: str = pooch.file_hash(str(path), alg="sha256")
+    return digest
+
+
+def hash_folder(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by path, in order."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+
+
+def format_sums(sums: Mapping[str, str]) -> str:
+    """Render checksums as `sha256sum --check` reads them."""
+    return "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items())
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """Read a file of checksums; a missing one holds none.
+
+    Raises:
+        InputError: a line is not a checksum and a name.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+    except FileNotFoundError:
+        return {}
+    sums = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        sha256, _, name = line.partition("  ")
+        if line and (len(sha256) != 64 or not name):
+            raise InputError(
+                "not a line of sha256sum", path=path, line=number, hint="delete the line"
+            )
+        if line:
+            sums[name] = sha256
+    return sums
+
+
+def _mib(size_bytes: int) -> int:
+    return -(-size_bytes // MIB_BYTES)
+
+
+def _zip_members(file: IO[bytes], _: Path) -> Iterator[tuple[str, _Opener | None]]:
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            kind = stat.S_IFMT(info.external_attr >> 16)
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise ArchiveError(f"holds {info.filename!r}, which is neither file nor folder")
+            yield info.filename, None if info.is_dir() else functools.partial(archive.open, info)
+
+
+def _tar_members(file: IO[bytes], folder: Path) -> Iterator[tuple[str, _Opener | None]]:
+    with tarfile.open(fileobj=file) as archive:
+        for member in archive:
+            if not (member.isreg() or member.isdir()):
+                raise ArchiveError(f"holds {member.name!r}, which is neither file nor folder")
+            opener = functools.partial(_extract, archive, member, folder)
+            yield member.name, None if member.isdir() else opener
+        # gzip compares its checksum only when it comes to its end.
+        while archive.fileobj is not None and archive.fileobj.read(_CHUNK_BYTES):
+            pass
+
+
+def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> IO[bytes]:
+    # Python before 3.10.12 and 3.11.4 has no filters; nothing here relies on them alone.
+    if hasattr(tarfile, "data_filter"):
+        tarfile.data_filter(member, str(folder))
+    file = archive.extractfile(member)
+    assert file is not None, "regular files have content"
+    return file
+
+
+def _write(name: str, opener: _Opener | None, folder: Path) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\n" in name:
+        raise ArchiveError(f"holds {name!r}, which would leave the folder")
+    if path.parts[:1] == ("__MACOSX",) or path.name == ".DS_Store":
+        return
+    target = folder.joinpath(*path.parts)
+    if opener is None:
+        target.mkdir(parents=True, exist_ok=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with opener() as source, target.open("wb") as copy:
+        shutil.copyfileobj(source, copy, _CHUNK_BYTES)
+
+
+def _read_mrpc(path: Path) -> tuple[str, list[list[str]]]:
+    with path.open(encoding="utf-8") as file:
+        header = file.readline()
+        rows = [line.strip().split("\t") for line in file]
+    for number, row in enumerate(rows, 2):
+        if len(row) != 5:
+            raise InputError(
+                f"{len(row)} columns instead of 5",
+                path=path,
+                line=number,
+                hint="download the file again",
+            )
+    return header, rows
