@@ -52,6 +52,9 @@ def device_rates(device: Device) -> Rates:
     if device.kind == "cpu":
         cores = usable_cores()
         return Rates(_CPU_FLOPS_PER_CORE * cores, 1e10, half_rate_tokens=32, launch_seconds=2e-3)
+    if device.kind == "tpu":
+        # A core of a Cloud TPU v2: half a chip's 45 TFLOP/s and 700 GB/s (Google Cloud's pages).
+        return gpu_rates(Accelerator("tpu-v2", device.total_bytes, 22.5e12, 350e9))
     accelerator = match_accelerator(device.name) or match_accelerator("t4")
     assert accelerator is not None
     return gpu_rates(accelerator)

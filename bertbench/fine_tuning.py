@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -19,7 +20,7 @@ from bertbench.output_folder import (
     write_model_files,
 )
 from bertbench.progress import say
-from bertbench.running import ModelFiles, RunSettings, bind_budget, choose_levers
+from bertbench.running import ModelFiles, RunSettings, choose_levers, open_device
 from bertbench.training import Predict, Scorer, make_predict, train_model
 from bertbench.workload import Workload
 from finetune.errors import InputError
@@ -94,8 +95,8 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
         )
     say(f"train: {job.num_examples} examples, {steps} steps of {settings.train_batch_size}")
     micro_batch, levers = choose_levers(job.workload, settings, budget)
-    bind_budget(budget)
-    variables = _create(settings, job.workload)
+    strategy = open_device(settings, budget)
+    variables = _create(settings, job.workload, strategy)
     if files.init_checkpoint is not None:
         _load_into(variables, files.init_checkpoint)
     identity = {
@@ -111,6 +112,7 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
     }
     plan = {
         "micro_batch": micro_batch,
+        "replicas": settings.replicas,
         "levers": levers.to_json(),
         "budget": budget.to_json(),
     }
@@ -127,11 +129,20 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
     # The folder is made once everything that can be wrong with the input has been read.
     prepare_output(settings, identity, record, plan)
     write_model_files(settings, files, job.workload.config)
-    predict = make_predict(variables, job.workload, min(settings.predict_batch_size, micro_batch))
+    predict_batch = min(settings.predict_batch_size, micro_batch)
+    predict = make_predict(variables, job.workload, predict_batch, strategy)
     scorer = None if job.make_scorer is None else job.make_scorer(predict)
     began = time.monotonic()
     trained = train_model(
-        variables, job.workload, settings, levers, micro_batch, job.train_arrays, steps, scorer
+        variables,
+        job.workload,
+        settings,
+        levers,
+        micro_batch,
+        job.train_arrays,
+        steps,
+        scorer,
+        strategy,
     )
     results = {
         "task": job.task,
@@ -145,10 +156,10 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
 
 
 def _load(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job) -> FineTuned:
-    bind_budget(budget)
+    strategy = open_device(settings, budget)
     from finetune.checkpoints import list_checkpoints
 
-    variables = _create(settings, job.workload)
+    variables = _create(settings, job.workload, strategy)
     source = files.init_checkpoint
     if settings.output_dir.is_dir() and list_checkpoints(settings.output_dir):
         source = settings.output_dir
@@ -158,16 +169,17 @@ def _load(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job) ->
     if head:
         say(f"warning: {', '.join(head)} are random: train first, or give trained weights")
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    predict = make_predict(variables, job.workload, settings.predict_batch_size)
+    predict = make_predict(variables, job.workload, settings.predict_batch_size, strategy)
     return FineTuned(predict, {"task": job.task})
 
 
-def _create(settings: RunSettings, workload: Workload) -> dict[str, Any]:
+def _create(settings: RunSettings, workload: Workload, strategy: Any) -> dict[str, Any]:
     from finetune.modeling import create_variables
 
-    return create_variables(
-        workload.config, workload.head, num_labels=workload.num_labels, seed=settings.seed
-    )
+    with contextlib.nullcontext() if strategy is None else strategy.scope():
+        return create_variables(
+            workload.config, workload.head, num_labels=workload.num_labels, seed=settings.seed
+        )
 
 
 def _load_into(variables: dict[str, Any], source: Any) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
+from bertbench import tpu
 from bertbench.bytes import format_bytes
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, check_free, child_environment
 from bertbench.planner import PlanEntry, make_plan, read_plan
 from bertbench.progress import say
+from bertbench.tpu import TpuSettings
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, from_json_file
@@ -61,6 +64,7 @@ class RunSettings:
         keep_best: as there; predictions are then made with the best weights.
         tensorboard: write event files.
         feature_cache: keep SQuAD's features for the next run.
+        tpu: run on this TPU; None runs on the budget's device.
     """
 
     output_dir: Path
@@ -84,6 +88,12 @@ class RunSettings:
     keep_best: bool = False
     tensorboard: bool = True
     feature_cache: bool = True
+    tpu: TpuSettings | None = None
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the model that share the effective batch."""
+        return 1 if self.tpu is None else self.tpu.cores
 
 
 def find_model_files(
@@ -167,7 +177,8 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
     Raises:
         InputError: the plan file is unusable or for another batch, or nothing fits.
     """
-    target_batch = settings.train_batch_size
+    # What one replica has to do; the last may have rows of padding.
+    target_batch = -(-settings.train_batch_size // settings.replicas)
     if settings.plan_file is not None:
         planned_batch, micro_batch, levers = read_plan(settings.plan_file)
         if planned_batch != target_batch:
@@ -191,8 +202,9 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
         device_kind=budget.device.kind,
         policies=None if settings.checkpointing is None else [settings.checkpointing],
     )
+    share = f"{settings.replicas} replicas, each " if settings.replicas > 1 else ""
     say(
-        f"plan: {describe_entry(plan.chosen)}, predicted peak "
+        f"plan: {share}{describe_entry(plan.chosen)}, predicted peak "
         f"{format_bytes(plan.chosen.footprint.peak_bytes)} of {format_bytes(budget.budget_bytes)}"
     )
     return plan.chosen.micro_batch, plan.chosen.levers
@@ -204,6 +216,22 @@ def describe_entry(entry: PlanEntry) -> str:
         f"{entry.levers.accumulation_steps} x {entry.micro_batch}, "
         f"checkpointing {entry.levers.checkpointing}"
     )
+
+
+def open_device(settings: RunSettings, budget: Budget) -> Any:
+    """Bind this process to the device of a run.
+
+    Returns:
+        A `tf.distribute.Strategy` if it has several replicas, else None.
+
+    Raises:
+        InputError: see `bind_budget` and `bertbench.tpu.connect`.
+        bertbench.errors.WorkError: the TPU cannot be reached.
+    """
+    if settings.tpu is not None:
+        return tpu.connect(settings.tpu)
+    bind_budget(budget)
+    return None
 
 
 def bind_budget(budget: Budget) -> str:

@@ -71,6 +71,7 @@ def train_model(
     data: Mapping[str, np.ndarray],
     num_train_steps: int,
     scorer: Scorer | None = None,
+    strategy: Any = None,
 ) -> dict[str, Any]:
     """Train to the end, or continue; TensorFlow is already under the run's budget.
 
@@ -110,10 +111,11 @@ def train_model(
         checkpointing=levers.checkpointing,
         xla=levers.xla,
         seed=settings.seed,
+        strategy=strategy,
     )
     schedule = Schedule(
         settings.train_batch_size,
-        micro_batch * levers.accumulation_steps,
+        micro_batch * levers.accumulation_steps * settings.replicas,
         num_train_steps,
         settings.seed,
         settings.save_checkpoints_steps,
@@ -208,12 +210,25 @@ def train_model(
     return result
 
 
-def make_predict(variables: Mapping[str, Any], workload: Workload, batch_size: int) -> Predict:
-    """Make a function that predicts with a model as it is when called; it compiles only once."""
+def make_predict(
+    variables: Mapping[str, Any], workload: Workload, batch_size: int, strategy: Any = None
+) -> Predict:
+    """Make a function that predicts with a model as it is when called; it compiles only once.
+
+    Args:
+        variables: the model.
+        workload: its configuration and head.
+        batch_size: examples at a time, on each replica.
+        strategy: see `finetune.step.make_predictor`.
+    """
     from finetune.step import make_predictor
     from finetune.training import predict
 
-    predictor = make_predictor(variables, workload.config, workload.head, workload.seq_len)
+    predictor = make_predictor(
+        variables, workload.config, workload.head, workload.seq_len, strategy=strategy
+    )
+    if strategy is not None:
+        batch_size *= strategy.num_replicas_in_sync
 
     def predict_rows(data: Mapping[str, np.ndarray], on_progress: OnProgress) -> np.ndarray:
         total = len(next(iter(data.values())))

@@ -114,6 +114,9 @@ def apply_gradients(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Clip, decay, update all variables in place, and count the step.
 
+    Every replica makes the same update of its own copy, so nothing but handles is used: what
+    assigns through a variable would be synchronised once more between replicas.
+
     Variables are updated one after another, so that the temporaries of only one of them exist at
     a time. The global norm is that of dense gradients: `tf.clip_by_global_norm` would take the
     un-merged rows of a sparse gradient, and so depend on how a batch was cut.
@@ -146,7 +149,7 @@ def apply_gradients(
             # do not depend on each other, so they may be taken off in turn.
             with tf.control_dependencies(before):
                 decay = variable * (rate * settings.weight_decay)
-                before = [variable.assign_sub(decay, read_value=False)]
+                before = [tf.raw_ops.AssignSubVariableOp(resource=variable.handle, value=decay)]
         with tf.control_dependencies(before):
             update = tf.raw_ops.ResourceApplyAdam(
                 var=variable.handle,
@@ -162,5 +165,6 @@ def apply_gradients(
             )
             before = [update]
     with tf.control_dependencies(before):
-        state.step.assign_add(1)
+        one = tf.ones([], tf.int64)
+        tf.raw_ops.AssignAddVariableOp(resource=state.step.handle, value=one)
     return rate, norm

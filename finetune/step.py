@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
@@ -20,6 +21,7 @@ from finetune.optimization import (
 )
 
 Batch = Mapping[str, "np.ndarray | tf.Tensor"]
+_Combine = Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,7 @@ def make_trainer(
     checkpointing: Checkpointing = NO_CHECKPOINTING,
     xla: bool = False,
     seed: int = 0,
+    strategy: tf.distribute.Strategy | None = None,
 ) -> Trainer:
     """Create optimizer state and the compiled step for a model.
 
@@ -130,10 +133,13 @@ def make_trainer(
         checkpointing: policy per layer.
         xla: compile with XLA; it compiles once for every micro-batch size.
         seed: of the dropout masks, at least 0.
+        strategy: run on its replicas, each on its share of the effective batch's rows, with one
+            all-reduce of the gradients per step; the variables must have been created in its
+            scope. None runs on one device.
 
     Returns:
         The trainer, at step 0. Its step raises ValueError for a number of rows that is not a
-        multiple of `accumulation_steps`; see `pad_batch`.
+        multiple of `accumulation_steps` times the number of replicas; see `pad_batch`.
 
     Raises:
         ValueError: `accumulation_steps` is below 1.
@@ -141,12 +147,14 @@ def make_trainer(
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps is {accumulation_steps}, below 1")
     trained = [v for name, v in variables.items() if is_trained(name, head)]
-    state = create_state(trained)
-    accumulators = (
-        [tf.Variable(tf.zeros_like(v), trainable=False) for v in trained]
-        if accumulation_steps > 1
-        else []
-    )
+    replicas = 1 if strategy is None else strategy.num_replicas_in_sync
+    with contextlib.nullcontext() if strategy is None else strategy.scope():
+        state = create_state(trained)
+        accumulators = (
+            [tf.Variable(tf.zeros_like(v), trainable=False) for v in trained]
+            if accumulation_steps > 1
+            else []
+        )
 
     def micro_gradients(
         batch: Batch, first_row: tf.Tensor, total_weight: tf.Tensor
@@ -163,7 +171,7 @@ def make_trainer(
             for v, g in zip(trained, tape.gradient(loss, trained), strict=True)
         ]
 
-    def accumulate(batch: Batch, total_weight: tf.Tensor) -> tf.Tensor:
+    def accumulate(batch: Batch, first_row: tf.Tensor, total_weight: tf.Tensor) -> tf.Tensor:
         micro_batch = tf.shape(batch["weights"])[0] // accumulation_steps
         loss = tf.zeros([])
         for index in tf.range(accumulation_steps):
@@ -171,10 +179,12 @@ def make_trainer(
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)
             start = index * micro_batch
             rows = {name: value[start : start + micro_batch] for name, value in batch.items()}
-            micro_loss, gradients = micro_gradients(rows, tf.cast(start, tf.int64), total_weight)
+            micro_loss, gradients = micro_gradients(
+                rows, first_row + tf.cast(start, tf.int64), total_weight
+            )
             loss += micro_loss
             for accumulator, gradient in zip(accumulators, gradients, strict=True):
-                accumulator.assign_add(gradient)
+                tf.raw_ops.AssignAddVariableOp(resource=accumulator.handle, value=gradient)
         return loss
 
     signature = {
@@ -186,29 +196,57 @@ def make_trainer(
         "weights": tf.TensorSpec([None], tf.float32),
     }
 
-    @tf.function(input_signature=[signature], jit_compile=xla)
-    def compiled(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        total_weight = tf.reduce_sum(batch["weights"])
+    def update(
+        batch: Batch, first_row: tf.Tensor, total_weight: tf.Tensor, combine: _Combine
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """One replica's part of the step, on its rows of the effective batch."""
         if accumulation_steps == 1:
-            loss, gradients = micro_gradients(batch, tf.zeros([], tf.int64), total_weight)
-            rate, norm = apply_gradients(settings, state, trained, gradients)
+            loss, gradients = micro_gradients(batch, first_row, total_weight)
         else:
             # Before, not after: a step that ran out of memory half-way leaves sums behind.
             for accumulator in accumulators:
-                accumulator.assign(tf.zeros_like(accumulator))
-            loss = accumulate(batch, total_weight)
-            rate, norm = apply_gradients(
-                settings, state, trained, [a.read_value() for a in accumulators]
-            )
+                zeros = tf.zeros_like(accumulator)
+                tf.raw_ops.AssignVariableOp(resource=accumulator.handle, value=zeros)
+            loss = accumulate(batch, first_row, total_weight)
+            gradients = [a.read_value() for a in accumulators]
+        loss, *gradients = combine([loss, *gradients])
+        rate, norm = apply_gradients(settings, state, trained, gradients)
         return loss, rate, norm
+
+    @tf.function(input_signature=[signature], jit_compile=xla)
+    def on_one_device(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        total_weight = tf.reduce_sum(batch["weights"])
+        return update(batch, tf.zeros([], tf.int64), total_weight, lambda tensors: tensors)
+
+    def on_replica(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        context = tf.distribute.get_replica_context()
+        replica = context.replica_id_in_sync_group
+        rows = _share(batch, replica, replicas)
+        total_weight = tf.reduce_sum(batch["weights"])
+        first_row = tf.cast(replica * rows["weights"].shape[0], tf.int64)
+        return update(
+            rows,
+            first_row,
+            total_weight,
+            lambda tensors: context.all_reduce(tf.distribute.ReduceOp.SUM, tensors),
+        )
+
+    @tf.function
+    def on_replicas(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        assert strategy is not None
+        # All replicas report the same numbers.
+        results = strategy.run(on_replica, args=(batch,))
+        return tuple(strategy.experimental_local_results(value)[0] for value in results)
 
     def step(batch: Batch) -> StepResult:
         rows = len(batch["weights"])
-        if rows % accumulation_steps:
-            raise ValueError(
-                f"a batch of {rows} rows cannot be cut into {accumulation_steps} micro-batches"
-            )
-        return StepResult(*compiled({name: batch[name] for name in signature}))
+        if rows % (accumulation_steps * replicas):
+            cut = f"{accumulation_steps} micro-batches"
+            if replicas > 1:
+                cut += f" on each of {replicas} replicas"
+            raise ValueError(f"a batch of {rows} rows cannot be cut into {cut}")
+        tensors = {name: tf.constant(batch[name], spec.dtype) for name, spec in signature.items()}
+        return StepResult(*(on_one_device if strategy is None else on_replicas)(tensors))
 
     return Trainer(variables, state, step)
 
@@ -239,9 +277,21 @@ def pad_batch(batch: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarra
 
 
 def make_predictor(
-    variables: Variables, config: BertConfig, head: str, seq_len: int
+    variables: Variables,
+    config: BertConfig,
+    head: str,
+    seq_len: int,
+    *,
+    strategy: tf.distribute.Strategy | None = None,
 ) -> Callable[[Batch], tf.Tensor]:
     """Make a compiled forward pass without dropout.
+
+    Args:
+        variables: the model.
+        config: its configuration.
+        head: its head.
+        seq_len: tokens per example.
+        strategy: share the rows out to its replicas, see `make_trainer`.
 
     Returns:
         A function of `INPUT_NAMES` arrays: logits `[2, b, s]` for SQuAD, `[b, labels]` for
@@ -249,14 +299,46 @@ def make_predictor(
     """
     signature = {name: tf.TensorSpec([None, seq_len], tf.int32) for name in INPUT_NAMES}
 
-    @tf.function(input_signature=[signature])
-    def compiled(batch: Batch) -> tf.Tensor:
+    def forward(batch: Batch) -> tf.Tensor:
         sequence = encode(variables, config, *(batch[name] for name in INPUT_NAMES))
         if head == "squad":
             return squad_logits(variables, sequence)
         return classifier_logits(variables, config, sequence)
 
+    compiled = tf.function(forward, input_signature=[signature])
+
     def predict(batch: Batch) -> tf.Tensor:
         return compiled({name: batch[name] for name in signature})
 
-    return predict
+    if strategy is None:
+        return predict
+    replicas = strategy.num_replicas_in_sync
+
+    def on_replica(batch: Batch) -> tf.Tensor:
+        context = tf.distribute.get_replica_context()
+        return forward(_share(batch, context.replica_id_in_sync_group, replicas))
+
+    @tf.function
+    def on_replicas(batch: Batch) -> tf.Tensor:
+        shares = strategy.experimental_local_results(strategy.run(on_replica, args=(batch,)))
+        return tf.concat(shares, axis=1 if head == "squad" else 0)
+
+    def predict_on_replicas(batch: Batch) -> tf.Tensor:
+        examples = len(batch[INPUT_NAMES[0]])
+        rows = -(-examples // replicas) * replicas
+        padded = pad_batch({name: np.asarray(batch[name]) for name in signature}, rows)
+        logits = on_replicas({name: tf.constant(padded[name]) for name in signature})
+        return logits[:, :examples] if head == "squad" else logits[:examples]
+
+    return predict_on_replicas
+
+
+def _share(batch: Batch, replica: tf.Tensor, replicas: int) -> dict[str, tf.Tensor]:
+    """One replica's rows of a batch; their number is static, as TPUs want it."""
+    share = next(iter(batch.values())).shape[0] // replicas
+    return {
+        name: tf.ensure_shape(
+            value[replica * share : (replica + 1) * share], [share, *value.shape[1:]]
+        )
+        for name, value in batch.items()
+    }

@@ -11,8 +11,10 @@ from typing import Any
 import click
 
 from bertbench.cli.common import CONTEXT, device_options, json_option, resolve_budget, write_json
+from bertbench.devices import Budget
 from bertbench.progress import say
 from bertbench.running import ModelFiles, RunSettings, find_model_files
+from bertbench.tpu import TpuSettings, tpu_budget
 from finetune.checkpointing import parse_checkpointing
 from finetune.demo_data import demo_files
 from finetune.errors import InputError
@@ -71,6 +73,13 @@ def _shared_options(command: Any) -> Any:
                 "user's cache folder) for the next run."),
         _switch("--tensorboard", True, "Write event files to --output_dir."),
         click.option("--max_train_examples", type=click.IntRange(1), help="Only the first ones."),
+        _switch("--use_tpu", False, "Run on a Cloud TPU."),
+        click.option("--tpu_name", help="Its name, or grpc://ADDRESS."),
+        click.option("--tpu_zone", help="Its zone. Default: asked of the environment."),
+        click.option("--gcp_project", help="Its project. Default: asked of the environment."),
+        click.option("--master", help="Its address, instead of --tpu_name."),
+        click.option("--num_tpu_cores", type=click.IntRange(1), default=8, show_default=True),
+        click.option("--iterations_per_loop", type=int, hidden=True),
         click.option("--demo", is_flag=True, help="Built-in data and a tiny random model."),
         device_options,
         json_option,
@@ -132,7 +141,7 @@ def squad(context: click.Context, **flags: Any) -> None:
             if field.name not in ("train_file", "predict_file")
         },
     )
-    budget = resolve_budget(flags["device"], flags["memory"])
+    budget = _budget(flags, settings)
     _report(run_squad(files, settings, squad_settings, budget), flags)
 
 
@@ -205,7 +214,7 @@ def classifier(context: click.Context, **flags: Any) -> None:
         do_predict=do["test"],
         max_train_examples=flags["max_train_examples"],
     )
-    budget = resolve_budget(flags["device"], flags["memory"])
+    budget = _budget(flags, settings)
     _report(run_classifier(files, settings, what, budget), flags)
 
 
@@ -279,13 +288,31 @@ def _model_and_settings(flags: dict[str, Any]) -> tuple[ModelFiles, RunSettings]
         do_lower_case=lower,
         overwrite=flags["overwrite_output_dir"],
         checkpointing=None if policy is None else parse_checkpointing(policy),
+        tpu=_tpu(flags),
         **{
             field.name: flags[field.name]
             for field in dataclasses.fields(RunSettings)
-            if field.name not in ("do_lower_case", "overwrite", "checkpointing")
+            if field.name not in ("do_lower_case", "overwrite", "checkpointing", "tpu")
         },
     )
     return files, settings
+
+
+def _tpu(flags: dict[str, Any]) -> TpuSettings | None:
+    if not flags["use_tpu"]:
+        return None
+    return TpuSettings(
+        flags["tpu_name"] or flags["master"],
+        flags["tpu_zone"],
+        flags["gcp_project"],
+        flags["num_tpu_cores"],
+    )
+
+
+def _budget(flags: dict[str, Any], settings: RunSettings) -> Budget:
+    if settings.tpu is not None:
+        return tpu_budget(settings.tpu, flags["memory"])
+    return resolve_budget(flags["device"], flags["memory"])
 
 
 def _report(results: dict[str, Any], flags: dict[str, Any]) -> None:

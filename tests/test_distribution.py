@@ -1,0 +1,129 @@
+"""Training on several replicas, and the flags of TPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+
+from bertbench.errors import WorkError
+from bertbench.tpu import CORE_BYTES, TpuSettings, connect, tpu_budget
+from finetune.demo_data import demo_files
+from finetune.errors import InputError
+from finetune.training import read_log
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+
+
+def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True, text=True, check=False, timeout=240, env=ENVIRONMENT,
+    )  # fmt: skip
+
+
+def test_exact_update_on_two_replicas() -> None:
+    """Dropout on, one row of padding, with and without accumulation on each replica."""
+    result = python(TESTS / "replica_training.py")
+    assert result.returncode == 0, result.stderr
+    for name, differences in json.loads(result.stdout).items():
+        assert differences["step"] == 4
+        assert differences["weights"] <= 1e-5, name
+        assert differences["loss"] <= 1e-5, name
+        assert differences["logits"] <= 1e-4, name
+        assert differences["between_replicas"] == 0, name
+
+
+def test_a_run_on_replicas_is_the_run_on_one_device(tmp_path: Path) -> None:
+    demo = demo_files()
+    arguments = [
+        "run", "squad", f"--bert_config_file={demo.bert_config_file}",
+        f"--vocab_file={demo.vocab_file}", "--max_seq_length=64", "--doc_stride=32",
+        "--max_query_length=24", "--memory=400MiB", f"--train_file={demo.squad_train}",
+        f"--predict_file={demo.squad_dev}", "--train_batch_size=7", "--num_train_epochs=1",
+        "--learning_rate=5e-4",
+    ]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = python("-m", "bertbench", *arguments, f"--output_dir={one}")
+    assert result.returncode == 0, result.stderr
+    result = python(
+        TESTS / "replica_run.py", *arguments, f"--output_dir={two}", "--use_tpu=True",
+        "--tpu_name=stand-in", "--tpu_zone=us-central1-b", "--gcp_project=a-project",
+        "--num_tpu_cores=2",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "2 replicas, each 1 x 4" in result.stderr
+    losses = [[r.loss for r in read_log(f / "train_log.jsonl")] for f in (one, two)]
+    assert len(losses[0]) == 5
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    answers = [json.loads((f / "nbest_predictions.json").read_text()) for f in (one, two)]
+    for question, candidates in answers[0].items():
+        logits = [candidate["start_logit"] for candidate in candidates]
+        others = [candidate["start_logit"] for candidate in answers[1][question]]
+        assert others == pytest.approx(logits, abs=1e-3)
+    assert json.loads((two / "run.json").read_text())["invocations"][0]["replicas"] == 2
+
+
+class Resolver:
+    """Stands for TensorFlow's resolver and remembers what it was asked."""
+
+    asked: dict[str, object] | None = None
+    error: Exception | None = None
+
+    def __init__(self, **asked: object) -> None:
+        Resolver.asked = asked
+        if Resolver.error is not None:
+            raise Resolver.error
+
+
+class Strategy:
+    num_replicas_in_sync = 8
+
+    def __init__(self, resolver: Resolver) -> None:
+        pass
+
+
+@pytest.fixture
+def google(monkeypatch: pytest.MonkeyPatch) -> type[Resolver]:
+    monkeypatch.setattr(tf.distribute.cluster_resolver, "TPUClusterResolver", Resolver)
+    monkeypatch.setattr(tf.config, "experimental_connect_to_cluster", lambda resolver: None)
+    monkeypatch.setattr(tf.tpu.experimental, "initialize_tpu_system", lambda resolver: None)
+    monkeypatch.setattr(tf.distribute, "TPUStrategy", Strategy)
+    monkeypatch.setattr(Resolver, "error", None)
+    return Resolver
+
+
+def test_connecting(google: type[Resolver]) -> None:
+    strategy = connect(TpuSettings("name", "zone", "project"))
+    assert strategy.num_replicas_in_sync == 8
+    assert google.asked == {"tpu": "name", "zone": "zone", "project": "project"}
+    with pytest.raises(InputError, match="TPU name has 8 cores; give --num_tpu_cores 8"):
+        connect(TpuSettings("name", cores=32))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("Could not look up TPU\nmore lines"),
+        OSError("Name or service not known"),
+        tf.errors.NotFoundError(None, None, "no TPU system"),
+    ],
+)
+def test_a_tpu_that_cannot_be_reached(google: type[Resolver], error: Exception) -> None:
+    google.error = error
+    with pytest.raises(WorkError, match=r"cannot reach the TPU x \([^\n]*--tpu_name"):
+        connect(TpuSettings("x"))
+
+
+def test_budget_of_a_core() -> None:
+    assert tpu_budget(TpuSettings("x"), None).budget_bytes == CORE_BYTES
+    budget = tpu_budget(TpuSettings("x", cores=32), 16 << 30)
+    assert budget.budget_bytes == 16 << 30
+    assert budget.device.kind == "tpu"
+    assert "32 cores" in budget.device.name
