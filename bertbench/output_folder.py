@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bertbench.cloud_storage import RemoteFolder
 from bertbench.running import ModelFiles, RunSettings
 from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, to_original_json
@@ -72,7 +73,7 @@ def settings_json(settings: Any) -> dict[str, Any]:
     """The fields of a dataclass of settings, as JSON holds them."""
 
     def plain(value: Any) -> Any:
-        if isinstance(value, (Checkpointing, Path)):
+        if isinstance(value, (Checkpointing, Path, RemoteFolder)):
             return str(value)
         if dataclasses.is_dataclass(value):
             return settings_json(value)

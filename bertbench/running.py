@@ -9,6 +9,7 @@ from typing import Any
 
 from bertbench import tpu
 from bertbench.bytes import format_bytes
+from bertbench.cloud_storage import RemoteFolder
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, check_free, child_environment
 from bertbench.planner import PlanEntry, make_plan, read_plan
@@ -65,6 +66,7 @@ class RunSettings:
         tensorboard: write event files.
         feature_cache: keep SQuAD's features for the next run.
         tpu: run on this TPU; None runs on the budget's device.
+        remote: where the output folder is copied to after every checkpoint, if anywhere.
     """
 
     output_dir: Path
@@ -89,6 +91,7 @@ class RunSettings:
     tensorboard: bool = True
     feature_cache: bool = True
     tpu: TpuSettings | None = None
+    remote: RemoteFolder | None = None
 
     @property
     def replicas(self) -> int:

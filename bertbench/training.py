@@ -159,6 +159,10 @@ def train_model(
             if "eval" in writers:
                 writers["eval"].write(record.step, record.metrics)
 
+        def on_save() -> None:
+            if settings.remote is not None:
+                settings.remote.push()
+
         evaluation = None
         if scorer is not None:
             score = scorer.score
@@ -177,7 +181,7 @@ def train_model(
                 schedule,
                 folder,
                 evaluation=evaluation,
-                listener=Listener(on_step, on_evaluation, should_stop),
+                listener=Listener(on_step, on_evaluation, on_save, should_stop),
             )
         except tf.errors.ResourceExhaustedError as error:
             raise WorkError(

@@ -102,11 +102,13 @@ class Listener:
     Attributes:
         on_step: called after every step.
         on_evaluation: called after every evaluation.
+        on_save: called after every checkpoint.
         should_stop: asked after every step whether the user wants to stop.
     """
 
     on_step: Callable[[StepRecord], None] = lambda record: None
     on_evaluation: Callable[[EvalRecord], None] = lambda record: None
+    on_save: Callable[[], None] = lambda: None
     should_stop: Callable[[], bool] = lambda: False
 
 
@@ -202,6 +204,7 @@ def train(
                 or time.monotonic() - saved_at >= schedule.save_checkpoints_seconds
             ):
                 save_state(output_dir, trainer.variables, trainer.state)
+                listener.on_save()
                 saved_at, saved_step = time.monotonic(), step
             if ending is not None:
                 return ending

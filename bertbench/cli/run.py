@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from bertbench.cli.common import CONTEXT, device_options, json_option, resolve_budget, write_json
+from bertbench.cli.original_flags import OriginalCommand, PathOrUrl, local_files
 from bertbench.devices import Budget
 from bertbench.progress import say
 from bertbench.running import ModelFiles, RunSettings, find_model_files
@@ -20,8 +21,7 @@ from finetune.demo_data import demo_files
 from finetune.errors import InputError
 from finetune.tokenization import infer_do_lower_case
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-_FOLDER = click.Path(file_okay=False, path_type=Path)
+_PATH = PathOrUrl()
 _DEMO_FLAGS = {"max_seq_length": 64, "train_batch_size": 8, "num_train_epochs": 6.0}
 
 
@@ -34,13 +34,13 @@ def _switch(name: str, default: bool | None, text: str) -> Callable[[Any], Any]:
 
 def _shared_options(command: Any) -> Any:
     options = [
-        click.option("--model", "model_dir", type=_FOLDER, help="Folder with configuration, "
+        click.option("--model", "model_dir", type=_PATH, help="Folder with configuration, "
                      "vocab.txt and weights (bert_model.ckpt or model.safetensors)."),
-        click.option("--bert_config_file", type=_FILE, help="Shape of the model."),
-        click.option("--vocab_file", type=_FILE, help="WordPiece vocabulary."),
-        click.option("--init_checkpoint", type=click.Path(path_type=Path),
+        click.option("--bert_config_file", type=_PATH, help="Shape of the model."),
+        click.option("--vocab_file", type=_PATH, help="WordPiece vocabulary."),
+        click.option("--init_checkpoint", type=_PATH,
                      help="Weights: a TensorFlow checkpoint, a safetensors file or a folder."),
-        click.option("--output_dir", type=_FOLDER, help="Results and checkpoints."),
+        click.option("--output_dir", type=_PATH, help="Results and checkpoints."),
         click.option("--overwrite_output_dir", is_flag=True, help="Forget an earlier run there."),
         _switch("--do_lower_case", None, "Lower-case the input (uncased models). Default: as the "
                 "model's name says, else true."),
@@ -57,7 +57,7 @@ def _shared_options(command: Any) -> Any:
         click.option("--seed", type=click.IntRange(0), default=12345, show_default=True),
         click.option("--adam_bias_correction", is_flag=True, help="Adam as published; the "
                      "original leaves its bias correction out."),
-        click.option("--plan", "plan_file", type=_FILE, help="From `bertbench plan --json FILE`. "
+        click.option("--plan", "plan_file", type=_PATH, help="From `bertbench plan --json FILE`. "
                      "Default: plan now."),
         click.option("--checkpointing", help="Insist on none, full or full:N."),
         click.option("--micro_batch", type=click.IntRange(1), help="Insist on a micro-batch."),
@@ -94,12 +94,12 @@ def command() -> None:
     """Fine-tune, predict and evaluate with a plan."""
 
 
-@command.command(context_settings=CONTEXT)
+@command.command(cls=OriginalCommand, context_settings=CONTEXT)
 @_shared_options
 @_switch("--do_train", None, "Default: if --train_file is given.")
 @_switch("--do_predict", None, "Default: if --predict_file is given.")
-@click.option("--train_file", type=_FILE, help="SQuAD JSON to train on.")
-@click.option("--predict_file", type=_FILE, help="SQuAD JSON to answer.")
+@click.option("--train_file", type=_PATH, help="SQuAD JSON to train on.")
+@click.option("--predict_file", type=_PATH, help="SQuAD JSON to answer.")
 @click.option("--max_seq_length", type=click.IntRange(8), default=384, show_default=True)
 @click.option("--doc_stride", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--max_query_length", type=click.IntRange(1), default=64, show_default=True)
@@ -119,6 +119,11 @@ def squad(context: click.Context, **flags: Any) -> None:
         --train_file train-v1.1.json --predict_file dev-v1.1.json \\
         --target-batch 32 --memory 12GiB --output_dir squad_out
     """
+    with local_files(flags):
+        _run_squad(context, flags)
+
+
+def _run_squad(context: click.Context, flags: dict[str, Any]) -> None:
     from bertbench.run_squad import SquadSettings, run_squad
 
     if not flags["demo"] and flags["train_file"] is None and flags["predict_file"] is None:
@@ -145,16 +150,16 @@ def squad(context: click.Context, **flags: Any) -> None:
     _report(run_squad(files, settings, squad_settings, budget), flags)
 
 
-@command.command(context_settings=CONTEXT)
+@command.command(cls=OriginalCommand, context_settings=CONTEXT)
 @_shared_options
 @click.option("--task_name", help="A task of GLUE, as in MRPC, or XNLI.")
-@click.option("--data_dir", type=_FOLDER, help="Folder of the task's files.")
+@click.option("--data_dir", type=_PATH, help="Folder of the task's files.")
 @click.option("--xnli_language", default="zh", show_default=True, help="Part of XNLI.")
 @click.option(
-    "--train_file", type=_FILE, help="Instead of a task, a table of your own: .tsv, .csv or .jsonl."
+    "--train_file", type=_PATH, help="Instead of a task, a table of your own: .tsv, .csv or .jsonl."
 )
-@click.option("--dev_file", type=_FILE, help="The same to evaluate.")
-@click.option("--test_file", type=_FILE, help="The same to predict; labels are not needed.")
+@click.option("--dev_file", type=_PATH, help="The same to evaluate.")
+@click.option("--test_file", type=_PATH, help="The same to predict; labels are not needed.")
 @click.option("--text_a", default="text", show_default=True, help="Column of the (first) sentence.")
 @click.option("--text_b", help="Column of the second sentence.")
 @click.option("--label", default="label", show_default=True, help="Column of the label.")
@@ -182,6 +187,11 @@ def classifier(context: click.Context, **flags: Any) -> None:
         --model uncased_L-12_H-768_A-12 --do_train --do_eval \\
         --train_batch_size 32 --learning_rate 2e-5 --output_dir mrpc_out
     """
+    with local_files(flags):
+        _run_classifier(context, flags)
+
+
+def _run_classifier(context: click.Context, flags: dict[str, Any]) -> None:
     from bertbench.run_classifier import ClassifierSettings, run_classifier
 
     tables = {split: flags[f"{split}_file"] for split in ("train", "dev", "test")}
@@ -269,6 +279,8 @@ def _model_and_settings(flags: dict[str, Any]) -> tuple[ModelFiles, RunSettings]
     """Settings from flags; the output folder is required, as in the original."""
     if flags["output_dir"] is None:
         raise InputError("--output_dir is missing", hint="name a folder for the results")
+    if flags["output_dir"].exists() and not flags["output_dir"].is_dir():
+        raise InputError("--output_dir is not a folder", path=flags["output_dir"])
     files = find_model_files(
         flags["model_dir"],
         flags["bert_config_file"],
@@ -324,4 +336,4 @@ def _report(results: dict[str, Any], flags: dict[str, Any]) -> None:
     for name, value in results.items():
         if not isinstance(value, dict):
             click.echo(f"{name} = {value}")
-    click.echo(f"output: {flags['output_dir']}")
+    click.echo(f"output: {flags['remote'] or flags['output_dir']}")

@@ -1,0 +1,179 @@
+"""Files in cloud storage (`gs://…`): copied here before a run, and results copied back.
+
+Everything else works on local files. What is copied keeps the names of its folders, from which
+`do_lower_case` is guessed. TensorFlow's `tf.io.gfile` does the transport.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bertbench.errors import WorkError
+from bertbench.progress import say
+from bertbench.quiet import muted_stderr
+from finetune.errors import InputError
+
+_COPY_BYTES = 16 << 20
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://")
+
+
+def is_url(text: str) -> bool:
+    """Whether a path names a file of a storage service, as `gs://bucket/file`."""
+    return _URL.match(text) is not None
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A folder in cloud storage and its local copy, in which a run works.
+
+    Attributes:
+        url: the folder.
+        path: its copy.
+    """
+
+    url: str
+    path: Path
+    _pushed: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def push(self) -> None:
+        """Copy what has changed since the last time; remove checkpoints that are gone here.
+
+        The file `checkpoint`, which names the newest one, goes last: whenever this is cut off,
+        what it names is complete.
+
+        Raises:
+            WorkError: the storage refuses or cannot be reached.
+        """
+        there = {
+            path.relative_to(self.path).as_posix(): path
+            for path in self.path.rglob("*")
+            if path.is_file() and not path.name.startswith(".")
+        }
+        for name in sorted(there, key=lambda name: (name.endswith("checkpoint"), name)):
+            stat = there[name].stat()
+            version = (stat.st_mtime_ns, stat.st_size)
+            if self._pushed.get(name) != version:
+                _copy(str(there[name]), posixpath.join(self.url, name))
+                self._pushed[name] = version
+        for name in [name for name in self._pushed if name not in there]:
+            _attempt(lambda tf, url: tf.io.gfile.remove(url), posixpath.join(self.url, name))
+            del self._pushed[name]
+
+
+def new_staging_folder() -> Path:
+    """A temporary folder for local copies."""
+    return Path(tempfile.mkdtemp(prefix="bertbench-"))
+
+
+def fetch_file(url: str, staging: Path) -> Path:
+    """Copy one file.
+
+    Raises:
+        InputError: there is none.
+        WorkError: the storage cannot be reached.
+    """
+    target = _local(url, staging)
+    if not _attempt(lambda tf, url: tf.io.gfile.exists(url), url):
+        raise InputError("no such file", path=url)
+    _copy(url, str(target))
+    return target
+
+
+def fetch_folder(url: str, staging: Path) -> Path:
+    """Copy a folder with all that is in it.
+
+    Raises:
+        InputError: there is none.
+        WorkError: the storage cannot be reached.
+    """
+    if not _attempt(lambda tf, url: tf.io.gfile.isdir(url), url):
+        raise InputError("no such folder", path=url)
+    root = _local(url, staging)
+    root.mkdir(parents=True, exist_ok=True)
+    for folder, _, names in _attempt(lambda tf, url: list(tf.io.gfile.walk(url)), url):
+        for name in names:
+            source = posixpath.join(folder, name)
+            _copy(source, str(_local(source, staging)))
+    return root
+
+
+def fetch_weights(url: str, staging: Path) -> Path:
+    """Copy what `--init_checkpoint` may name: a file, a folder, or a checkpoint's prefix.
+
+    Raises:
+        InputError: there is none of them.
+        WorkError: the storage cannot be reached.
+    """
+    if _attempt(lambda tf, url: tf.io.gfile.isdir(url), url):
+        return fetch_folder(url, staging)
+    if _attempt(lambda tf, url: tf.io.gfile.exists(url), url):
+        return fetch_file(url, staging)
+    parts = _attempt(lambda tf, url: tf.io.gfile.glob([f"{url}.index", f"{url}.data-*-of-*"]), url)
+    if not parts:
+        raise InputError("no such checkpoint", path=url)
+    for part in parts:
+        _copy(part, str(_local(part, staging)))
+    return _local(url, staging)
+
+
+def open_remote_folder(url: str, staging: Path) -> RemoteFolder:
+    """Make a local copy of a folder that results go to, with what a run has left there.
+
+    Raises:
+        WorkError: the storage cannot be reached.
+    """
+    url = url.rstrip("/")
+    if not _attempt(lambda tf, url: tf.io.gfile.isdir(url), url):
+        path = _local(url, staging)
+        path.mkdir(parents=True)
+        _attempt(lambda tf, url: tf.io.gfile.makedirs(url), url)
+        return RemoteFolder(url, path)
+    say(f"copying {url}")
+    remote = RemoteFolder(url, fetch_folder(url, staging))
+    for path in remote.path.rglob("*"):
+        if path.is_file():
+            stat = path.stat()
+            name = path.relative_to(remote.path).as_posix()
+            remote._pushed[name] = (stat.st_mtime_ns, stat.st_size)
+    return remote
+
+
+def _local(url: str, staging: Path) -> Path:
+    parts = [part for part in url.partition("://")[2].split("/") if part]
+    if any(part in (".", "..") for part in parts):
+        raise InputError("not a plain address", path=url)
+    target = staging.joinpath(*parts)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _copy(source: str, target: str) -> None:
+    """Copy a file block by block: from a service into memory at once would need its size."""
+
+    def work(tf: Any, _: str) -> None:
+        with tf.io.gfile.GFile(source, "rb") as read, tf.io.gfile.GFile(target, "wb") as written:
+            while block := read.read(_COPY_BYTES):
+                written.write(block)
+
+    if is_url(target):
+        folder = posixpath.dirname(target)
+        _attempt(lambda tf, url: tf.io.gfile.makedirs(url), folder)
+    _attempt(work, source if is_url(source) else target)
+
+
+def _attempt(work: Any, url: str) -> Any:
+    with muted_stderr():
+        import tensorflow as tf
+    try:
+        return work(tf, url)
+    except tf.errors.OpError as error:
+        message = str(error.message).splitlines()[0] if error.message else type(error).__name__
+        raise WorkError(f"{url}: cloud storage fails ({message}); try again later") from error
