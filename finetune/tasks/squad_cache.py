@@ -105,7 +105,7 @@ def load_squad_features(
         number of `skipped` questions.
 
     Raises:
-        InputError: see `SquadSource.read` and `featurize`.
+        InputError: see `SquadSource.read` and `featurize`; or no question has a window.
     """
 
     def make() -> tuple[Iterator[Mapping[str, np.ndarray]], dict[str, Any]]:
@@ -122,7 +122,10 @@ def load_squad_features(
         extra = {"num_examples": len(questions), "skipped": len(questions.skipped)}
         return (chunk.arrays() for chunk in chunks), extra
 
-    return load_or_make(cache_dir, source.key(), make)
+    entry = load_or_make(cache_dir, source.key(), make)
+    if not len(entry.arrays["input_ids"]):
+        raise InputError("the context of every question is empty", path=source.path)
+    return entry
 
 
 def default_cache_dir() -> Path:
