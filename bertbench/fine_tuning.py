@@ -27,6 +27,10 @@ from finetune.errors import InputError
 from finetune.recipes import train_steps
 
 
+# Which of the two a configuration's `gelu` means is worth saying: they differ by family.
+_ACTIVATIONS = {"gelu_tanh": "GELU by tanh", "gelu_erf": "exact GELU"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What a task wants done.
@@ -176,6 +180,11 @@ def _load(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job) ->
 def _create(settings: RunSettings, workload: Workload, strategy: Any) -> dict[str, Any]:
     from finetune.modeling import create_variables
 
+    config = workload.config
+    say(
+        f"model: {config.num_hidden_layers} layers of {config.hidden_size}, "
+        f"{_ACTIVATIONS.get(config.hidden_act, config.hidden_act)}"
+    )
     with contextlib.nullcontext() if strategy is None else strategy.scope():
         return create_variables(
             workload.config, workload.head, num_labels=workload.num_labels, seed=settings.seed

@@ -100,7 +100,7 @@ def load_weights(variables: Variables, init_checkpoint: str | Path) -> LoadRepor
             shape differs (as when the configuration or vocabulary belongs to another model).
     """
     source = find_checkpoint(init_checkpoint)
-    opened = _open_safetensors if source.suffix == ".safetensors" else open_tf_checkpoint
+    opened = open_safetensors if source.suffix == ".safetensors" else open_tf_checkpoint
     names, read = opened(source)
     loaded, initialised = [], []
     for name, variable in variables.items():
@@ -168,7 +168,18 @@ def open_tf_checkpoint(prefix: Path, *, hint: str = "fetch or export it again") 
     return {name: tuple(shape) for name, shape in shapes.items()}, read
 
 
-def _open_safetensors(path: Path) -> _Reader:
+def open_safetensors(path: Path) -> _Reader:
+    """Open a safetensors file of Hugging Face's BERT, under the original's names.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Shapes by name, kernels as `[inputs, outputs]`, and a function from a name to its array.
+
+    Raises:
+        InputError: it cannot be read; the function raises it too.
+    """
     try:
         file = safe_open(path, framework="numpy")
         theirs = list(file.keys())

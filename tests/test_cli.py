@@ -64,6 +64,7 @@ def squad_arguments(output_dir: Path, *more: str | Path) -> list[str | Path]:
         ["convert", "triviaqa"],
         ["devices"],
         ["eval"],
+        ["export"],
         ["fetch"],
         ["eval", "squad"],
         ["plan"],

@@ -17,6 +17,7 @@ _VERBS = {
     "convert": "TriviaQA to SQuAD's format.",
     "devices": "What is attached, how much memory it has, and who holds it.",
     "eval": "Official metrics of predictions.",
+    "export": "Fine-tuned weights for other tools.",
     "fetch": "Data sets and Google's BERT releases, by name.",
     "plan": "Fastest lever setting that fits, for a target batch.",
     "probe": "Largest batch that really fits, certified.",

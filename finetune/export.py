@@ -1,0 +1,388 @@
+"""Weights for other tools: Hugging Face folders and TensorFlow checkpoints.
+
+`open_model` finds out what a checkpoint holds, from its tensors' names and shapes alone. Each
+`export_…` writes one format into an empty folder, and `new_folder` makes such a folder appear
+complete or not at all. No export holds more than one copy of the weights in memory. SavedModels
+are in `finetune.saved_model`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from safetensors.numpy import save_file
+
+from finetune.config import BertConfig, to_original_json, variable_shapes
+from finetune.errors import InputError
+from finetune.tokenization import load_tokenizer
+from finetune.weights import find_checkpoint, open_safetensors, open_tf_checkpoint
+
+_POOLER_PREFIX = "bert/pooler/"
+_OPTIMIZER_ENDINGS = ("/adam_m", "/adam_v")
+_ARCHITECTURES = {
+    "squad": "BertForQuestionAnswering",
+    "classifier": "BertForSequenceClassification",
+    None: "BertModel",
+}
+# Of their two names for the tanh approximation, gelu_new is known to every version and spells out
+# the original's formula; their gelu is the exact function.
+_HUGGING_FACE_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu_erf": "gelu", "relu": "relu"}
+_HUGGING_FACE_HEADS = {
+    "output_weights": "classifier.weight",
+    "output_bias": "classifier.bias",
+    "cls/squad/output_weights": "qa_outputs.weight",
+    "cls/squad/output_bias": "qa_outputs.bias",
+}
+_HUGGING_FACE_KINDS = {"kernel": "weight", "gamma": "weight", "beta": "bias"}
+_EXPORTED_NAMES = frozenset(
+    {
+        "assets",
+        "assets.extra",
+        "bert_config.json",
+        "bert_model.ckpt.data-00000-of-00001",
+        "bert_model.ckpt.index",
+        "config.json",
+        "fingerprint.pb",
+        "model.safetensors",
+        "saved_model.pb",
+        "tokenizer_config.json",
+        "variables",
+        "vocab.txt",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """A model in a checkpoint, not yet read.
+
+    Attributes:
+        checkpoint: where it lies.
+        config: its encoder.
+        head: `squad`, `classifier`, or None for an encoder alone.
+        num_labels: classes of the classifier, 1 if it is a regression; 0 without one.
+        shapes: its variables by the original's names, in the original's order. The pooler may be
+            missing unless the head is the classifier.
+        left_out: the checkpoint's other tensors, as of another head; the optimizer's not counted.
+        read: gives one variable's value as float32, kernels `[inputs, outputs]`.
+    """
+
+    checkpoint: Path
+    config: BertConfig
+    head: str | None
+    num_labels: int
+    shapes: Mapping[str, tuple[int, ...]]
+    left_out: tuple[str, ...]
+    read: Callable[[str], np.ndarray]
+
+    @property
+    def architecture(self) -> str:
+        """Hugging Face's class for it."""
+        return _ARCHITECTURES[self.head]
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the classifier has a single output, which is a number to predict."""
+        return self.num_labels == 1
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether the pooler is there."""
+        return f"{_POOLER_PREFIX}dense/kernel" in self.shapes
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that are there."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+def open_model(checkpoint: str | Path, config: BertConfig) -> StoredModel:
+    """Find out which model a checkpoint holds.
+
+    Args:
+        checkpoint: see `finetune.weights.find_checkpoint`.
+        config: the encoder that it should be.
+
+    Raises:
+        InputError: no such checkpoint, it cannot be read, a variable is missing or has another
+            shape than the configuration says, or it has both heads.
+    """
+    source = find_checkpoint(checkpoint)
+    opened = open_safetensors if source.suffix == ".safetensors" else open_tf_checkpoint
+    there, read = opened(source)
+    head, num_labels = _find_head(source, there)
+    shapes = {}
+    for name, wanted in variable_shapes(config, head or "squad", num_labels).items():
+        if head is None and not name.startswith("bert/"):
+            continue
+        shape = there.get(name)
+        if shape is None and head != "classifier" and name.startswith(_POOLER_PREFIX):
+            continue
+        if shape is None:
+            raise InputError(
+                f"the checkpoint has no {name}",
+                path=source,
+                hint="is its configuration file the one that belongs to it?",
+            )
+        if list(shape) != wanted:
+            raise InputError(
+                f"{name} has shape {list(shape)} in the checkpoint but {wanted} by the "
+                "configuration",
+                path=source,
+                hint="use the configuration and vocabulary that belong to this checkpoint",
+            )
+        shapes[name] = shape
+    unused = set(there) - set(shapes) - {"global_step", "bert/embeddings/position_ids"}
+    return StoredModel(
+        checkpoint=source,
+        config=config,
+        head=head,
+        num_labels=num_labels,
+        shapes=shapes,
+        left_out=tuple(sorted(name for name in unused if not name.endswith(_OPTIMIZER_ENDINGS))),
+        read=lambda name: np.asarray(read(name), np.float32),
+    )
+
+
+def _find_head(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str | None, int]:
+    squad, classes = "cls/squad/output_weights" in shapes, shapes.get("output_weights")
+    if squad and classes is not None:
+        raise InputError(
+            "the checkpoint has the head of SQuAD and that of a classifier",
+            path=source,
+            hint="export one that was fine-tuned for a single task",
+        )
+    if classes is not None:
+        return "classifier", classes[0] if classes else 0
+    return ("squad" if squad else None), 0
+
+
+# Folders
+
+
+@contextlib.contextmanager
+def new_folder(
+    target: str | Path, *, force: bool = False, sources: Sequence[Path] = ()
+) -> Iterator[Path]:
+    """Make a folder that appears complete or not at all.
+
+    Args:
+        target: the folder; its parents are made too.
+        force: replace an earlier export there. A folder that holds anything else is refused all
+            the same, because replacing it would delete that.
+        sources: files that are read on the way, which must not lie in the folder.
+
+    Yields:
+        A folder beside the target, to be filled; it takes the target's name at the end of the
+        block, or disappears if the block raises.
+
+    Raises:
+        InputError: the target cannot be made or may not be replaced.
+        OSError: the disk is full.
+    """
+    target = Path(target).resolve()
+    _check_replaceable(target, force, sources)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot make the folder ({error.strerror})", path=target, hint="choose another folder"
+        ) from error
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        if target.exists():
+            target.rename(aside)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if aside.exists():
+                aside.rename(target)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_replaceable(target: Path, force: bool, sources: Sequence[Path]) -> None:
+    for source in sources:
+        # The file, and the link by which it may be found.
+        folder = source.parent.resolve()
+        if target in (folder, *folder.parents, *source.resolve().parents):
+            raise InputError(
+                f"the folder to write holds what is read ({source.name})",
+                path=target,
+                hint="choose another folder",
+            )
+    if target.exists() and not target.is_dir():
+        raise InputError("not a folder", path=target, hint="choose another name")
+    found = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if found and not force:
+        raise InputError(
+            "the folder is not empty", path=target, hint="choose another one, or --force"
+        )
+    strange = sorted(found - _EXPORTED_NAMES)
+    if strange:
+        raise InputError(
+            f"the folder holds {strange[0]}, which no export writes",
+            path=target,
+            hint="choose another one, or move that away",
+        )
+
+
+# Hugging Face
+
+
+def export_hugging_face(
+    model: StoredModel,
+    vocab_file: str | Path,
+    folder: Path,
+    *,
+    do_lower_case: bool,
+    labels: Sequence[str] | None = None,
+) -> None:
+    """Write what `from_pretrained` of `transformers` opens.
+
+    The pooler goes with a SQuAD model although `BertForQuestionAnswering` has no use for it, so
+    that no weight is lost; `transformers` names it as unexpected and goes on.
+
+    Args:
+        model: the model.
+        vocab_file: its vocabulary.
+        folder: an empty folder.
+        do_lower_case: whether it is an uncased model.
+        labels: the classifier's classes; None names them LABEL_0 and so on.
+
+    Raises:
+        InputError: the vocabulary or the weights cannot be read, or the number of labels differs.
+        OSError: the disk is full.
+    """
+    if model.head != "classifier":
+        labels = None
+    elif labels is None:
+        labels = [f"LABEL_{index}" for index in range(model.num_labels)]
+    elif len(labels) != model.num_labels:
+        raise InputError(
+            f"{len(labels)} labels are named for a classifier of {model.num_labels}",
+            path=model.checkpoint,
+        )
+    tokenizer = load_tokenizer(vocab_file, do_lower_case=do_lower_case)
+    shutil.copyfile(vocab_file, folder / "vocab.txt")
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": do_lower_case,
+            "do_basic_tokenize": True,
+            "tokenize_chinese_chars": True,
+            "strip_accents": None,
+            "unk_token": "[UNK]",
+            "sep_token": "[SEP]",
+            "pad_token": "[PAD]",
+            "cls_token": "[CLS]",
+            "mask_token": "[MASK]",
+            "model_max_length": model.config.max_position_embeddings,
+        },
+    )
+    config = {
+        "architectures": [model.architecture],
+        "model_type": "bert",
+        **dataclasses.asdict(model.config),
+        "hidden_act": _HUGGING_FACE_ACTIVATIONS[model.config.hidden_act],
+        "pad_token_id": tokenizer.pad_id,
+        "position_embedding_type": "absolute",
+    }
+    if model.is_regression:
+        config["problem_type"] = "regression"
+    if labels is not None:
+        config["id2label"] = {str(index): label for index, label in enumerate(labels)}
+        config["label2id"] = {label: index for index, label in enumerate(labels)}
+    _write_json(folder / "config.json", config)
+    prefix = "" if model.head is None else "bert."
+    arrays = {}
+    for name in model.shapes:
+        value = model.read(name)
+        if name.endswith("/kernel"):
+            value = value.T
+        arrays[hugging_face_name(name, prefix)] = np.ascontiguousarray(value)
+    # transformers refuses a file that does not say which framework's tensors it holds.
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    # The library makes it readable for its owner alone.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
+
+
+def hugging_face_name(name: str, prefix: str = "bert.") -> str:
+    """Translate a variable's name into that of Hugging Face's parameter.
+
+    The inverse of `finetune.weights.original_name`.
+
+    Args:
+        name: one of `finetune.config.variable_shapes`.
+        prefix: before the encoder's parameters; empty in a `BertModel`, which is nothing else.
+    """
+    if name in _HUGGING_FACE_HEADS:
+        return _HUGGING_FACE_HEADS[name]
+    stem, _, last = name.removeprefix("bert/").replace("/layer_", "/layer/").rpartition("/")
+    if last.endswith("_embeddings"):
+        last += ".weight"
+    return f"{prefix}{stem.replace('/', '.')}.{_HUGGING_FACE_KINDS.get(last, last)}"
+
+
+def _write_json(path: Path, values: object) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+# The original's format
+
+
+def export_checkpoint(model: StoredModel, vocab_file: str | Path, folder: Path) -> None:
+    """Write a folder like those of the original release: weights alone, no optimizer state.
+
+    Args:
+        model: the model.
+        vocab_file: its vocabulary.
+        folder: an empty folder; gets `bert_model.ckpt.*`, `bert_config.json` and `vocab.txt`.
+
+    Raises:
+        InputError: the weights cannot be read.
+        OSError: the disk is full.
+    """
+    copy_original_files(model, vocab_file, folder)
+    with tf.device("CPU:0"), file_errors(folder):
+        tf.raw_ops.SaveV2(
+            prefix=str(folder / "bert_model.ckpt"),
+            tensor_names=list(model.shapes),
+            shape_and_slices=[""] * len(model.shapes),
+            # Not tf.constant, which was measured to take twice the array's size.
+            tensors=[tf.identity(model.read(name)) for name in model.shapes],
+        )
+
+
+def copy_original_files(model: StoredModel, vocab_file: str | Path, folder: Path) -> None:
+    """Write configuration and vocabulary as the original release has them."""
+    shutil.copyfile(vocab_file, folder / "vocab.txt")
+    text = to_original_json(model.config)
+    (folder / "bert_config.json").write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def file_errors(folder: Path) -> Iterator[None]:
+    """Turn the errors in which TensorFlow wraps those of the file system back into OSError."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise OSError(f"cannot write to {folder} ({error.message})") from error
