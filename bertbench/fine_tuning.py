@@ -26,7 +26,6 @@ from bertbench.workload import Workload
 from finetune.errors import InputError
 from finetune.recipes import train_steps
 
-
 # Which of the two a configuration's `gelu` means is worth saying: they differ by family.
 _ACTIVATIONS = {"gelu_tanh": "GELU by tanh", "gelu_erf": "exact GELU"}
 
