@@ -16,6 +16,7 @@ import numpy as np
 
 from bertbench.cloud_storage import RemoteFolder
 from bertbench.running import ModelFiles, RunSettings
+from finetune.array_cache import hash_file
 from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, to_original_json
 from finetune.errors import InputError
@@ -53,11 +54,7 @@ def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
 
 def describe_file(path: Path) -> dict[str, str]:
     """Name and SHA-256 of a file that a run read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"path": str(path), "sha256": digest.hexdigest()}
+    return {"path": str(path), "sha256": hash_file(path)}
 
 
 def recorded_labels(folder: Path) -> tuple[str, ...] | None:

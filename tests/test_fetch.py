@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -128,6 +129,8 @@ def test_ctrl_c_keeps_what_arrived_and_the_same_command_continues(
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "no_proxy": "*"},
+        # A shell's background jobs ignore Ctrl-C, and so would their children.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     part = tmp_path / f"{TINY_ZIP}.part"
     deadline = time.monotonic() + 60
