@@ -52,11 +52,7 @@ class RemoteFolder:
         Raises:
             WorkError: the storage refuses or cannot be reached.
         """
-        there = {
-            path.relative_to(self.path).as_posix(): path
-            for path in self.path.rglob("*")
-            if path.is_file() and not path.name.startswith(".")
-        }
+        there = {path.relative_to(self.path).as_posix(): path for path in _visible(self.path)}
         for name in sorted(there, key=lambda name: (name.endswith("checkpoint"), name)):
             stat = there[name].stat()
             version = (stat.st_mtime_ns, stat.st_size)
@@ -64,7 +60,9 @@ class RemoteFolder:
                 _copy(str(there[name]), posixpath.join(self.url, name))
                 self._pushed[name] = version
         for name in [name for name in self._pushed if name not in there]:
-            _attempt(lambda tf, url: tf.io.gfile.remove(url), posixpath.join(self.url, name))
+            url = posixpath.join(self.url, name)
+            if _attempt(lambda tf, url: tf.io.gfile.exists(url), url):
+                _attempt(lambda tf, url: tf.io.gfile.remove(url), url)
             del self._pushed[name]
 
 
@@ -138,12 +136,16 @@ def open_remote_folder(url: str, staging: Path) -> RemoteFolder:
         return RemoteFolder(url, path)
     say(f"copying {url}")
     remote = RemoteFolder(url, fetch_folder(url, staging))
-    for path in remote.path.rglob("*"):
-        if path.is_file():
-            stat = path.stat()
-            name = path.relative_to(remote.path).as_posix()
-            remote._pushed[name] = (stat.st_mtime_ns, stat.st_size)
+    for path in _visible(remote.path):
+        stat = path.stat()
+        name = path.relative_to(remote.path).as_posix()
+        remote._pushed[name] = (stat.st_mtime_ns, stat.st_size)
     return remote
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Files that belong to results; hidden ones are half written, or not a run's."""
+    return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
 
 
 def _local(url: str, staging: Path) -> Path:

@@ -7,7 +7,8 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from bertbench.workload import Workload
 from finetune.errors import InputError
 from finetune.recipes import train_steps
 
+if TYPE_CHECKING:
+    from finetune.weights import LoadReport
+
 # Which of the two a configuration's `gelu` means is worth saying: they differ by family.
 _ACTIVATIONS = {"gelu_tanh": "GELU by tanh", "gelu_erf": "exact GELU"}
 
@@ -40,6 +44,7 @@ class Job:
         train_arrays: one row an example or window; None does not train.
         num_examples: what steps are counted by.
         make_scorer: gives the scores to take while training; None takes none.
+        evaluation: what those scores depend on besides the model.
         record: what else belongs in `run.json`.
     """
 
@@ -48,6 +53,7 @@ class Job:
     train_arrays: Mapping[str, np.ndarray] | None
     num_examples: int
     make_scorer: Callable[[Predict], Scorer] | None = None
+    evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -127,6 +133,7 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
             "config": describe_file(files.config_file),
             "vocab": describe_file(files.vocab_file),
         },
+        "evaluation": dict(job.evaluation),
         **job.record,
     }
     # The folder is made once everything that can be wrong with the input has been read.
@@ -167,13 +174,20 @@ def _load(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job) ->
     if settings.output_dir.is_dir() and list_checkpoints(settings.output_dir):
         source = settings.output_dir
         say(f"using the weights that a training left in {source}")
-    unset = list(variables) if source is None else _load_into(variables, source)
+    results: dict[str, Any] = {"task": job.task}
+    unset = list(variables)
+    if source is not None:
+        report = _load_into(variables, source)
+        unset = list(report.initialised)
+        step = report.source.name.removeprefix("model.ckpt-")
+        if step.isdecimal():
+            results["global_step"] = int(step)
     head = [name for name in unset if not name.startswith("bert/")]
     if head:
         say(f"warning: {', '.join(head)} are random: train first, or give trained weights")
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     predict = make_predict(variables, job.workload, settings.predict_batch_size, strategy)
-    return FineTuned(predict, {"task": job.task})
+    return FineTuned(predict, results)
 
 
 def _create(settings: RunSettings, workload: Workload, strategy: Any) -> dict[str, Any]:
@@ -190,10 +204,9 @@ def _create(settings: RunSettings, workload: Workload, strategy: Any) -> dict[st
         )
 
 
-def _load_into(variables: dict[str, Any], source: Any) -> list[str]:
-    """Load weights; returns the names that the source does not have."""
+def _load_into(variables: dict[str, Any], source: Path) -> LoadReport:
     from finetune.weights import load_weights
 
     report = load_weights(variables, source)
     say(f"weights: {len(report.loaded)} of {len(variables)} from {report.source.name}")
-    return list(report.initialised)
+    return report

@@ -138,6 +138,18 @@ def prepare_output(
                 path=folder,
                 hint="choose another --output_dir, or --overwrite_output_dir to start again",
             )
+        now, before = extra.get("evaluation"), earlier.get("evaluation")
+        if now and before and now != before:
+            raise InputError(
+                "the output folder holds a run that was evaluated on other data",
+                path=folder,
+                hint="use the same data, or --overwrite_output_dir to start again",
+            )
+    if not settings.keep_best:
+        # They would be taken for the result although later weights may be better.
+        for pattern in ("best/model.ckpt-*", "best/checkpoint"):
+            for old in folder.glob(pattern):
+                old.unlink()
     begun = {
         "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": _versions(),

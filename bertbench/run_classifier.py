@@ -10,7 +10,7 @@ import numpy as np
 
 from bertbench.devices import Budget
 from bertbench.fine_tuning import Job, feature_arrays, fine_tune
-from bertbench.output_folder import record_results, recorded_labels, settings_json
+from bertbench.output_folder import hash_arrays, record_results, recorded_labels, settings_json
 from bertbench.progress import say
 from bertbench.running import ModelFiles, RunSettings, load_config_and_tokenizer
 from bertbench.training import OnProgress, Predict, Scorer, predict_with_progress
@@ -113,6 +113,9 @@ def run_classifier(
         make_scorer=None
         if settings.evaluate_every_steps is None
         else lambda predict: Scorer(lambda told: score(predict, told), data.metrics[0]),
+        evaluation={"data_sha256": hash_arrays(splits["dev"].arrays()), "metric": data.metrics[0]}
+        if settings.evaluate_every_steps is not None
+        else {},
         record={
             "labels": list(data.labels),
             "classifier": settings_json(classifier),
@@ -141,9 +144,10 @@ def run_classifier(
             write_test_results(path, rows)
             results[f"test_results{suffix}"] = str(path)
     if scored:
-        for name in ("global_step", "loss"):
-            if name in results:
-                scored[name] = results[name]
+        # The original's `loss` is that of the evaluation too.
+        scored["loss"] = scored["eval_loss"]
+        if "global_step" in results:
+            scored["global_step"] = results["global_step"]
         write_eval_results(settings.output_dir / "eval_results.txt", scored)
         results |= scored
     record_results(settings, results)

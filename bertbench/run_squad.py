@@ -161,6 +161,14 @@ def run_squad(
             else {name: train.arrays[name] for name in _TRAIN_NAMES},
             num_examples=0 if train is None else train.extra["num_examples"],
             make_scorer=make_scorer if settings.evaluate_every_steps is not None else None,
+            evaluation={
+                "data_sha256": record["predict_file"]["sha256"],
+                "version_2_with_negative": squad.version_2_with_negative,
+                "tune_threshold": squad.tune_threshold,
+                "null_score_diff_threshold": squad.null_score_diff_threshold,
+            }
+            if settings.evaluate_every_steps is not None
+            else {},
             record=record,
         ),
     )

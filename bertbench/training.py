@@ -78,8 +78,8 @@ def train_model(
     Afterwards the variables are the best ones if the settings say so.
 
     Returns:
-        `global_step`; `loss` of the last step, if there was one left to do; and with evaluations
-        `best_step` and `stopped_early`.
+        `global_step`; `train_loss` of the last step, if there was one left to do; and with
+        evaluations `best_step` and `stopped_early`.
 
     Raises:
         InputError: the folder's checkpoints cannot be continued from.
@@ -88,6 +88,7 @@ def train_model(
     """
     import tensorflow as tf
 
+    from finetune.checkpoints import list_checkpoints
     from finetune.evaluation import BEST_FOLDER, EvalRecord, Evaluation, best_record, read_eval_log
     from finetune.optimization import OptimizerSettings
     from finetune.step import make_trainer
@@ -139,7 +140,7 @@ def train_model(
 
         def on_step(record: StepRecord) -> None:
             nonlocal done
-            done, result["loss"] = record.step, record.loss
+            done, result["train_loss"] = record.step, record.loss
             rate = settings.train_batch_size / record.seconds
             advance(record.step, f"loss {record.loss:.4f}, {rate:.1f} examples/s")
             if "train" in writers:
@@ -161,7 +162,11 @@ def train_model(
 
         def on_save() -> None:
             if settings.remote is not None:
-                settings.remote.push()
+                try:
+                    settings.remote.push()
+                except WorkError as error:
+                    # The next one copies all that is missing.
+                    say(f"warning: {error}")
 
         evaluation = None
         if scorer is not None:
@@ -209,8 +214,13 @@ def train_model(
         if best is not None:
             result["best_step"] = best.step
         if settings.keep_best and best is not None and best.step != step:
-            load_weights(variables, folder / BEST_FOLDER)
-            say(f"using the weights of step {best.step}, the best")
+            kept = [checkpoint.name for checkpoint in list_checkpoints(folder / BEST_FOLDER)]
+            if kept == [f"model.ckpt-{best.step}"]:
+                load_weights(variables, folder / BEST_FOLDER)
+                say(f"using the weights of step {best.step}, the best")
+            else:
+                # As when --keep_best was added to a run that had made its best evaluation before.
+                say(f"the weights of step {best.step}, the best, were not kept; using the last")
     return result
 
 
@@ -225,6 +235,8 @@ def make_predict(
         batch_size: examples at a time, on each replica.
         strategy: see `finetune.step.make_predictor`.
     """
+    import tensorflow as tf
+
     from finetune.step import make_predictor
     from finetune.training import predict
 
@@ -243,7 +255,13 @@ def make_predict(
             done += examples
             on_progress(done, total)
 
-        batches = list(predict(predictor, data, batch_size, on_batch=on_batch))
+        try:
+            batches = list(predict(predictor, data, batch_size, on_batch=on_batch))
+        except tf.errors.ResourceExhaustedError as error:
+            raise WorkError(
+                f"out of memory while predicting {batch_size} examples at a time "
+                f"({str(error).splitlines()[0]}); give a smaller --predict_batch_size"
+            ) from error
         return np.concatenate(batches, axis=1 if workload.head == "squad" else 0)
 
     return predict_rows

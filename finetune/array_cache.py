@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -26,6 +27,7 @@ _logger = logging.getLogger(__name__)
 
 DEFAULT_LIMIT_BYTES = 8 << 30
 _ENTRY = "entry.json"
+_KEY = re.compile("[0-9a-f]{64}")
 _TEMPORARY = ".making-"
 _ABANDONED_SECONDS = 24 * 3600.0
 
@@ -89,15 +91,18 @@ def load_or_make(
         found = _load(folder / key)
         if found is not None:
             return found
+        problem: OSError | None = None
         try:
             _store(folder, key, *make())
             _evict(folder, key, limit_bytes)
         except OSError as error:
-            _logger.warning("not caching in %s (%s)", folder, error.strerror or error)
-        else:
-            found = _load(folder / key)
-            if found is not None:
-                return CacheEntry(found.arrays, found.extra, False)
+            problem = error
+        # Also after an error: another process may have stored the same, or removed old entries.
+        found = _load(folder / key)
+        if found is not None:
+            return CacheEntry(found.arrays, found.extra, False)
+        if problem is not None:
+            _logger.warning("not caching in %s (%s)", folder, problem.strerror or problem)
     pieces, extra = make()
     parts = list(pieces)
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -150,13 +155,14 @@ def _store(folder: Path, key: str, pieces: Iterable[Arrays], extra: dict[str, An
 def _evict(folder: Path, newest: str, limit_bytes: int) -> None:
     """Remove the entries not used for longest, and what processes that were killed have left."""
     used = 0
-    entries = [path for path in folder.iterdir() if path.is_dir()]
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+    # Only what has the form of an entry: the user may keep other things in the folder.
+    described = [path.parent for path in folder.glob(f"*/{_ENTRY}")]
+    entries = [entry for entry in described if _KEY.fullmatch(entry.name)]
     entries.sort(key=lambda path: (path.name == newest, path.stat().st_mtime), reverse=True)
     for entry in entries:
-        if entry.name.startswith(_TEMPORARY):
-            if time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(entry, ignore_errors=True)
-            continue
         used += sum(file.stat().st_size for file in entry.iterdir())
         if used > limit_bytes and entry.name != newest:
             shutil.rmtree(entry, ignore_errors=True)

@@ -28,6 +28,9 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            # The hidden file would mean nothing to the user.
+            error.filename = str(target)
         raise

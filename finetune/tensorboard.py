@@ -31,11 +31,19 @@ class ScalarWriter:
         self._writer = tf.summary.create_file_writer(str(folder))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Append values of one step; they are on disk when this returns."""
-        with self._writer.as_default():
-            for name, value in scalars.items():
-                tf.summary.write(name, tf.constant(value, tf.float32), step, metadata=_METADATA)
-        self._writer.flush()
+        """Append values of one step; they are on disk when this returns.
+
+        Raises:
+            OSError: the disk is full, or the folder is gone.
+        """
+        try:
+            with self._writer.as_default():
+                for name, value in scalars.items():
+                    tf.summary.write(name, tf.constant(value, tf.float32), step, metadata=_METADATA)
+            self._writer.flush()
+        except tf.errors.OpError as error:
+            # TensorFlow calls a full disk an exhausted resource, as it calls exhausted memory.
+            raise OSError(f"cannot write TensorBoard's events ({error.message})") from error
 
     def close(self) -> None:
         """Close the file."""

@@ -118,19 +118,44 @@ def test_a_failure_while_making_leaves_nothing(tmp_path: Path) -> None:
 def test_entries_not_used_for_longest_go_first(tmp_path: Path) -> None:
     make = Maker([{"a": np.zeros(1000, np.uint8)}])
     now = time.time()
-    for age, key in enumerate(("new", "middle", "old")):
+    new, middle, old, newest, big = (hash_key(name=n) for n in range(5))
+    for age, key in enumerate((new, middle, old)):
         load_or_make(tmp_path, key, make)
         os.utime(tmp_path / key, (now - 100 * age, now - 100 * age))
+    # The user may have named a folder with other things in it.
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "final.docx").write_bytes(b"x" * 5000)
+    (thesis / "entry.json").write_text("{}")
+    os.utime(thesis, (now - 1e6, now - 1e6))
     abandoned = tmp_path / ".making-x"
     abandoned.mkdir()
     os.utime(abandoned, (now - 1e6, now - 1e6))
     (tmp_path / ".making-y").mkdir()
-    load_or_make(tmp_path, "old", make)  # used again
-    load_or_make(tmp_path, "newest", make, limit_bytes=2500)
-    assert sorted(os.listdir(tmp_path)) == [".making-y", "newest", "old"]
+    load_or_make(tmp_path, old, make)  # used again
+    load_or_make(tmp_path, newest, make, limit_bytes=2500)
+    assert set(os.listdir(tmp_path)) == {".making-y", "thesis", newest, old}
     # The newest stays even if it alone is too large.
-    load_or_make(tmp_path, "big", make, limit_bytes=10)
-    assert sorted(os.listdir(tmp_path)) == [".making-y", "big"]
+    load_or_make(tmp_path, big, make, limit_bytes=10)
+    assert set(os.listdir(tmp_path)) == {".making-y", "thesis", big}
+    assert (thesis / "final.docx").is_file()
+
+
+def test_two_processes_that_make_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second finds the first one's entry in its way, and takes it."""
+    make = Maker(PIECES)
+    replace = os.replace
+
+    def slower(source: Path, target: Path) -> None:
+        replace(source, target)
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(os, "replace", slower)
+    check(load_or_make(tmp_path, "k", make), False)
+    assert make.calls == 1
+    assert not caplog.text
 
 
 def test_keys_differ_by_any_part() -> None:

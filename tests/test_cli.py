@@ -237,6 +237,88 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
     )
 
 
+def test_best_weights_are_those_of_the_record(tmp_path: Path) -> None:
+    """--keep_best may come late, or not be repeated: other weights are never taken for the best."""
+    output = tmp_path / "out"
+    table = tmp_path / "table.tsv"
+    table.write_text("text\tlabel\n" + "".join(f"a b {n}\t{n % 2}\n" for n in range(12)))
+    arguments = classifier_arguments(
+        output, "--train_file", table, "--dev_file", table, "--evaluate_every_steps", "1"
+    )
+    assert bertbench(*arguments).returncode == 0
+    late = bertbench(*arguments, "--keep_best")
+    assert late.returncode == 0, late.stderr
+    best = json.loads((output / "run.json").read_text())["results"]["best_step"]
+    assert best == 3 or "were not kept; using the last" in late.stderr
+    (output / "best" / "model.ckpt-1.index").write_text("")
+    (output / "best" / "checkpoint").write_text("")
+    assert bertbench(*arguments).returncode == 0
+    assert not list((output / "best").glob("model.ckpt-*"))
+    other = tmp_path / "other.tsv"
+    other.write_text(table.read_text() + "more\t1\n")
+    arguments[arguments.index("--dev_file") + 1] = other
+    fails_with_one_line(bertbench(*arguments), "evaluated on other data")
+
+
+def test_out_of_memory_while_predicting_is_one_line(tmp_path: Path) -> None:
+    result = bertbench(
+        "run", "squad", "--demo", "--do_train=false", "--max_seq_length", "128", "--memory", "4MiB",
+        "--predict_batch_size", "1000", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "--predict_batch_size" in result.stderr.splitlines()[-1]
+
+
+def test_places_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "predictions.json").write_text("{}")
+    for arguments in (
+        ["run", "squad", "--demo", "--do_train=false", "--output_dir", "/dev/null/x"],
+        ["eval", "squad", demo_files().squad_dev, tmp_path / "predictions.json", "--out_file",
+         "/nonexistent/x.json"],
+        ["plan", "--model", "bert-tiny", "--seq-len", "64", "--json", "/nonexistent/x.json"],
+    ):  # fmt: skip
+        result = bertbench(*arguments)
+        assert result.returncode in (1, 2), result
+        assert "Traceback" not in result.stderr
+        last = result.stderr.strip().splitlines()[-1]
+        assert last.startswith("bertbench: ")
+        assert "/x" in last
+
+
+def test_what_is_not_asked_for_is_not_done(tmp_path: Path) -> None:
+    """As in the original, where --do_train is false unless it is given."""
+    demo = demo_files()
+    files = ["--train_file", demo.squad_train, "--predict_file", demo.squad_dev]
+    result = bertbench(*squad_arguments(tmp_path / "out", *files, "--do_predict"))
+    assert result.returncode == 0, result.stderr
+    assert "train:" not in result.stderr
+    assert (tmp_path / "out" / "predictions.json").is_file()
+    fails_with_one_line(
+        bertbench(*squad_arguments(tmp_path / "two", "--do_predict=true")), "--predict_file"
+    )
+
+
+def test_predictions_without_anything_to_compare_with(tmp_path: Path) -> None:
+    root = json.loads(demo_files().squad_dev.read_text(encoding="utf-8"))
+    for article in root["data"]:
+        for paragraph in article["paragraphs"]:
+            for question in paragraph["qas"]:
+                question["answers"] = []
+    unlabelled = tmp_path / "x.json"
+    unlabelled.write_text(json.dumps(root))
+    (tmp_path / "p.json").write_text("{}")
+    fails_with_one_line(
+        bertbench("eval", "squad", unlabelled, tmp_path / "p.json"), "no question", "x.json"
+    )
+    (tmp_path / "odds.json").write_text('{"demo-dev-001": 1' + "0" * 400 + "}")
+    (tmp_path / "p.json").write_text('{"demo-dev-001": "x"}')
+    fails_with_one_line(
+        bertbench("eval", "squad", demo_files().squad_dev, tmp_path / "p.json", "--version", "2.0",
+                  "--na_prob_file", tmp_path / "odds.json"), "not a number",
+    )  # fmt: skip
+
+
 def test_regression(tmp_path: Path) -> None:
     train = tmp_path / "train.tsv"
     train.write_text("text\tlabel\n" + "".join(f"word {n}\t{n / 2}\n" for n in range(8)))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
+from bertbench.cli.original_flags import local_files
 from bertbench.cloud_storage import (
     fetch_file,
     fetch_folder,
@@ -106,6 +107,52 @@ def test_only_what_changed_is_copied_back(
     assert not tf.io.gfile.exists(f"{bucket}/folder/model.ckpt-2.data")
     assert tf.io.gfile.exists(f"{bucket}/folder/inner/c.txt")
     assert open_remote_folder(f"{bucket}/new/", staging / "y").path.is_dir()
+
+
+def test_hidden_files_are_left_alone(staging: Path, bucket: str) -> None:
+    put(f"{bucket}/folder/.keepme", "mine")
+    remote = open_remote_folder(f"{bucket}/folder", staging)
+    tf.io.gfile.remove(f"{bucket}/folder/b.txt")
+    (remote.path / "b.txt").unlink()
+    remote.push()
+    assert get(f"{bucket}/folder/.keepme") == "mine"
+
+
+def test_results_that_cannot_be_copied_back_are_kept(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"output_dir": f"{bucket}/out", "tpu_name": "grpc://10.0.0.1:8470"}
+
+    def fail(source: str, target: str) -> None:
+        raise WorkError("no network")
+
+    def run() -> None:
+        with local_files(flags):
+            (flags["output_dir"] / "model.ckpt-1.index").write_text("weights")  # type: ignore[operator]
+            monkeypatch.setattr("bertbench.cloud_storage._copy", fail)
+
+    with pytest.raises(WorkError, match=r"no network; the results are kept in /"):
+        run()
+    folder = flags["output_dir"]
+    assert isinstance(folder, Path)
+    assert (folder / "model.ckpt-1.index").read_text() == "weights"
+    assert flags["tpu_name"] == "grpc://10.0.0.1:8470"
+    shutil.rmtree(folder)
+
+
+def test_the_local_copy_goes_away(bucket: str) -> None:
+    flags = {"output_dir": f"{bucket}/out"}
+
+    def run() -> None:
+        with local_files(flags):
+            (flags["output_dir"] / "a").write_text("a")  # type: ignore[operator]
+            raise InputError("wrong")
+
+    with pytest.raises(InputError):
+        run()
+    folder = flags["output_dir"]
+    assert get(f"{bucket}/out/a") == "a"
+    assert not folder.exists()  # type: ignore[attr-defined]
 
 
 def test_a_storage_that_fails(tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ bertbench run classifier \
     }
     # 40 examples: int(40 / 32 * 3) steps.
     assert "global_step = 3" in lines
+    values = dict(line.split(" = ") for line in lines)
+    assert values["loss"] == values["eval_loss"]
 
 
 def test_prediction_from_classifier(world: Path) -> None:

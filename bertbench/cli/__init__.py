@@ -78,6 +78,9 @@ def main(arguments: list[str] | None = None) -> Any:
         # The reader of a pipe has gone, as in `bertbench plan | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        _fail(f"{where}{error.strerror or error}; choose another place, or make room there", 1)
     sys.exit(0)
 
 

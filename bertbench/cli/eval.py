@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def squad(
     examples = read_squad(data, is_training=False, version_2_with_negative=True)
     if not len(examples):
         raise InputError("there are no questions in the file", path=data)
+    if not any(example.gold_answers or example.is_impossible for example in examples):
+        raise InputError("no question of the file has an answer to compare with", path=data)
     answers = _read_values(predictions, str)
     if version is None:
         unanswerable = any(e.is_impossible or not e.gold_answers for e in examples)
@@ -127,6 +130,13 @@ def _read_values(path: Path, kind: type) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError("not an object of question ids", path=path)
     for qas_id, value in values.items():
-        if not isinstance(value, kinds) or isinstance(value, bool) or value != value:
-            raise InputError(f"{qas_id!r} has {value!r}, not {what}", path=path)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not _is_finite(value):
+            raise InputError(f"{qas_id!r} has {str(value)[:40]}, not {what}", path=path)
     return values
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, str) or math.isfinite(value)
+    except OverflowError:  # An integer beyond floating point.
+        return False

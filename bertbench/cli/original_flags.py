@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from bertbench.cloud_storage import (
+    RemoteFolder,
     fetch_file,
     fetch_folder,
     fetch_weights,
@@ -18,6 +19,7 @@ from bertbench.cloud_storage import (
     new_staging_folder,
     open_remote_folder,
 )
+from bertbench.errors import WorkError
 
 _REMOTE_FILES = ("bert_config_file", "vocab_file", "train_file", "predict_file", "dev_file",
                  "test_file", "plan_file")  # fmt: skip
@@ -86,6 +88,24 @@ def local_files(flags: dict[str, Any]) -> Iterator[None]:
             yield
         finally:
             if flags["remote"] is not None:
-                flags["remote"].push()
-    finally:
+                _push_or_keep(flags["remote"])
+    except _KeptError:
+        raise
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        raise
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+class _KeptError(WorkError):
+    """Results could not be copied back; their local copy is kept."""
+
+
+def _push_or_keep(remote: RemoteFolder) -> None:
+    try:
+        remote.push()
+    except (WorkError, OSError, KeyboardInterrupt) as error:
+        reason = str(error) or "interrupted"
+        raise _KeptError(
+            f"{reason}; the results are kept in {remote.path}: copy them to {remote.url} yourself"
+        ) from error

@@ -126,7 +126,12 @@ def squad(context: click.Context, **flags: Any) -> None:
 def _run_squad(context: click.Context, flags: dict[str, Any]) -> None:
     from bertbench.run_squad import SquadSettings, run_squad
 
-    if not flags["demo"] and flags["train_file"] is None and flags["predict_file"] is None:
+    asked = flags["do_train"] or flags["do_predict"]
+    if asked:
+        # As in the original, what is not asked for is not done.
+        flags["do_train"], flags["do_predict"] = bool(flags["do_train"]), bool(flags["do_predict"])
+    no_files = flags["train_file"] is None and flags["predict_file"] is None
+    if not flags["demo"] and no_files and not asked:
         say("no --train_file and no --predict_file: running the built-in demo")
         flags["demo"] = True
     if flags["demo"]:

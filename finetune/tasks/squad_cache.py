@@ -129,10 +129,10 @@ def load_squad_features(
 
 
 def default_cache_dir() -> Path:
-    """`$BERTBENCH_CACHE`, or `bertbench/features` in the user's folder for caches."""
+    """`features` in `$BERTBENCH_CACHE`, or in `bertbench` in the user's folder for caches."""
     chosen = os.environ.get("BERTBENCH_CACHE")
     if chosen:
-        return Path(chosen)
+        return Path(chosen) / "features"
     if sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
     else:
