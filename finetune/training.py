@@ -183,6 +183,8 @@ def train(
     step = saved_step = int(trainer.state.step.numpy())
     saved_at = time.monotonic()
     ending = None
+    # Only an evaluation changes this, so the log is not read at every step.
+    tired = evaluation is not None and out_of_patience(evaluation, read_eval_log(output_dir))
     with (output_dir / LOG_NAME).open("a", encoding="utf-8", buffering=1) as log:
         while True:
             asked = listener.should_stop()
@@ -192,11 +194,12 @@ def train(
                 listener.on_evaluation(
                     evaluate_now(evaluation, trainer.variables, step, output_dir)
                 )
+                tired = out_of_patience(evaluation, read_eval_log(output_dir))
             if asked and (due or step < schedule.num_train_steps):
                 ending = Ending.ASKED
             elif step >= schedule.num_train_steps:
                 ending = Ending.FINISHED
-            elif evaluation is not None and out_of_patience(evaluation, read_eval_log(output_dir)):
+            elif tired:
                 ending = Ending.NO_IMPROVEMENT
             if step > saved_step and (
                 ending is not None

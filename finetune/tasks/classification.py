@@ -7,8 +7,8 @@ google-research/bert. Where the examples come from is up to `glue` and `table_fi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -135,31 +135,6 @@ def featurize(
     return ClassificationFeatures(
         input_ids, input_mask, segment_ids, examples.label_ids, examples.label_values
     )
-
-
-def feature_chunks(
-    examples: ClassificationExamples,
-    tokenizer: Tokenizer,
-    *,
-    max_seq_length: int,
-    rows: int = 8192,
-) -> Iterator[ClassificationFeatures]:
-    """Does what `featurize` does, at most `rows` examples at a time."""
-    for first in range(0, len(examples), rows):
-        part = slice(first, first + rows)
-        texts_b, values = examples.texts_b, examples.label_values
-        yield featurize(
-            replace(
-                examples,
-                guids=examples.guids[part],
-                texts_a=examples.texts_a[part],
-                texts_b=None if texts_b is None else texts_b[part],
-                label_ids=examples.label_ids[part],
-                label_values=None if values is None else values[part],
-            ),
-            tokenizer,
-            max_seq_length=max_seq_length,
-        )
 
 
 def truncated_lengths(length_a: int, length_b: int, room: int) -> tuple[int, int]:
