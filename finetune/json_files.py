@@ -11,12 +11,13 @@ from finetune.errors import InputError
 _T = TypeVar("_T")
 
 
-def load_json(path: str | os.PathLike[str], *, hint: str) -> Any:
+def load_json(path: str | os.PathLike[str], *, hint: str, what: str = "the questions") -> Any:
     """Reads a JSON file, with or without a byte order mark.
 
     Args:
         path: the file.
         hint: what to do if there is no such file.
+        what: what it holds, for that message.
 
     Raises:
         InputError: it cannot be read or is not JSON in UTF-8.
@@ -35,9 +36,7 @@ def load_json(path: str | os.PathLike[str], *, hint: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error})", path=path, hint="fetch the file again") from error
     except OSError as error:
-        raise InputError(
-            f"cannot read the questions ({error.strerror})", path=path, hint=hint
-        ) from error
+        raise InputError(f"cannot read {what} ({error.strerror})", path=path, hint=hint) from error
 
 
 def get_value(

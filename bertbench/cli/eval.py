@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import click
 
 from bertbench.cli.common import CONTEXT, json_option, write_json
 from finetune.errors import InputError
+from finetune.json_files import load_json
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -117,14 +117,7 @@ def squad(
 
 def _read_values(path: Path, kind: type) -> dict[str, Any]:
     """Read a JSON object whose values are texts or numbers."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the file ({error.strerror})", path=path) from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"not JSON ({error.msg})", path=path, line=error.lineno) from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"not JSON ({error})", path=path) from error
+    values = load_json(path, what="the file", hint="give what `bertbench run squad` has written")
     kinds = (int, float) if kind is float else (kind,)
     what = "a number" if kind is float else "a text"
     if not isinstance(values, dict):
