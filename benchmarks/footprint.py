@@ -27,6 +27,8 @@ QUICK = [
     ("bert-mini", "squad", 128, "none", 1, (2, 16)),
     ("bert-mini", "squad", 128, "full", 1, (4, 64)),
     ("bert-mini", "classifier", 128, "full:2", 2, (32,)),
+    ("bert-mini", "squad", 256, "selective", 1, (32,)),
+    ("bert-mini", "squad", 256, "nested", 1, (64,)),
 ]
 SETTINGS = [
     ("bert-mini", "squad", 128, "none", 1, (2, 8, 16, 32)),
@@ -53,6 +55,13 @@ SETTINGS = [
     ("bert-medium", "classifier", 256, "full:4", 2, (8,)),
     ("bert-medium", "squad", 384, "none", 1, (4,)),
     ("bert-medium", "squad", 384, "full", 1, (4, 8)),
+    ("bert-mini", "squad", 128, "selective", 1, (8, 32)),
+    ("bert-mini", "squad", 128, "nested", 1, (16, 128)),
+    ("bert-small", "squad", 256, "selective", 2, (8,)),
+    ("bert-small", "squad", 384, "nested", 2, (16,)),
+    ("bert-medium", "squad", 128, "selective", 1, (8, 32)),
+    ("bert-medium", "squad", 384, "nested", 1, (8, 32)),
+    ("bert-medium", "squad", 256, "nested:4+selective", 1, (16,)),
     ("bert-tiny", "squad", 64, "none", 1, (8, 32, 64)),
     ("bert-tiny", "squad", 64, "full", 1, (64, 128)),
     ("bert-tiny", "classifier", 128, "none", 2, (16, 32)),
@@ -61,14 +70,16 @@ SETTINGS = [
     ("bert-tiny", "squad", 512, "none", 1, (8, 16)),
     ("bert-tiny", "squad", 512, "full", 1, (8, 16)),
     ("bert-base", "squad", 384, "none", 1, (1, 2)),
-    ("bert-base", "squad", 384, "full", 1, (2, 4)),
+    ("bert-base", "squad", 384, "full", 1, (2, 4, 8)),
+    ("bert-base", "squad", 384, "selective", 1, (4, 8)),
+    ("bert-base", "squad", 384, "nested", 1, (4, 8)),
     ("bert-base", "squad", 128, "none", 1, (2,)),
 ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seven settings instead of all")
+    parser.add_argument("--quick", action="store_true", help="nine settings instead of all")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     arguments = parser.parse_args()
 

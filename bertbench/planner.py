@@ -16,7 +16,7 @@ from bertbench.bytes import format_bytes
 from bertbench.cost import Rates, predict_step_seconds
 from bertbench.footprint import SAFETY_MARGIN, Footprint, max_micro_batch, predict_footprint
 from bertbench.workload import Levers, Workload, levers_from_json
-from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing
+from finetune.checkpointing import NO_CHECKPOINTING, POLICIES, Checkpointing
 from finetune.errors import InputError
 
 
@@ -110,6 +110,27 @@ def usable_for_plan(budget_bytes: int) -> int:
     return int(budget_bytes / (1 + SAFETY_MARGIN))
 
 
+def all_policies(layers: int) -> list[Checkpointing]:
+    """Checkpointing to choose from: no policy, one, or two next to each other in bytes.
+
+    Layers are alike, so that only the number under each policy matters.
+    """
+    return [
+        NO_CHECKPOINTING,
+        *(Checkpointing(policy) for policy in POLICIES[1:]),
+        *(
+            Checkpointing(policy, count, others)
+            for policy, others in (
+                ("selective", "none"),
+                ("full", "none"),
+                ("nested", "none"),
+                ("nested", "selective"),
+            )
+            for count in range(1, layers)
+        ),
+    ]
+
+
 def make_plan(
     workload: Workload,
     target_batch: int,
@@ -139,10 +160,8 @@ def make_plan(
     """
     if target_batch < 1:
         raise InputError(f"target batch {target_batch} is not positive")
-    layers = workload.config.num_hidden_layers
     if policies is None:
-        partial = [Checkpointing("full", count) for count in range(1, layers)]
-        policies = [NO_CHECKPOINTING, *partial, Checkpointing("full")]
+        policies = all_policies(workload.config.num_hidden_layers)
     usable_bytes = usable_for_plan(budget_bytes)
     fitting = [
         PlanEntry(
@@ -154,6 +173,8 @@ def make_plan(
         for policy in policies
         for micro_batch, levers in _cuts(workload, policy, target_batch, usable_bytes)
     ]
+    # More steps have more rows as input than the two that `_cuts` has asked about.
+    fitting = [entry for entry in fitting if entry.footprint.peak_bytes <= usable_bytes]
     if not fitting:
         raise _nothing_fits(workload, target_batch, budget_bytes, policies, device_kind)
     # Equal seconds: prefer fewer bytes.

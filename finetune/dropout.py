@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
@@ -55,22 +56,58 @@ def dropout(x: tf.Tensor, rate: float, key: DropoutKey | None, site: int) -> tf.
     """
     if key is None or rate == 0:
         return x
+    return apply_mask(x, draw_mask(tf.shape(x)[0], x.shape[1:], rate, key, site), rate)
+
+
+def draw_mask(
+    rows: tf.Tensor, row_shape: Sequence[int], rate: float, key: DropoutKey, site: int
+) -> tf.Tensor:
+    """Draw a mask that is False with probability `rate`.
+
+    Args:
+        rows: number of examples, int32 scalar.
+        row_shape: of an example; all of it known when the graph is built.
+        rate: in [0, 1).
+        key: what the mask depends on.
+        site: likewise, see `dropout`.
+
+    Returns:
+        Bool `[rows, *row_shape]`.
+
+    Raises:
+        ValueError: the size of a row is unknown, or `site` is out of range.
+    """
     if not 0 <= site < _SITES:
         raise ValueError(f"site {site} is outside 0 to {_SITES - 1}")
-    row_shape = x.shape[1:]
-    row_elements = row_shape.num_elements()
+    row_elements = tf.TensorShape(row_shape).num_elements()
     if row_elements is None:
-        raise ValueError(f"dropout needs the size of a row to be known, got shape {x.shape}")
+        raise ValueError(f"dropout needs the size of a row to be known, got shape {row_shape}")
     blocks = math.ceil(row_elements / 4)
     counter = tf.bitcast(tf.stack([key.first_row * blocks, key.step * _SITES + site]), tf.uint64)
     uniform = tf.raw_ops.StatelessRandomUniformV2(
-        shape=tf.stack([tf.shape(x)[0], blocks * 4]),
+        shape=tf.stack([rows, blocks * 4]),
         key=tf.constant([key.seed], tf.uint64),
         counter=counter,
         alg=_PHILOX,
     )  # [rows, 4 * blocks]
-    keep = uniform >= rate
+    mask = uniform >= rate
     if row_elements != blocks * 4:
-        keep = keep[:, :row_elements]
-    keep = tf.reshape(keep, tf.shape(x))
-    return tf.where(keep, x * (1.0 / (1.0 - rate)), tf.zeros([], x.dtype))
+        mask = mask[:, :row_elements]
+    return tf.reshape(mask, [rows, *row_shape])
+
+
+def apply_mask(x: tf.Tensor, mask: tf.Tensor, rate: float) -> tf.Tensor:
+    """Zero `x` where `mask` is False and scale the rest by 1 / (1 - rate).
+
+    The gradient reads the mask alone. That of `tf.where` asks for the shape of `x`, and so would
+    have a recomputed layer compute `x` again for nothing, its last and largest matrix product.
+    """
+
+    @tf.custom_gradient
+    def masked(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+        def scaled(x: tf.Tensor) -> tf.Tensor:
+            return tf.where(mask, x * (1.0 / (1.0 - rate)), tf.zeros([], x.dtype))
+
+        return scaled(x), scaled
+
+    return masked(x)

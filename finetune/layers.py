@@ -23,6 +23,31 @@ def dense(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
     return tf.nn.bias_add(tf.matmul(x, kernel), bias)
 
 
+@tf.custom_gradient
+def add(
+    x: tf.Tensor, y: tf.Tensor
+) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]]:
+    """Add tensors of one shape.
+
+    The gradient of `+` asks for the shapes of both, so that a recomputed layer would compute its
+    last matrix product again for nothing but its shape.
+    """
+    return x + y, lambda dy: (dy, dy)
+
+
+def fresh_zeros(like: tf.Tensor | tf.Variable, examples: tf.Tensor) -> tf.Tensor:
+    """Make zeros of the shape and type of `like` each time a graph is run.
+
+    `tf.zeros_like` of a weight is folded into a constant, and a constant stays in memory for as
+    long as its graph exists.
+
+    Args:
+        like: gives shape and type.
+        examples: any int32 scalar that is not negative, and not known before the graph is run.
+    """
+    return tf.fill(like.shape, tf.cast(tf.minimum(examples, 0), like.dtype))
+
+
 def layer_norm(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:
     """Normalise `x` `[n, h]` over its last axis, then scale and shift.
 
@@ -51,6 +76,52 @@ def layer_norm(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) 
         return (x - mean) * (inverse * gamma) + beta, gradient
 
     return normalised(x, gamma, beta)
+
+
+def attention(
+    scores: tf.Tensor, value: tf.Tensor, mask: tf.Tensor | None = None, rate: float = 0.0
+) -> tf.Tensor:
+    """Softmax, dropout and the weighted sum of values.
+
+    Keeps one float an element of `scores` for the gradient: the probability, with the sign of
+    minus where dropout took it. TensorFlow's own ops keep the probabilities before and after
+    dropout, and the mask.
+
+    Args:
+        scores: `[b, a, s, s]`, padding already masked.
+        value: `[b, a, s, d]`.
+        mask: bool `[b, a, s, s]`, False where dropped; None for no dropout.
+        rate: of dropout.
+
+    Returns:
+        `[b, a, s, d]`.
+    """
+    scale = 1.0 / (1.0 - rate)
+
+    @tf.custom_gradient
+    def weighted(
+        scores: tf.Tensor, value: tf.Tensor
+    ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]]:
+        signed = tf.nn.softmax(scores)
+        if mask is not None:
+            signed = tf.where(mask, signed, -signed)
+
+        def dropped() -> tf.Tensor:
+            return signed if mask is None else tf.nn.relu(signed) * scale
+
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            with tf.control_dependencies([dy]):
+                again = dropped()
+                d_value = tf.matmul(again, dy, transpose_a=True)
+                # With q for the dropped probabilities, p for those before, d for the gradient of
+                # q: the gradient of the scores is q * d - p * sum(q * d).
+                product = again * tf.matmul(dy, value, transpose_b=True)
+                total = tf.reduce_sum(product, axis=-1, keepdims=True)
+                return product - tf.abs(signed) * total, d_value
+
+        return tf.matmul(dropped(), value), gradient
+
+    return weighted(scores, value)
 
 
 @tf.custom_gradient

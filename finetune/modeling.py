@@ -7,15 +7,18 @@ code: see `finetune.checkpointing` for the account.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
 import tensorflow as tf
 
-from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing, recompute
+from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing, examples_per_block
 from finetune.config import BertConfig, is_trained, variable_shapes
-from finetune.dropout import DropoutKey, dropout
-from finetune.layers import activation, dense, layer_norm
+from finetune.dropout import DropoutKey, apply_mask, draw_mask, dropout
+from finetune.layers import activation, add, attention, dense, layer_norm
+from finetune.recomputation import Keep, Tensors, compute, recompute
 
 Variables = Mapping[str, tf.Variable]
 """Variables by their name in the original's checkpoints."""
@@ -36,9 +39,8 @@ _LAYER_WEIGHTS = (
     "intermediate/dense/bias",
     "output/dense/kernel",
     "output/dense/bias",
-    "output/LayerNorm/gamma",
-    "output/LayerNorm/beta",
 )
+_NORM_WEIGHTS = ("LayerNorm/gamma", "LayerNorm/beta")
 _EMBEDDING_SITE, _POOLED_SITE, _FIRST_LAYER_SITE = 0, 1, 2
 
 
@@ -60,19 +62,24 @@ def create_variables(
     Returns:
         Float32 variables by name; those that never get a gradient are not trainable.
     """
-    variables = {}
-    for position, (name, shape) in enumerate(variable_shapes(config, head, num_labels).items()):
-        if name.endswith(("bias", "beta")):
-            value = tf.zeros(shape)
-        elif name.endswith("gamma"):
-            value = tf.ones(shape)
-        else:
+    shapes = variable_shapes(config, head, num_labels)
+    # The largest first, and all before the first random number is drawn. TensorFlow's allocator
+    # hands a hole of up to twice the size out whole: among the holes that the drawing leaves, the
+    # word embeddings and their moments would waste a byte and a half a parameter for good.
+    variables = {
+        name: tf.Variable(tf.zeros(shapes[name]), trainable=is_trained(name, head), name=name)
+        for name in sorted(shapes, key=lambda name: -math.prod(shapes[name]))
+    }
+    for position, (name, shape) in enumerate(shapes.items()):
+        if name.endswith("gamma"):
+            variables[name].assign_add(tf.ones(shape))
+        elif not name.endswith(("bias", "beta")):
             value = tf.random.stateless_truncated_normal(
                 shape, [seed, position], stddev=config.initializer_range
             )
-        variables[name] = tf.Variable(value, trainable=is_trained(name, head), name=name)
-        del value
-    return variables
+            variables[name].assign_add(value)
+            del value
+    return {name: variables[name] for name in shapes}
 
 
 def encode(
@@ -84,6 +91,7 @@ def encode(
     *,
     dropout_key: DropoutKey | None = None,
     checkpointing: Checkpointing = NO_CHECKPOINTING,
+    totals: Mapping[str, tf.Tensor] | None = None,
 ) -> tf.Tensor:
     """Run embeddings and all layers.
 
@@ -95,44 +103,58 @@ def encode(
         segment_ids: int32 `[b, s]`.
         dropout_key: None for no dropout.
         checkpointing: policy per layer.
+        totals: sums of gradients by the names of their variables. The gradient of a weight of a
+            checkpointed layer, see `layer_weight_names`, begins with its sum instead of 0.
 
     Returns:
         The last layer's output, float32 `[b, s, h]`.
     """
     batch, seq_len, hidden = tf.shape(input_ids)[0], input_ids.shape[1], config.hidden_size
-    x = _embed(variables, config, input_ids, segment_ids, dropout_key)  # [b * s, h]
+    # Layers hand on the sum that a LayerNorm takes, not what it returns, so that a layer which
+    # keeps its input alone, or recomputes its LayerNorms, keeps one of the two and not both.
+    sums = _embed(variables, config, input_ids, segment_ids)  # [b * s, h]
     adder = (1.0 - tf.cast(input_mask, tf.float32)) * _MASK_ADDER
     adder = tf.reshape(adder, [batch, 1, 1, seq_len])
     for index in range(config.num_hidden_layers):
-        prefix = f"bert/encoder/layer_{index}/"
-        weights = [tf.convert_to_tensor(variables[prefix + name]) for name in _LAYER_WEIGHTS]
-
-        def layer(
-            x: tf.Tensor,
-            adder: tf.Tensor,
-            *weights: tf.Tensor,
-            site: int = _FIRST_LAYER_SITE + 3 * index,
-        ) -> tf.Tensor:
-            return transformer_layer(
-                x, adder, dict(zip(_LAYER_WEIGHTS, weights, strict=True)), config, dropout_key, site
-            )
-
-        if checkpointing.of_layer(index) == "full":
-            x = recompute(layer, x, adder, *weights)
+        names = layer_weight_names(index)
+        weights = [tf.convert_to_tensor(variables[name]) for name in names]
+        layer = functools.partial(_layer, config=config, dropout_key=dropout_key, index=index)
+        policy = checkpointing.of_layer(index)
+        if policy == "none":
+            sums = layer(tf.zeros([], tf.int32), [sums], weights, [adder], compute)
         else:
-            x = layer(x, adder, *weights)
-    return tf.reshape(x, [batch, seq_len, hidden])
+            sums = recompute(
+                layer,
+                [sums],
+                weights,
+                [adder],
+                examples=batch,
+                examples_per_block=examples_per_block(policy, seq_len),
+                kept_types=_kept_types(config, dropout_key) if policy == "selective" else (),
+                totals=None if totals is None else [totals[name] for name in names],
+            )
+    gamma, beta = (
+        tf.convert_to_tensor(variables[name]) for name in _norm_names(config.num_hidden_layers)
+    )
+    output = layer_norm(sums, gamma, beta, config.layer_norm_eps)
+    return tf.reshape(output, [batch, seq_len, hidden])
+
+
+def _norm_names(index: int) -> list[str]:
+    """Names of the LayerNorm that comes before a layer."""
+    before = "embeddings" if index == 0 else f"encoder/layer_{index - 1}/output"
+    return [f"bert/{before}/{name}" for name in _NORM_WEIGHTS]
+
+
+def layer_weight_names(index: int) -> list[str]:
+    """Names of a layer's weights, the LayerNorm before it first, its own last one not included."""
+    return _norm_names(index) + [f"bert/encoder/layer_{index}/{name}" for name in _LAYER_WEIGHTS]
 
 
 def _embed(
-    variables: Variables,
-    config: BertConfig,
-    input_ids: tf.Tensor,
-    segment_ids: tf.Tensor,
-    dropout_key: DropoutKey | None,
+    variables: Variables, config: BertConfig, input_ids: tf.Tensor, segment_ids: tf.Tensor
 ) -> tf.Tensor:
-    """Sum word, segment and position embeddings, normalise, drop; `[b * s, h]`."""
-    batch, seq_len, hidden = tf.shape(input_ids)[0], input_ids.shape[1], config.hidden_size
+    """Sum word, segment and position embeddings; `[b * s, h]`."""
     prefix = "bert/embeddings/"
     # From the value, not the variable: a gather from a variable makes TensorFlow copy the whole
     # table at every later read and update (EnsureSparseVariableAccess, copy_on_read_mode).
@@ -140,96 +162,100 @@ def _embed(
     segments = tf.convert_to_tensor(variables[prefix + "token_type_embeddings"])
     x = tf.gather(words, input_ids)  # [b, s, h]
     x += tf.gather(segments, segment_ids)
-    x += variables[prefix + "position_embeddings"][:seq_len]
-    x = layer_norm(
-        tf.reshape(x, [-1, hidden]),
-        tf.convert_to_tensor(variables[prefix + "LayerNorm/gamma"]),
-        tf.convert_to_tensor(variables[prefix + "LayerNorm/beta"]),
-        config.layer_norm_eps,
-    )
-    return _drop_rows(x, batch, seq_len, config.hidden_dropout_prob, dropout_key, _EMBEDDING_SITE)
+    x += variables[prefix + "position_embeddings"][: input_ids.shape[1]]
+    return tf.reshape(x, [-1, config.hidden_size])
 
 
-def _drop_rows(
-    x: tf.Tensor,
-    batch: tf.Tensor,
-    seq_len: int,
-    rate: float,
-    dropout_key: DropoutKey | None,
-    site: int,
-) -> tf.Tensor:
-    """Drop elements of `x` `[b * s, h]` with masks that are keyed by example, not by token."""
-    if dropout_key is None or rate == 0:
-        return x
-    hidden = x.shape[1]
-    dropped = dropout(tf.reshape(x, [batch, seq_len * hidden]), rate, dropout_key, site)
-    return tf.reshape(dropped, [-1, hidden])
+def _kept_types(config: BertConfig, dropout_key: DropoutKey | None) -> list[tf.DType]:
+    """Types of what `_layer` asks to keep, in its order."""
+    masks = dropout_key is not None and config.hidden_dropout_prob > 0
+    return [
+        *[tf.float32] * 3,  # query, key, value
+        tf.float32,  # attention output
+        *[tf.bool] * masks,
+        tf.float32,  # intermediate
+        *[tf.bool] * masks,
+    ]
 
 
-def transformer_layer(
-    x: tf.Tensor,
-    adder: tf.Tensor,
-    weights: Mapping[str, tf.Tensor],
+def _layer(
+    first: tf.Tensor,
+    inputs: Tensors,
+    weights: Tensors,
+    constants: Tensors,
+    keep: Keep,
+    *,
     config: BertConfig,
     dropout_key: DropoutKey | None,
-    site: int,
+    index: int,
 ) -> tf.Tensor:
-    """Run one encoder layer.
+    """Run one encoder layer; a `finetune.recomputation.Region`.
 
     Args:
-        x: `[b * s, h]`.
-        adder: `[b, 1, 1, s]`, 0 for tokens and -10000 for padding.
-        weights: the layer's weights, by the end of their names.
+        first: index of the first example within the micro-batch.
+        inputs: the sum that enters the LayerNorm before this layer, `[b * s, h]`.
+        weights: scale and shift of that LayerNorm, and `_LAYER_WEIGHTS`.
+        constants: `[b, 1, 1, s]`, 0 for tokens and -10000 for padding.
+        keep: asked to keep the products of activations and weights, except the last, which no
+            gradient reads, and the dropout masks of the sublayers.
         config: the encoder's configuration.
-        dropout_key: None for no dropout.
-        site: number of the layer's first dropout; it has three.
+        dropout_key: of the micro-batch; None for no dropout.
+        index: of the layer, from 0. Its dropouts are sites; the first layer's input has one more.
 
     Returns:
-        `[b * s, h]`.
+        The sum that enters the layer's last LayerNorm, `[b * s, h]`.
     """
+    (sums,), (adder,) = inputs, constants
+    gamma, beta, *own = weights
+    weight = dict(zip(_LAYER_WEIGHTS, own, strict=True))
     batch, seq_len = tf.shape(adder)[0], adder.shape[3]
     heads, head_size, hidden = config.num_attention_heads, config.head_size, config.hidden_size
+    site = _FIRST_LAYER_SITE + 3 * index
+    if dropout_key is not None:
+        first_row = dropout_key.first_row + tf.cast(first, tf.int64)
+        dropout_key = dataclasses.replace(dropout_key, first_row=first_row)
 
-    def project(name: str) -> tf.Tensor:  # [b, a, s, d]
-        projected = dense(
-            x, weights[f"attention/self/{name}/kernel"], weights[f"attention/self/{name}/bias"]
-        )
-        return tf.transpose(tf.reshape(projected, [batch, seq_len, heads, head_size]), [0, 2, 1, 3])
+    def linear(x: tf.Tensor, name: str) -> list[tf.Tensor]:
+        return [x, weight[f"{name}/kernel"], weight[f"{name}/bias"]]
 
+    def drop(x: tf.Tensor, site: int, keep: Keep = compute) -> tf.Tensor:
+        rate = config.hidden_dropout_prob
+        if dropout_key is None or rate == 0:
+            return x
+        # Masks are keyed by example, not by token.
+        mask = keep(lambda: draw_mask(batch, [seq_len * hidden], rate, dropout_key, site))
+        return apply_mask(x, tf.reshape(mask, [-1, hidden]), rate)
+
+    def split_heads(x: tf.Tensor) -> tf.Tensor:  # [b, a, s, d]
+        return tf.transpose(tf.reshape(x, [batch, seq_len, heads, head_size]), [0, 2, 1, 3])
+
+    x = layer_norm(sums, gamma, beta, config.layer_norm_eps)
+    if index == 0:
+        x = drop(x, _EMBEDDING_SITE)
+    query, key, value = (
+        keep(lambda *parts: split_heads(dense(*parts)), *linear(x, f"attention/self/{name}"))
+        for name in ("query", "key", "value")
+    )
     # Scaling the query costs s * d multiplications a head, scaling the scores s * s.
-    query = project("query") * (1.0 / math.sqrt(head_size))
-    scores = tf.matmul(query, project("key"), transpose_b=True)  # [b, a, s, s]
-    probabilities = tf.nn.softmax(scores + adder)
-    probabilities = dropout(probabilities, config.attention_probs_dropout_prob, dropout_key, site)
-    context = tf.matmul(probabilities, project("value"))  # [b, a, s, d]
+    query *= 1.0 / math.sqrt(head_size)
+    scores = tf.matmul(query, key, transpose_b=True)  # [b, a, s, s]
+    scores += adder
+    rate, mask = config.attention_probs_dropout_prob, None
+    if dropout_key is not None and rate > 0:
+        mask = draw_mask(batch, scores.shape[1:], rate, dropout_key, site)
+    context = attention(scores, value, mask, rate)
     context = tf.reshape(tf.transpose(context, [0, 2, 1, 3]), [-1, hidden])
-
-    def close(sublayer: tf.Tensor, residual: tf.Tensor, name: str, site: int) -> tf.Tensor:
-        sublayer = _drop_rows(
-            sublayer, batch, seq_len, config.hidden_dropout_prob, dropout_key, site
-        )
-        return layer_norm(
-            sublayer + residual,
-            weights[f"{name}/LayerNorm/gamma"],
-            weights[f"{name}/LayerNorm/beta"],
-            config.layer_norm_eps,
-        )
-
-    attended = dense(
-        context,
-        weights["attention/output/dense/kernel"],
-        weights["attention/output/dense/bias"],
+    attended = keep(dense, *linear(context, "attention/output/dense"))
+    attended = add(drop(attended, site + 1, keep), x)
+    attended = layer_norm(
+        attended,
+        weight["attention/output/LayerNorm/gamma"],
+        weight["attention/output/LayerNorm/beta"],
+        config.layer_norm_eps,
     )
-    attended = close(attended, x, "attention/output", site + 1)
-    inner = dense(
-        attended, weights["intermediate/dense/kernel"], weights["intermediate/dense/bias"]
-    )  # [b * s, f]
-    output = dense(
-        activation(inner, config.hidden_act),
-        weights["output/dense/kernel"],
-        weights["output/dense/bias"],
-    )
-    return close(output, attended, "output", site + 2)
+    inner = keep(dense, *linear(attended, "intermediate/dense"))  # [b * s, f]
+    output = dense(*linear(activation(inner, config.hidden_act), "output/dense"))
+    return add(drop(output, site + 2, keep), attended)
 
 
 def squad_logits(variables: Variables, sequence_output: tf.Tensor) -> tf.Tensor:

@@ -118,8 +118,10 @@ def apply_gradients(
     assigns through a variable would be synchronised once more between replicas.
 
     Variables are updated one after another, so that the temporaries of only one of them exist at
-    a time. The global norm is that of dense gradients: `tf.clip_by_global_norm` would take the
-    un-merged rows of a sparse gradient, and so depend on how a batch was cut.
+    a time; the largest, the word embeddings, come last, when most gradients are gone.
+
+    The global norm is that of dense gradients: `tf.clip_by_global_norm` would take the un-merged
+    rows of a sparse gradient, and so depend on how a batch was cut.
 
     Args:
         settings: hyperparameters.
@@ -141,9 +143,8 @@ def apply_gradients(
     scale = settings.clip_norm / tf.maximum(norm, settings.clip_norm)
     scale = tf.where(tf.math.is_finite(norm), scale, float("nan"))
     before: list[Any] = [norm]
-    for variable, first, second, gradient in zip(
-        trained, state.first_moments, state.second_moments, gradients, strict=True
-    ):
+    parts = zip(trained, state.first_moments, state.second_moments, gradients, strict=True)
+    for variable, first, second, gradient in reversed(list(parts)):
         if decays(variable.name):
             # From the value before the update, as the original has it: the decay and Adam's term
             # do not depend on each other, so they may be taken off in turn.

@@ -12,7 +12,14 @@ import tensorflow as tf
 from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing
 from finetune.config import INPUT_NAMES, TARGET_NAMES, BertConfig, is_trained
 from finetune.dropout import DropoutKey
-from finetune.modeling import Variables, classifier_logits, encode, squad_logits
+from finetune.layers import fresh_zeros
+from finetune.modeling import (
+    Variables,
+    classifier_logits,
+    encode,
+    layer_weight_names,
+    squad_logits,
+)
 from finetune.optimization import (
     OptimizerSettings,
     OptimizerState,
@@ -56,6 +63,7 @@ def example_losses(
     *,
     dropout_key: DropoutKey | None = None,
     checkpointing: Checkpointing = NO_CHECKPOINTING,
+    totals: Mapping[str, tf.Tensor] | None = None,
 ) -> tf.Tensor:
     """Loss of each example, float32 `[b]`.
 
@@ -70,6 +78,7 @@ def example_losses(
         batch: int32 `[b, s]` under `INPUT_NAMES`, `[b]` under the head's `TARGET_NAMES`.
         dropout_key: None for no dropout.
         checkpointing: policy per layer.
+        totals: see `finetune.modeling.encode`.
     """
     sequence = encode(
         variables,
@@ -77,6 +86,7 @@ def example_losses(
         *(batch[name] for name in INPUT_NAMES),
         dropout_key=dropout_key,
         checkpointing=checkpointing,
+        totals=totals,
     )
 
     def cross_entropy(logits: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
@@ -127,9 +137,9 @@ def make_trainer(
         head: its head.
         seq_len: tokens per example.
         settings: optimizer and schedule.
-        accumulation_steps: micro-batches per step. Above 1 their gradients are added up in
-            accumulators that live between steps, 4 bytes a parameter, in the place of gradients
-            that live within one.
+        accumulation_steps: micro-batches per step. Above 1 the sums of their gradients, 4 bytes a
+            parameter, live from the first micro-batch on; otherwise gradients come to life
+            while activations are given back.
         checkpointing: policy per layer.
         xla: compile with XLA; it compiles once for every micro-batch size.
         seed: of the dropout masks, at least 0.
@@ -146,46 +156,84 @@ def make_trainer(
     """
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps is {accumulation_steps}, below 1")
-    trained = [v for name, v in variables.items() if is_trained(name, head)]
+    names = [name for name in variables if is_trained(name, head)]
+    trained = [variables[name] for name in names]
+    # Variables whose gradients come out of the backward pass added to the sums so far.
+    summed = {
+        name
+        for index in range(config.num_hidden_layers)
+        if checkpointing.of_layer(index) != "none"
+        for name in layer_weight_names(index)
+    }
     replicas = 1 if strategy is None else strategy.num_replicas_in_sync
     with contextlib.nullcontext() if strategy is None else strategy.scope():
         state = create_state(trained)
-        accumulators = (
-            [tf.Variable(tf.zeros_like(v), trainable=False) for v in trained]
-            if accumulation_steps > 1
-            else []
-        )
 
+    @tf.autograph.experimental.do_not_convert
     def micro_gradients(
-        batch: Batch, first_row: tf.Tensor, total_weight: tf.Tensor
-    ) -> tuple[tf.Tensor, Sequence[tf.Tensor]]:
+        batch: Batch,
+        first_row: tf.Tensor,
+        total_weight: tf.Tensor,
+        totals: Mapping[str, tf.Tensor] | None = None,
+    ) -> tuple[tf.Tensor, list[tf.Tensor | tf.IndexedSlices | None]]:
         key = DropoutKey(seed, state.step.read_value(), first_row)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(trained)
             losses = example_losses(
-                variables, config, head, batch, dropout_key=key, checkpointing=checkpointing
+                variables,
+                config,
+                head,
+                batch,
+                dropout_key=key,
+                checkpointing=checkpointing,
+                totals=totals,
             )
             loss = tf.reduce_sum(losses * batch["weights"]) / total_weight
+        return loss, tape.gradient(loss, trained)
+
+    def whole_gradients(
+        batch: Batch, first_row: tf.Tensor, total_weight: tf.Tensor
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        loss, gradients = micro_gradients(batch, first_row, total_weight)
         return loss, [
             tf.zeros_like(v) if g is None else tf.convert_to_tensor(g)
-            for v, g in zip(trained, tape.gradient(loss, trained), strict=True)
+            for v, g in zip(trained, gradients, strict=True)
         ]
 
-    def accumulate(batch: Batch, first_row: tf.Tensor, total_weight: tf.Tensor) -> tf.Tensor:
+    def accumulated_gradients(
+        batch: Batch, first_row: tf.Tensor, total_weight: tf.Tensor
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         micro_batch = tf.shape(batch["weights"])[0] // accumulation_steps
-        loss = tf.zeros([])
-        for index in tf.range(accumulation_steps):
-            # One micro-batch at a time: overlapping iterations would hold two sets of activations.
-            tf.autograph.experimental.set_loop_options(parallel_iterations=1)
+
+        def one(
+            index: tf.Tensor, loss: tf.Tensor, sums: list[tf.Tensor]
+        ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
             start = index * micro_batch
             rows = {name: value[start : start + micro_batch] for name, value in batch.items()}
             micro_loss, gradients = micro_gradients(
-                rows, first_row + tf.cast(start, tf.int64), total_weight
+                rows,
+                first_row + tf.cast(start, tf.int64),
+                total_weight,
+                dict(zip(names, sums, strict=True)),
             )
-            loss += micro_loss
-            for accumulator, gradient in zip(accumulators, gradients, strict=True):
-                tf.raw_ops.AssignAddVariableOp(resource=accumulator.handle, value=gradient)
-        return loss
+            sums = [
+                g if name in summed else _plus(total, g)
+                for name, total, g in zip(names, sums, gradients, strict=True)
+            ]
+            return index + 1, loss + micro_loss, sums
+
+        _, loss, sums = tf.while_loop(
+            lambda index, *_: index < accumulation_steps,
+            one,
+            # Sums that the loop hands on, not variables: they are added to in place too, but the
+            # update can clip them in place and give each back as soon as it is applied.
+            (tf.zeros([], tf.int32), tf.zeros([]), [fresh_zeros(v, micro_batch) for v in trained]),
+            # Overlapping iterations would hold two sets of activations.
+            parallel_iterations=1,
+        )
+        return loss, sums
+
+    gradients_of = whole_gradients if accumulation_steps == 1 else accumulated_gradients
 
     signature = {
         **{name: tf.TensorSpec([None, seq_len], tf.int32) for name in INPUT_NAMES},
@@ -200,15 +248,7 @@ def make_trainer(
         batch: Batch, first_row: tf.Tensor, total_weight: tf.Tensor, combine: _Combine
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """One replica's part of the step, on its rows of the effective batch."""
-        if accumulation_steps == 1:
-            loss, gradients = micro_gradients(batch, first_row, total_weight)
-        else:
-            # Before, not after: a step that ran out of memory half-way leaves sums behind.
-            for accumulator in accumulators:
-                zeros = tf.zeros_like(accumulator)
-                tf.raw_ops.AssignVariableOp(resource=accumulator.handle, value=zeros)
-            loss = accumulate(batch, first_row, total_weight)
-            gradients = [a.read_value() for a in accumulators]
+        loss, gradients = gradients_of(batch, first_row, total_weight)
         loss, *gradients = combine([loss, *gradients])
         rate, norm = apply_gradients(settings, state, trained, gradients)
         return loss, rate, norm
@@ -331,6 +371,19 @@ def make_predictor(
         return logits[:, :examples] if head == "squad" else logits[:examples]
 
     return predict_on_replicas
+
+
+def _plus(total: tf.Tensor, gradient: tf.Tensor | tf.IndexedSlices | None) -> tf.Tensor:
+    """Add a gradient to a sum, in place where nothing else reads the sum.
+
+    The gradient of an embedding table is a row for each token; it is added row by row, without
+    making a table of it first.
+    """
+    if gradient is None:
+        return total
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.tensor_scatter_nd_add(total, gradient.indices[:, None], gradient.values)
+    return total + gradient
 
 
 def _share(batch: Batch, replica: tf.Tensor, replicas: int) -> dict[str, tf.Tensor]:

@@ -35,7 +35,8 @@ from tiny_models import (
     values_of,
 )
 
-from finetune.checkpointing import parse_checkpointing
+from finetune import checkpointing
+from finetune.checkpointing import BLOCK_TOKENS, parse_checkpointing
 from finetune.config import BertConfig, is_trained
 from finetune.dropout import DropoutKey
 from finetune.modeling import create_variables
@@ -96,7 +97,8 @@ def assert_same_training(
         ("squad", 1, "full"),
         ("squad", 3, "none"),
         ("squad", 2, "full:1"),
-        ("classifier", 3, "full"),
+        ("classifier", 3, "nested"),
+        ("squad", 2, "selective"),
         ("regressor", 2, "full"),
     ],
 )
@@ -129,12 +131,19 @@ def test_exact_update_compiled_by_xla() -> None:
     head=st.sampled_from(["squad", "classifier", "regressor"]),
     rows=st.integers(1, 6),
     micro_batch=st.integers(1, 4),
-    policy=st.sampled_from(["none", "full", "full:1"]),
+    policy=st.sampled_from(["none", "selective", "full:1", "nested", "nested:1+selective"]),
+    block_tokens=st.integers(1, 20),
     seq_len=st.integers(1, 9),
     seed=st.integers(0, 2**63 - 1),
 )
 def test_exact_update_of_any_cut(
-    head: str, rows: int, micro_batch: int, policy: str, seq_len: int, seed: int
+    head: str,
+    rows: int,
+    micro_batch: int,
+    policy: str,
+    block_tokens: int,
+    seq_len: int,
+    seed: int,
 ) -> None:
     whole = [random_batch(rows, seq_len, seed=step) for step in range(4)]
     accumulation_steps = -(-rows // micro_batch)
@@ -142,8 +151,17 @@ def test_exact_update_of_any_cut(
     plan = tiny_trainer(
         head, seq_len, accumulation_steps=accumulation_steps, policy=policy, seed=seed
     )
-    with eagerly():
+    with eagerly(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpointing, "BLOCK_TOKENS", dict.fromkeys(BLOCK_TOKENS, block_tokens))
         assert_same_training(head, plan, cut, tiny_trainer(head, seq_len, seed=seed), whole)
+
+
+@pytest.mark.parametrize("policy", ["selective", "nested"])
+def test_exact_update_compiled_in_blocks(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    monkeypatch.setattr(checkpointing, "BLOCK_TOKENS", dict.fromkeys(BLOCK_TOKENS, 2 * SEQ_LEN))
+    batches = [random_batch(10, SEQ_LEN, seed=seed) for seed in range(4)]
+    plan = tiny_trainer("squad", SEQ_LEN, accumulation_steps=2, policy=policy)
+    assert_same_training("squad", plan, batches, cached_trainer("squad", SEQ_LEN), batches)
 
 
 def gradients_of(head: str, policy: str, batch: Arrays, first_row: int = 0) -> Arrays:
@@ -167,7 +185,7 @@ def gradients_of(head: str, policy: str, batch: Arrays, first_row: int = 0) -> A
     }
 
 
-@pytest.mark.parametrize("policy", ["full", "full:1"])
+@pytest.mark.parametrize("policy", ["full", "full:1", "selective", "nested", "nested:1+selective"])
 @pytest.mark.parametrize("head", ["squad", "classifier"])
 def test_exact_gradients_of_checkpointing_to_the_last_bit(head: str, policy: str) -> None:
     batch = random_batch(5, SEQ_LEN)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from tiny_models import CONFIG, NUM_LABELS, Arrays, random_batch
+from tiny_models import CONFIG, NUM_LABELS, Arrays, operations_needed, random_batch
 
+from finetune import dropout as dropout_module
 from finetune import modeling
 from finetune.checkpointing import (
     NO_CHECKPOINTING,
+    POLICIES,
     Checkpointing,
     parse_checkpointing,
-    recompute,
 )
 from finetune.config import HEADS, BertConfig, is_trained, variable_shapes
-from finetune.dropout import DropoutKey
+from finetune.dropout import DropoutKey, draw_mask
 from finetune.errors import InputError
 from finetune.modeling import classifier_logits, create_variables, encode, squad_logits
 from finetune.step import INPUT_NAMES, example_losses
@@ -145,17 +147,20 @@ def key_of(step: int = 0) -> DropoutKey:
     return DropoutKey(0, tf.constant(step, tf.int64), tf.constant(0, tf.int64))
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", POLICIES)
 def test_every_dropout_has_its_rate_and_a_site_of_its_own(
     monkeypatch: pytest.MonkeyPatch, checkpointing: str
 ) -> None:
     calls: list[tuple[int, float]] = []
 
-    def record(x: tf.Tensor, rate: float, key: DropoutKey | None, site: int) -> tf.Tensor:
+    def record(
+        rows: tf.Tensor, row_shape: Sequence[int], rate: float, key: DropoutKey, site: int
+    ) -> tf.Tensor:
         calls.append((site, rate))
-        return x
+        return draw_mask(rows, row_shape, rate, key, site)
 
-    monkeypatch.setattr(modeling, "dropout", record)
+    for module in (modeling, dropout_module):
+        monkeypatch.setattr(module, "draw_mask", record)
     variables = variables_of(random_weights(CONFIG, "classifier"), "classifier")
     sequence = encode(
         variables,
@@ -234,7 +239,7 @@ def test_pooler_is_trained_under_the_classifier_alone() -> None:
 
 
 def operations_of_gradient(checkpointing: str) -> Counter[str]:
-    """Count the operations of a loss and its gradient, before the graph is optimised."""
+    """Count the operations that a gradient needs, before the graph is optimised."""
     variables = create_variables(CONFIG, "squad")
     batch = random_batch(2, SEQ_LEN)
 
@@ -252,52 +257,23 @@ def operations_of_gradient(checkpointing: str) -> Counter[str]:
         trained = [v for v in variables.values() if v.trainable]
         return [tf.convert_to_tensor(g) for g in tape.gradient(losses, trained)]
 
-    graph = gradient.get_concrete_function().graph
-    return Counter(op.type for op in graph.get_operations())
+    return operations_needed(gradient.get_concrete_function().graph)
 
 
-def test_full_runs_the_layers_it_names_twice() -> None:
+def test_full_runs_the_layers_it_names_twice_but_for_their_last_product() -> None:
     none, full, first = (operations_of_gradient(text) for text in ("none", "full", "full:1"))
-    forward = {
-        "MatMul": 6,
+    again = {
+        "MatMul": 5,
         "BatchMatMulV2": 2,
         "Softmax": 1,
         "StatelessRandomUniformV2": 3,
         "Tanh": 1,
     }
-    for operation, count in forward.items():
-        assert full[operation] - none[operation] == 2 * count, operation
-        assert first[operation] - none[operation] == count, operation
-
-
-def test_recompute_gives_value_and_gradients() -> None:
-    x, w = tf.constant([1.0, 2.0]), tf.constant([3.0, 4.0])
-    runs = []
-
-    def layer(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
-        runs.append(1)
-        return tf.square(x) * w
-
-    with tf.GradientTape() as tape:
-        tape.watch([x, w])
-        y = recompute(layer, x, w)
-    np.testing.assert_array_equal(y, [3.0, 16.0])
-    assert len(runs) == 1
-    dx, dw = tape.gradient(y, [x, w], output_gradients=tf.constant([1.0, 10.0]))
-    np.testing.assert_array_equal(dx, [6.0, 160.0])
-    np.testing.assert_array_equal(dw, [1.0, 40.0])
-    assert len(runs) == 2
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_recompute_hides_no_broken_gradient(bad: float) -> None:
-    x, w = tf.constant([1.0, 2.0]), tf.constant([3.0, 4.0])
-    with tf.GradientTape() as tape:
-        tape.watch([x, w])
-        y = recompute(lambda x, w: x * w, x, w)
-    dx, dw = tape.gradient(y, [x, w], output_gradients=tf.constant([bad, 1.0]))
-    assert not np.isfinite(dx[0])
-    assert not np.isfinite(dw[0])
+    for operation, count in again.items():
+        # The embeddings' dropout is drawn again with the first layer.
+        extra = int(operation == "StatelessRandomUniformV2")
+        assert full[operation] - none[operation] == 2 * count + extra, operation
+        assert first[operation] - none[operation] == count + extra, operation
 
 
 @pytest.mark.parametrize(
@@ -308,18 +284,43 @@ def test_recompute_hides_no_broken_gradient(bad: float) -> None:
         (" Full:2 ", "full", [1, 1, 0]),
         ("full:0", "full", [0, 0, 0]),
         ("full:18", "full", [1, 1, 1]),
+        ("nested:2", "nested", [1, 1, 0]),
+        ("selective", "selective", [1, 1, 1]),
     ],
 )
 def test_policies(text: str, policy: str, layers: list[int]) -> None:
     checkpointing = parse_checkpointing(text)
     assert checkpointing.policy == policy
-    assert [checkpointing.of_layer(index) == "full" for index in range(3)] == layers
-    assert checkpointing.checkpointed_layers(3) == sum(layers)
+    assert [checkpointing.of_layer(index) for index in range(3)] == [
+        policy if chosen else "none" for chosen in layers
+    ]
     assert str(checkpointing) == text.strip().lower()
     assert parse_checkpointing(str(checkpointing)) == checkpointing
 
 
-@pytest.mark.parametrize("text", ["", "some", "full:", "full:-1", "full:1.5", "none:2", "full:1:2"])
+def test_a_policy_for_the_other_layers() -> None:
+    checkpointing = parse_checkpointing("Nested:1+selective")
+    assert [checkpointing.of_layer(i) for i in range(3)] == ["nested", "selective", "selective"]
+    assert str(checkpointing) == "nested:1+selective"
+    assert parse_checkpointing(str(checkpointing)) == checkpointing
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "full+selective",
+        "full:2+",
+        "full:2+none",
+        "full:2+full:3",
+        "",
+        "some",
+        "full:",
+        "full:-1",
+        "full:1.5",
+        "none:2",
+        "full:1:2",
+    ],
+)
 def test_unknown_policies(text: str) -> None:
     with pytest.raises(InputError, match="unknown checkpointing policy"):
         parse_checkpointing(text)

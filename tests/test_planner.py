@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bertbench.bytes import GIB_BYTES, MIB_BYTES, format_bytes, parse_bytes
@@ -27,6 +27,8 @@ def plan_for(model: str, seq_len: int, target: int, budget_bytes: int, policy: s
     return make_plan(workload, target, budget_bytes, RATES, device="test", policies=policies)
 
 
+# The inputs of 13 steps need a few KiB more than those of two.
+@example("bert-tiny", 384, 65, 100)
 @settings(deadline=None)
 @given(
     model=st.sampled_from(["bert-tiny", "bert-medium", "bert-base", "bert-large"]),
@@ -44,7 +46,7 @@ def test_chosen_fits_and_reaches_the_target(
         # Only where not even the smallest setting fits.
         workload = published_workload(model, seq_len)
         least = predict_footprint(
-            workload, Levers(Checkpointing("full"), accumulation_steps=min(2, target)), 1
+            workload, Levers(Checkpointing("nested"), accumulation_steps=min(2, target)), 1
         )
         assert least.peak_bytes > usable_for_plan(budget_bytes)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -96,6 +97,18 @@ def reset(trainer: Trainer, values: Arrays) -> None:
     for moment in trainer.state.first_moments + trainer.state.second_moments:
         moment.assign(np.zeros(moment.shape, np.float32))
     trainer.state.step.assign(0)
+
+
+def operations_needed(graph: tf.Graph) -> Counter[str]:
+    """Count by type the operations that a function's results depend on; no others are run."""
+    found: set[tf.Operation] = set()
+    waiting = [tensor.op for tensor in graph.outputs]
+    while waiting:
+        operation = waiting.pop()
+        if operation not in found:
+            found.add(operation)
+            waiting += [tensor.op for tensor in operation.inputs] + operation.control_inputs
+    return Counter(operation.type for operation in found)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,10 @@ class _Target:
 @click.option("--head", type=click.Choice(HEADS), default="squad", show_default=True)
 @device_options
 @click.option("--gpu", help="Plan for a product of the catalogue; `list` shows it.")
-@click.option("--checkpointing", help="Insist on none, full or full:N.")
+@click.option(
+    "--checkpointing",
+    help="Insist on a policy: none, selective, full, nested, or full:N for N layers.",
+)
 @json_option
 def command(
     target_batch: int,

@@ -42,7 +42,12 @@ _PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
 @click.option("--head", type=click.Choice(HEADS), default="squad", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, gpu:N, gpu:UUID or cpu.")
 @click.option("--memory", type=MemorySize(), help="Bytes the allocator may use, as in 12GiB.")
-@click.option("--checkpointing", default="none", show_default=True, help="none, full or full:N.")
+@click.option(
+    "--checkpointing",
+    default="none",
+    show_default=True,
+    help="none, selective, full, nested, or full:N for N layers.",
+)
 @click.option(
     "--accumulation",
     type=click.IntRange(1),

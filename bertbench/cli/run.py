@@ -59,7 +59,8 @@ def _shared_options(command: Any) -> Any:
                      "original leaves its bias correction out."),
         click.option("--plan", "plan_file", type=_PATH, help="From `bertbench plan --json FILE`. "
                      "Default: plan now."),
-        click.option("--checkpointing", help="Insist on none, full or full:N."),
+        click.option("--checkpointing", help="Insist on a policy: none, selective, full, nested, "
+                     "or full:N for N layers."),
         click.option("--micro_batch", type=click.IntRange(1), help="Insist on a micro-batch."),
         _switch("--resume", True, "Continue an interrupted run. With false, a folder that holds a "
                 "run is refused."),
