@@ -51,8 +51,8 @@ def main() -> None:
     if arguments.data is None or arguments.vocab is None:
         parser.error("--data and --vocab are needed, or --quick")
     if arguments.side:
-        side = {"ours": run_ours, "cached": run_ours, "original": run_original}[arguments.side]
-        print(json.dumps(side(arguments)))
+        run = {"ours": run_ours, "cached": run_ours, "original": run_original}[arguments.side]
+        print(json.dumps(run(arguments)))
         return
     results: dict[str, Any] = {"data": arguments.data.name, **SETTINGS}
     with tempfile.TemporaryDirectory() as work:

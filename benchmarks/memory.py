@@ -1,0 +1,304 @@
+"""What a training step needs: bytes an example, bytes a parameter, largest batch, smallest cap.
+
+    python benchmarks/memory.py [--quick] [--part NAME ...] [--json FILE]
+
+Every figure comes from real optimizer steps, with AdamW, float32 and dropout, in processes of
+their own, one after the other. Step times are ratios within one round, and the median of the
+rounds. On two cores: `policies` takes 15 minutes, `maximum` and `smallest` up to an hour each,
+`peer` 3 minutes (it needs keras-hub); `--quick`, on BERT-Mini, two minutes for all. `--device` and
+`--memory` choose another device or budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bertbench.devices import MIB_BYTES, Budget, make_budget, resolve_device
+from bertbench.footprint import predict_footprint
+from bertbench.trial import Trial, measure_batches
+from bertbench.workload import Levers, Workload, published_workload
+from finetune.checkpointing import POLICIES, Checkpointing
+
+TIMEOUT_SECONDS = 7200.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What the benchmark is run on.
+
+    Attributes:
+        workload: of `policies` and the first of `maximum`.
+        batches: the two micro-batches whose peaks give the slope.
+        memory_mib: default budget.
+        largest: workloads of `maximum`.
+        smallest: workload and effective batch of `smallest`.
+        peer: workload and batch of `peer`.
+        rounds: of timing.
+        precision: of the borders that `maximum` and `smallest` look for.
+    """
+
+    workload: Workload
+    batches: tuple[int, int]
+    memory_mib: int
+    largest: tuple[Workload, ...]
+    smallest: tuple[Workload, int]
+    peer: tuple[Workload, int]
+    rounds: int
+    precision: float
+
+
+FULL = Scale(
+    workload=published_workload("bert-base", 384),
+    batches=(4, 8),
+    memory_mib=11_430,
+    largest=(published_workload("bert-base", 384), published_workload("bert-large", 384)),
+    smallest=(published_workload("bert-large", 384), 24),
+    peer=(published_workload("bert-base", 128, "classifier"), 8),
+    rounds=3,
+    precision=0.02,
+)
+QUICK = Scale(
+    workload=published_workload("bert-mini", 128),
+    batches=(4, 8),
+    memory_mib=512,
+    largest=(published_workload("bert-mini", 128),),
+    smallest=(published_workload("bert-mini", 128), 24),
+    peer=(published_workload("bert-mini", 128, "classifier"), 8),
+    rounds=1,
+    precision=0.1,
+)
+
+
+def main() -> None:
+    parts: dict[str, Callable[[Scale, Budget], list[dict[str, Any]]]] = {
+        "policies": policies,
+        "maximum": maximum,
+        "smallest": smallest,
+        "peer": peer,
+    }
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="BERT-Mini instead of Base and Large")
+    parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", type=int, metavar="MIB", help="budget in MiB")
+    parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    parser.add_argument("--keras-hub", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    scale = QUICK if arguments.quick else FULL
+    if arguments.keras_hub:
+        print(json.dumps(time_keras_hub(scale, *map(int, arguments.keras_hub))))
+        return
+    mebibytes = arguments.memory or scale.memory_mib
+    budget = make_budget(resolve_device(arguments.device), mebibytes * MIB_BYTES)
+    results: dict[str, Any] = {"budget": budget.to_json()}
+    for name in arguments.part:
+        results[name] = parts[name](scale, budget)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def policies(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
+    """Slope of the peak, what is left at zero examples, and step time, for every policy."""
+    workload, (small, large) = scale.workload, scale.batches
+    parameters = sum(math.prod(shape) for shape in workload.parameters.values())
+    print(f"{workload.model}, sequence length {workload.seq_len}, {parameters:,} parameters")
+    print(f"{'policy':12s} {'steps':>5s} {'MB/example':>10s} {'bytes/parameter at 0':>21s}", end="")
+    print(f" {'time / none':>12s}  peaks")
+    seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
+    rows: list[dict[str, Any]] = []
+    for policy in POLICIES:
+        for steps in (1, 2):
+            levers = Levers(Checkpointing(policy), accumulation_steps=steps)
+            peaks = [
+                _peak(_trial(workload, levers, budget, batch, steps=2)) for batch in (small, large)
+            ]
+            slope = (peaks[1] - peaks[0]) / (large - small)
+            rows.append(
+                {
+                    "model": workload.model,
+                    "seq_len": workload.seq_len,
+                    "levers": levers.to_json(),
+                    "batches": [small, large],
+                    "peak_bytes": peaks,
+                    "bytes_per_example": slope,
+                    "bytes_per_parameter": (peaks[0] - slope * small) / parameters,
+                }
+            )
+    for _ in range(scale.rounds):
+        for policy in POLICIES:
+            trial = _trial(workload, Levers(Checkpointing(policy)), budget, large, steps=4)
+            seconds[policy].append(trial.step_seconds or math.nan)
+    for row in rows:
+        policy, steps = row["levers"]["checkpointing"], row["levers"]["accumulation_steps"]
+        ratio = ""
+        if steps == 1:
+            ratios = [a / b for a, b in zip(seconds[policy], seconds["none"], strict=True)]
+            row.update(step_seconds=seconds[policy], time_ratio=statistics.median(ratios))
+            ratio = f"{row['time_ratio']:.2f}"
+        print(
+            f"{policy:12s} {steps:5d} {row['bytes_per_example'] / 1e6:10.1f}"
+            f" {row['bytes_per_parameter']:21.2f} {ratio:>12s}  "
+            + ", ".join(f"{peak / 1e6:,.0f} MB" for peak in row["peak_bytes"]),
+            flush=True,
+        )
+    return rows
+
+
+def maximum(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
+    """Largest micro-batch in one piece, by one real step at it and one at little more.
+
+    No certificate: `bertbench probe` gives those. Here a step takes many minutes.
+    """
+    rows: list[dict[str, Any]] = []
+    levers = Levers(Checkpointing("nested"))
+    for workload in scale.largest:
+        lowest, highest = 1, 2
+        while predict_footprint(workload, levers, highest).peak_bytes <= budget.budget_bytes:
+            lowest, highest = highest, 2 * highest
+        while highest - lowest > 1:
+            middle = (lowest + highest) // 2
+            fits = predict_footprint(workload, levers, middle).peak_bytes <= budget.budget_bytes
+            lowest, highest = (middle, highest) if fits else (lowest, middle)
+        batch, tried = lowest, dict[int, Trial]()
+        while batch not in tried:
+            tried[batch] = trial = _trial(workload, levers, budget, batch, steps=1)
+            rows.append(_row(workload, levers, trial))
+            if trial.outcome == "failed":
+                break
+            step = max(1, round(scale.precision * batch))
+            batch = batch + step if trial.outcome == "fits" else batch - step
+            if trial.outcome == "fits" and batch - step < lowest:
+                break
+    return rows
+
+
+def smallest(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
+    """Smallest budget in which an effective batch runs, by two steps in it and in little less."""
+    workload, target = scale.smallest
+    settings = [
+        (Levers(Checkpointing("nested"), accumulation_steps=steps), math.ceil(target / steps))
+        for steps in range(1, target + 1)
+    ]
+    levers, batch = min(settings, key=lambda s: predict_footprint(workload, s[0], s[1]).peak_bytes)
+    predicted = predict_footprint(workload, levers, batch).peak_bytes
+    mebibytes = predicted // MIB_BYTES
+    rows: list[dict[str, Any]] = []
+    outcomes: set[str] = set()
+    while True:
+        limited = make_budget(budget.device, mebibytes * MIB_BYTES)
+        trial = _trial(workload, levers, limited, batch, steps=2)
+        rows.append({**_row(workload, levers, trial), "memory_mib": mebibytes})
+        print(f"    at {mebibytes:,} MiB, effective batch {target}", flush=True)
+        outcomes.add(trial.outcome)
+        if trial.outcome == "failed" or {"fits", "oom"} <= outcomes:
+            return rows
+        step = max(1, round(scale.precision * mebibytes))
+        mebibytes = mebibytes - step if trial.outcome == "fits" else mebibytes + step
+
+
+def peer(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
+    """Step time of `none` beside KerasHub's BERT with AdamW, in turns."""
+    workload, batch = scale.peer
+    if importlib.util.find_spec("keras_hub") is None:
+        print("keras_hub is not installed: no peer")
+        return []
+    command = [sys.executable, __file__, *(["--quick"] if scale is QUICK else [])]
+    rows: list[dict[str, Any]] = []
+    for _ in range(scale.rounds):
+        ours = _trial(workload, Levers(), budget, batch, steps=8).step_seconds or math.nan
+        output = subprocess.run(
+            [*command, "--keras-hub", str(batch), "8"], check=True, capture_output=True, text=True
+        )
+        theirs = json.loads(output.stdout.splitlines()[-1])["step_seconds"]
+        rows.append({"batch": batch, "step_seconds": ours, "keras_hub_step_seconds": theirs})
+        print(
+            f"batch {batch}, seq {workload.seq_len}: ours {batch / ours:.2f} examples/s,"
+            f" KerasHub {batch / theirs:.2f}, ratio {theirs / ours:.3f}",
+            flush=True,
+        )
+    return rows
+
+
+def time_keras_hub(scale: Scale, batch: int, steps: int) -> dict[str, float]:
+    """Median seconds of KerasHub's compiled training step; runs in a process of its own."""
+    import keras
+    import keras_hub
+    import numpy as np
+
+    workload, _ = scale.peer
+    config = workload.config
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=config.vocab_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        hidden_dim=config.hidden_size,
+        intermediate_dim=config.intermediate_size,
+        dropout=0.1,
+        max_sequence_length=config.max_position_embeddings,
+    )
+    model = keras_hub.models.BertTextClassifier(backbone=backbone, num_classes=2, preprocessor=None)
+    model.compile(
+        optimizer=keras.optimizers.AdamW(1e-5, weight_decay=0.01, global_clipnorm=1.0),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    shape = (batch, workload.seq_len)
+    generator = np.random.default_rng(0)
+    rows = {
+        "token_ids": generator.integers(0, config.vocab_size, shape, np.int32),
+        "segment_ids": np.zeros(shape, np.int32),
+        "padding_mask": np.ones(shape, np.int32),
+    }
+    labels = generator.integers(0, 2, batch, np.int32)
+    seconds = []
+    for _ in range(steps):
+        began = time.monotonic()
+        model.train_on_batch(rows, labels)
+        seconds.append(time.monotonic() - began)
+    return {"step_seconds": statistics.median(seconds[1:])}
+
+
+def _trial(workload: Workload, levers: Levers, budget: Budget, batch: int, steps: int) -> Trial:
+    (trial,) = measure_batches(
+        workload, levers, budget, [batch], steps=steps, timeout_seconds=TIMEOUT_SECONDS
+    )
+    return trial
+
+
+def _peak(trial: Trial) -> int:
+    if trial.peak_bytes is None:
+        raise SystemExit(f"batch {trial.batch}: {trial.outcome}: {trial.message}")
+    return trial.peak_bytes
+
+
+def _row(workload: Workload, levers: Levers, trial: Trial) -> dict[str, Any]:
+    predicted = predict_footprint(workload, levers, trial.batch).peak_bytes
+    peak = f"{trial.peak_bytes / MIB_BYTES:,.0f} MiB" if trial.peak_bytes else trial.message[:40]
+    print(
+        f"{workload.model} {workload.seq_len} {levers.checkpointing}"
+        f" {trial.batch} x {levers.accumulation_steps}: {trial.outcome}, {peak}"
+        f" (predicted {predicted / MIB_BYTES:,.0f} MiB), {trial.seconds:.0f} s",
+        flush=True,
+    )
+    return {
+        "model": workload.model,
+        "seq_len": workload.seq_len,
+        "levers": levers.to_json(),
+        "predicted_bytes": predicted,
+        **trial.to_json(),
+    }
+
+
+if __name__ == "__main__":
+    main()
