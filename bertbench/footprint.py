@@ -35,6 +35,7 @@ from collections.abc import Mapping
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import BLOCK_TOKENS, examples_per_block
 from finetune.config import BertConfig
+from finetune.optimizers import slot_shapes
 
 _FLOAT_BYTES = 4
 _ALIGNMENT_BYTES = 256  # TensorFlow's BFC allocator hands out multiples of this.
@@ -67,9 +68,10 @@ _BLOCK_RESULTS = 3
 """T of all examples while a layer is differentiated in blocks: the gradient that comes in, and
 the one that leaves, block by block and put together."""
 
-_UPDATE_COPIES = 1
-"""Copies of the variable at hand during its update: the weight decay. Gradients are clipped in
-place and given back when they have been applied."""
+_UPDATE_COPIES = {"adamw": 1, "lion": 2, "adafactor": 1}
+"""Copies of the variable at hand during its update: the weight decay; Lion's two averages;
+Adafactor's squared gradient. Gradients are clipped in place and given back when they have been
+applied."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,13 +154,14 @@ class _Sizes:
 class _StateSizes:
     weights: int
     trained: int
+    slots: int
     of_layer: tuple[int, ...]
     largest: int
     embeddings: int
 
 
 @functools.lru_cache(maxsize=256)
-def _state_sizes(workload: Workload) -> _StateSizes:
+def _state_sizes(workload: Workload, optimizer: str) -> _StateSizes:
     """Bytes of the variables; the planner asks thousands of times for the same workload."""
     variables = {name: _variable_bytes(shape) for name, shape in workload.parameters.items()}
     trained = {name: size for name, size in variables.items() if workload.trained(name)}
@@ -169,6 +172,12 @@ def _state_sizes(workload: Workload) -> _StateSizes:
     return _StateSizes(
         weights=sum(variables.values()),
         trained=sum(trained.values()),
+        slots=sum(
+            _variable_bytes(slot)
+            for name, shape in workload.parameters.items()
+            if name in trained
+            for slot in slot_shapes(optimizer, shape).values()
+        ),
         of_layer=tuple(of_layer),
         largest=max(trained.values()),
         embeddings=sum(size for name, size in trained.items() if "/embeddings/" in name),
@@ -191,12 +200,12 @@ def _moments(workload: Workload, levers: Levers, micro_batch: int) -> list[Footp
     config, layers = workload.config, workload.config.num_hidden_layers
     sizes = _sizes(config, workload.seq_len, micro_batch)
     accumulated = levers.accumulation_steps > 1
-    state = _state_sizes(workload)
+    state = _state_sizes(workload, levers.optimizer)
     of_layer, largest, embeddings = state.of_layer, state.largest, state.embeddings
     rows = micro_batch * levers.accumulation_steps
     always = {
         "weights": state.weights,
-        "optimizer_state": 2 * state.trained,
+        "optimizer_state": state.slots,
         "accumulators": state.trained if accumulated else 0,
         # Three int32 [rows, s]; targets and weights are a few numbers a row.
         "inputs": 3 * _rounded(4 * rows * workload.seq_len),
@@ -254,7 +263,7 @@ def _moments(workload: Workload, levers: Levers, micro_batch: int) -> list[Footp
                 "saved_activations": 0,
                 "layer_working_set": 0,
                 "embeddings_and_head": 0,
-                "update_temporaries": _UPDATE_COPIES * variable,
+                "update_temporaries": _UPDATE_COPIES[levers.optimizer] * variable,
             },
             name,
         )

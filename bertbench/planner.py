@@ -18,6 +18,7 @@ from bertbench.footprint import SAFETY_MARGIN, Footprint, max_micro_batch, predi
 from bertbench.workload import Levers, Workload, levers_from_json
 from finetune.checkpointing import NO_CHECKPOINTING, POLICIES, Checkpointing
 from finetune.errors import InputError
+from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class PlanEntry:
             "micro_batch": self.micro_batch,
             **self.levers.to_json(),
             "replicas": 1,
-            "exact": True,
+            "exact": self.levers.exact,
             "predicted_peak_bytes": self.footprint.peak_bytes,
             "predicted_step_seconds": round(self.predicted_step_seconds, 6),
             "footprint": dict(self.footprint.parts),
@@ -140,6 +141,7 @@ def make_plan(
     device: str,
     device_kind: str = "cpu",
     policies: Sequence[Checkpointing] | None = None,
+    optimizers: Sequence[str] = (EXACT_OPTIMIZER,),
 ) -> Plan:
     """Choose the fastest setting whose predicted peak, with its margin, is within the budget.
 
@@ -151,6 +153,7 @@ def make_plan(
         device: name of the device, for people.
         device_kind: `cpu` or `gpu`.
         policies: checkpointing to choose from; all settings by default.
+        optimizers: likewise; only exact levers by default.
 
     Returns:
         The plan.
@@ -163,6 +166,7 @@ def make_plan(
     if policies is None:
         policies = all_policies(workload.config.num_hidden_layers)
     usable_bytes = usable_for_plan(budget_bytes)
+    settings = [Levers(policy, optimizer=name) for name in optimizers for policy in policies]
     fitting = [
         PlanEntry(
             micro_batch,
@@ -170,15 +174,21 @@ def make_plan(
             predict_footprint(workload, levers, micro_batch, device_kind=device_kind),
             predict_step_seconds(workload, levers, micro_batch, rates),
         )
-        for policy in policies
-        for micro_batch, levers in _cuts(workload, policy, target_batch, usable_bytes)
+        for setting in settings
+        for micro_batch, levers in _cuts(workload, setting, target_batch, usable_bytes)
     ]
     # More steps have more rows as input than the two that `_cuts` has asked about.
     fitting = [entry for entry in fitting if entry.footprint.peak_bytes <= usable_bytes]
     if not fitting:
-        raise _nothing_fits(workload, target_batch, budget_bytes, policies, device_kind)
-    # Equal seconds: prefer fewer bytes.
-    fitting.sort(key=lambda entry: (entry.predicted_step_seconds, entry.footprint.peak_bytes))
+        raise _nothing_fits(workload, target_batch, budget_bytes, settings, device_kind)
+    # Equal seconds: prefer the published update, then fewer bytes.
+    fitting.sort(
+        key=lambda entry: (
+            entry.predicted_step_seconds,
+            not entry.levers.exact,
+            entry.footprint.peak_bytes,
+        )
+    )
     chosen = fitting[0]
     return Plan(
         workload,
@@ -187,19 +197,18 @@ def make_plan(
         device,
         chosen,
         tuple(_alternatives(fitting, chosen)),
-        tuple(_rejections(workload, policies, target_batch, chosen, rates, usable_bytes)),
+        tuple(_rejections(workload, settings, target_batch, chosen, rates, usable_bytes)),
     )
 
 
 def _cuts(
-    workload: Workload, policy: Checkpointing, target_batch: int, usable_bytes: int
+    workload: Workload, whole: Levers, target_batch: int, usable_bytes: int
 ) -> Iterator[tuple[int, Levers]]:
     """Cuts of the target into micro-batches that fit: the fewest, and somewhat more.
 
     More micro-batches than needed can still win by padding fewer rows: 32 as 4 x 8 has none,
     3 x 11 has one.
     """
-    whole = Levers(checkpointing=policy)
     if max_micro_batch(workload, whole, usable_bytes) >= target_batch:
         yield target_batch, whole
         return
@@ -231,16 +240,16 @@ def _alternatives(fitting: Sequence[PlanEntry], chosen: PlanEntry) -> list[PlanE
 
 def _rejections(
     workload: Workload,
-    policies: Sequence[Checkpointing],
+    settings: Sequence[Levers],
     target_batch: int,
     chosen: PlanEntry,
     rates: Rates,
     usable_bytes: int,
 ) -> Iterator[Rejection]:
     """Settings that would be faster, if they fitted: less checkpointing, fewer micro-batches."""
-    for policy in policies:
+    for setting in settings:
         for steps in range(1, min(chosen.levers.accumulation_steps, 4) + 1):
-            levers = Levers(checkpointing=policy, accumulation_steps=steps)
+            levers = dataclasses.replace(setting, accumulation_steps=steps)
             micro_batch = math.ceil(target_batch / steps)
             seconds = predict_step_seconds(workload, levers, micro_batch, rates)
             if seconds >= chosen.predicted_step_seconds:
@@ -257,24 +266,31 @@ def _nothing_fits(
     workload: Workload,
     target_batch: int,
     budget_bytes: int,
-    policies: Sequence[Checkpointing],
+    settings: Sequence[Levers],
     device_kind: str,
 ) -> InputError:
-    least = min(
-        predict_footprint(
-            workload,
-            Levers(checkpointing=policy, accumulation_steps=min(2, target_batch)),
-            1,
-            device_kind=device_kind,
-        ).peak_bytes
-        for policy in policies
-    )
-    needed = math.ceil(least * (1 + SAFETY_MARGIN))
+    def least_needed(settings: Sequence[Levers]) -> int:
+        least_bytes = min(
+            predict_footprint(
+                workload,
+                dataclasses.replace(setting, accumulation_steps=min(2, target_batch)),
+                1,
+                device_kind=device_kind,
+            ).peak_bytes
+            for setting in settings
+        )
+        return math.ceil(least_bytes * (1 + SAFETY_MARGIN))
+
+    needed = least_needed(settings)
+    hint = "use more memory, a shorter sequence or a smaller model"
+    lightest = [dataclasses.replace(setting, optimizer=OPTIMIZERS[-1]) for setting in settings]
+    if least_needed(lightest) <= budget_bytes:
+        hint = f"allow another update than AdamW's with --allow {OPTIMIZERS[-1]}, or {hint}"
     return InputError(
         f"{workload.model} at sequence length {workload.seq_len} does not fit in "
         f"{format_bytes(budget_bytes)}: even micro-batch 1 needs {format_bytes(needed)}, "
         f"{format_bytes(needed - budget_bytes)} more",
-        hint="use more memory, a shorter sequence or a smaller model",
+        hint=hint,
     )
 
 

@@ -19,6 +19,7 @@ from bertbench.workload import Levers, Workload
 from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, from_json_file
 from finetune.errors import InputError
+from finetune.optimizers import EXACT_OPTIMIZER
 from finetune.tokenization import Tokenizer, check_case, load_tokenizer
 
 _CONFIG_NAMES = ("bert_config.json", "config.json")
@@ -59,6 +60,7 @@ class RunSettings:
         plan_file: settings to run with; None makes a plan.
         checkpointing: policy to insist on.
         micro_batch: micro-batch to insist on.
+        optimizers: to choose from; the first one with a micro-batch to insist on.
         resume: continue an interrupted run; False refuses a folder that holds one.
         evaluate_every_steps: optimizer steps between evaluations while training; None for none.
         early_stopping_patience: see `finetune.evaluation.Evaluation`.
@@ -84,6 +86,7 @@ class RunSettings:
     plan_file: Path | None = None
     checkpointing: Checkpointing | None = None
     micro_batch: int | None = None
+    optimizers: tuple[str, ...] = (EXACT_OPTIMIZER,)
     resume: bool = True
     evaluate_every_steps: int | None = None
     early_stopping_patience: int | None = None
@@ -195,7 +198,7 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
         micro_batch = min(settings.micro_batch, target_batch)
         steps = -(-target_batch // micro_batch)
         policy = settings.checkpointing or Checkpointing()
-        return micro_batch, Levers(checkpointing=policy, accumulation_steps=steps)
+        return micro_batch, Levers(policy, steps, optimizer=settings.optimizers[0])
     plan = make_plan(
         workload,
         target_batch,
@@ -204,6 +207,7 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
         device=budget.device.name,
         device_kind=budget.device.kind,
         policies=None if settings.checkpointing is None else [settings.checkpointing],
+        optimizers=settings.optimizers,
     )
     share = f"{settings.replicas} replicas, each " if settings.replicas > 1 else ""
     say(
@@ -217,7 +221,7 @@ def describe_entry(entry: PlanEntry) -> str:
     """Write a setting as `3 x 11, checkpointing full`."""
     return (
         f"{entry.levers.accumulation_steps} x {entry.micro_batch}, "
-        f"checkpointing {entry.levers.checkpointing}"
+        f"checkpointing {entry.levers.describe()}"
     )
 
 

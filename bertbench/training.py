@@ -101,6 +101,7 @@ def train_model(
         num_train_steps,
         int(num_train_steps * settings.warmup_proportion),
         bias_correction=settings.adam_bias_correction,
+        optimizer=levers.optimizer,
     )
     trainer = make_trainer(
         variables,

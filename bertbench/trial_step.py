@@ -65,7 +65,7 @@ def build_trainer(workload: Workload, levers: Levers) -> Trainer:
         workload.config,
         workload.head,
         workload.seq_len,
-        OptimizerSettings(learning_rate=1e-5, num_train_steps=1_000_000),
+        OptimizerSettings(1e-5, num_train_steps=1_000_000, optimizer=levers.optimizer),
         accumulation_steps=levers.accumulation_steps,
         checkpointing=levers.checkpointing,
         xla=levers.xla,

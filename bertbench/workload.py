@@ -9,6 +9,7 @@ from typing import Any
 from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing, parse_checkpointing
 from finetune.config import HEADS, BertConfig, is_trained, preset, variable_shapes
 from finetune.errors import InputError
+from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +75,29 @@ class Levers:
         checkpointing: which activations are kept.
         accumulation_steps: micro-batches per optimizer step; above 1 the step holds accumulators.
         precision: `float32`.
-        optimizer: `adamw`, BERT's Adam with decoupled weight decay.
+        optimizer: one of `finetune.optimizers.OPTIMIZERS`.
         xla: whether the step is compiled by XLA.
     """
 
     checkpointing: Checkpointing = NO_CHECKPOINTING
     accumulation_steps: int = 1
     precision: str = "float32"
-    optimizer: str = "adamw"
+    optimizer: str = EXACT_OPTIMIZER
     xla: bool = False
+
+    @property
+    def inexact(self) -> tuple[str, ...]:
+        """What makes the update another one than the published recipe's, by name."""
+        return () if self.optimizer == EXACT_OPTIMIZER else (self.optimizer,)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the update is that of the published recipe."""
+        return not self.inexact
+
+    def describe(self) -> str:
+        """Write all but the number of steps for people: `full`, `nested, adafactor`."""
+        return ", ".join([str(self.checkpointing), *self.inexact, *["XLA"] * self.xla])
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON, with the policy as text."""
@@ -97,10 +112,15 @@ def levers_from_json(values: dict[str, Any]) -> Levers:
     """Read what `Levers.to_json` wrote; unknown keys are ignored.
 
     Raises:
-        InputError: unknown checkpointing policy.
+        InputError: unknown checkpointing policy or optimizer.
     """
     known = {field.name for field in dataclasses.fields(Levers)}
     chosen = {key: value for key, value in values.items() if key in known}
     if "checkpointing" in chosen:
         chosen["checkpointing"] = parse_checkpointing(chosen["checkpointing"])
-    return Levers(**chosen)
+    levers = Levers(**chosen)
+    if levers.optimizer not in OPTIMIZERS:
+        raise InputError(
+            f"unknown optimizer {levers.optimizer!r}", hint=f"use one of {', '.join(OPTIMIZERS)}"
+        )
+    return levers

@@ -1,7 +1,8 @@
 """Training state on disk, in the format and under the names of the original's checkpoints.
 
-`model.ckpt-N` holds the weights, Adam's moments (`…/adam_m`, `…/adam_v`) and `global_step`, so
-the original's tools read it, and any output folder can be the `init_checkpoint` of a next stage.
+`model.ckpt-N` holds the weights, the optimizer's state (Adam's moments are `…/adam_m` and
+`…/adam_v`) and `global_step`, so the original's tools read it, and any output folder can be the
+`init_checkpoint` of a next stage.
 A checkpoint exists only once it is complete: the files are written under a temporary name,
 flushed, renamed, and then the `checkpoint` file is replaced.
 """
@@ -33,8 +34,11 @@ def _named_state(variables: Variables, state: OptimizerState) -> dict[str, tf.Va
     trained = [name for name, variable in variables.items() if variable.trainable]
     return {
         **variables,
-        **{f"{n}/adam_m": m for n, m in zip(trained, state.first_moments, strict=True)},
-        **{f"{n}/adam_v": v for n, v in zip(trained, state.second_moments, strict=True)},
+        **{
+            f"{name}/{slot}": variable
+            for name, slots in zip(trained, state.slots, strict=True)
+            for slot, variable in slots.items()
+        },
         "global_step": state.step,
     }
 

@@ -1,21 +1,28 @@
-"""BERT's optimizer and learning-rate schedule (the original's `optimization.py`).
+"""BERT's optimizer and learning-rate schedule (the original's `optimization.py`), and others.
 
 Adam without bias correction, epsilon 1e-6, with decoupled weight decay that is added to the
-update; none on LayerNorm and biases. Gradients are clipped by their global norm first.
+update; none on LayerNorm and biases. Gradients are clipped by their global norm first. The
+optimizers that need less memory, see `finetune.optimizers`, share schedule, decay and clipping.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from finetune.errors import InputError
+from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, slot_shapes
 
 _NO_DECAY = re.compile("LayerNorm|layer_norm|bias")
+
+# As published: Lion's two decays; Adafactor's exponent of the decay, floor of a squared gradient,
+# and largest root mean square of an update.
+_LION_BETAS = (0.9, 0.99)
+_ADAFACTOR_DECAY, _ADAFACTOR_FLOOR, _ADAFACTOR_CLIP = -0.8, 1e-30, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +40,8 @@ class OptimizerSettings:
         clip_norm: largest global norm of the gradient.
         bias_correction: divide the moments by 1 - beta^t as Adam's paper does; the original does
             not, which makes its first few hundred updates 2 to 5 times larger.
+        optimizer: one of `finetune.optimizers.OPTIMIZERS`. The betas, epsilon and
+            bias_correction are AdamW's; the others have the constants of their papers.
     """
 
     learning_rate: float
@@ -44,9 +53,16 @@ class OptimizerSettings:
     epsilon: float = 1e-6
     clip_norm: float = 1.0
     bias_correction: bool = False
+    optimizer: str = EXACT_OPTIMIZER
 
     def __post_init__(self) -> None:
         """Refuse what would divide by zero or run backwards."""
+        if self.optimizer not in OPTIMIZERS:
+            raise InputError(
+                f"unknown optimizer {self.optimizer!r}", hint=f"use one of {', '.join(OPTIMIZERS)}"
+            )
+        if self.bias_correction and self.optimizer != "adamw":
+            raise InputError(f"{self.optimizer} has no bias correction", hint="use adamw")
         if self.num_train_steps < 1:
             raise InputError(
                 f"{self.num_train_steps} training steps",
@@ -67,21 +83,32 @@ class OptimizerState:
 
     Attributes:
         step: optimizer steps done, int64 scalar.
-        first_moments: one per trained variable, in the variables' order.
-        second_moments: likewise.
+        slots: of each trained variable, in the variables' order, what is remembered by name, see
+            `finetune.optimizers.slot_shapes`.
     """
 
     step: tf.Variable
-    first_moments: tuple[tf.Variable, ...]
-    second_moments: tuple[tf.Variable, ...]
+    slots: tuple[Mapping[str, tf.Variable], ...]
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """All slots."""
+        return [variable for slots in self.slots for variable in slots.values()]
 
 
-def create_state(trained: Sequence[tf.Variable]) -> OptimizerState:
-    """Create moments of zeros for the trained variables, 8 bytes a parameter."""
+def create_state(
+    trained: Sequence[tf.Variable], optimizer: str = EXACT_OPTIMIZER
+) -> OptimizerState:
+    """Create slots of zeros for the trained variables."""
     return OptimizerState(
         tf.Variable(0, dtype=tf.int64, trainable=False, name="global_step"),
-        tuple(tf.Variable(tf.zeros_like(v), trainable=False) for v in trained),
-        tuple(tf.Variable(tf.zeros_like(v), trainable=False) for v in trained),
+        tuple(
+            {
+                name: tf.Variable(tf.zeros(shape, v.dtype), trainable=False)
+                for name, shape in slot_shapes(optimizer, v.shape.as_list()).items()
+            }
+            for v in trained
+        ),
     )
 
 
@@ -125,7 +152,7 @@ def apply_gradients(
 
     Args:
         settings: hyperparameters.
-        state: moments and step; changed.
+        state: slots and step; changed.
         trained: variables; changed.
         gradients: dense, in the same order.
 
@@ -133,39 +160,109 @@ def apply_gradients(
         The learning rate used, and the global norm before clipping; float32 scalars.
     """
     rate = learning_rate(settings, state.step)
-    # Powers of 0 switch the correction off in TensorFlow's Adam.
-    power_1 = power_2 = tf.zeros([])
-    if settings.bias_correction:
-        updates = tf.cast(state.step + 1, tf.float32)
-        power_1, power_2 = settings.beta_1**updates, settings.beta_2**updates
     norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
     # As tf.clip_by_global_norm: a norm that is not finite makes every gradient NaN.
     scale = settings.clip_norm / tf.maximum(norm, settings.clip_norm)
     scale = tf.where(tf.math.is_finite(norm), scale, float("nan"))
+    updates_done = tf.cast(state.step + 1, tf.float32)
     before: list[Any] = [norm]
-    parts = zip(trained, state.first_moments, state.second_moments, gradients, strict=True)
-    for variable, first, second, gradient in reversed(list(parts)):
+    for variable, slots, gradient in reversed(
+        list(zip(trained, state.slots, gradients, strict=True))
+    ):
         if decays(variable.name):
-            # From the value before the update, as the original has it: the decay and Adam's term
-            # do not depend on each other, so they may be taken off in turn.
+            # From the value before the update, as the original has it: the decay and the
+            # optimizer's term do not depend on each other, so they may be taken off in turn.
             with tf.control_dependencies(before):
                 decay = variable * (rate * settings.weight_decay)
-                before = [tf.raw_ops.AssignSubVariableOp(resource=variable.handle, value=decay)]
+                before = [_subtract(variable, decay)]
+        handles = {name: slot.handle for name, slot in slots.items()}
         with tf.control_dependencies(before):
-            update = tf.raw_ops.ResourceApplyAdam(
-                var=variable.handle,
-                m=first.handle,
-                v=second.handle,
-                beta1_power=power_1,
-                beta2_power=power_2,
-                lr=rate,
-                beta1=settings.beta_1,
-                beta2=settings.beta_2,
-                epsilon=settings.epsilon,
-                grad=gradient * scale,
-            )
-            before = [update]
+            clipped = gradient * scale
+            if settings.optimizer == "adamw":
+                before = [_adam(settings, variable, handles, clipped, rate, updates_done)]
+            elif settings.optimizer == "lion":
+                before = _lion(variable, handles, clipped, rate)
+            else:
+                before = _adafactor(variable, handles, clipped, rate, updates_done)
     with tf.control_dependencies(before):
         one = tf.ones([], tf.int64)
         tf.raw_ops.AssignAddVariableOp(resource=state.step.handle, value=one)
     return rate, norm
+
+
+_Handles = Mapping[str, tf.Tensor]
+
+
+def _adam(
+    settings: OptimizerSettings,
+    variable: tf.Variable,
+    handles: _Handles,
+    gradient: tf.Tensor,
+    rate: tf.Tensor,
+    updates_done: tf.Tensor,
+) -> tf.Operation:
+    """Update one variable in place, without temporaries."""
+    # Powers of 0 switch the correction off in TensorFlow's Adam.
+    power_1 = power_2 = tf.zeros([])
+    if settings.bias_correction:
+        power_1, power_2 = settings.beta_1**updates_done, settings.beta_2**updates_done
+    return tf.raw_ops.ResourceApplyAdam(
+        var=variable.handle,
+        m=handles["adam_m"],
+        v=handles["adam_v"],
+        beta1_power=power_1,
+        beta2_power=power_2,
+        lr=rate,
+        beta1=settings.beta_1,
+        beta2=settings.beta_2,
+        epsilon=settings.epsilon,
+        grad=gradient,
+    )
+
+
+def _lion(
+    variable: tf.Variable, handles: _Handles, gradient: tf.Tensor, rate: tf.Tensor
+) -> list[tf.Operation]:
+    """Update one variable (Chen et al. 2023, algorithm 2)."""
+    of_update, of_moment = _LION_BETAS
+    moment = tf.raw_ops.ReadVariableOp(resource=handles["lion_m"], dtype=gradient.dtype)
+    # Two averages of moment and gradient, each from what separates the two.
+    gap = moment - gradient
+    update = _subtract(variable, rate * tf.sign(gradient + of_update * gap))
+    with tf.control_dependencies([update]):
+        change = (1.0 - of_moment) * gap
+        return [tf.raw_ops.AssignSubVariableOp(resource=handles["lion_m"], value=change)]
+
+
+def _adafactor(
+    variable: tf.Variable,
+    handles: _Handles,
+    gradient: tf.Tensor,
+    rate: tf.Tensor,
+    updates_done: tf.Tensor,
+) -> list[tf.Operation]:
+    """Update one variable (Shazeer and Stern 2018, algorithms 4 and 5)."""
+    decay = 1.0 - updates_done**_ADAFACTOR_DECAY
+    square = tf.square(gradient) + _ADAFACTOR_FLOOR
+
+    def average(slot: str, value: tf.Tensor) -> tf.Tensor:
+        old = tf.raw_ops.ReadVariableOp(resource=handles[slot], dtype=value.dtype)
+        new = decay * old + (1.0 - decay) * value
+        assigned.append(tf.raw_ops.AssignVariableOp(resource=handles[slot], value=new))
+        return new
+
+    assigned: list[tf.Operation] = []
+    if "adafactor_v" in handles:
+        update = gradient * tf.math.rsqrt(average("adafactor_v", square))
+    else:
+        rows = average("adafactor_row", tf.reduce_mean(square, axis=-1))
+        columns = average("adafactor_column", tf.reduce_mean(square, axis=-2))
+        rows /= tf.reduce_mean(rows, axis=-1, keepdims=True)
+        update = gradient * tf.math.rsqrt(rows)[..., None] * tf.math.rsqrt(columns)[..., None, :]
+    size = tf.sqrt(tf.reduce_mean(tf.square(update)))
+    change = update * (rate / tf.maximum(1.0, size / _ADAFACTOR_CLIP))
+    return [*assigned, _subtract(variable, change)]
+
+
+def _subtract(variable: tf.Variable, value: tf.Tensor) -> tf.Operation:
+    return tf.raw_ops.AssignSubVariableOp(resource=variable.handle, value=value)

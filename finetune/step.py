@@ -167,7 +167,7 @@ def make_trainer(
     }
     replicas = 1 if strategy is None else strategy.num_replicas_in_sync
     with contextlib.nullcontext() if strategy is None else strategy.scope():
-        state = create_state(trained)
+        state = create_state(trained, settings.optimizer)
 
     @tf.autograph.experimental.do_not_convert
     def micro_gradients(

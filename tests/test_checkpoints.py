@@ -32,7 +32,7 @@ Model = tuple[dict[str, tf.Variable], OptimizerState]
 def model(step: int = 0, seed: int = 0, config: object = CONFIG, head: str = "squad") -> Model:
     variables = create_variables(config, head, seed=seed)
     state = create_state([v for v in variables.values() if v.trainable])
-    for number, moment in enumerate(state.first_moments + state.second_moments):
+    for number, moment in enumerate(state.variables):
         moment.assign(np.full(moment.shape, seed + number / 100, np.float32))
     state.step.assign(step)
     return variables, state
@@ -40,7 +40,7 @@ def model(step: int = 0, seed: int = 0, config: object = CONFIG, head: str = "sq
 
 def arrays_of(model: Model) -> list[np.ndarray]:
     variables, state = model
-    everything = (*variables.values(), *state.first_moments, *state.second_moments, state.step)
+    everything = (*variables.values(), *state.variables, state.step)
     return [variable.numpy() for variable in everything]
 
 

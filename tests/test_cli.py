@@ -454,3 +454,17 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     steps = len(read_log(log))
     assert f"stopped at step {steps} of 200; saved" in errors
     assert (tmp_path / f"model.ckpt-{steps}.index").exists()
+
+
+def test_plan_marks_settings_that_change_the_update() -> None:
+    arguments = ["plan", "--seq-len", "384", "--target-batch", "24", "--memory", "5GiB"]
+    allowed = bertbench(*arguments, "--model", "bert-large", "--allow", "Adafactor")
+    assert "*" in allowed.stdout
+    assert "* with adafactor: another update than the recipe's" in allowed.stdout
+    assert all(len(line) <= 80 for line in allowed.stdout.splitlines()[1:])
+    exact = bertbench(*arguments, "--model", "bert-base")
+    assert "adafactor" not in exact.stdout
+    for wrong in (["--allow", "sgd"], ["--allow", "lion", "--optimizer", "adamw"]):
+        refused = bertbench(*arguments, *wrong)
+        fails_with_one_line(refused, "--allow")
+        assert refused.stdout == ""

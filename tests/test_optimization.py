@@ -19,6 +19,7 @@ from finetune.optimization import (
     decays,
     learning_rate,
 )
+from finetune.optimizers import OPTIMIZERS, slot_shapes
 
 NAMES = ("kernel", "dense/bias", "output/LayerNorm/gamma")
 SHAPES = ((2, 3), (3,), (4,))
@@ -72,6 +73,10 @@ def model() -> tuple[list[tf.Variable], OptimizerState]:
     return variables, create_state(variables)
 
 
+def slots(state: OptimizerState, name: str) -> list[tf.Variable]:
+    return [slots[name] for slots in state.slots]
+
+
 def constants(arrays: Arrays) -> list[tf.Tensor]:
     return [tf.constant(array) for array in arrays]
 
@@ -101,9 +106,9 @@ def test_steps_of_the_original(
     assert int(state.step) == len(scales)
     for got, expected in zip(variables, reference.weights, strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=ATOL)
-    for got, expected in zip(state.first_moments, reference.m, strict=True):
+    for got, expected in zip(slots(state, "adam_m"), reference.m, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-7)
-    for got, expected in zip(state.second_moments, reference.v, strict=True):
+    for got, expected in zip(slots(state, "adam_v"), reference.v, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-9)
 
 
@@ -123,6 +128,77 @@ def test_compiled_steps_are_those_of_the_original() -> None:
         reference.apply(gradients)
     for got, expected in zip(variables, reference.weights, strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=ATOL)
+
+
+def test_adafactor_is_that_of_transformers() -> None:
+    # Values from `transformers.optimization.Adafactor` 5.23.0 with scale_parameter=False,
+    # relative_step=False, clip_threshold=1.0, the same gradients, rates and decay.
+    hyperparameters = OptimizerSettings(0.1, 10, clip_norm=1e9, optimizer="adafactor")
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(size=shape).astype(np.float32) for shape in ((2, 3), (3,))]
+    variables = [tf.Variable(w, name=n) for n, w in zip(("kernel", "bias"), weights, strict=True)]
+    state = create_state(variables, "adafactor")
+    for step in range(4):
+        rng = np.random.default_rng(step + 1)
+        scale = 10.0 ** (step - 2)
+        gradients = [(scale * rng.normal(size=w.shape)).astype(np.float32) for w in weights]
+        apply_gradients(hyperparameters, state, variables, constants(gradients))
+    expected = [
+        [
+            [0.04559946060180664, -0.07508683204650879, 0.4928838014602661],
+            [0.301592618227005, -0.5460229516029358, 0.32174742221832275],
+        ],
+        [1.6430901288986206, 0.7639463543891907, -0.7414364218711853],
+    ]
+    for got, value in zip(variables, expected, strict=True):
+        np.testing.assert_allclose(got, value, rtol=0, atol=1e-6)
+
+
+def test_lion_is_that_of_keras() -> None:
+    hyperparameters = OptimizerSettings(0.1, 10, weight_decay=0.3, clip_norm=1e9, optimizer="lion")
+    variables = [tf.Variable(w, name=n) for n, w in zip(NAMES, draw(0), strict=True)]
+    state = create_state(variables, "lion")
+    theirs = [tf.keras.Variable(w) for w in draw(0)]
+    keras = tf.keras.optimizers.Lion(0.1, weight_decay=0.3)
+    keras.exclude_from_weight_decay(theirs[1:])
+    for step in range(5):
+        gradients = draw(step + 1, 10.0 ** (step - 2))
+        rate, _ = apply_gradients(hyperparameters, state, variables, constants(gradients))
+        keras.learning_rate = float(rate)
+        keras.apply(constants(gradients), theirs)
+    for got, expected in zip(variables, theirs, strict=True):
+        np.testing.assert_allclose(got, expected.numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "adafactor"])
+def test_compiled_steps_of_the_other_optimizers(optimizer: str) -> None:
+    # A graph may reorder what nothing orders: a moment must not be overwritten before it is read.
+    hyperparameters = OptimizerSettings(0.1, 10, 2, clip_norm=1.5, optimizer=optimizer)
+
+    def train(compiled: bool) -> list[np.ndarray]:
+        variables = [tf.Variable(w, name=n) for n, w in zip(NAMES, draw(0), strict=True)]
+        state = create_state(variables, optimizer)
+
+        def apply(gradients: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+            return apply_gradients(hyperparameters, state, variables, gradients)
+
+        step = tf.function(apply) if compiled else apply
+        for number in range(6):
+            step(constants(draw(number + 1)))
+        assert int(state.step) == 6
+        return [v.numpy() for v in [*variables, *state.variables]]
+
+    for got, expected in zip(train(compiled=True), train(compiled=False), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_bytes_remembered_of_a_matrix(optimizer: str) -> None:
+    (slots,) = create_state([tf.Variable(tf.zeros([30, 50]))], optimizer).slots
+    shapes = slot_shapes(optimizer, [30, 50])
+    assert {name: slot.shape.as_list() for name, slot in slots.items()} == shapes
+    elements = sum(int(np.prod(shape)) for shape in shapes.values())
+    assert elements == {"adamw": 3000, "lion": 1500, "adafactor": 80}[optimizer]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +268,7 @@ def test_clipping_is_by_the_norm_of_all_gradients(norm: float, clipped: float) -
     _, reported = apply_gradients(hyperparameters, state, variables, constants(gradients))
     assert float(reported) == pytest.approx(norm, rel=1e-6)
     # Without memory the first moment is the clipped gradient.
-    for moment, gradient in zip(state.first_moments, gradients, strict=True):
+    for moment, gradient in zip(slots(state, "adam_m"), gradients, strict=True):
         np.testing.assert_allclose(moment, gradient * clipped / norm, rtol=1e-5)
 
 
@@ -232,7 +308,7 @@ def test_state_begins_at_zero() -> None:
     variables, state = model()
     assert state.step.dtype == tf.int64
     assert int(state.step) == 0
-    for moments in (state.first_moments, state.second_moments):
+    for moments in (slots(state, "adam_m"), slots(state, "adam_v")):
         assert [m.shape for m in moments] == [v.shape for v in variables]
         assert not any(np.any(m) for m in moments)
 
@@ -245,6 +321,8 @@ def test_state_begins_at_zero() -> None:
         ({"num_warmup_steps": 11}, "11 warm-up steps of 10 steps"),
         ({"learning_rate": -1.0}, "learning rate -1.0"),
         ({"learning_rate": float("nan")}, "learning rate nan"),
+        ({"optimizer": "sgd"}, "unknown optimizer 'sgd'; use one of adamw, lion, adafactor"),
+        ({"optimizer": "lion", "bias_correction": True}, "lion has no bias correction"),
     ],
 )
 def test_settings_that_make_no_sense(change: dict[str, float], message: str) -> None:

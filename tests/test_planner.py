@@ -151,3 +151,24 @@ def test_catalogue() -> None:
     assert match_accelerator("Voodoo 2") is None
     assert format_bytes(11430 << 20) == "11.2 GiB"
     assert format_bytes(437 << 20) == "437 MiB"
+
+
+def test_optimizers_that_change_the_update_are_used_only_where_allowed() -> None:
+    workload = published_workload("bert-large", 384)
+
+    def plan(gib: float, *optimizers: str) -> Plan:
+        budget_bytes = int(gib * GIB_BYTES)
+        return make_plan(
+            workload, 24, budget_bytes, RATES, device="test", optimizers=["adamw", *optimizers]
+        )
+
+    # Where both are equally fast, the published update is taken.
+    roomy = plan(80, "adafactor").chosen
+    assert (roomy.levers.optimizer, roomy.to_json()["exact"]) == ("adamw", True)
+    with pytest.raises(InputError, match="--allow adafactor"):
+        plan(4)
+    small = plan(4, "lion", "adafactor").chosen
+    assert (small.levers.optimizer, small.to_json()["exact"]) == ("adafactor", False)
+    with pytest.raises(InputError, match="does not fit") as caught:
+        plan(1)
+    assert "--allow" not in str(caught.value)

@@ -94,7 +94,7 @@ def reset(trainer: Trainer, values: Arrays) -> None:
     """Start again at step 0 from some weights, sparing a test the time to compile another step."""
     for name, variable in trainer.variables.items():
         variable.assign(values[name])
-    for moment in trainer.state.first_moments + trainer.state.second_moments:
+    for moment in trainer.state.variables:
         moment.assign(np.zeros(moment.shape, np.float32))
     trainer.state.step.assign(0)
 

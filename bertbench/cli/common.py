@@ -12,7 +12,9 @@ from rich.console import Console
 
 from bertbench.bytes import parse_bytes
 from bertbench.devices import Budget, make_budget, resolve_device
+from finetune.errors import InputError
 from finetune.files import write_atomically
+from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS
 
 CONTEXT = {
     # The original's flags have underscores; both spellings are one flag.
@@ -59,6 +61,41 @@ def json_option(command: _Command) -> _Command:
         type=click.Path(dir_okay=False, path_type=Path),
         help="Write the result here too (- for standard output instead).",
     )(command)
+
+
+def optimizer_options(command: _Command) -> _Command:
+    """Add `--optimizer` and `--allow`; `choose_optimizers` reads them."""
+    command = click.option(
+        "--allow",
+        help="Levers that change the update and that a plan may use where they make it faster or "
+        f"make it fit: {', '.join(INEXACT)}.",
+    )(command)
+    return click.option(
+        "--optimizer", type=click.Choice(OPTIMIZERS), help="Insist on an optimizer."
+    )(command)
+
+
+INEXACT = tuple(name for name in OPTIMIZERS if name != EXACT_OPTIMIZER)
+"""Levers that `--allow` takes."""
+
+
+def choose_optimizers(optimizer: str | None, allow: str | None) -> tuple[str, ...]:
+    """Optimizers that a plan may choose from, by `--optimizer` and `--allow`.
+
+    Raises:
+        InputError: `--allow` names something else, or both are given.
+    """
+    allowed = [item.strip().lower() for item in (allow or "").split(",") if item.strip()]
+    for item in allowed:
+        if item not in INEXACT:
+            raise InputError(
+                f"--allow {item}: no such lever", hint=f"it takes {', '.join(INEXACT)}"
+            )
+    if optimizer is None:
+        return (EXACT_OPTIMIZER, *allowed)
+    if allowed:
+        raise InputError("--optimizer and --allow do not go together", hint="give one of them")
+    return (optimizer,)
 
 
 def resolve_budget(device: str, memory: int | None) -> Budget:

@@ -14,8 +14,10 @@ from bertbench.bytes import format_bytes
 from bertbench.catalogue import ACCELERATORS, find_accelerator
 from bertbench.cli.common import (
     CONTEXT,
+    choose_optimizers,
     device_options,
     json_option,
+    optimizer_options,
     resolve_budget,
     terminal,
     write_json,
@@ -23,7 +25,7 @@ from bertbench.cli.common import (
 from bertbench.cost import Rates, device_rates, gpu_rates
 from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.planner import Plan, PlanEntry, make_plan
-from bertbench.workload import Workload, published_workload
+from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import parse_checkpointing
 from finetune.config import HEADS
 from finetune.errors import InputError
@@ -57,6 +59,7 @@ class _Target:
     "--checkpointing",
     help="Insist on a policy: none, selective, full, nested, or full:N for N layers.",
 )
+@optimizer_options
 @json_option
 def command(
     target_batch: int,
@@ -67,12 +70,14 @@ def command(
     gpu: str | None,
     memory: int | None,
     checkpointing: str | None,
+    optimizer: str | None,
+    allow: str | None,
     json_file: Path | None,
 ) -> None:  # fmt: skip
     """Fastest micro-batch x accumulation x checkpointing for a target batch.
 
-    The update is the one that the target batch would give at once. Peak and time are predicted;
-    `bertbench probe` measures.
+    The update is the one that the target batch would give at once, unless --allow names levers
+    that change it. Peak and time are predicted; `bertbench probe` measures.
 
     \b
     Example:
@@ -84,6 +89,7 @@ def command(
         return
     target = _target(device, gpu, memory)
     policies = None if checkpointing is None else [parse_checkpointing(checkpointing)]
+    optimizers = choose_optimizers(optimizer, allow)
 
     def plan(workload: Workload) -> Plan:
         return make_plan(
@@ -94,6 +100,7 @@ def command(
             device=target.name,
             device_kind=target.kind,
             policies=policies,
+            optimizers=optimizers,
         )
 
     if model is not None and seq_len is not None:
@@ -150,12 +157,30 @@ def _grid_json(
     }
 
 
-def _row(entry: PlanEntry) -> tuple[str, ...]:
+class _Marks:
+    """Stars for settings that change the update, and the notes below the table that explain."""
+
+    def __init__(self) -> None:
+        self._stars: dict[tuple[str, ...], str] = {}
+
+    def star(self, levers: Levers) -> str:
+        if levers.exact:
+            return ""
+        return self._stars.setdefault(levers.inexact, "*" * (len(self._stars) + 1))
+
+    def notes(self) -> list[str]:
+        return [
+            f"{star} with {', '.join(names)}: another update than the recipe's"
+            for names, star in self._stars.items()
+        ]
+
+
+def _row(entry: PlanEntry, marks: _Marks) -> tuple[str, ...]:
     steps = entry.levers.accumulation_steps
     return (
         str(entry.micro_batch),
         str(steps),
-        str(entry.levers.checkpointing),
+        f"{entry.levers.checkpointing}{marks.star(entry.levers)}",
         format_bytes(entry.footprint.peak_bytes),
         f"{entry.predicted_step_seconds:.3g} s",
     )
@@ -179,18 +204,20 @@ def _show_plan(plan: Plan) -> None:
         f"{plan.target_batch}, {format_bytes(plan.budget_bytes)} on {plan.device}",
         soft_wrap=True,
     )
-    table = _table("")
-    table.add_row("chosen", *_row(plan.chosen))
+    table, marks = _table(""), _Marks()
+    table.add_row("chosen", *_row(plan.chosen, marks))
     for entry in plan.alternatives[:6]:
-        table.add_row("smaller", *_row(entry))
+        table.add_row("smaller", *_row(entry, marks))
     console.print(table)
+    for note in marks.notes():
+        console.print(note, soft_wrap=True)
     padding = plan.chosen.rows - plan.target_batch
     if padding:
         console.print(f"{padding} of {plan.chosen.rows} rows are padding and weigh nothing.")
     for rejection in plan.rejected[:4]:
         console.print(
             f"not {rejection.levers.accumulation_steps} x {rejection.micro_batch} with "
-            f"checkpointing {rejection.levers.checkpointing}: {rejection.why}",
+            f"checkpointing {rejection.levers.describe()}: {rejection.why}",
             soft_wrap=True,
         )
     recipe = RECIPES["squad" if plan.workload.head == "squad" else "glue"]
@@ -209,15 +236,21 @@ def _show_grid(
         f"effective batch {target_batch}, {format_bytes(target.budget_bytes)} on {target.name}",
         soft_wrap=True,
     )
-    table = _table("model", "seq")
+    table, marks = _table("model", "seq"), _Marks()
     for cell in cells:
         if isinstance(cell, Plan):
-            table.add_row(cell.workload.model, str(cell.workload.seq_len), *_row(cell.chosen))
+            table.add_row(
+                cell.workload.model, str(cell.workload.seq_len), *_row(cell.chosen, marks)
+            )
         else:
             workload = cell[0]
             table.add_row(workload.model, str(workload.seq_len), "-", "-", "does not fit", "-", "-")
     console.print(table)
-    console.print("Peak and time are predicted; every setting gives the same update.")
+    notes = marks.notes()
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    same = "every other" if notes else "every"
+    console.print(f"Peak and time are predicted; {same} setting gives the same update.")
 
 
 def _show_catalogue(json_file: Path | None) -> None:

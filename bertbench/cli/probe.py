@@ -29,6 +29,7 @@ from bertbench.workload import Levers, published_workload
 from finetune.checkpointing import parse_checkpointing
 from finetune.config import HEADS
 from finetune.errors import InputError
+from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS
 
 _CPU_DEFAULT_BYTES = 512 * MIB_BYTES
 _CPU_MODELS, _CPU_SEQ_LENS = "bert-tiny,bert-mini", "64,128"
@@ -55,6 +56,9 @@ _PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
     show_default=True,
     help="Micro-batches per step; above 1 there are accumulators.",
 )
+@click.option(
+    "--optimizer", type=click.Choice(OPTIMIZERS), default=EXACT_OPTIMIZER, show_default=True
+)
 @click.option("--xla", is_flag=True, help="Compile the step with XLA.")
 @click.option("--max-batch", type=click.IntRange(1), help="Look no further than this batch.")
 @click.option("--no-certify", is_flag=True, help="Do not repeat the limit in fresh processes.")
@@ -79,6 +83,7 @@ def command(
     memory: int | None,
     checkpointing: str,
     accumulation: int,
+    optimizer: str,
     xla: bool,
     max_batch: int | None,
     no_certify: bool,
@@ -113,7 +118,7 @@ def command(
     lengths = [
         _length(item) for item in _items(seq_lens or (_CPU_SEQ_LENS if on_cpu else _PAPER_SEQ_LENS))
     ]
-    levers = Levers(parse_checkpointing(checkpointing), accumulation, xla=xla)
+    levers = Levers(parse_checkpointing(checkpointing), accumulation, optimizer=optimizer, xla=xla)
     workloads = [published_workload(name, length, head) for name in names for length in lengths]
 
     cells: list[Cell] = []
@@ -187,7 +192,7 @@ def _show(budget: Budget, levers: Levers, cells: Sequence[Cell]) -> None:
     console = terminal()
     console.print(
         f"largest batch, {format_bytes(budget.budget_bytes)} on {budget.device.name}, "
-        f"checkpointing {levers.checkpointing}",
+        f"checkpointing {levers.describe()}",
         soft_wrap=True,
     )
     published = any((c.workload.model, c.workload.seq_len) in PUBLISHED_MAX_BATCH for c in cells)

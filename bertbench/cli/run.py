@@ -10,7 +10,15 @@ from typing import Any
 
 import click
 
-from bertbench.cli.common import CONTEXT, device_options, json_option, resolve_budget, write_json
+from bertbench.cli.common import (
+    CONTEXT,
+    choose_optimizers,
+    device_options,
+    json_option,
+    optimizer_options,
+    resolve_budget,
+    write_json,
+)
 from bertbench.cli.original_flags import OriginalCommand, PathOrUrl, local_files
 from bertbench.devices import Budget
 from bertbench.progress import say
@@ -82,6 +90,7 @@ def _shared_options(command: Any) -> Any:
         click.option("--num_tpu_cores", type=click.IntRange(1), default=8, show_default=True),
         click.option("--iterations_per_loop", type=int, hidden=True),
         click.option("--demo", is_flag=True, help="Built-in data and a tiny random model."),
+        optimizer_options,
         device_options,
         json_option,
     ]  # fmt: skip
@@ -306,11 +315,13 @@ def _model_and_settings(flags: dict[str, Any]) -> tuple[ModelFiles, RunSettings]
         do_lower_case=lower,
         overwrite=flags["overwrite_output_dir"],
         checkpointing=None if policy is None else parse_checkpointing(policy),
+        optimizers=choose_optimizers(flags["optimizer"], flags["allow"]),
         tpu=_tpu(flags),
         **{
             field.name: flags[field.name]
             for field in dataclasses.fields(RunSettings)
-            if field.name not in ("do_lower_case", "overwrite", "checkpointing", "tpu")
+            if field.name
+            not in ("do_lower_case", "overwrite", "checkpointing", "optimizers", "tpu")
         },
     )
     return files, settings
