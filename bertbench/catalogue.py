@@ -1,7 +1,7 @@
 """Accelerators that a plan can be made for without having one: memory and rates, from data sheets.
 
 Sources: NVIDIA's data sheets and architecture white papers of each product (memory, bandwidth,
-peak single-precision rate without tensor cores).
+peak single-precision rate without tensor cores, compute capability).
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ class Accelerator:
             nominal memory less the driver's reservation, the CUDA context and library workspaces.
         flops_per_second: peak float32 rate, without tensor cores.
         bytes_per_second: memory bandwidth.
+        compute_capability: of a GPU, as CUDA counts.
     """
 
     name: str
     memory_bytes: int
     flops_per_second: float
     bytes_per_second: float
+    compute_capability: float | None = None
 
     @property
     def usable_bytes(self) -> int:
@@ -37,40 +39,40 @@ class Accelerator:
 
 
 _ROWS = (
-    # name, GiB, TFLOP/s float32, GB/s
-    ("gtx-1050-ti", 4, 2.1, 112),
-    ("gtx-1060", 6, 4.4, 192),
-    ("gtx-1070", 8, 6.5, 256),
-    ("gtx-1080", 8, 8.9, 320),
-    ("gtx-1080-ti", 11, 11.3, 484),
-    ("titan-x", 12, 10.2, 480),
-    ("titan-rtx", 24, 16.3, 672),
-    ("rtx-2060", 6, 6.5, 336),
-    ("rtx-2070", 8, 7.5, 448),
-    ("rtx-2080", 8, 10.1, 448),
-    ("rtx-2080-ti", 11, 13.4, 616),
-    ("rtx-3060", 12, 12.7, 360),
-    ("rtx-3070", 8, 20.3, 448),
-    ("rtx-3080", 10, 29.8, 760),
-    ("rtx-3090", 24, 35.6, 936),
-    ("rtx-4060", 8, 15.1, 272),
-    ("rtx-4070", 12, 29.1, 504),
-    ("rtx-4080", 16, 48.7, 717),
-    ("rtx-4090", 24, 82.6, 1008),
-    ("k80", 12, 4.4, 240),
-    ("p100", 16, 9.3, 732),
-    ("t4", 16, 8.1, 320),
-    ("v100", 16, 15.7, 900),
-    ("a10", 24, 31.2, 600),
-    ("l4", 24, 30.3, 300),
-    ("a100", 40, 19.5, 1555),
-    ("h100", 80, 67.0, 3350),
-    ("h200", 141, 67.0, 4800),
+    # name, GiB, TFLOP/s float32, GB/s, CUDA compute capability
+    ("gtx-1050-ti", 4, 2.1, 112, 6.1),
+    ("gtx-1060", 6, 4.4, 192, 6.1),
+    ("gtx-1070", 8, 6.5, 256, 6.1),
+    ("gtx-1080", 8, 8.9, 320, 6.1),
+    ("gtx-1080-ti", 11, 11.3, 484, 6.1),
+    ("titan-x", 12, 10.2, 480, 6.1),
+    ("titan-rtx", 24, 16.3, 672, 7.5),
+    ("rtx-2060", 6, 6.5, 336, 7.5),
+    ("rtx-2070", 8, 7.5, 448, 7.5),
+    ("rtx-2080", 8, 10.1, 448, 7.5),
+    ("rtx-2080-ti", 11, 13.4, 616, 7.5),
+    ("rtx-3060", 12, 12.7, 360, 8.6),
+    ("rtx-3070", 8, 20.3, 448, 8.6),
+    ("rtx-3080", 10, 29.8, 760, 8.6),
+    ("rtx-3090", 24, 35.6, 936, 8.6),
+    ("rtx-4060", 8, 15.1, 272, 8.9),
+    ("rtx-4070", 12, 29.1, 504, 8.9),
+    ("rtx-4080", 16, 48.7, 717, 8.9),
+    ("rtx-4090", 24, 82.6, 1008, 8.9),
+    ("k80", 12, 4.4, 240, 3.7),
+    ("p100", 16, 9.3, 732, 6.0),
+    ("t4", 16, 8.1, 320, 7.5),
+    ("v100", 16, 15.7, 900, 7.0),
+    ("a10", 24, 31.2, 600, 8.6),
+    ("l4", 24, 30.3, 300, 8.9),
+    ("a100", 40, 19.5, 1555, 8.0),
+    ("h100", 80, 67.0, 3350, 9.0),
+    ("h200", 141, 67.0, 4800, 9.0),
 )
 
 ACCELERATORS = {
-    name: Accelerator(name, gib * GIB_BYTES, tera * 1e12, giga * 1e9)
-    for name, gib, tera, giga in _ROWS
+    name: Accelerator(name, gib * GIB_BYTES, tera * 1e12, giga * 1e9, capability)
+    for name, gib, tera, giga, capability in _ROWS
 }
 
 
@@ -96,3 +98,22 @@ def match_accelerator(product: str) -> Accelerator | None:
     key = product.lower().replace(" ", "-")
     matches = [name for name in ACCELERATORS if f"-{name}-" in f"-{key}-"]
     return ACCELERATORS[max(matches, key=len)] if matches else None
+
+
+def check_precision(product: str, precision: str) -> None:
+    """See whether a GPU has a precision; of one that is not in the catalogue nothing is known.
+
+    Raises:
+        InputError: it has not.
+    """
+    accelerator = match_accelerator(product)
+    capability = None if accelerator is None else accelerator.compute_capability
+    if precision in _AMPERE_PRECISIONS and capability is not None and capability < 8.0:
+        raise InputError(
+            f"{product} has no {precision}: compute capability {capability}, not 8.0 or newer",
+            hint="use float32",
+        )
+
+
+_AMPERE_PRECISIONS = ("bf16", "tf32")
+"""Precisions of compute capability 8.0 (CUDA C++ Programming Guide, table of arithmetic)."""

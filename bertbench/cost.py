@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
+from pathlib import Path
 
 from bertbench.catalogue import Accelerator, match_accelerator
 from bertbench.devices import Device
@@ -25,12 +27,14 @@ class Rates:
         bytes_per_second: memory bandwidth of the update.
         half_rate_tokens: tokens of a micro-batch at which half the rate is reached.
         launch_seconds: fixed cost of a layer's kernels, forward and backward.
+        speedups: rate of a precision over that of float32, where it is another.
     """
 
     flops_per_second: float
     bytes_per_second: float
     half_rate_tokens: float
     launch_seconds: float
+    speedups: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 _RECOMPUTED = {"none": 0.0, "selective": 0.3, "full": 0.7, "nested": 0.75}
@@ -39,6 +43,12 @@ sequence lengths 128 and 384, 2026-11-24; the layer's last matrix product is nev
 
 _CPU_FLOPS_PER_CORE = 6e10
 _GPU_EFFICIENCY = 0.5
+_GPU_SPEEDUPS = {"tf32": 1.5, "bf16": 2.0}
+"""Guesses on the low side: tensor cores are 4 to 16 times as fast, but what surrounds the matrix
+products is bound by memory bandwidth."""
+_CPU_BF16_SPEEDUPS = {True: 1.4, False: 0.5}
+"""With and without bfloat16 instructions. The former: BERT-Mini, sequence length 128, on two cores
+with AVX-512 BF16, 2026-11-24; the latter is a guess."""
 
 
 def gpu_rates(accelerator: Accelerator) -> Rates:
@@ -48,6 +58,7 @@ def gpu_rates(accelerator: Accelerator) -> Rates:
         accelerator.bytes_per_second * _GPU_EFFICIENCY,
         half_rate_tokens=256,
         launch_seconds=5e-4,
+        speedups=_GPU_SPEEDUPS,
     )
 
 
@@ -55,7 +66,8 @@ def device_rates(device: Device) -> Rates:
     """Rates of an attached device; a GPU that is not in the catalogue counts as a T4."""
     if device.kind == "cpu":
         cores = usable_cores()
-        return Rates(_CPU_FLOPS_PER_CORE * cores, 1e10, half_rate_tokens=32, launch_seconds=2e-3)
+        speedups = {"bf16": _CPU_BF16_SPEEDUPS[_multiplies_bfloat16()]}
+        return Rates(_CPU_FLOPS_PER_CORE * cores, 1e10, 32, 2e-3, speedups)
     if device.kind == "tpu":
         # A core of a Cloud TPU v2: half a chip's 45 TFLOP/s and 700 GB/s (Google Cloud's pages).
         return gpu_rates(Accelerator("tpu-v2", device.total_bytes, 22.5e12, 350e9))
@@ -69,6 +81,15 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions for bfloat16; False where it cannot be read."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in text or "amx_bf16" in text
 
 
 def forward_flops(workload: Workload) -> int:
@@ -102,9 +123,10 @@ def predict_step_seconds(
     flops = forward_flops(workload) * micro_batch * (3 + recomputed)
     tokens = micro_batch * workload.seq_len
     efficiency = tokens / (tokens + rates.half_rate_tokens)
+    speedup = rates.speedups.get(levers.precision, 1.0)
     parameters = _parameters(workload)
     micro_seconds = (
-        flops / (rates.flops_per_second * efficiency)
+        flops / (rates.flops_per_second * speedup * efficiency)
         + rates.launch_seconds * layers * (1 + recomputed / 3)
         # An accumulator is read, added to and written.
         + (12 * parameters / rates.bytes_per_second if levers.accumulation_steps > 1 else 0)

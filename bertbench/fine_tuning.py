@@ -118,7 +118,7 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
         "warmup_proportion": settings.warmup_proportion,
         "seed": settings.seed,
         "adam_bias_correction": settings.adam_bias_correction,
-        **({} if levers.exact else {"optimizer": levers.optimizer}),
+        **({} if levers.exact else {"inexact": list(levers.inexact)}),
     }
     plan = {
         "micro_batch": micro_batch,

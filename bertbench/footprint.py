@@ -36,6 +36,7 @@ from bertbench.workload import Levers, Workload
 from finetune.checkpointing import BLOCK_TOKENS, examples_per_block
 from finetune.config import BertConfig
 from finetune.optimizers import slot_shapes
+from finetune.precisions import compute_bytes
 
 _FLOAT_BYTES = 4
 _ALIGNMENT_BYTES = 256  # TensorFlow's BFC allocator hands out multiples of this.
@@ -141,6 +142,8 @@ def max_micro_batch(
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
+    """Bytes of the buffers, in the type of activations."""
+
     hidden: int  # T
     attention: int  # A
     intermediate: int  # F
@@ -184,21 +187,22 @@ def _state_sizes(workload: Workload, optimizer: str) -> _StateSizes:
     )
 
 
-def _sizes(config: BertConfig, seq_len: int, micro_batch: int) -> _Sizes:
+def _sizes(config: BertConfig, seq_len: int, micro_batch: int, precision: str) -> _Sizes:
+    each = compute_bytes(precision)
     tokens = micro_batch * seq_len
     hidden = tokens * config.hidden_size
     attention = micro_batch * config.num_attention_heads * seq_len**2
     return _Sizes(
-        hidden=_rounded(_FLOAT_BYTES * hidden),
-        attention=_rounded(_FLOAT_BYTES * attention),
-        intermediate=_rounded(_FLOAT_BYTES * tokens * config.intermediate_size),
+        hidden=_rounded(each * hidden),
+        attention=_rounded(each * attention),
+        intermediate=_rounded(each * tokens * config.intermediate_size),
         hidden_mask=_rounded(hidden) if config.hidden_dropout_prob else 0,
     )
 
 
 def _moments(workload: Workload, levers: Levers, micro_batch: int) -> list[Footprint]:
     config, layers = workload.config, workload.config.num_hidden_layers
-    sizes = _sizes(config, workload.seq_len, micro_batch)
+    sizes = _sizes(config, workload.seq_len, micro_batch, levers.precision)
     accumulated = levers.accumulation_steps > 1
     state = _state_sizes(workload, levers.optimizer)
     of_layer, largest, embeddings = state.of_layer, state.largest, state.embeddings
@@ -215,13 +219,15 @@ def _moments(workload: Workload, levers: Levers, micro_batch: int) -> list[Footp
     ]
     # The sum that enters the embeddings' LayerNorm, and their dropout mask.
     embedded = sizes.hidden + sizes.hidden_mask
+    # The embeddings are gathered, and their gradients scattered, in float32 always.
+    wide_hidden = _rounded(_FLOAT_BYTES * micro_batch * workload.seq_len * config.hidden_size)
     working = {
         "none": _backward_bytes(config, sizes),
         "full": _saved_bytes("none", config, sizes) + _backward_bytes(config, sizes),
     }
     for policy in BLOCK_TOKENS:
         limit = examples_per_block(policy, workload.seq_len) or micro_batch
-        block = _sizes(config, workload.seq_len, min(micro_batch, limit))
+        block = _sizes(config, workload.seq_len, min(micro_batch, limit), levers.precision)
         working[policy] = (
             _saved_bytes("none", config, block)
             + _backward_bytes(config, block)
@@ -277,7 +283,7 @@ def _moments(workload: Workload, levers: Levers, micro_batch: int) -> list[Footp
                 "gradients": largest if accumulated else gradients,
                 "saved_activations": 0,
                 "layer_working_set": 0,
-                "embeddings_and_head": embedded + 2 * sizes.hidden,
+                "embeddings_and_head": embedded + 2 * wide_hidden,
                 "update_temporaries": 0,
             },
             "backward of embeddings",

@@ -74,6 +74,8 @@ def settings_json(settings: Any) -> dict[str, Any]:
             return str(value)
         if dataclasses.is_dataclass(value):
             return settings_json(value)
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
         if isinstance(value, Mapping):
             return {key: plain(item) for key, item in value.items()}
         return value

@@ -18,7 +18,7 @@ from bertbench.footprint import SAFETY_MARGIN, Footprint, max_micro_batch, predi
 from bertbench.workload import Levers, Workload, levers_from_json
 from finetune.checkpointing import NO_CHECKPOINTING, POLICIES, Checkpointing
 from finetune.errors import InputError
-from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS
+from finetune.optimizers import OPTIMIZERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ def make_plan(
     device: str,
     device_kind: str = "cpu",
     policies: Sequence[Checkpointing] | None = None,
-    optimizers: Sequence[str] = (EXACT_OPTIMIZER,),
+    allowed: Sequence[Levers] = (Levers(),),
 ) -> Plan:
     """Choose the fastest setting whose predicted peak, with its margin, is within the budget.
 
@@ -153,7 +153,7 @@ def make_plan(
         device: name of the device, for people.
         device_kind: `cpu` or `gpu`.
         policies: checkpointing to choose from; all settings by default.
-        optimizers: likewise; only exact levers by default.
+        allowed: the other levers, in all combinations; only exact ones by default.
 
     Returns:
         The plan.
@@ -166,7 +166,11 @@ def make_plan(
     if policies is None:
         policies = all_policies(workload.config.num_hidden_layers)
     usable_bytes = usable_for_plan(budget_bytes)
-    settings = [Levers(policy, optimizer=name) for name in optimizers for policy in policies]
+    settings = [
+        dataclasses.replace(levers, checkpointing=policy)
+        for levers in allowed
+        for policy in policies
+    ]
     fitting = [
         PlanEntry(
             micro_batch,

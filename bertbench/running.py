@@ -9,6 +9,7 @@ from typing import Any
 
 from bertbench import tpu
 from bertbench.bytes import format_bytes
+from bertbench.catalogue import check_precision
 from bertbench.cloud_storage import RemoteFolder
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, check_free, child_environment
@@ -19,7 +20,6 @@ from bertbench.workload import Levers, Workload
 from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, from_json_file
 from finetune.errors import InputError
-from finetune.optimizers import EXACT_OPTIMIZER
 from finetune.tokenization import Tokenizer, check_case, load_tokenizer
 
 _CONFIG_NAMES = ("bert_config.json", "config.json")
@@ -60,7 +60,7 @@ class RunSettings:
         plan_file: settings to run with; None makes a plan.
         checkpointing: policy to insist on.
         micro_batch: micro-batch to insist on.
-        optimizers: to choose from; the first one with a micro-batch to insist on.
+        allowed: precisions and optimizers to choose from; with `micro_batch` the first is taken.
         resume: continue an interrupted run; False refuses a folder that holds one.
         evaluate_every_steps: optimizer steps between evaluations while training; None for none.
         early_stopping_patience: see `finetune.evaluation.Evaluation`.
@@ -86,7 +86,7 @@ class RunSettings:
     plan_file: Path | None = None
     checkpointing: Checkpointing | None = None
     micro_batch: int | None = None
-    optimizers: tuple[str, ...] = (EXACT_OPTIMIZER,)
+    allowed: tuple[Levers, ...] = (Levers(),)
     resume: bool = True
     evaluate_every_steps: int | None = None
     early_stopping_patience: int | None = None
@@ -183,6 +183,8 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
     Raises:
         InputError: the plan file is unusable or for another batch, or nothing fits.
     """
+    for levers in settings.allowed:
+        check_precision(budget.device.name, levers.precision)
     # What one replica has to do; the last may have rows of padding.
     target_batch = -(-settings.train_batch_size // settings.replicas)
     if settings.plan_file is not None:
@@ -198,7 +200,9 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
         micro_batch = min(settings.micro_batch, target_batch)
         steps = -(-target_batch // micro_batch)
         policy = settings.checkpointing or Checkpointing()
-        return micro_batch, Levers(policy, steps, optimizer=settings.optimizers[0])
+        return micro_batch, dataclasses.replace(
+            settings.allowed[0], checkpointing=policy, accumulation_steps=steps
+        )
     plan = make_plan(
         workload,
         target_batch,
@@ -207,7 +211,7 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
         device=budget.device.name,
         device_kind=budget.device.kind,
         policies=None if settings.checkpointing is None else [settings.checkpointing],
-        optimizers=settings.optimizers,
+        allowed=settings.allowed,
     )
     share = f"{settings.replicas} replicas, each " if settings.replicas > 1 else ""
     say(

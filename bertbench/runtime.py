@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bertbench.devices import Budget, apply_budget
 from bertbench.quiet import muted_stderr
+from finetune.precisions import EXACT_PRECISION, allow_tensor_float_32
 
 
 def start_tensorflow(budget: Budget) -> str:
@@ -28,6 +29,8 @@ def start_tensorflow(budget: Budget) -> str:
     with muted_stderr():
         import tensorflow as tf
 
+        # TensorFlow's default is another; a prediction without training would have that.
+        allow_tensor_float_32(EXACT_PRECISION)
         if budget.device.kind == "cpu":
             tf.config.threading.set_inter_op_parallelism_threads(1)
             tf.config.optimizer.set_experimental_options({"remapping": False})

@@ -111,6 +111,7 @@ def train_model(
         optimizer,
         accumulation_steps=levers.accumulation_steps,
         checkpointing=levers.checkpointing,
+        precision=levers.precision,
         xla=levers.xla,
         seed=settings.seed,
         strategy=strategy,

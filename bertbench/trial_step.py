@@ -68,6 +68,7 @@ def build_trainer(workload: Workload, levers: Levers) -> Trainer:
         OptimizerSettings(1e-5, num_train_steps=1_000_000, optimizer=levers.optimizer),
         accumulation_steps=levers.accumulation_steps,
         checkpointing=levers.checkpointing,
+        precision=levers.precision,
         xla=levers.xla,
     )
 

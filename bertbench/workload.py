@@ -10,6 +10,7 @@ from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing, parse_checkp
 from finetune.config import HEADS, BertConfig, is_trained, preset, variable_shapes
 from finetune.errors import InputError
 from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS
+from finetune.precisions import EXACT_PRECISION, PRECISIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +75,22 @@ class Levers:
     Attributes:
         checkpointing: which activations are kept.
         accumulation_steps: micro-batches per optimizer step; above 1 the step holds accumulators.
-        precision: `float32`.
+        precision: one of `finetune.precisions.PRECISIONS`.
         optimizer: one of `finetune.optimizers.OPTIMIZERS`.
         xla: whether the step is compiled by XLA.
     """
 
     checkpointing: Checkpointing = NO_CHECKPOINTING
     accumulation_steps: int = 1
-    precision: str = "float32"
+    precision: str = EXACT_PRECISION
     optimizer: str = EXACT_OPTIMIZER
     xla: bool = False
 
     @property
     def inexact(self) -> tuple[str, ...]:
         """What makes the update another one than the published recipe's, by name."""
-        return () if self.optimizer == EXACT_OPTIMIZER else (self.optimizer,)
+        exact = (EXACT_PRECISION, EXACT_OPTIMIZER)
+        return tuple(name for name in (self.precision, self.optimizer) if name not in exact)
 
     @property
     def exact(self) -> bool:
@@ -112,15 +114,19 @@ def levers_from_json(values: dict[str, Any]) -> Levers:
     """Read what `Levers.to_json` wrote; unknown keys are ignored.
 
     Raises:
-        InputError: unknown checkpointing policy or optimizer.
+        InputError: unknown checkpointing policy, optimizer or precision.
     """
     known = {field.name for field in dataclasses.fields(Levers)}
     chosen = {key: value for key, value in values.items() if key in known}
     if "checkpointing" in chosen:
         chosen["checkpointing"] = parse_checkpointing(chosen["checkpointing"])
     levers = Levers(**chosen)
-    if levers.optimizer not in OPTIMIZERS:
-        raise InputError(
-            f"unknown optimizer {levers.optimizer!r}", hint=f"use one of {', '.join(OPTIMIZERS)}"
-        )
+    for kind, name, known_names in (
+        ("optimizer", levers.optimizer, OPTIMIZERS),
+        ("precision", levers.precision, PRECISIONS),
+    ):
+        if name not in known_names:
+            raise InputError(
+                f"unknown {kind} {name!r}", hint=f"use one of {', '.join(known_names)}"
+            )
     return levers

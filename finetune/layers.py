@@ -19,8 +19,31 @@ _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 
 
 def dense(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
-    """Multiply `x` `[n, inputs]` by `kernel` `[inputs, outputs]` and add `bias` `[outputs]`."""
-    return tf.nn.bias_add(tf.matmul(x, kernel), bias)
+    """Multiply `x` `[n, inputs]` by `kernel` `[inputs, outputs]` and add `bias` `[outputs]`.
+
+    Kernel and bias are rounded to the type of `x`, and again in the gradient, so that no copy of
+    the weights in that type outlives the product.
+    """
+    if x.dtype == kernel.dtype:
+        return tf.nn.bias_add(tf.matmul(x, kernel), bias)
+
+    @tf.custom_gradient
+    def mixed(
+        x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
+    ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]]:
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            with tf.control_dependencies([dy]):
+                rounded = tf.cast(kernel, x.dtype)
+            return (
+                tf.matmul(dy, rounded, transpose_b=True),
+                tf.cast(tf.matmul(x, dy, transpose_a=True), kernel.dtype),
+                tf.reduce_sum(tf.cast(dy, bias.dtype), axis=0),
+            )
+
+        product = tf.matmul(x, tf.cast(kernel, x.dtype))
+        return tf.nn.bias_add(product, tf.cast(bias, x.dtype)), gradient
+
+    return mixed(x, kernel, bias)
 
 
 @tf.custom_gradient
@@ -48,34 +71,60 @@ def fresh_zeros(like: tf.Tensor | tf.Variable, examples: tf.Tensor) -> tf.Tensor
     return tf.fill(like.shape, tf.cast(tf.minimum(examples, 0), like.dtype))
 
 
-def layer_norm(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:
+def layer_norm(
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    epsilon: float,
+    output_type: tf.DType | None = None,
+) -> tf.Tensor:
     """Normalise `x` `[n, h]` over its last axis, then scale and shift.
 
     Keeps `x` and two numbers a row for the gradient; the composition of TensorFlow's own ops
-    keeps about three times as much.
+    keeps about three times as much. Computes in the type of `gamma`.
+
+    Args:
+        x: `[n, h]`.
+        gamma: scale `[h]`.
+        beta: shift `[h]`.
+        epsilon: added to the variance.
+        output_type: of the result; that of `x` by default.
     """
 
     @tf.custom_gradient
     def normalised(
         x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
     ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]]:
-        mean = tf.reduce_mean(x, axis=-1, keepdims=True)  # [n, 1]
-        variance = tf.reduce_mean(tf.math.squared_difference(x, mean), axis=-1, keepdims=True)
+        wide = tf.cast(x, gamma.dtype)
+        mean = tf.reduce_mean(wide, axis=-1, keepdims=True)  # [n, 1]
+        variance = tf.reduce_mean(tf.math.squared_difference(wide, mean), axis=-1, keepdims=True)
         inverse = tf.math.rsqrt(variance + epsilon)  # [n, 1]
 
         def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             with tf.control_dependencies([dy]):
-                x_hat = (x - mean) * inverse
+                dy = tf.cast(dy, gamma.dtype)
+                x_hat = (tf.cast(x, gamma.dtype) - mean) * inverse
                 scaled = dy * gamma
                 centred = scaled - tf.reduce_mean(scaled, axis=-1, keepdims=True)
                 dx = inverse * (
                     centred - x_hat * tf.reduce_mean(scaled * x_hat, axis=-1, keepdims=True)
                 )
-                return dx, tf.reduce_sum(dy * x_hat, axis=0), tf.reduce_sum(dy, axis=0)
+                return (
+                    tf.cast(dx, x.dtype),
+                    tf.reduce_sum(dy * x_hat, axis=0),
+                    tf.reduce_sum(dy, axis=0),
+                )
 
-        return (x - mean) * (inverse * gamma) + beta, gradient
+        y = (wide - mean) * (inverse * gamma) + beta
+        return tf.cast(y, output_type or x.dtype), gradient
 
     return normalised(x, gamma, beta)
+
+
+def split_heads(x: tf.Tensor, batch: tf.Tensor, seq_len: int, heads: int) -> tf.Tensor:
+    """Reshape `[b * s, h]` to `[b, a, s, d]`."""
+    shape = [batch, seq_len, heads, x.shape[1] // heads]
+    return tf.transpose(tf.reshape(x, shape), [0, 2, 1, 3])
 
 
 def attention(
@@ -83,7 +132,7 @@ def attention(
 ) -> tf.Tensor:
     """Softmax, dropout and the weighted sum of values.
 
-    Keeps one float an element of `scores` for the gradient: the probability, with the sign of
+    Keeps one number an element of `scores` for the gradient: the probability, with the sign of
     minus where dropout took it. TensorFlow's own ops keep the probabilities before and after
     dropout, and the mask.
 
@@ -94,9 +143,10 @@ def attention(
         rate: of dropout.
 
     Returns:
-        `[b, a, s, d]`.
+        `[b * s, h]`.
     """
     scale = 1.0 / (1.0 - rate)
+    batch, (heads, seq_len, head_size) = tf.shape(value)[0], value.shape[1:]
 
     @tf.custom_gradient
     def weighted(
@@ -109,19 +159,36 @@ def attention(
         def dropped() -> tf.Tensor:
             return signed if mask is None else tf.nn.relu(signed) * scale
 
+        context = tf.reshape(
+            tf.transpose(tf.matmul(dropped(), value), [0, 2, 1, 3]), [-1, heads * head_size]
+        )
+
         def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             with tf.control_dependencies([dy]):
+                dy = split_heads(dy, batch, seq_len, heads)
                 again = dropped()
                 d_value = tf.matmul(again, dy, transpose_a=True)
                 # With q for the dropped probabilities, p for those before, d for the gradient of
-                # q: the gradient of the scores is q * d - p * sum(q * d).
+                # q: the gradient of the scores is q * d - p * sum(q * d). The sum could be had
+                # from the result and its gradient without reading an [s, s], but then a row with
+                # a single token would have rounding errors for a gradient that is 0.
                 product = again * tf.matmul(dy, value, transpose_b=True)
-                total = tf.reduce_sum(product, axis=-1, keepdims=True)
+                total = _row_sums(product)
                 return product - tf.abs(signed) * total, d_value
 
-        return tf.matmul(dropped(), value), gradient
+        return context, gradient
 
     return weighted(scores, value)
+
+
+def _row_sums(x: tf.Tensor) -> tf.Tensor:
+    """Sum over the last axis, which stays with size 1.
+
+    A matrix product adds up in float32 whatever its type is, and needs no float32 copy of `x`.
+    """
+    if x.dtype == tf.float32:
+        return tf.reduce_sum(x, axis=-1, keepdims=True)
+    return tf.matmul(x, tf.ones([x.shape[-1], 1], x.dtype))
 
 
 @tf.custom_gradient

@@ -17,7 +17,7 @@ import tensorflow as tf
 from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing, examples_per_block
 from finetune.config import BertConfig, is_trained, variable_shapes
 from finetune.dropout import DropoutKey, apply_mask, draw_mask, dropout
-from finetune.layers import activation, add, attention, dense, layer_norm
+from finetune.layers import activation, add, attention, dense, layer_norm, split_heads
 from finetune.recomputation import Keep, Tensors, compute, recompute
 
 Variables = Mapping[str, tf.Variable]
@@ -92,6 +92,7 @@ def encode(
     dropout_key: DropoutKey | None = None,
     checkpointing: Checkpointing = NO_CHECKPOINTING,
     totals: Mapping[str, tf.Tensor] | None = None,
+    compute_type: tf.DType = tf.float32,
 ) -> tf.Tensor:
     """Run embeddings and all layers.
 
@@ -105,6 +106,7 @@ def encode(
         checkpointing: policy per layer.
         totals: sums of gradients by the names of their variables. The gradient of a weight of a
             checkpointed layer, see `layer_weight_names`, begins with its sum instead of 0.
+        compute_type: of activations, see `finetune.precisions`.
 
     Returns:
         The last layer's output, float32 `[b, s, h]`.
@@ -113,7 +115,8 @@ def encode(
     # Layers hand on the sum that a LayerNorm takes, not what it returns, so that a layer which
     # keeps its input alone, or recomputes its LayerNorms, keeps one of the two and not both.
     sums = _embed(variables, config, input_ids, segment_ids)  # [b * s, h]
-    adder = (1.0 - tf.cast(input_mask, tf.float32)) * _MASK_ADDER
+    sums = tf.cast(sums, compute_type)
+    adder = (1.0 - tf.cast(input_mask, compute_type)) * _MASK_ADDER
     adder = tf.reshape(adder, [batch, 1, 1, seq_len])
     for index in range(config.num_hidden_layers):
         names = layer_weight_names(index)
@@ -130,13 +133,15 @@ def encode(
                 [adder],
                 examples=batch,
                 examples_per_block=examples_per_block(policy, seq_len),
-                kept_types=_kept_types(config, dropout_key) if policy == "selective" else (),
+                kept_types=(
+                    _kept_types(config, dropout_key, compute_type) if policy == "selective" else ()
+                ),
                 totals=None if totals is None else [totals[name] for name in names],
             )
     gamma, beta = (
         tf.convert_to_tensor(variables[name]) for name in _norm_names(config.num_hidden_layers)
     )
-    output = layer_norm(sums, gamma, beta, config.layer_norm_eps)
+    output = layer_norm(sums, gamma, beta, config.layer_norm_eps, tf.float32)
     return tf.reshape(output, [batch, seq_len, hidden])
 
 
@@ -166,14 +171,16 @@ def _embed(
     return tf.reshape(x, [-1, config.hidden_size])
 
 
-def _kept_types(config: BertConfig, dropout_key: DropoutKey | None) -> list[tf.DType]:
+def _kept_types(
+    config: BertConfig, dropout_key: DropoutKey | None, compute_type: tf.DType
+) -> list[tf.DType]:
     """Types of what `_layer` asks to keep, in its order."""
     masks = dropout_key is not None and config.hidden_dropout_prob > 0
     return [
-        *[tf.float32] * 3,  # query, key, value
-        tf.float32,  # attention output
+        *[compute_type] * 3,  # query, key, value
+        compute_type,  # attention output
         *[tf.bool] * masks,
-        tf.float32,  # intermediate
+        compute_type,  # intermediate
         *[tf.bool] * masks,
     ]
 
@@ -212,7 +219,11 @@ def _layer(
     heads, head_size, hidden = config.num_attention_heads, config.head_size, config.hidden_size
     site = _FIRST_LAYER_SITE + 3 * index
     if dropout_key is not None:
-        first_row = dropout_key.first_row + tf.cast(first, tf.int64)
+        # Masks depend on no activation. Without this the masks of all layers would be drawn as
+        # soon as the step begins, or those of a recomputation be found to equal the first ones,
+        # and be kept.
+        with tf.control_dependencies([sums]):
+            first_row = dropout_key.first_row + tf.cast(first, tf.int64)
         dropout_key = dataclasses.replace(dropout_key, first_row=first_row)
 
     def linear(x: tf.Tensor, name: str) -> list[tf.Tensor]:
@@ -226,15 +237,14 @@ def _layer(
         mask = keep(lambda: draw_mask(batch, [seq_len * hidden], rate, dropout_key, site))
         return apply_mask(x, tf.reshape(mask, [-1, hidden]), rate)
 
-    def split_heads(x: tf.Tensor) -> tf.Tensor:  # [b, a, s, d]
-        return tf.transpose(tf.reshape(x, [batch, seq_len, heads, head_size]), [0, 2, 1, 3])
+    def project(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+        return split_heads(dense(x, kernel, bias), batch, seq_len, heads)
 
     x = layer_norm(sums, gamma, beta, config.layer_norm_eps)
     if index == 0:
         x = drop(x, _EMBEDDING_SITE)
     query, key, value = (
-        keep(lambda *parts: split_heads(dense(*parts)), *linear(x, f"attention/self/{name}"))
-        for name in ("query", "key", "value")
+        keep(project, *linear(x, f"attention/self/{name}")) for name in ("query", "key", "value")
     )
     # Scaling the query costs s * d multiplications a head, scaling the scores s * s.
     query *= 1.0 / math.sqrt(head_size)
@@ -243,8 +253,7 @@ def _layer(
     rate, mask = config.attention_probs_dropout_prob, None
     if dropout_key is not None and rate > 0:
         mask = draw_mask(batch, scores.shape[1:], rate, dropout_key, site)
-    context = attention(scores, value, mask, rate)
-    context = tf.reshape(tf.transpose(context, [0, 2, 1, 3]), [-1, hidden])
+    context = attention(scores, value, mask, rate)  # [b * s, h]
     attended = keep(dense, *linear(context, "attention/output/dense"))
     attended = add(drop(attended, site + 1, keep), x)
     attended = layer_norm(

@@ -26,6 +26,7 @@ from finetune.optimization import (
     apply_gradients,
     create_state,
 )
+from finetune.precisions import EXACT_PRECISION, allow_tensor_float_32, compute_type
 
 Batch = Mapping[str, "np.ndarray | tf.Tensor"]
 _Combine = Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]]
@@ -64,6 +65,7 @@ def example_losses(
     dropout_key: DropoutKey | None = None,
     checkpointing: Checkpointing = NO_CHECKPOINTING,
     totals: Mapping[str, tf.Tensor] | None = None,
+    compute_type: tf.DType = tf.float32,
 ) -> tf.Tensor:
     """Loss of each example, float32 `[b]`.
 
@@ -79,6 +81,7 @@ def example_losses(
         dropout_key: None for no dropout.
         checkpointing: policy per layer.
         totals: see `finetune.modeling.encode`.
+        compute_type: likewise.
     """
     sequence = encode(
         variables,
@@ -87,6 +90,7 @@ def example_losses(
         dropout_key=dropout_key,
         checkpointing=checkpointing,
         totals=totals,
+        compute_type=compute_type,
     )
 
     def cross_entropy(logits: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
@@ -117,6 +121,7 @@ def make_trainer(
     *,
     accumulation_steps: int = 1,
     checkpointing: Checkpointing = NO_CHECKPOINTING,
+    precision: str = EXACT_PRECISION,
     xla: bool = False,
     seed: int = 0,
     strategy: tf.distribute.Strategy | None = None,
@@ -141,6 +146,8 @@ def make_trainer(
             parameter, live from the first micro-batch on; otherwise gradients come to life
             while activations are given back.
         checkpointing: policy per layer.
+        precision: one of `finetune.precisions.PRECISIONS`. From now on this process's matrix
+            products are TensorFloat-32 only if that is asked for.
         xla: compile with XLA; it compiles once for every micro-batch size.
         seed: of the dropout masks, at least 0.
         strategy: run on its replicas, each on its share of the effective batch's rows, with one
@@ -152,10 +159,12 @@ def make_trainer(
         multiple of `accumulation_steps` times the number of replicas; see `pad_batch`.
 
     Raises:
-        ValueError: `accumulation_steps` is below 1.
+        ValueError: `accumulation_steps` is below 1, or the precision is unknown.
     """
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps is {accumulation_steps}, below 1")
+    activation_type = tf.as_dtype(compute_type(precision))
+    allow_tensor_float_32(precision)
     names = [name for name in variables if is_trained(name, head)]
     trained = [variables[name] for name in names]
     # Variables whose gradients come out of the backward pass added to the sums so far.
@@ -187,6 +196,7 @@ def make_trainer(
                 dropout_key=key,
                 checkpointing=checkpointing,
                 totals=totals,
+                compute_type=activation_type,
             )
             loss = tf.reduce_sum(losses * batch["weights"]) / total_weight
         return loss, tape.gradient(loss, trained)

@@ -158,9 +158,8 @@ def test_optimizers_that_change_the_update_are_used_only_where_allowed() -> None
 
     def plan(gib: float, *optimizers: str) -> Plan:
         budget_bytes = int(gib * GIB_BYTES)
-        return make_plan(
-            workload, 24, budget_bytes, RATES, device="test", optimizers=["adamw", *optimizers]
-        )
+        allowed = [Levers(optimizer=name) for name in ("adamw", *optimizers)]
+        return make_plan(workload, 24, budget_bytes, RATES, device="test", allowed=allowed)
 
     # Where both are equally fast, the published update is taken.
     roomy = plan(80, "adafactor").chosen

@@ -9,9 +9,13 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import operations_needed
+from tiny_models import CONFIG, WEIGHTS_SEED, operations_before, operations_needed, random_batch
 
+from finetune.checkpointing import parse_checkpointing
+from finetune.dropout import DropoutKey
+from finetune.modeling import create_variables
 from finetune.recomputation import Keep, Tensors, compute, recompute
+from finetune.step import example_losses
 
 ROWS_PER_EXAMPLE = 2
 
@@ -160,3 +164,42 @@ def test_a_region_must_keep_what_it_said() -> None:
             ),
             2,
         )
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_masks_are_drawn_when_their_layer_is_reached(policy: str) -> None:
+    # They depend on no activation, so a graph would draw those of all layers at once, and find
+    # those of a recomputation to be equal to the first ones: each way they would all be kept.
+    variables = create_variables(CONFIG, "squad", seed=WEIGHTS_SEED)
+    batch = {name: tf.constant(value) for name, value in random_batch(2, 4).items()}
+
+    @tf.function
+    def gradients() -> list[tf.Tensor]:
+        zero = tf.zeros([], tf.int64)
+        with tf.GradientTape() as tape:
+            losses = example_losses(
+                variables,
+                CONFIG,
+                "squad",
+                batch,
+                dropout_key=DropoutKey(0, zero, zero),
+                checkpointing=parse_checkpointing(policy),
+            )
+        found = tape.gradient(losses, [v for v in variables.values() if v.trainable])
+        return [tf.convert_to_tensor(g) for g in found if g is not None]
+
+    graph = gradients.get_concrete_function().graph
+    needed = operations_before(graph.outputs)
+    masks = [op for op in needed if op.type == "StatelessRandomUniformV2"]
+    assert masks
+    # Every mask comes after the embeddings, and one of a recomputation after the loss.
+    before = [{other.type for other in operations_before(mask.outputs)} for mask in masks]
+    assert all("GatherV2" in types for types in before)
+    after_loss = sum("SparseSoftmaxCrossEntropyWithLogits" in types for types in before)
+    assert after_loss == (len(masks) / 2 if policy == "full" else 0)
+    # Those of the second layer come after the first layer.
+    products = [
+        sum(other.type in ("MatMul", "BatchMatMulV2") for other in operations_before(mask.outputs))
+        for mask in masks
+    ]
+    assert max(products) > 6

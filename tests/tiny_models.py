@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -62,6 +62,7 @@ def tiny_trainer(
     *,
     accumulation_steps: int = 1,
     policy: str = "none",
+    precision: str = "float32",
     seed: int = 0,
     xla: bool = False,
     config: BertConfig = CONFIG,
@@ -76,6 +77,7 @@ def tiny_trainer(
         settings,
         accumulation_steps=accumulation_steps,
         checkpointing=parse_checkpointing(policy),
+        precision=precision,
         seed=seed,
         xla=xla,
     )
@@ -99,16 +101,21 @@ def reset(trainer: Trainer, values: Arrays) -> None:
     trainer.state.step.assign(0)
 
 
-def operations_needed(graph: tf.Graph) -> Counter[str]:
-    """Count by type the operations that a function's results depend on; no others are run."""
+def operations_before(tensors: Iterable[tf.Tensor]) -> set[tf.Operation]:
+    """Operations that tensors of a graph depend on; no others are run for them."""
     found: set[tf.Operation] = set()
-    waiting = [tensor.op for tensor in graph.outputs]
+    waiting = [tensor.op for tensor in tensors]
     while waiting:
         operation = waiting.pop()
         if operation not in found:
             found.add(operation)
             waiting += [tensor.op for tensor in operation.inputs] + operation.control_inputs
-    return Counter(operation.type for operation in found)
+    return found
+
+
+def operations_needed(graph: tf.Graph) -> Counter[str]:
+    """Count by type the operations that a function's results depend on."""
+    return Counter(operation.type for operation in operations_before(graph.outputs))
 
 
 @contextlib.contextmanager

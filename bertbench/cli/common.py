@@ -12,9 +12,11 @@ from rich.console import Console
 
 from bertbench.bytes import parse_bytes
 from bertbench.devices import Budget, make_budget, resolve_device
+from bertbench.workload import Levers
 from finetune.errors import InputError
 from finetune.files import write_atomically
 from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS
+from finetune.precisions import EXACT_PRECISION, PRECISIONS
 
 CONTEXT = {
     # The original's flags have underscores; both spellings are one flag.
@@ -63,39 +65,52 @@ def json_option(command: _Command) -> _Command:
     )(command)
 
 
-def optimizer_options(command: _Command) -> _Command:
-    """Add `--optimizer` and `--allow`; `choose_optimizers` reads them."""
-    command = click.option(
-        "--allow",
-        help="Levers that change the update and that a plan may use where they make it faster or "
-        f"make it fit: {', '.join(INEXACT)}.",
-    )(command)
-    return click.option(
-        "--optimizer", type=click.Choice(OPTIMIZERS), help="Insist on an optimizer."
-    )(command)
+def lever_options(command: _Command) -> _Command:
+    """Add `--precision`, `--optimizer` and `--allow`; `allowed_levers` reads them."""
+    options = [
+        click.option("--precision", type=click.Choice(PRECISIONS), help="Insist on a precision."),
+        click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Insist on an optimizer."),
+        click.option(
+            "--allow",
+            help="Levers that change the update and that a plan may use where it gains by them: "
+            f"{', '.join((*_INEXACT['precision'], *_INEXACT['optimizer']))}.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
-INEXACT = tuple(name for name in OPTIMIZERS if name != EXACT_OPTIMIZER)
-"""Levers that `--allow` takes."""
+_INEXACT = {"precision": PRECISIONS[1:], "optimizer": OPTIMIZERS[1:]}
 
 
-def choose_optimizers(optimizer: str | None, allow: str | None) -> tuple[str, ...]:
-    """Optimizers that a plan may choose from, by `--optimizer` and `--allow`.
+def allowed_levers(
+    precision: str | None, optimizer: str | None, allow: str | None
+) -> tuple[Levers, ...]:
+    """Combinations of precision and optimizer that a plan may choose from, exact ones first.
 
     Raises:
-        InputError: `--allow` names something else, or both are given.
+        InputError: `--allow` names something else, or what is insisted on.
     """
-    allowed = [item.strip().lower() for item in (allow or "").split(",") if item.strip()]
-    for item in allowed:
-        if item not in INEXACT:
+    names = [item.strip().lower() for item in (allow or "").split(",") if item.strip()]
+    choices: dict[str, list[str]] = {}
+    for kind, insisted in (("precision", precision), ("optimizer", optimizer)):
+        allowed = [name for name in names if name in _INEXACT[kind]]
+        if insisted is not None and allowed:
             raise InputError(
-                f"--allow {item}: no such lever", hint=f"it takes {', '.join(INEXACT)}"
+                f"--{kind} and --allow {allowed[0]} do not go together", hint="give one of them"
             )
-    if optimizer is None:
-        return (EXACT_OPTIMIZER, *allowed)
-    if allowed:
-        raise InputError("--optimizer and --allow do not go together", hint="give one of them")
-    return (optimizer,)
+        exact = EXACT_PRECISION if kind == "precision" else EXACT_OPTIMIZER
+        choices[kind] = [insisted or exact, *allowed]
+    for name in names:
+        if name not in (*_INEXACT["precision"], *_INEXACT["optimizer"]):
+            known = ", ".join((*_INEXACT["precision"], *_INEXACT["optimizer"]))
+            raise InputError(f"--allow {name}: no such lever", hint=f"it takes {known}")
+    return tuple(
+        Levers(precision=chosen_precision, optimizer=chosen_optimizer)
+        for chosen_precision in choices["precision"]
+        for chosen_optimizer in choices["optimizer"]
+    )
 
 
 def resolve_budget(device: str, memory: int | None) -> Budget:

@@ -11,13 +11,13 @@ import click
 from rich.table import Table
 
 from bertbench.bytes import format_bytes
-from bertbench.catalogue import ACCELERATORS, find_accelerator
+from bertbench.catalogue import ACCELERATORS, check_precision, find_accelerator
 from bertbench.cli.common import (
     CONTEXT,
-    choose_optimizers,
+    allowed_levers,
     device_options,
     json_option,
-    optimizer_options,
+    lever_options,
     resolve_budget,
     terminal,
     write_json,
@@ -59,7 +59,7 @@ class _Target:
     "--checkpointing",
     help="Insist on a policy: none, selective, full, nested, or full:N for N layers.",
 )
-@optimizer_options
+@lever_options
 @json_option
 def command(
     target_batch: int,
@@ -70,6 +70,7 @@ def command(
     gpu: str | None,
     memory: int | None,
     checkpointing: str | None,
+    precision: str | None,
     optimizer: str | None,
     allow: str | None,
     json_file: Path | None,
@@ -89,7 +90,9 @@ def command(
         return
     target = _target(device, gpu, memory)
     policies = None if checkpointing is None else [parse_checkpointing(checkpointing)]
-    optimizers = choose_optimizers(optimizer, allow)
+    allowed = allowed_levers(precision, optimizer, allow)
+    for levers in allowed:
+        check_precision(target.name, levers.precision)
 
     def plan(workload: Workload) -> Plan:
         return make_plan(
@@ -100,7 +103,7 @@ def command(
             device=target.name,
             device_kind=target.kind,
             policies=policies,
-            optimizers=optimizers,
+            allowed=allowed,
         )
 
     if model is not None and seq_len is not None:

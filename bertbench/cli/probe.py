@@ -10,6 +10,7 @@ import click
 from rich.table import Table
 
 from bertbench.bytes import MIB_BYTES, format_bytes
+from bertbench.catalogue import check_precision
 from bertbench.cli.common import (
     CONTEXT,
     MemorySize,
@@ -30,6 +31,7 @@ from finetune.checkpointing import parse_checkpointing
 from finetune.config import HEADS
 from finetune.errors import InputError
 from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS
+from finetune.precisions import EXACT_PRECISION, PRECISIONS
 
 _CPU_DEFAULT_BYTES = 512 * MIB_BYTES
 _CPU_MODELS, _CPU_SEQ_LENS = "bert-tiny,bert-mini", "64,128"
@@ -55,6 +57,9 @@ _PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
     default=1,
     show_default=True,
     help="Micro-batches per step; above 1 there are accumulators.",
+)
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), default=EXACT_PRECISION, show_default=True
 )
 @click.option(
     "--optimizer", type=click.Choice(OPTIMIZERS), default=EXACT_OPTIMIZER, show_default=True
@@ -83,6 +88,7 @@ def command(
     memory: int | None,
     checkpointing: str,
     accumulation: int,
+    precision: str,
     optimizer: str,
     xla: bool,
     max_batch: int | None,
@@ -118,7 +124,8 @@ def command(
     lengths = [
         _length(item) for item in _items(seq_lens or (_CPU_SEQ_LENS if on_cpu else _PAPER_SEQ_LENS))
     ]
-    levers = Levers(parse_checkpointing(checkpointing), accumulation, optimizer=optimizer, xla=xla)
+    levers = Levers(parse_checkpointing(checkpointing), accumulation, precision, optimizer, xla)
+    check_precision(found.name, precision)
     workloads = [published_workload(name, length, head) for name in names for length in lengths]
 
     cells: list[Cell] = []

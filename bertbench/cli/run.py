@@ -12,10 +12,10 @@ import click
 
 from bertbench.cli.common import (
     CONTEXT,
-    choose_optimizers,
+    allowed_levers,
     device_options,
     json_option,
-    optimizer_options,
+    lever_options,
     resolve_budget,
     write_json,
 )
@@ -90,7 +90,7 @@ def _shared_options(command: Any) -> Any:
         click.option("--num_tpu_cores", type=click.IntRange(1), default=8, show_default=True),
         click.option("--iterations_per_loop", type=int, hidden=True),
         click.option("--demo", is_flag=True, help="Built-in data and a tiny random model."),
-        optimizer_options,
+        lever_options,
         device_options,
         json_option,
     ]  # fmt: skip
@@ -315,13 +315,12 @@ def _model_and_settings(flags: dict[str, Any]) -> tuple[ModelFiles, RunSettings]
         do_lower_case=lower,
         overwrite=flags["overwrite_output_dir"],
         checkpointing=None if policy is None else parse_checkpointing(policy),
-        optimizers=choose_optimizers(flags["optimizer"], flags["allow"]),
+        allowed=allowed_levers(flags["precision"], flags["optimizer"], flags["allow"]),
         tpu=_tpu(flags),
         **{
             field.name: flags[field.name]
             for field in dataclasses.fields(RunSettings)
-            if field.name
-            not in ("do_lower_case", "overwrite", "checkpointing", "optimizers", "tpu")
+            if field.name not in ("do_lower_case", "overwrite", "checkpointing", "allowed", "tpu")
         },
     )
     return files, settings

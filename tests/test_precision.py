@@ -1,0 +1,147 @@
+"""Precisions: what is computed in which type, and how near bfloat16 stays to float32."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tiny_models import (
+    CONFIG,
+    NUM_LABELS,
+    WEIGHTS_SEED,
+    Arrays,
+    eagerly,
+    norm_of,
+    random_batch,
+    tiny_trainer,
+    values_of,
+)
+
+from bertbench.catalogue import check_precision
+from finetune.checkpointing import parse_checkpointing
+from finetune.dropout import DropoutKey
+from finetune.errors import InputError
+from finetune.layers import attention, dense, layer_norm
+from finetune.modeling import create_variables
+from finetune.precisions import allow_tensor_float_32, compute_bytes
+from finetune.step import example_losses, make_trainer
+
+SEQ_LEN = 7
+
+
+def gradients_in(compute_type: tf.DType, policy: str = "none") -> Arrays:
+    variables = create_variables(CONFIG, "squad", num_labels=NUM_LABELS, seed=WEIGHTS_SEED)
+    trained = {name: v for name, v in variables.items() if v.trainable}
+    zero = tf.zeros([], tf.int64)
+    with tf.GradientTape() as tape:
+        losses = example_losses(
+            variables,
+            CONFIG,
+            "squad",
+            {name: tf.constant(value) for name, value in random_batch(6, SEQ_LEN).items()},
+            dropout_key=DropoutKey(3, zero, zero),
+            checkpointing=parse_checkpointing(policy),
+            compute_type=compute_type,
+        )
+    assert losses.dtype == tf.float32
+    gradients = tape.gradient(losses, list(trained.values()))
+    gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
+    assert {gradient.dtype for gradient in gradients} == {tf.float32}
+    return {name: g.numpy() for name, g in zip(trained, gradients, strict=True)}
+
+
+def error(got: Arrays, expected: Arrays) -> float:
+    return norm_of({n: got[n] - expected[n] for n in expected}) / norm_of(expected)
+
+
+def test_gradients_in_bfloat16_are_near() -> None:
+    # The unit roundoff is 0.4 %; two layers of it. Nothing at all would mean float32.
+    assert 1e-4 < error(gradients_in(tf.bfloat16), gradients_in(tf.float32)) < 0.03
+
+
+@pytest.mark.parametrize("policy", ["full", "selective", "nested"])
+def test_checkpointing_in_bfloat16_to_the_last_bit(policy: str) -> None:
+    expected = gradients_in(tf.bfloat16)
+    for name, gradient in gradients_in(tf.bfloat16, policy).items():
+        np.testing.assert_array_equal(gradient, expected[name], err_msg=name)
+
+
+def test_weights_and_moments_stay_float32() -> None:
+    trainer = tiny_trainer("squad", SEQ_LEN, precision="bf16")
+    with eagerly():
+        assert np.isfinite(float(trainer.step(random_batch(4, SEQ_LEN)).loss))
+    state = [*trainer.variables.values(), *trainer.state.variables]
+    assert {variable.dtype for variable in state} == {tf.float32}
+
+
+@pytest.mark.parametrize("policy", ["none", "selective"])
+def test_accumulation_in_bfloat16_differs_by_its_rounding_alone(policy: str) -> None:
+    batches = [random_batch(6, SEQ_LEN, seed=seed) for seed in range(4)]
+
+    def train(**settings: object) -> Arrays:
+        trainer = tiny_trainer("squad", SEQ_LEN, **settings)  # type: ignore[arg-type]
+        before = values_of(trainer)
+        with eagerly():
+            for batch in batches:
+                trainer.step(batch)
+        return {name: value - before[name] for name, value in values_of(trainer).items()}
+
+    whole = train(precision="bf16")
+    cut = error(train(precision="bf16", accumulation_steps=3, policy=policy), whole)
+    # Another seed's masks change the update by as much as the update.
+    assert cut < 0.05
+    assert error(train(precision="bf16", seed=1), whole) > 0.2
+
+
+def test_kernels_are_not_kept_in_bfloat16() -> None:
+    x = tf.cast(tf.random.stateless_normal([5, 4], [0, 1]), tf.bfloat16)
+    kernel, bias = tf.ones([4, 3]) * 1.001, tf.ones([3])
+    with tf.GradientTape() as tape:
+        tape.watch([x, kernel, bias])
+        y = dense(x, kernel, bias)
+    assert y.dtype == tf.bfloat16
+    dx, d_kernel, d_bias = tape.gradient(y, [x, kernel, bias])
+    assert (dx.dtype, d_kernel.dtype, d_bias.dtype) == (tf.bfloat16, tf.float32, tf.float32)
+    np.testing.assert_array_equal(d_bias, [5, 5, 5])
+    np.testing.assert_allclose(d_kernel[:, 0], tf.reduce_sum(tf.cast(x, tf.float32), 0), rtol=0.01)
+
+
+def test_sums_of_many_are_float32_sums() -> None:
+    # In bfloat16, 256 + 1 is 256: a sum of 2,000 ones would stop there.
+    n, h = 2000, 8
+    x = tf.cast(tf.random.stateless_normal([n, h], [0, 1]), tf.bfloat16)
+    gamma, beta = tf.ones([h]), tf.zeros([h])
+    with tf.GradientTape() as tape:
+        tape.watch([gamma, beta])
+        y = layer_norm(x, gamma, beta, 1e-12)
+    _, d_beta = tape.gradient(y, [gamma, beta])
+    np.testing.assert_array_equal(d_beta, [n] * h)
+    # Attention: with equal scores every key gets the mean.
+    scores, value = tf.zeros([1, 1, n, n], tf.bfloat16), tf.ones([1, 1, n, 1], tf.bfloat16)
+    np.testing.assert_allclose(tf.cast(attention(scores, value), tf.float32), 1.0, rtol=0.01)
+
+
+def test_tensor_float_32_is_used_only_where_asked_for() -> None:
+    enabled = tf.config.experimental.tensor_float_32_execution_enabled
+    try:
+        for precision in ("tf32", "bf16", "tf32", "float32"):
+            tiny_trainer("squad", SEQ_LEN, precision=precision)
+            assert enabled() == (precision == "tf32")
+    finally:
+        allow_tensor_float_32("float32")
+
+
+def test_unknown_precision() -> None:
+    with pytest.raises(ValueError, match="fp8"):
+        compute_bytes("fp8")
+    variables = create_variables(CONFIG, "squad")
+    with pytest.raises(ValueError, match="fp8"):
+        make_trainer(variables, CONFIG, "squad", 7, None, precision="fp8")  # type: ignore[arg-type]
+
+
+def test_gpus_without_bfloat16_are_refused() -> None:
+    with pytest.raises(InputError, match=r"Tesla T4 has no bf16: compute capability 7\.5"):
+        check_precision("Tesla T4", "bf16")
+    check_precision("Tesla T4", "float32")
+    check_precision("NVIDIA A100-SXM4-40GB", "bf16")
+    check_precision("AMD EPYC (2 cores)", "bf16")
