@@ -127,6 +127,8 @@ def test_plan_alone_prints_the_papers_grid() -> None:
         (["plan", "--model", "bert-large", "--seq-len", "128", "--memory", "2GiB"],
          ["does not fit", "more"]),
         (["plan", "--memory", "twelve"], ["twelve", "12GiB"]),
+        (["plan", "--gpu", "t4", "--allow", "bf16"], ["t4", "bf16", "7.5"]),
+        (["probe", "--xla", "--checkpointing", "nested:2"], ["--xla", "nested:2", "full"]),
         (["plan", "--gpu", "voodoo2"], ["voodoo2", "list"]),
         (["plan", "--checkpointing", "some"], ["some", "full"]),
         (["plan", "--no-such-flag"], ["no-such-flag"]),
