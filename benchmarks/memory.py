@@ -5,8 +5,8 @@
 Every figure comes from real optimizer steps, with AdamW, float32 and dropout, in processes of
 their own, one after the other. Step times are ratios within one round, and the median of the
 rounds. On two cores: `policies` takes 15 minutes, `maximum` and `smallest` up to an hour each,
-`peer` 3 minutes (it needs keras-hub); `--quick`, on BERT-Mini, two minutes for all. `--device` and
-`--memory` choose another device or budget.
+`peer` 3 minutes (it needs keras-hub); `--quick`, on BERT-Mini, three minutes for all. `--device`
+and `--memory` choose another device or budget.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.devices import MIB_BYTES, Budget, make_budget, resolve_device
-from bertbench.footprint import predict_footprint
+from bertbench.footprint import max_micro_batch, predict_footprint
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import POLICIES, Checkpointing
+from finetune.config import parameter_count
 
 TIMEOUT_SECONDS = 7200.0
 
@@ -45,7 +46,7 @@ class Scale:
         smallest: workload and effective batch of `smallest`.
         peer: workload and batch of `peer`.
         rounds: of timing.
-        precision: of the borders that `maximum` and `smallest` look for.
+        tolerance: of the borders that `maximum` and `smallest` look for.
     """
 
     workload: Workload
@@ -55,7 +56,7 @@ class Scale:
     smallest: tuple[Workload, int]
     peer: tuple[Workload, int]
     rounds: int
-    precision: float
+    tolerance: float
 
 
 FULL = Scale(
@@ -66,7 +67,7 @@ FULL = Scale(
     smallest=(published_workload("bert-large", 384), 24),
     peer=(published_workload("bert-base", 128, "classifier"), 8),
     rounds=3,
-    precision=0.02,
+    tolerance=0.02,
 )
 QUICK = Scale(
     workload=published_workload("bert-mini", 128),
@@ -76,7 +77,7 @@ QUICK = Scale(
     smallest=(published_workload("bert-mini", 128), 24),
     peer=(published_workload("bert-mini", 128, "classifier"), 8),
     rounds=1,
-    precision=0.1,
+    tolerance=0.1,
 )
 
 
@@ -111,7 +112,7 @@ def main() -> None:
 def policies(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
     """Slope of the peak, what is left at zero examples, and step time, for every policy."""
     workload, (small, large) = scale.workload, scale.batches
-    parameters = sum(math.prod(shape) for shape in workload.parameters.values())
+    parameters = parameter_count(workload.config, workload.head, workload.num_labels)
     print(f"{workload.model}, sequence length {workload.seq_len}, {parameters:,} parameters")
     print(f"{'policy':12s} {'steps':>5s} {'MB/example':>10s} {'bytes/parameter at 0':>21s}", end="")
     print(f" {'time / none':>12s}  peaks")
@@ -160,26 +161,17 @@ def maximum(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
 
     No certificate: `bertbench probe` gives those. Here a step takes many minutes.
     """
-    rows: list[dict[str, Any]] = []
     levers = Levers(Checkpointing("nested"))
+    rows: list[dict[str, Any]] = []
     for workload in scale.largest:
-        lowest, highest = 1, 2
-        while predict_footprint(workload, levers, highest).peak_bytes <= budget.budget_bytes:
-            lowest, highest = highest, 2 * highest
-        while highest - lowest > 1:
-            middle = (lowest + highest) // 2
-            fits = predict_footprint(workload, levers, middle).peak_bytes <= budget.budget_bytes
-            lowest, highest = (middle, highest) if fits else (lowest, middle)
-        batch, tried = lowest, dict[int, Trial]()
-        while batch not in tried:
-            tried[batch] = trial = _trial(workload, levers, budget, batch, steps=1)
+
+        def attempt(batch: int, workload: Workload = workload) -> Trial:
+            trial = _trial(workload, levers, budget, batch, steps=1)
             rows.append(_row(workload, levers, trial))
-            if trial.outcome == "failed":
-                break
-            step = max(1, round(scale.precision * batch))
-            batch = batch + step if trial.outcome == "fits" else batch - step
-            if trial.outcome == "fits" and batch - step < lowest:
-                break
+            return trial
+
+        start = max_micro_batch(workload, levers, budget.budget_bytes)
+        _find_border(start, scale.tolerance, attempt, fitting_is=-1)
     return rows
 
 
@@ -192,19 +184,37 @@ def smallest(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
     ]
     levers, batch = min(settings, key=lambda s: predict_footprint(workload, s[0], s[1]).peak_bytes)
     predicted = predict_footprint(workload, levers, batch).peak_bytes
-    mebibytes = predicted // MIB_BYTES
     rows: list[dict[str, Any]] = []
-    outcomes: set[str] = set()
-    while True:
+
+    def attempt(mebibytes: int) -> Trial:
         limited = make_budget(budget.device, mebibytes * MIB_BYTES)
         trial = _trial(workload, levers, limited, batch, steps=2)
         rows.append({**_row(workload, levers, trial), "memory_mib": mebibytes})
         print(f"    at {mebibytes:,} MiB, effective batch {target}", flush=True)
-        outcomes.add(trial.outcome)
-        if trial.outcome == "failed" or {"fits", "oom"} <= outcomes:
-            return rows
-        step = max(1, round(scale.precision * mebibytes))
-        mebibytes = mebibytes - step if trial.outcome == "fits" else mebibytes + step
+        return trial
+
+    _find_border(predicted // MIB_BYTES, scale.tolerance, attempt, fitting_is=1)
+    return rows
+
+
+def _find_border(
+    start: int, tolerance: float, attempt: Callable[[int], Trial], *, fitting_is: int
+) -> None:
+    """Walk until one value fits and one beside it does not, or a trial fails.
+
+    Args:
+        start: first value, near the border.
+        tolerance: length of a step, relative to the value.
+        attempt: tries a value.
+        fitting_is: 1 if large values fit, -1 if small ones do.
+    """
+    value = start
+    outcomes: set[str] = set()
+    while not ("failed" in outcomes or {"fits", "oom"} <= outcomes):
+        outcome = attempt(value).outcome
+        outcomes.add(outcome)
+        step = max(1, round(tolerance * value))
+        value += -fitting_is * step if outcome == "fits" else fitting_is * step
 
 
 def peer(scale: Scale, budget: Budget) -> list[dict[str, Any]]:

@@ -174,7 +174,7 @@ def apply_gradients(
             # optimizer's term do not depend on each other, so they may be taken off in turn.
             with tf.control_dependencies(before):
                 decay = variable * (rate * settings.weight_decay)
-                before = [_subtract(variable, decay)]
+                before = [_subtract(variable.handle, decay)]
         handles = {name: slot.handle for name, slot in slots.items()}
         with tf.control_dependencies(before):
             clipped = gradient * scale
@@ -228,10 +228,9 @@ def _lion(
     moment = tf.raw_ops.ReadVariableOp(resource=handles["lion_m"], dtype=gradient.dtype)
     # Two averages of moment and gradient, each from what separates the two.
     gap = moment - gradient
-    update = _subtract(variable, rate * tf.sign(gradient + of_update * gap))
+    update = _subtract(variable.handle, rate * tf.sign(gradient + of_update * gap))
     with tf.control_dependencies([update]):
-        change = (1.0 - of_moment) * gap
-        return [tf.raw_ops.AssignSubVariableOp(resource=handles["lion_m"], value=change)]
+        return [_subtract(handles["lion_m"], (1.0 - of_moment) * gap)]
 
 
 def _adafactor(
@@ -261,8 +260,8 @@ def _adafactor(
         update = gradient * tf.math.rsqrt(rows)[..., None] * tf.math.rsqrt(columns)[..., None, :]
     size = tf.sqrt(tf.reduce_mean(tf.square(update)))
     change = update * (rate / tf.maximum(1.0, size / _ADAFACTOR_CLIP))
-    return [*assigned, _subtract(variable, change)]
+    return [*assigned, _subtract(variable.handle, change)]
 
 
-def _subtract(variable: tf.Variable, value: tf.Tensor) -> tf.Operation:
-    return tf.raw_ops.AssignSubVariableOp(resource=variable.handle, value=value)
+def _subtract(handle: tf.Tensor, value: tf.Tensor) -> tf.Operation:
+    return tf.raw_ops.AssignSubVariableOp(resource=handle, value=value)

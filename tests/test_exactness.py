@@ -27,6 +27,7 @@ from tiny_models import (
     WEIGHTS_SEED,
     Arrays,
     eagerly,
+    gradients_of_losses,
     norm_of,
     random_batch,
     reset,
@@ -36,11 +37,10 @@ from tiny_models import (
 )
 
 from finetune import checkpointing
-from finetune.checkpointing import BLOCK_TOKENS, parse_checkpointing
-from finetune.config import BertConfig, is_trained
-from finetune.dropout import DropoutKey
+from finetune.checkpointing import BLOCK_TOKENS
+from finetune.config import BertConfig
 from finetune.modeling import create_variables
-from finetune.step import Trainer, example_losses, pad_batch
+from finetune.step import Trainer, pad_batch
 
 SEQ_LEN = 7
 TOLERANCE = 1e-5
@@ -167,22 +167,8 @@ def test_exact_update_compiled_in_blocks(monkeypatch: pytest.MonkeyPatch, policy
 def gradients_of(head: str, policy: str, batch: Arrays, first_row: int = 0) -> Arrays:
     """Gradients of the sum of losses, computed without the graph optimizer."""
     variables = create_variables(CONFIG, head, num_labels=NUM_LABELS, seed=WEIGHTS_SEED)
-    trained = {name: v for name, v in variables.items() if is_trained(name, head)}
-    key = DropoutKey(3, tf.constant(2, tf.int64), tf.constant(first_row, tf.int64))
-    with tf.GradientTape() as tape:
-        losses = example_losses(
-            variables,
-            CONFIG,
-            head,
-            {name: tf.constant(value) for name, value in batch.items()},
-            dropout_key=key,
-            checkpointing=parse_checkpointing(policy),
-        )
-    gradients = tape.gradient(losses, list(trained.values()))
-    return {
-        name: tf.convert_to_tensor(gradient).numpy()
-        for name, gradient in zip(trained, gradients, strict=True)
-    }
+    gradients = gradients_of_losses(variables, head, batch, policy, first_row=first_row)
+    return {name: gradient.numpy() for name, gradient in gradients.items()}
 
 
 @pytest.mark.parametrize("policy", ["full", "full:1", "selective", "nested", "nested:1+selective"])

@@ -11,6 +11,7 @@ from tiny_models import (
     WEIGHTS_SEED,
     Arrays,
     eagerly,
+    gradients_of_losses,
     norm_of,
     random_batch,
     tiny_trainer,
@@ -18,36 +19,21 @@ from tiny_models import (
 )
 
 from bertbench.catalogue import check_precision
-from finetune.checkpointing import parse_checkpointing
-from finetune.dropout import DropoutKey
 from finetune.errors import InputError
 from finetune.layers import attention, dense, layer_norm
 from finetune.modeling import create_variables
 from finetune.precisions import allow_tensor_float_32, compute_bytes
-from finetune.step import example_losses, make_trainer
+from finetune.step import make_trainer
 
 SEQ_LEN = 7
 
 
 def gradients_in(compute_type: tf.DType, policy: str = "none") -> Arrays:
     variables = create_variables(CONFIG, "squad", num_labels=NUM_LABELS, seed=WEIGHTS_SEED)
-    trained = {name: v for name, v in variables.items() if v.trainable}
-    zero = tf.zeros([], tf.int64)
-    with tf.GradientTape() as tape:
-        losses = example_losses(
-            variables,
-            CONFIG,
-            "squad",
-            {name: tf.constant(value) for name, value in random_batch(6, SEQ_LEN).items()},
-            dropout_key=DropoutKey(3, zero, zero),
-            checkpointing=parse_checkpointing(policy),
-            compute_type=compute_type,
-        )
-    assert losses.dtype == tf.float32
-    gradients = tape.gradient(losses, list(trained.values()))
-    gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
-    assert {gradient.dtype for gradient in gradients} == {tf.float32}
-    return {name: g.numpy() for name, g in zip(trained, gradients, strict=True)}
+    batch = random_batch(6, SEQ_LEN)
+    gradients = gradients_of_losses(variables, "squad", batch, policy, compute_type=compute_type)
+    assert {gradient.dtype for gradient in gradients.values()} == {tf.float32}
+    return {name: gradient.numpy() for name, gradient in gradients.items()}
 
 
 def error(got: Arrays, expected: Arrays) -> float:

@@ -9,13 +9,17 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CONFIG, WEIGHTS_SEED, operations_before, operations_needed, random_batch
+from tiny_models import (
+    CONFIG,
+    WEIGHTS_SEED,
+    gradients_of_losses,
+    operations_before,
+    operations_needed,
+    random_batch,
+)
 
-from finetune.checkpointing import parse_checkpointing
-from finetune.dropout import DropoutKey
 from finetune.modeling import create_variables
 from finetune.recomputation import Keep, Tensors, compute, recompute
-from finetune.step import example_losses
 
 ROWS_PER_EXAMPLE = 2
 
@@ -171,22 +175,10 @@ def test_masks_are_drawn_when_their_layer_is_reached(policy: str) -> None:
     # They depend on no activation, so a graph would draw those of all layers at once, and find
     # those of a recomputation to be equal to the first ones: each way they would all be kept.
     variables = create_variables(CONFIG, "squad", seed=WEIGHTS_SEED)
-    batch = {name: tf.constant(value) for name, value in random_batch(2, 4).items()}
 
     @tf.function
-    def gradients() -> list[tf.Tensor]:
-        zero = tf.zeros([], tf.int64)
-        with tf.GradientTape() as tape:
-            losses = example_losses(
-                variables,
-                CONFIG,
-                "squad",
-                batch,
-                dropout_key=DropoutKey(0, zero, zero),
-                checkpointing=parse_checkpointing(policy),
-            )
-        found = tape.gradient(losses, [v for v in variables.values() if v.trainable])
-        return [tf.convert_to_tensor(g) for g in found if g is not None]
+    def gradients() -> dict[str, tf.Tensor]:
+        return gradients_of_losses(variables, "squad", random_batch(2, 4), policy)
 
     graph = gradients.get_concrete_function().graph
     needed = operations_before(graph.outputs)

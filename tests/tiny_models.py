@@ -10,10 +10,11 @@ import numpy as np
 import tensorflow as tf
 
 from finetune.checkpointing import parse_checkpointing
-from finetune.config import BertConfig
+from finetune.config import BertConfig, is_trained
+from finetune.dropout import DropoutKey
 from finetune.modeling import create_variables
 from finetune.optimization import OptimizerSettings
-from finetune.step import Trainer, make_trainer
+from finetune.step import Trainer, example_losses, make_trainer
 
 CONFIG = BertConfig(
     vocab_size=31,
@@ -85,6 +86,35 @@ def tiny_trainer(
 
 def values_of(trainer: Trainer) -> Arrays:
     return {name: variable.numpy() for name, variable in trainer.variables.items()}
+
+
+def gradients_of_losses(
+    variables: Mapping[str, tf.Variable],
+    head: str,
+    batch: Mapping[str, np.ndarray],
+    policy: str,
+    *,
+    first_row: int = 0,
+    compute_type: tf.DType = tf.float32,
+) -> dict[str, tf.Tensor]:
+    """Gradients of the sum of a batch's losses, with dropout, by the names of the variables."""
+    trained = {name: v for name, v in variables.items() if is_trained(name, head)}
+    with tf.GradientTape() as tape:
+        losses = example_losses(
+            variables,
+            CONFIG,
+            head,
+            {name: tf.constant(value) for name, value in batch.items()},
+            dropout_key=DropoutKey(3, tf.constant(2, tf.int64), tf.constant(first_row, tf.int64)),
+            checkpointing=parse_checkpointing(policy),
+            compute_type=compute_type,
+        )
+    assert losses.dtype == tf.float32
+    gradients = tape.gradient(losses, list(trained.values()))
+    return {
+        name: tf.convert_to_tensor(gradient)
+        for name, gradient in zip(trained, gradients, strict=True)
+    }
 
 
 def norm_of(arrays: Arrays) -> float:

@@ -15,8 +15,8 @@ from bertbench.devices import Budget, make_budget, resolve_device
 from bertbench.workload import Levers
 from finetune.errors import InputError
 from finetune.files import write_atomically
-from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS
-from finetune.precisions import EXACT_PRECISION, PRECISIONS
+from finetune.optimizers import OPTIMIZERS
+from finetune.precisions import PRECISIONS
 
 CONTEXT = {
     # The original's flags have underscores; both spellings are one flag.
@@ -73,7 +73,7 @@ def lever_options(command: _Command) -> _Command:
         click.option(
             "--allow",
             help="Levers that change the update and that a plan may use where it gains by them: "
-            f"{', '.join((*_INEXACT['precision'], *_INEXACT['optimizer']))}.",
+            f"{', '.join(_INEXACT)}.",
         ),
     ]
     for option in reversed(options):
@@ -81,7 +81,8 @@ def lever_options(command: _Command) -> _Command:
     return command
 
 
-_INEXACT = {"precision": PRECISIONS[1:], "optimizer": OPTIMIZERS[1:]}
+# Of both, the first is the published recipe's.
+_INEXACT = (*PRECISIONS[1:], *OPTIMIZERS[1:])
 
 
 def allowed_levers(
@@ -93,24 +94,23 @@ def allowed_levers(
         InputError: `--allow` names something else, or what is insisted on.
     """
     names = [item.strip().lower() for item in (allow or "").split(",") if item.strip()]
-    choices: dict[str, list[str]] = {}
-    for kind, insisted in (("precision", precision), ("optimizer", optimizer)):
-        allowed = [name for name in names if name in _INEXACT[kind]]
+
+    def choices(flag: str, known: tuple[str, ...], insisted: str | None) -> list[str]:
+        allowed = [name for name in names if name in known[1:]]
         if insisted is not None and allowed:
             raise InputError(
-                f"--{kind} and --allow {allowed[0]} do not go together", hint="give one of them"
+                f"{flag} and --allow {allowed[0]} do not go together", hint="give one of them"
             )
-        exact = EXACT_PRECISION if kind == "precision" else EXACT_OPTIMIZER
-        choices[kind] = [insisted or exact, *allowed]
+        return [insisted or known[0], *allowed]
+
+    precisions = choices("--precision", PRECISIONS, precision)
+    optimizers = choices("--optimizer", OPTIMIZERS, optimizer)
     for name in names:
-        if name not in (*_INEXACT["precision"], *_INEXACT["optimizer"]):
-            known = ", ".join((*_INEXACT["precision"], *_INEXACT["optimizer"]))
-            raise InputError(f"--allow {name}: no such lever", hint=f"it takes {known}")
-    return tuple(
-        Levers(precision=chosen_precision, optimizer=chosen_optimizer)
-        for chosen_precision in choices["precision"]
-        for chosen_optimizer in choices["optimizer"]
-    )
+        if name not in _INEXACT:
+            raise InputError(
+                f"--allow {name}: no such lever", hint=f"it takes {', '.join(_INEXACT)}"
+            )
+    return tuple(Levers(precision=p, optimizer=o) for p in precisions for o in optimizers)
 
 
 def resolve_budget(device: str, memory: int | None) -> Budget:
