@@ -16,34 +16,32 @@ from collections.abc import Callable
 import tensorflow as tf
 
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
+_GELU_CUBIC = 0.044715 * _SQRT_2_OVER_PI
 
 
-def dense(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+@tf.custom_gradient
+def dense(
+    x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
+) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]]:
     """Multiply `x` `[n, inputs]` by `kernel` `[inputs, outputs]` and add `bias` `[outputs]`.
 
     Kernel and bias are rounded to the type of `x`, and again in the gradient, so that no copy of
     the weights in that type outlives the product.
     """
-    if x.dtype == kernel.dtype:
-        return tf.nn.bias_add(tf.matmul(x, kernel), bias)
 
-    @tf.custom_gradient
-    def mixed(
-        x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
-    ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]]:
-        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            with tf.control_dependencies([dy]):
-                rounded = tf.cast(kernel, x.dtype)
-            return (
-                tf.matmul(dy, rounded, transpose_b=True),
-                tf.cast(tf.matmul(x, dy, transpose_a=True), kernel.dtype),
-                tf.reduce_sum(tf.cast(dy, bias.dtype), axis=0),
-            )
+    def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        d_kernel = tf.cast(tf.matmul(x, dy, transpose_a=True), kernel.dtype)
+        if x.dtype == bias.dtype:
+            d_bias = tf.raw_ops.BiasAddGrad(out_backprop=dy)
+        else:
+            d_bias = tf.reduce_sum(tf.cast(dy, bias.dtype), axis=0)
+        # First what nothing waits for: `x` and `dy` would live until TensorFlow came back to it,
+        # through the backward pass of all that is below.
+        with tf.control_dependencies([d_kernel, d_bias]):
+            return tf.matmul(dy, tf.cast(kernel, x.dtype), transpose_b=True), d_kernel, d_bias
 
-        product = tf.matmul(x, tf.cast(kernel, x.dtype))
-        return tf.nn.bias_add(product, tf.cast(bias, x.dtype)), gradient
-
-    return mixed(x, kernel, bias)
+    product = tf.matmul(x, tf.cast(kernel, x.dtype))
+    return tf.nn.bias_add(product, tf.cast(bias, x.dtype)), gradient
 
 
 @tf.custom_gradient
@@ -58,17 +56,14 @@ def add(
     return x + y, lambda dy: (dy, dy)
 
 
-def fresh_zeros(like: tf.Tensor | tf.Variable, examples: tf.Tensor) -> tf.Tensor:
-    """Make zeros of the shape and type of `like` each time a graph is run.
+def fresh_zeros(like: tf.Tensor | tf.Variable) -> tf.Tensor:
+    """Make zeros of the shape and type of `like` each time a graph is run, to be added to in place.
 
     `tf.zeros_like` of a weight is folded into a constant, and a constant stays in memory for as
-    long as its graph exists.
-
-    Args:
-        like: gives shape and type.
-        examples: any int32 scalar that is not negative, and not known before the graph is run.
+    long as its graph exists; `tf.fill` of the same values twice is one tensor. This op counts as
+    one with a state, so neither is done to it.
     """
-    return tf.fill(like.shape, tf.cast(tf.minimum(examples, 0), like.dtype))
+    return tf.raw_ops.Empty(shape=like.shape, dtype=like.dtype, init=True)
 
 
 def layer_norm(
@@ -193,26 +188,34 @@ def _row_sums(x: tf.Tensor) -> tf.Tensor:
 
 @tf.custom_gradient
 def _gelu_tanh(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+    # Each factor is made in place, one after the other, and TanhGrad multiplies by 1 - tanh^2
+    # without making it first: two arrays of the size of x at a time, and `dy`, instead of four.
+    def tanh_of_inner() -> tf.Tensor:
+        return tf.tanh(x * (_SQRT_2_OVER_PI + _GELU_CUBIC * tf.square(x)))
+
     def gradient(dy: tf.Tensor) -> tf.Tensor:
         with tf.control_dependencies([dy]):
-            square = tf.square(x)
-            tanh = tf.tanh(_SQRT_2_OVER_PI * x * (1.0 + 0.044715 * square))
-            slope = (1.0 - tf.square(tanh)) * (_SQRT_2_OVER_PI * (1.0 + 3 * 0.044715 * square))
-            return dy * (0.5 * (1.0 + tanh) + 0.5 * x * slope)
+            tanh = tanh_of_inner()
+        with tf.control_dependencies([tanh]):
+            slope = x * (0.5 * _SQRT_2_OVER_PI + 1.5 * _GELU_CUBIC * tf.square(x))
+            slope = tf.raw_ops.TanhGrad(y=tanh, dy=slope)
+        with tf.control_dependencies([slope]):
+            return dy * (slope + (0.5 + 0.5 * tanh))
 
-    inner = _SQRT_2_OVER_PI * x * (1.0 + 0.044715 * tf.square(x))
-    return 0.5 * x * (1.0 + tf.tanh(inner)), gradient
+    return x * (0.5 + 0.5 * tanh_of_inner()), gradient
 
 
 @tf.custom_gradient
 def _gelu_erf(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
     def cumulative() -> tf.Tensor:
-        return 0.5 * (1.0 + tf.math.erf(x * math.sqrt(0.5)))
+        return 0.5 + 0.5 * tf.math.erf(x * math.sqrt(0.5))
 
     def gradient(dy: tf.Tensor) -> tf.Tensor:
         with tf.control_dependencies([dy]):
             density = tf.exp(-0.5 * tf.square(x)) * (1.0 / math.sqrt(2.0 * math.pi))
-            return dy * (cumulative() + x * density)
+            slope = x * density
+        with tf.control_dependencies([slope]):
+            return dy * (slope + cumulative())
 
     return x * cumulative(), gradient
 

@@ -215,13 +215,14 @@ def _in_blocks(
         if totals is not None:
             sums = [total + term for total, term in zip(totals, sums, strict=True)]
         return list(result.joined), list(result.kept), sums
-    if totals is None:
-        totals = [fresh_zeros(x, examples) for x in sums_like]
     blocks = (examples + examples_per_block - 1) // examples_per_block
-    # A loop starts when its counter does. Without waiting for rows[0], in a backward pass the
-    # gradient that comes in, it would start with the forward pass.
+    # A loop starts when its counter does, and zeros are made when nothing keeps them from it.
+    # Without waiting for rows[0], in a backward pass the gradient that comes in, both would be
+    # there from the beginning of the step.
     with tf.control_dependencies([rows[0]]):
         start = tf.identity(tf.zeros([], tf.int32))
+        if totals is None:
+            totals = [fresh_zeros(x) for x in sums_like]
 
     def new_arrays(types: Sequence[tf.DType]) -> list[tf.TensorArray]:
         return [tf.TensorArray(type_, size=blocks, infer_shape=False) for type_ in types]

@@ -227,7 +227,7 @@ def make_trainer(
                 dict(zip(names, sums, strict=True)),
             )
             sums = [
-                g if name in summed else _plus(total, g)
+                g if name in summed else _plus(total, g, xla)
                 for name, total, g in zip(names, sums, gradients, strict=True)
             ]
             return index + 1, loss + micro_loss, sums
@@ -237,7 +237,7 @@ def make_trainer(
             one,
             # Sums that the loop hands on, not variables: they are added to in place too, but the
             # update can clip them in place and give each back as soon as it is applied.
-            (tf.zeros([], tf.int32), tf.zeros([]), [fresh_zeros(v, micro_batch) for v in trained]),
+            (tf.zeros([], tf.int32), tf.zeros([]), [fresh_zeros(v) for v in trained]),
             # Overlapping iterations would hold two sets of activations.
             parallel_iterations=1,
         )
@@ -383,17 +383,23 @@ def make_predictor(
     return predict_on_replicas
 
 
-def _plus(total: tf.Tensor, gradient: tf.Tensor | tf.IndexedSlices | None) -> tf.Tensor:
-    """Add a gradient to a sum, in place where nothing else reads the sum.
+def _plus(total: tf.Tensor, gradient: tf.Tensor | tf.IndexedSlices | None, xla: bool) -> tf.Tensor:
+    """Add a gradient to a sum that nothing else reads, in place.
 
     The gradient of an embedding table is a row for each token; it is added row by row, without
     making a table of it first.
     """
     if gradient is None:
         return total
-    if isinstance(gradient, tf.IndexedSlices):
+    if not isinstance(gradient, tf.IndexedSlices):
+        return total + gradient
+    if xla:
         return tf.tensor_scatter_nd_add(total, gradient.indices[:, None], gradient.values)
-    return total + gradient
+    # A scatter copies the table. InplaceAdd does not, but on a GPU it adds all rows at once: each
+    # of them may be named only once.
+    names, positions = tf.unique(gradient.indices)
+    rows = tf.math.unsorted_segment_sum(gradient.values, positions, tf.size(names))
+    return tf.raw_ops.InplaceAdd(x=total, i=names, v=rows)
 
 
 def _share(batch: Batch, replica: tf.Tensor, replicas: int) -> dict[str, tf.Tensor]:

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
+from tiny_models import operations_before
 
-from finetune.layers import activation, dense, layer_norm
+from finetune.layers import activation, dense, fresh_zeros, layer_norm
 
 EPSILON = 1e-12
 NORMAL_CDF = np.vectorize(lambda x: 0.5 * math.erfc(-x / math.sqrt(2)))
@@ -155,6 +156,28 @@ def test_dense() -> None:
     x, kernel, bias = draw(3, 4), draw(4, 2, seed=1), draw(2, seed=2)
     y = dense(tf.constant(x), tf.constant(kernel), tf.constant(bias))
     np.testing.assert_allclose(y, x @ kernel + bias, rtol=1e-12)
+    assert largest_gradient_error(dense, [x, kernel, bias]) < 1e-8
+
+
+def test_dense_gives_weights_their_gradients_before_it_goes_on() -> None:
+    graph = tf.Graph()
+    with graph.as_default():
+        x, kernel, bias = (tf.identity(tf.zeros(shape)) for shape in ((3, 4), (4, 2), (2,)))
+        dx, d_kernel, d_bias = tf.gradients(dense(x, kernel, bias), [x, kernel, bias])
+    assert {d_kernel.op, d_bias.op} <= operations_before([dx])
+
+
+def test_zeros_to_be_added_to_are_new_in_every_place_and_every_time() -> None:
+    @tf.function
+    def sums(rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        like = tf.zeros((2, 3))
+        first, second = fresh_zeros(like), fresh_zeros(like)
+        return tf.raw_ops.InplaceAdd(x=first, i=[1], v=rows), second
+
+    for _ in range(2):
+        first, second = sums(tf.ones((1, 3)))
+        np.testing.assert_array_equal(first, [[0, 0, 0], [1, 1, 1]])
+        np.testing.assert_array_equal(second, np.zeros((2, 3)))
 
 
 def test_unknown_activation() -> None:

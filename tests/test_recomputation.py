@@ -18,7 +18,7 @@ from tiny_models import (
     random_batch,
 )
 
-from finetune.modeling import create_variables
+from finetune.modeling import create_variables, layer_weight_names
 from finetune.recomputation import Keep, Tensors, compute, recompute
 
 ROWS_PER_EXAMPLE = 2
@@ -195,3 +195,20 @@ def test_masks_are_drawn_when_their_layer_is_reached(policy: str) -> None:
         for mask in masks
     ]
     assert max(products) > 6
+
+
+@pytest.mark.parametrize("policy", ["selective", "nested"])
+def test_sums_over_blocks_are_made_in_the_backward_pass(policy: str) -> None:
+    # They depend on nothing, so those of all layers would be there from the step's beginning.
+    variables = create_variables(CONFIG, "squad", seed=WEIGHTS_SEED)
+
+    @tf.function
+    def gradients() -> dict[str, tf.Tensor]:
+        return gradients_of_losses(variables, "squad", random_batch(2, 4), policy)
+
+    graph = gradients.get_concrete_function().graph
+    sums = [op for op in operations_before(graph.outputs) if op.type == "Empty"]
+    assert len(sums) == CONFIG.num_hidden_layers * len(layer_weight_names(0))
+    for op in sums:
+        before = {other.type for other in operations_before(op.outputs)}
+        assert "SparseSoftmaxCrossEntropyWithLogits" in before
