@@ -62,12 +62,6 @@ class Checkpointing:
         text = self.policy if self.layers is None else f"{self.policy}:{self.layers}"
         return text if self.others == "none" else f"{text}+{self.others}"
 
-    @property
-    def in_blocks(self) -> bool:
-        """Whether any layer is recomputed in blocks of examples."""
-        policies = {self.policy} if self.layers is None else {self.policy, self.others}
-        return not policies.isdisjoint(BLOCK_TOKENS)
-
     def of_layer(self, index: int) -> str:
         """Policy of one layer, counted from 0 at the embeddings."""
         return self.policy if self.layers is None or index < self.layers else self.others

@@ -14,11 +14,12 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
+from finetune.blocks import Tensors
 from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing, examples_per_block
 from finetune.config import BertConfig, is_trained, variable_shapes
 from finetune.dropout import DropoutKey, apply_mask, draw_mask, dropout
 from finetune.layers import activation, add, attention, dense, layer_norm, split_heads
-from finetune.recomputation import Keep, Tensors, compute, recompute
+from finetune.recomputation import Keep, compute, recompute
 
 Variables = Mapping[str, tf.Variable]
 """Variables by their name in the original's checkpoints."""
@@ -93,6 +94,7 @@ def encode(
     checkpointing: Checkpointing = NO_CHECKPOINTING,
     totals: Mapping[str, tf.Tensor] | None = None,
     compute_type: tf.DType = tf.float32,
+    xla: bool = False,
 ) -> tf.Tensor:
     """Run embeddings and all layers.
 
@@ -107,6 +109,7 @@ def encode(
         totals: sums of gradients by the names of their variables. The gradient of a weight of a
             checkpointed layer, see `layer_weight_names`, begins with its sum instead of 0.
         compute_type: of activations, see `finetune.precisions`.
+        xla: make a graph that XLA can compile, whatever the policy.
 
     Returns:
         The last layer's output, float32 `[b, s, h]`.
@@ -137,6 +140,7 @@ def encode(
                     _kept_types(config, dropout_key, compute_type) if policy == "selective" else ()
                 ),
                 totals=None if totals is None else [totals[name] for name in names],
+                xla=xla,
             )
     gamma, beta = (
         tf.convert_to_tensor(variables[name]) for name in _norm_names(config.num_hidden_layers)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
+from finetune.blocks import take_rows
 from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing
 from finetune.config import INPUT_NAMES, TARGET_NAMES, BertConfig, is_trained
 from finetune.dropout import DropoutKey
@@ -66,6 +67,7 @@ def example_losses(
     checkpointing: Checkpointing = NO_CHECKPOINTING,
     totals: Mapping[str, tf.Tensor] | None = None,
     compute_type: tf.DType = tf.float32,
+    xla: bool = False,
 ) -> tf.Tensor:
     """Loss of each example, float32 `[b]`.
 
@@ -82,6 +84,7 @@ def example_losses(
         checkpointing: policy per layer.
         totals: see `finetune.modeling.encode`.
         compute_type: likewise.
+        xla: likewise.
     """
     sequence = encode(
         variables,
@@ -91,6 +94,7 @@ def example_losses(
         checkpointing=checkpointing,
         totals=totals,
         compute_type=compute_type,
+        xla=xla,
     )
 
     def cross_entropy(logits: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
@@ -197,6 +201,7 @@ def make_trainer(
                 checkpointing=checkpointing,
                 totals=totals,
                 compute_type=activation_type,
+                xla=xla,
             )
             loss = tf.reduce_sum(losses * batch["weights"]) / total_weight
         return loss, tape.gradient(loss, trained)
@@ -213,13 +218,12 @@ def make_trainer(
     def accumulated_gradients(
         batch: Batch, first_row: tf.Tensor, total_weight: tf.Tensor
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        micro_batch = tf.shape(batch["weights"])[0] // accumulation_steps
-
         def one(
             index: tf.Tensor, loss: tf.Tensor, sums: list[tf.Tensor]
         ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+            micro_batch = tf.shape(batch["weights"])[0] // accumulation_steps
             start = index * micro_batch
-            rows = {name: value[start : start + micro_batch] for name, value in batch.items()}
+            rows = {name: take_rows(value, start, micro_batch) for name, value in batch.items()}
             micro_loss, gradients = micro_gradients(
                 rows,
                 first_row + tf.cast(start, tf.int64),

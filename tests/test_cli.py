@@ -128,7 +128,6 @@ def test_plan_alone_prints_the_papers_grid() -> None:
          ["does not fit", "more"]),
         (["plan", "--memory", "twelve"], ["twelve", "12GiB"]),
         (["plan", "--gpu", "t4", "--allow", "bf16"], ["t4", "bf16", "7.5"]),
-        (["probe", "--xla", "--checkpointing", "nested:2"], ["--xla", "nested:2", "full"]),
         (["plan", "--gpu", "voodoo2"], ["voodoo2", "list"]),
         (["plan", "--checkpointing", "some"], ["some", "full"]),
         (["plan", "--no-such-flag"], ["no-such-flag"]),

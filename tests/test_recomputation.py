@@ -66,14 +66,15 @@ def plain(inputs: Tensors, weights: Tensors, constants: Tensors) -> tf.Tensor:
     return region(tf.constant(0), inputs, weights, constants, compute)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     examples=st.integers(1, 7),
     examples_per_block=st.none() | st.integers(1, 8),
     kept_types=st.sampled_from([(), KEPT]),
+    xla=st.booleans(),
 )
 def test_exact_values_and_gradients(
-    examples: int, examples_per_block: int | None, kept_types: Sequence[tf.DType]
+    examples: int, examples_per_block: int | None, kept_types: Sequence[tf.DType], xla: bool
 ) -> None:
     found = value_and_gradients(
         lambda *arguments: recompute(
@@ -82,6 +83,7 @@ def test_exact_values_and_gradients(
             examples=tf.constant(examples),
             examples_per_block=examples_per_block,
             kept_types=kept_types,
+            xla=xla,
         ),
         examples,
     )

@@ -126,11 +126,6 @@ def command(
     ]
     levers = Levers(parse_checkpointing(checkpointing), accumulation, precision, optimizer, xla)
     check_precision(found.name, precision)
-    if xla and levers.checkpointing.in_blocks:
-        raise InputError(
-            f"--xla does not go with --checkpointing {levers.checkpointing}",
-            hint="XLA compiles no blocks of examples yet: use none or full",
-        )
     workloads = [published_workload(name, length, head) for name in names for length in lengths]
 
     cells: list[Cell] = []
