@@ -157,21 +157,20 @@ def policies(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
 
 
 def maximum(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
-    """Largest micro-batch in one piece, by one real step at it and one at little more.
+    """A micro-batch in one piece that fits, by one real step, as large as the footprint says.
 
-    No certificate: `bertbench probe` gives those. Here a step takes many minutes.
+    No certificate: `bertbench probe` gives those. Here a step takes up to half an hour.
     """
     levers = Levers(Checkpointing("nested"))
     rows: list[dict[str, Any]] = []
     for workload in scale.largest:
-
-        def attempt(batch: int, workload: Workload = workload) -> Trial:
+        batch = max_micro_batch(workload, levers, budget.budget_bytes)
+        while True:
             trial = _trial(workload, levers, budget, batch, steps=1)
             rows.append(_row(workload, levers, trial))
-            return trial
-
-        start = max_micro_batch(workload, levers, budget.budget_bytes)
-        _find_border(start, scale.tolerance, attempt, fitting_is=-1)
+            if trial.outcome != "oom" or batch == 1:
+                break
+            batch -= max(1, round(scale.tolerance * batch))
     return rows
 
 
@@ -193,28 +192,14 @@ def smallest(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
         print(f"    at {mebibytes:,} MiB, effective batch {target}", flush=True)
         return trial
 
-    _find_border(predicted // MIB_BYTES, scale.tolerance, attempt, fitting_is=1)
-    return rows
-
-
-def _find_border(
-    start: int, tolerance: float, attempt: Callable[[int], Trial], *, fitting_is: int
-) -> None:
-    """Walk until one value fits and one beside it does not, or a trial fails.
-
-    Args:
-        start: first value, near the border.
-        tolerance: length of a step, relative to the value.
-        attempt: tries a value.
-        fitting_is: 1 if large values fit, -1 if small ones do.
-    """
-    value = start
+    mebibytes = predicted // MIB_BYTES
     outcomes: set[str] = set()
     while not ("failed" in outcomes or {"fits", "oom"} <= outcomes):
-        outcome = attempt(value).outcome
+        outcome = attempt(mebibytes).outcome
         outcomes.add(outcome)
-        step = max(1, round(tolerance * value))
-        value += -fitting_is * step if outcome == "fits" else fitting_is * step
+        step = max(1, round(scale.tolerance * mebibytes))
+        mebibytes += -step if outcome == "fits" else step
+    return rows
 
 
 def peer(scale: Scale, budget: Budget) -> list[dict[str, Any]]:

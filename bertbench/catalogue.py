@@ -111,7 +111,7 @@ def check_precision(product: str, precision: str) -> None:
     if precision in _AMPERE_PRECISIONS and capability is not None and capability < 8.0:
         raise InputError(
             f"{product} has no {precision}: compute capability {capability}, not 8.0 or newer",
-            hint="use float32",
+            hint="use fp16 or float32" if precision == "bf16" else "use float32",
         )
 
 

@@ -43,22 +43,28 @@ sequence lengths 128 and 384, 2026-11-24; the layer's last matrix product is nev
 
 _CPU_FLOPS_PER_CORE = 6e10
 _GPU_EFFICIENCY = 0.5
-_GPU_SPEEDUPS = {"tf32": 1.5, "bf16": 2.0}
+_GPU_SPEEDUPS = {"tf32": 1.5, "bf16": 2.0, "fp16": 2.0}
 """Guesses on the low side: tensor cores are 4 to 16 times as fast, but what surrounds the matrix
 products is bound by memory bandwidth."""
+_TENSOR_CORES_CAPABILITY = 7.0
 _CPU_BF16_SPEEDUPS = {True: 1.4, False: 0.5}
 """With and without bfloat16 instructions. The former: BERT-Mini, sequence length 128, on two cores
 with AVX-512 BF16, 2026-11-24; the latter is a guess."""
+_CPU_FP16_SPEEDUP = 0.8
+"""The same model on the same cores, 2026-11-25."""
 
 
 def gpu_rates(accelerator: Accelerator) -> Rates:
     """Rates of a product of the catalogue: half of the data sheet's."""
+    speedups = dict(_GPU_SPEEDUPS)
+    if (accelerator.compute_capability or _TENSOR_CORES_CAPABILITY) < _TENSOR_CORES_CAPABILITY:
+        speedups["fp16"] = 1.0
     return Rates(
         accelerator.flops_per_second * _GPU_EFFICIENCY,
         accelerator.bytes_per_second * _GPU_EFFICIENCY,
         half_rate_tokens=256,
         launch_seconds=5e-4,
-        speedups=_GPU_SPEEDUPS,
+        speedups=speedups,
     )
 
 
@@ -66,7 +72,10 @@ def device_rates(device: Device) -> Rates:
     """Rates of an attached device; a GPU that is not in the catalogue counts as a T4."""
     if device.kind == "cpu":
         cores = usable_cores()
-        speedups = {"bf16": _CPU_BF16_SPEEDUPS[_multiplies_bfloat16()]}
+        speedups = {
+            "bf16": _CPU_BF16_SPEEDUPS[_multiplies_bfloat16()],
+            "fp16": _CPU_FP16_SPEEDUP,
+        }
         return Rates(_CPU_FLOPS_PER_CORE * cores, 1e10, 32, 2e-3, speedups)
     if device.kind == "tpu":
         # A core of a Cloud TPU v2: half a chip's 45 TFLOP/s and 700 GB/s (Google Cloud's pages).

@@ -40,6 +40,16 @@ def _named_state(variables: Variables, state: OptimizerState) -> dict[str, tf.Va
             for slot, variable in slots.items()
         },
         "global_step": state.step,
+        **_named_loss_scale(state),
+    }
+
+
+def _named_loss_scale(state: OptimizerState) -> dict[str, tf.Variable]:
+    if state.loss_scale is None:
+        return {}
+    return {
+        "loss_scale": state.loss_scale.scale,
+        "loss_scale_updates": state.loss_scale.updates,
     }
 
 
@@ -140,12 +150,15 @@ def restore_state(output_dir: Path, variables: Variables, state: OptimizerState)
     Raises:
         InputError: the newest checkpoint is of another model, or all are damaged.
     """
-    named = _named_state(variables, state)
+    every = _named_state(variables, state)
     first_damage: InputError | None = None
     for prefix in reversed(list_checkpoints(output_dir)):
         hint = "choose another output folder, or remove this one"
         try:
             shapes, read = open_tf_checkpoint(prefix, hint=hint)
+            # A run may go on in another precision than it began with.
+            missing = set(_named_loss_scale(state)) - set(shapes)
+            named = {name: v for name, v in every.items() if name not in missing}
             _check_shapes(prefix, shapes, named, hint)
             for name, variable in named.items():
                 variable.assign(read(name))

@@ -197,7 +197,9 @@ def _gelu_tanh(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor
         with tf.control_dependencies([dy]):
             tanh = tanh_of_inner()
         with tf.control_dependencies([tanh]):
-            slope = x * (0.5 * _SQRT_2_OVER_PI + 1.5 * _GELU_CUBIC * tf.square(x))
+            # In float16 the cube is infinite beyond 107, and infinity times 1 - tanh^2 no number.
+            bounded = tf.clip_by_value(x, -20.0, 20.0) if x.dtype == tf.float16 else x
+            slope = bounded * (0.5 * _SQRT_2_OVER_PI + 1.5 * _GELU_CUBIC * tf.square(bounded))
             slope = tf.raw_ops.TanhGrad(y=tanh, dy=slope)
         with tf.control_dependencies([slope]):
             return dy * (slope + (0.5 + 0.5 * tanh))

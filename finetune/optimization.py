@@ -15,6 +15,7 @@ from typing import Any
 import tensorflow as tf
 
 from finetune.errors import InputError
+from finetune.loss_scaling import LossScale, adjust, create_loss_scale
 from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, slot_shapes
 
 _NO_DECAY = re.compile("LayerNorm|layer_norm|bias")
@@ -85,10 +86,12 @@ class OptimizerState:
         step: optimizer steps done, int64 scalar.
         slots: of each trained variable, in the variables' order, what is remembered by name, see
             `finetune.optimizers.slot_shapes`.
+        loss_scale: what the loss has been multiplied by, if it has.
     """
 
     step: tf.Variable
     slots: tuple[Mapping[str, tf.Variable], ...]
+    loss_scale: LossScale | None = None
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -97,9 +100,12 @@ class OptimizerState:
 
 
 def create_state(
-    trained: Sequence[tf.Variable], optimizer: str = EXACT_OPTIMIZER
+    trained: Sequence[tf.Variable],
+    optimizer: str = EXACT_OPTIMIZER,
+    *,
+    scales_loss: bool = False,
 ) -> OptimizerState:
-    """Create slots of zeros for the trained variables."""
+    """Create slots of zeros for the trained variables, and if asked a loss scale."""
     return OptimizerState(
         tf.Variable(0, dtype=tf.int64, trainable=False, name="global_step"),
         tuple(
@@ -109,6 +115,7 @@ def create_state(
             }
             for v in trained
         ),
+        create_loss_scale() if scales_loss else None,
     )
 
 
@@ -150,9 +157,12 @@ def apply_gradients(
     The global norm is that of dense gradients: `tf.clip_by_global_norm` would take the un-merged
     rows of a sparse gradient, and so depend on how a batch was cut.
 
+    With a loss scale the gradients are those of the scaled loss. If they are not finite, nothing is
+    updated or counted, and the scale is made smaller.
+
     Args:
         settings: hyperparameters.
-        state: slots and step; changed.
+        state: slots, step and loss scale; changed.
         trained: variables; changed.
         gradients: dense, in the same order.
 
@@ -161,9 +171,34 @@ def apply_gradients(
     """
     rate = learning_rate(settings, state.step)
     norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
+    if state.loss_scale is None:
+        _update_all(settings, state, trained, gradients, rate, norm, 1.0)
+        return rate, norm
+    loss_scale = state.loss_scale.scale.read_value()
+    norm /= loss_scale
+    finite = tf.math.is_finite(norm)
+
+    def update() -> tf.Tensor:
+        _update_all(settings, state, trained, gradients, rate, norm, loss_scale)
+        return finite
+
+    updated = tf.cond(finite, update, lambda: finite)
+    adjust(state.loss_scale, updated)
+    return rate, norm
+
+
+def _update_all(
+    settings: OptimizerSettings,
+    state: OptimizerState,
+    trained: Sequence[tf.Variable],
+    gradients: Sequence[tf.Tensor],
+    rate: tf.Tensor,
+    norm: tf.Tensor,
+    loss_scale: tf.Tensor | float,
+) -> None:
     # As tf.clip_by_global_norm: a norm that is not finite makes every gradient NaN.
     scale = settings.clip_norm / tf.maximum(norm, settings.clip_norm)
-    scale = tf.where(tf.math.is_finite(norm), scale, float("nan"))
+    scale = tf.where(tf.math.is_finite(norm), scale, float("nan")) / loss_scale
     updates_done = tf.cast(state.step + 1, tf.float32)
     before: list[Any] = [norm]
     for variable, slots, gradient in reversed(
@@ -187,7 +222,6 @@ def apply_gradients(
     with tf.control_dependencies(before):
         one = tf.ones([], tf.int64)
         tf.raw_ops.AssignAddVariableOp(resource=state.step.handle, value=one)
-    return rate, norm
 
 
 _Handles = Mapping[str, tf.Tensor]

@@ -27,7 +27,12 @@ from finetune.optimization import (
     apply_gradients,
     create_state,
 )
-from finetune.precisions import EXACT_PRECISION, allow_tensor_float_32, compute_type
+from finetune.precisions import (
+    EXACT_PRECISION,
+    allow_tensor_float_32,
+    compute_type,
+    scales_loss,
+)
 
 Batch = Mapping[str, "np.ndarray | tf.Tensor"]
 _Combine = Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]]
@@ -159,8 +164,11 @@ def make_trainer(
             scope. None runs on one device.
 
     Returns:
-        The trainer, at step 0. Its step raises ValueError for a number of rows that is not a
-        multiple of `accumulation_steps` times the number of replicas; see `pad_batch`.
+        The trainer, at step 0. With `fp16` its step repeats itself with a smaller loss scale until
+        the gradients are finite, see `finetune.loss_scaling`; if they cannot be, as if the loss is
+        not finite, it updates nothing and reports what it found. It raises ValueError for a number
+        of rows that is not a multiple of `accumulation_steps` times the number of replicas; see
+        `pad_batch`.
 
     Raises:
         ValueError: `accumulation_steps` is below 1, or the precision is unknown.
@@ -180,7 +188,7 @@ def make_trainer(
     }
     replicas = 1 if strategy is None else strategy.num_replicas_in_sync
     with contextlib.nullcontext() if strategy is None else strategy.scope():
-        state = create_state(trained, settings.optimizer)
+        state = create_state(trained, settings.optimizer, scales_loss=scales_loss(precision))
 
     @tf.autograph.experimental.do_not_convert
     def micro_gradients(
@@ -204,7 +212,8 @@ def make_trainer(
                 xla=xla,
             )
             loss = tf.reduce_sum(losses * batch["weights"]) / total_weight
-        return loss, tape.gradient(loss, trained)
+            scaled = loss if state.loss_scale is None else loss * state.loss_scale.scale
+        return loss, tape.gradient(scaled, trained)
 
     def whole_gradients(
         batch: Batch, first_row: tf.Tensor, total_weight: tf.Tensor
@@ -300,7 +309,16 @@ def make_trainer(
                 cut += f" on each of {replicas} replicas"
             raise ValueError(f"a batch of {rows} rows cannot be cut into {cut}")
         tensors = {name: tf.constant(batch[name], spec.dtype) for name, spec in signature.items()}
-        return StepResult(*(on_one_device if strategy is None else on_replicas)(tensors))
+        compiled = on_one_device if strategy is None else on_replicas
+        while True:
+            scale = None if state.loss_scale is None else float(state.loss_scale.scale.numpy())
+            result = StepResult(*compiled(tensors))
+            # What is not finite at the smallest scale, or in the loss itself, is not for a smaller
+            # scale to mend.
+            if scale is None or scale <= 1.0 or not np.isfinite(result.loss):
+                return result
+            if np.isfinite(result.gradient_norm):
+                return result
 
     return Trainer(variables, state, step)
 

@@ -40,20 +40,30 @@ def error(got: Arrays, expected: Arrays) -> float:
     return norm_of({n: got[n] - expected[n] for n in expected}) / norm_of(expected)
 
 
-def test_gradients_in_bfloat16_are_near() -> None:
-    # The unit roundoff is 0.4 %; two layers of it. Nothing at all would mean float32.
-    assert 1e-4 < error(gradients_in(tf.bfloat16), gradients_in(tf.float32)) < 0.03
+@pytest.mark.parametrize(
+    # The unit roundoffs are 0.4 % and 0.05 %; two layers of it. Nothing at all would mean float32.
+    ("compute_type", "low", "high"),
+    [(tf.bfloat16, 1e-4, 0.03), (tf.float16, 1e-5, 0.005)],
+)
+def test_gradients_in_half_the_bytes_are_near(
+    compute_type: tf.DType, low: float, high: float
+) -> None:
+    assert low < error(gradients_in(compute_type), gradients_in(tf.float32)) < high
 
 
 @pytest.mark.parametrize("policy", ["full", "selective", "nested"])
-def test_checkpointing_in_bfloat16_to_the_last_bit(policy: str) -> None:
-    expected = gradients_in(tf.bfloat16)
-    for name, gradient in gradients_in(tf.bfloat16, policy).items():
+@pytest.mark.parametrize("compute_type", [tf.bfloat16, tf.float16])
+def test_checkpointing_in_half_the_bytes_to_the_last_bit(
+    compute_type: tf.DType, policy: str
+) -> None:
+    expected = gradients_in(compute_type)
+    for name, gradient in gradients_in(compute_type, policy).items():
         np.testing.assert_array_equal(gradient, expected[name], err_msg=name)
 
 
-def test_weights_and_moments_stay_float32() -> None:
-    trainer = tiny_trainer("squad", SEQ_LEN, precision="bf16")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_weights_and_moments_stay_float32(precision: str) -> None:
+    trainer = tiny_trainer("squad", SEQ_LEN, precision=precision)
     with eagerly():
         assert np.isfinite(float(trainer.step(random_batch(4, SEQ_LEN)).loss))
     state = [*trainer.variables.values(), *trainer.state.variables]
@@ -92,10 +102,11 @@ def test_kernels_are_not_kept_in_bfloat16() -> None:
     np.testing.assert_allclose(d_kernel[:, 0], tf.reduce_sum(tf.cast(x, tf.float32), 0), rtol=0.01)
 
 
-def test_sums_of_many_are_float32_sums() -> None:
-    # In bfloat16, 256 + 1 is 256: a sum of 2,000 ones would stop there.
-    n, h = 2000, 8
-    x = tf.cast(tf.random.stateless_normal([n, h], [0, 1]), tf.bfloat16)
+@pytest.mark.parametrize("type_", [tf.bfloat16, tf.float16])
+def test_sums_of_many_are_float32_sums(type_: tf.DType) -> None:
+    # In bfloat16, 256 + 1 is 256, in float16 2,048 + 1 is 2,048: a sum of ones would stop there.
+    n, h = 3000, 8
+    x = tf.cast(tf.random.stateless_normal([n, h], [0, 1]), type_)
     gamma, beta = tf.ones([h]), tf.zeros([h])
     with tf.GradientTape() as tape:
         tape.watch([gamma, beta])
@@ -103,7 +114,7 @@ def test_sums_of_many_are_float32_sums() -> None:
     _, d_beta = tape.gradient(y, [gamma, beta])
     np.testing.assert_array_equal(d_beta, [n] * h)
     # Attention: with equal scores every key gets the mean.
-    scores, value = tf.zeros([1, 1, n, n], tf.bfloat16), tf.ones([1, 1, n, 1], tf.bfloat16)
+    scores, value = tf.zeros([1, 1, n, n], type_), tf.ones([1, 1, n, 1], type_)
     np.testing.assert_allclose(tf.cast(attention(scores, value), tf.float32), 1.0, rtol=0.01)
 
 
@@ -129,5 +140,6 @@ def test_gpus_without_bfloat16_are_refused() -> None:
     with pytest.raises(InputError, match=r"Tesla T4 has no bf16: compute capability 7\.5"):
         check_precision("Tesla T4", "bf16")
     check_precision("Tesla T4", "float32")
+    check_precision("Tesla T4", "fp16")
     check_precision("NVIDIA A100-SXM4-40GB", "bf16")
     check_precision("AMD EPYC (2 cores)", "bf16")
