@@ -19,25 +19,27 @@ from bertbench.footprint import (
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import parse_checkpointing
 
-# Peaks of the CPU allocator, 2026-11-24, TensorFlow 2.21: model, head, sequence length, policy,
+# Peaks of the CPU allocator, 2026-11-25, TensorFlow 2.21: model, head, sequence length, policy,
 # accumulation steps, micro-batch, megabytes.
 MEASURED = [
     ("bert-mini", "squad", 128, "none", 1, 2, 197),
-    ("bert-mini", "squad", 128, "full", 2, 32, 350),
-    ("bert-mini", "classifier", 128, "full", 1, 64, 468),
-    ("bert-mini", "squad", 128, "selective", 1, 32, 351),
-    ("bert-mini", "squad", 128, "none", 2, 16, 376),
-    ("bert-small", "squad", 256, "full", 2, 8, 664),
-    ("bert-small", "squad", 128, "none", 1, 16, 735),
-    ("bert-small", "squad", 64, "none", 4, 16, 649),
-    ("bert-small", "squad", 384, "nested", 2, 16, 615),
-    ("bert-medium", "squad", 128, "full", 1, 16, 746),
-    ("bert-medium", "squad", 256, "none", 2, 4, 1078),
-    ("bert-medium", "classifier", 128, "none", 1, 8, 847),
-    ("bert-base", "squad", 384, "none", 1, 8, 4104),
-    ("bert-base", "squad", 384, "selective", 1, 8, 2646),
-    ("bert-base", "squad", 384, "nested", 1, 8, 1811),
-    ("bert-base", "squad", 384, "nested", 2, 8, 2021),
+    ("bert-mini", "squad", 128, "full", 2, 32, 316),
+    ("bert-mini", "classifier", 128, "full", 1, 64, 411),
+    ("bert-mini", "squad", 128, "selective", 1, 32, 336),
+    ("bert-mini", "squad", 128, "none", 2, 16, 362),
+    ("bert-small", "squad", 256, "full", 2, 8, 608),
+    ("bert-small", "squad", 128, "none", 1, 16, 703),
+    ("bert-small", "squad", 64, "none", 4, 16, 628),
+    ("bert-small", "squad", 384, "nested", 2, 16, 601),
+    ("bert-medium", "squad", 128, "full", 1, 16, 736),
+    ("bert-medium", "squad", 256, "none", 2, 4, 1051),
+    ("bert-medium", "classifier", 128, "none", 1, 8, 836),
+    ("bert-tiny", "squad", 512, "full", 1, 16, 203),
+    ("bert-base", "squad", 384, "full", 1, 8, 1981),
+    ("bert-base", "squad", 384, "none", 1, 8, 4061),
+    ("bert-base", "squad", 384, "selective", 1, 8, 2577),
+    ("bert-base", "squad", 384, "nested", 1, 8, 1826),
+    ("bert-base", "squad", 384, "nested", 2, 8, 1996),
 ]
 
 
