@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from bertbench.bytes import GIB_BYTES, MIB_BYTES
+from bertbench.workload import Levers
 from finetune.errors import InputError
 
 
@@ -98,6 +99,25 @@ def match_accelerator(product: str) -> Accelerator | None:
     key = product.lower().replace(" ", "-")
     matches = [name for name in ACCELERATORS if f"-{name}-" in f"-{key}-"]
     return ACCELERATORS[max(matches, key=len)] if matches else None
+
+
+def check_levers(kind: str, product: str, levers: Levers) -> None:
+    """See whether a device can be trained on with some levers.
+
+    Args:
+        kind: `cpu`, `gpu` or `tpu`.
+        product: its name.
+        levers: settings.
+
+    Raises:
+        InputError: it cannot.
+    """
+    check_precision(product, levers.precision)
+    if levers.placement == "host" and kind != "gpu":
+        raise InputError(
+            f"the optimizer's state cannot be on the host of {product}",
+            hint="--placement host is for GPUs, whose memory is not the host's",
+        )
 
 
 def check_precision(product: str, precision: str) -> None:

@@ -41,6 +41,10 @@ _RECOMPUTED = {"none": 0.0, "selective": 0.3, "full": 0.7, "nested": 0.75}
 """Time of the second forward pass of a layer, in that of the first. BERT-Base on two cores,
 sequence lengths 128 and 384, 2026-11-24; the layer's last matrix product is never recomputed."""
 
+_HOST_UPDATE_BYTES_PER_SECOND = 4e9
+"""Of an optimizer's state on the host: the bus and the host's memory together. A guess for PCIe 3
+and two memory channels."""
+
 _CPU_FLOPS_PER_CORE = 6e10
 _GPU_EFFICIENCY = 0.5
 _GPU_SPEEDUPS = {"tf32": 1.5, "bf16": 2.0, "fp16": 2.0}
@@ -142,4 +146,7 @@ def predict_step_seconds(
     )
     # Norm, clipping, decay and Adam read and write weights, gradients and moments.
     update_seconds = 44 * parameters / rates.bytes_per_second
+    if levers.placement == "host":
+        # Gradient and change cross the bus; the host reads and writes the moments and the change.
+        update_seconds += (8 + 28) * parameters / _HOST_UPDATE_BYTES_PER_SECOND
     return levers.accumulation_steps * micro_seconds + update_seconds

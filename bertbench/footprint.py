@@ -88,10 +88,12 @@ class Footprint:
     Attributes:
         parts: bytes by part; all parts are alive at the same moment.
         phase: that moment: `backward of layer N`, `backward of embeddings` or `update`.
+        host_bytes: needed of the host's memory, if the optimizer's state is there.
     """
 
     parts: Mapping[str, int]
     phase: str
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -123,7 +125,12 @@ def predict_footprint(
     if micro_batch < 1:
         raise ValueError(f"micro_batch is {micro_batch}, below 1")
     moments = _moments(workload, levers, micro_batch)
-    return max(moments, key=lambda footprint: footprint.peak_bytes)
+    highest = max(moments, key=lambda footprint: footprint.peak_bytes)
+    if levers.placement != "host":
+        return highest
+    state = _state_sizes(workload, levers.optimizer)
+    # A gradient on its way to the host, and the change on its way back.
+    return dataclasses.replace(highest, host_bytes=state.slots + 2 * state.largest)
 
 
 def max_micro_batch(
@@ -215,7 +222,7 @@ def _moments(workload: Workload, levers: Levers, micro_batch: int) -> list[Footp
     rows = micro_batch * levers.accumulation_steps
     always = {
         "weights": state.weights,
-        "optimizer_state": state.slots,
+        "optimizer_state": 0 if levers.placement == "host" else state.slots,
         "accumulators": state.trained if accumulated else 0,
         # Three int32 [rows, s]; targets and weights are a few numbers a row.
         "inputs": 3 * _rounded(4 * rows * workload.seq_len),

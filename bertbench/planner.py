@@ -50,6 +50,7 @@ class PlanEntry:
             "replicas": 1,
             "exact": self.levers.exact,
             "predicted_peak_bytes": self.footprint.peak_bytes,
+            "predicted_host_bytes": self.footprint.host_bytes,
             "predicted_step_seconds": round(self.predicted_step_seconds, 6),
             "footprint": dict(self.footprint.parts),
         }
@@ -171,18 +172,26 @@ def make_plan(
         for levers in allowed
         for policy in policies
     ]
-    fitting = [
-        PlanEntry(
-            micro_batch,
-            levers,
-            predict_footprint(workload, levers, micro_batch, device_kind=device_kind),
-            predict_step_seconds(workload, levers, micro_batch, rates),
-        )
-        for setting in settings
-        for micro_batch, levers in _cuts(workload, setting, target_batch, usable_bytes)
-    ]
-    # More steps have more rows as input than the two that `_cuts` has asked about.
-    fitting = [entry for entry in fitting if entry.footprint.peak_bytes <= usable_bytes]
+
+    def fitting_entries() -> list[PlanEntry]:
+        entries = [
+            PlanEntry(
+                micro_batch,
+                levers,
+                predict_footprint(workload, levers, micro_batch, device_kind=device_kind),
+                predict_step_seconds(workload, levers, micro_batch, rates),
+            )
+            for setting in settings
+            for micro_batch, levers in _cuts(workload, setting, target_batch, usable_bytes)
+        ]
+        # More steps have more rows as input than the two that `_cuts` has asked about.
+        return [entry for entry in entries if entry.footprint.peak_bytes <= usable_bytes]
+
+    fitting = fitting_entries()
+    if not fitting and device_kind == "gpu":
+        # The last resort, because what it costs depends on the host as well.
+        settings = [dataclasses.replace(setting, placement="host") for setting in settings]
+        fitting = fitting_entries()
     if not fitting:
         raise _nothing_fits(workload, target_batch, budget_bytes, settings, device_kind)
     # Equal seconds: prefer the published update, then fewer bytes.

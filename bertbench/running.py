@@ -9,7 +9,7 @@ from typing import Any
 
 from bertbench import tpu
 from bertbench.bytes import format_bytes
-from bertbench.catalogue import check_precision
+from bertbench.catalogue import check_levers
 from bertbench.cloud_storage import RemoteFolder
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, check_free, child_environment
@@ -184,7 +184,7 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
         InputError: the plan file is unusable or for another batch, or nothing fits.
     """
     for levers in settings.allowed:
-        check_precision(budget.device.name, levers.precision)
+        check_levers(budget.device.kind, budget.device.name, levers)
     # What one replica has to do; the last may have rows of padding.
     target_batch = -(-settings.train_batch_size // settings.replicas)
     if settings.plan_file is not None:
@@ -195,6 +195,7 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
                 path=settings.plan_file,
                 hint=f"make one with `bertbench plan --target-batch {target_batch}`",
             )
+        check_levers(budget.device.kind, budget.device.name, levers)
         return micro_batch, levers
     if settings.micro_batch is not None:
         micro_batch = min(settings.micro_batch, target_batch)

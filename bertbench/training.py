@@ -113,6 +113,7 @@ def train_model(
         checkpointing=levers.checkpointing,
         precision=levers.precision,
         xla=levers.xla,
+        placement=levers.placement,
         seed=settings.seed,
         strategy=strategy,
     )

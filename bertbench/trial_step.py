@@ -70,6 +70,7 @@ def build_trainer(workload: Workload, levers: Levers) -> Trainer:
         checkpointing=levers.checkpointing,
         precision=levers.precision,
         xla=levers.xla,
+        placement=levers.placement,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing, parse_checkpointing
 from finetune.config import HEADS, BertConfig, is_trained, preset, variable_shapes
 from finetune.errors import InputError
-from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS
+from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, PLACEMENTS
 from finetune.precisions import EXACT_PRECISION, PRECISIONS
 
 
@@ -78,6 +78,7 @@ class Levers:
         precision: one of `finetune.precisions.PRECISIONS`.
         optimizer: one of `finetune.optimizers.OPTIMIZERS`.
         xla: whether the step is compiled by XLA.
+        placement: of the optimizer's state, one of `finetune.optimizers.PLACEMENTS`.
     """
 
     checkpointing: Checkpointing = NO_CHECKPOINTING
@@ -85,6 +86,7 @@ class Levers:
     precision: str = EXACT_PRECISION
     optimizer: str = EXACT_OPTIMIZER
     xla: bool = False
+    placement: str = PLACEMENTS[0]
 
     @property
     def inexact(self) -> tuple[str, ...]:
@@ -99,7 +101,8 @@ class Levers:
 
     def describe(self) -> str:
         """Write all but the number of steps for people: `full`, `nested, adafactor`."""
-        return ", ".join([str(self.checkpointing), *self.inexact, *["XLA"] * self.xla])
+        on_host = ["optimizer state on the host"] * (self.placement == "host")
+        return ", ".join([str(self.checkpointing), *self.inexact, *["XLA"] * self.xla, *on_host])
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON, with the policy as text."""
@@ -114,7 +117,7 @@ def levers_from_json(values: dict[str, Any]) -> Levers:
     """Read what `Levers.to_json` wrote; unknown keys are ignored.
 
     Raises:
-        InputError: unknown checkpointing policy, optimizer or precision.
+        InputError: unknown checkpointing policy, optimizer, precision or placement.
     """
     known = {field.name for field in dataclasses.fields(Levers)}
     chosen = {key: value for key, value in values.items() if key in known}
@@ -124,6 +127,7 @@ def levers_from_json(values: dict[str, Any]) -> Levers:
     for kind, name, known_names in (
         ("optimizer", levers.optimizer, OPTIMIZERS),
         ("precision", levers.precision, PRECISIONS),
+        ("placement", levers.placement, PLACEMENTS),
     ):
         if name not in known_names:
             raise InputError(

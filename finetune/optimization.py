@@ -7,16 +7,21 @@ optimizers that need less memory, see `finetune.optimizers`, share schedule, dec
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from finetune.errors import InputError
+from finetune.layers import fresh_zeros
 from finetune.loss_scaling import LossScale, adjust, create_loss_scale
-from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, slot_shapes
+from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, PLACEMENTS, slot_shapes
+
+_HOST = "/device:CPU:0"
 
 _NO_DECAY = re.compile("LayerNorm|layer_norm|bias")
 
@@ -87,11 +92,14 @@ class OptimizerState:
         slots: of each trained variable, in the variables' order, what is remembered by name, see
             `finetune.optimizers.slot_shapes`.
         loss_scale: what the loss has been multiplied by, if it has.
+        change: a host variable of no fixed shape, in which the host makes the change of one
+            variable after the other; None if the slots are on the device.
     """
 
     step: tf.Variable
     slots: tuple[Mapping[str, tf.Variable], ...]
     loss_scale: LossScale | None = None
+    change: tf.Variable | None = None
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -104,18 +112,36 @@ def create_state(
     optimizer: str = EXACT_OPTIMIZER,
     *,
     scales_loss: bool = False,
+    placement: str = PLACEMENTS[0],
 ) -> OptimizerState:
-    """Create slots of zeros for the trained variables, and if asked a loss scale."""
-    return OptimizerState(
-        tf.Variable(0, dtype=tf.int64, trainable=False, name="global_step"),
-        tuple(
+    """Create slots of zeros for the trained variables.
+
+    Args:
+        trained: the variables.
+        optimizer: one of `finetune.optimizers.OPTIMIZERS`.
+        scales_loss: make a loss scale too.
+        placement: one of `finetune.optimizers.PLACEMENTS`, for the slots.
+
+    Raises:
+        ValueError: unknown optimizer or placement.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"unknown placement {placement!r}")
+    on_host = placement == "host"
+    with tf.device(_HOST) if on_host else contextlib.nullcontext():
+        slots = tuple(
             {
                 name: tf.Variable(tf.zeros(shape, v.dtype), trainable=False)
                 for name, shape in slot_shapes(optimizer, v.shape.as_list()).items()
             }
             for v in trained
-        ),
+        )
+        change = tf.Variable(0.0, shape=tf.TensorShape(None), trainable=False) if on_host else None
+    return OptimizerState(
+        tf.Variable(0, dtype=tf.int64, trainable=False, name="global_step"),
+        slots,
         create_loss_scale() if scales_loss else None,
+        change,
     )
 
 
@@ -211,14 +237,15 @@ def _update_all(
                 decay = variable * (rate * settings.weight_decay)
                 before = [_subtract(variable.handle, decay)]
         handles = {name: slot.handle for name, slot in slots.items()}
+        optimize = functools.partial(
+            _OPTIMIZERS[settings.optimizer], settings, handles, rate, updates_done
+        )
         with tf.control_dependencies(before):
             clipped = gradient * scale
-            if settings.optimizer == "adamw":
-                before = [_adam(settings, variable, handles, clipped, rate, updates_done)]
-            elif settings.optimizer == "lion":
-                before = _lion(variable, handles, clipped, rate)
+            if state.change is None:
+                before = optimize(variable.handle, clipped)
             else:
-                before = _adafactor(variable, handles, clipped, rate, updates_done)
+                before = [_on_host(optimize, state.change.handle, variable, clipped)]
     with tf.control_dependencies(before):
         one = tf.ones([], tf.int64)
         tf.raw_ops.AssignAddVariableOp(resource=state.step.handle, value=one)
@@ -227,21 +254,42 @@ def _update_all(
 _Handles = Mapping[str, tf.Tensor]
 
 
+def _on_host(
+    optimize: Callable[[tf.Tensor, tf.Tensor], list[tf.Operation]],
+    change: tf.Tensor,
+    variable: tf.Variable,
+    gradient: tf.Tensor,
+) -> tf.Operation:
+    """Make the change of one variable from 0, where its slots are, and add it on the device.
+
+    0 - x is -x to the last bit, so the sum is what the update in place would have given.
+    """
+    with tf.device(_HOST):
+        cleared = tf.raw_ops.AssignVariableOp(resource=change, value=fresh_zeros(variable))
+        with tf.control_dependencies([cleared]):
+            made = optimize(change, gradient)
+        with tf.control_dependencies(made):
+            value = tf.raw_ops.ReadVariableOp(resource=change, dtype=gradient.dtype)
+    return tf.raw_ops.AssignAddVariableOp(
+        resource=variable.handle, value=tf.ensure_shape(value, variable.shape)
+    )
+
+
 def _adam(
     settings: OptimizerSettings,
-    variable: tf.Variable,
     handles: _Handles,
-    gradient: tf.Tensor,
     rate: tf.Tensor,
     updates_done: tf.Tensor,
-) -> tf.Operation:
+    variable: tf.Tensor,
+    gradient: tf.Tensor,
+) -> list[tf.Operation]:
     """Update one variable in place, without temporaries."""
     # Powers of 0 switch the correction off in TensorFlow's Adam.
     power_1 = power_2 = tf.zeros([])
     if settings.bias_correction:
         power_1, power_2 = settings.beta_1**updates_done, settings.beta_2**updates_done
-    return tf.raw_ops.ResourceApplyAdam(
-        var=variable.handle,
+    applied = tf.raw_ops.ResourceApplyAdam(
+        var=variable,
         m=handles["adam_m"],
         v=handles["adam_v"],
         beta1_power=power_1,
@@ -252,27 +300,34 @@ def _adam(
         epsilon=settings.epsilon,
         grad=gradient,
     )
+    return [applied]
 
 
 def _lion(
-    variable: tf.Variable, handles: _Handles, gradient: tf.Tensor, rate: tf.Tensor
+    _: OptimizerSettings,
+    handles: _Handles,
+    rate: tf.Tensor,
+    __: tf.Tensor,
+    variable: tf.Tensor,
+    gradient: tf.Tensor,
 ) -> list[tf.Operation]:
     """Update one variable (Chen et al. 2023, algorithm 2)."""
     of_update, of_moment = _LION_BETAS
     moment = tf.raw_ops.ReadVariableOp(resource=handles["lion_m"], dtype=gradient.dtype)
     # Two averages of moment and gradient, each from what separates the two.
     gap = moment - gradient
-    update = _subtract(variable.handle, rate * tf.sign(gradient + of_update * gap))
+    update = _subtract(variable, rate * tf.sign(gradient + of_update * gap))
     with tf.control_dependencies([update]):
         return [_subtract(handles["lion_m"], (1.0 - of_moment) * gap)]
 
 
 def _adafactor(
-    variable: tf.Variable,
+    _: OptimizerSettings,
     handles: _Handles,
-    gradient: tf.Tensor,
     rate: tf.Tensor,
     updates_done: tf.Tensor,
+    variable: tf.Tensor,
+    gradient: tf.Tensor,
 ) -> list[tf.Operation]:
     """Update one variable (Shazeer and Stern 2018, algorithms 4 and 5)."""
     decay = 1.0 - updates_done**_ADAFACTOR_DECAY
@@ -294,7 +349,10 @@ def _adafactor(
         update = gradient * tf.math.rsqrt(rows)[..., None] * tf.math.rsqrt(columns)[..., None, :]
     size = tf.sqrt(tf.reduce_mean(tf.square(update)))
     change = update * (rate / tf.maximum(1.0, size / _ADAFACTOR_CLIP))
-    return [*assigned, _subtract(variable.handle, change)]
+    return [*assigned, _subtract(variable, change)]
+
+
+_OPTIMIZERS = {"adamw": _adam, "lion": _lion, "adafactor": _adafactor}
 
 
 def _subtract(handle: tf.Tensor, value: tf.Tensor) -> tf.Operation:

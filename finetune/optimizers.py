@@ -18,6 +18,10 @@ own right, for those whom 16 bytes a parameter leave no room:
   the learning rate, up or down. Its authors advise a learning rate 3 to 10 times smaller than
   AdamW's and a weight decay that many times larger.
 
+Placement: what an optimizer remembers may be kept in the host's memory while the model is on a GPU.
+The update is the same one, made by the host: 4 bytes a parameter cross the bus in each direction,
+and AdamW takes 8 bytes a parameter of the device instead of 16.
+
 This module does not import TensorFlow.
 """
 
@@ -29,6 +33,9 @@ OPTIMIZERS = ("adamw", "lion", "adafactor")
 """From most memory to least; the first is the published recipe's."""
 
 EXACT_OPTIMIZER = OPTIMIZERS[0]
+
+PLACEMENTS = ("device", "host")
+"""Where an optimizer's state may be kept."""
 
 
 def slot_shapes(optimizer: str, shape: Sequence[int]) -> dict[str, list[int]]:

@@ -27,6 +27,7 @@ from finetune.optimization import (
     apply_gradients,
     create_state,
 )
+from finetune.optimizers import PLACEMENTS
 from finetune.precisions import (
     EXACT_PRECISION,
     allow_tensor_float_32,
@@ -132,6 +133,7 @@ def make_trainer(
     checkpointing: Checkpointing = NO_CHECKPOINTING,
     precision: str = EXACT_PRECISION,
     xla: bool = False,
+    placement: str = PLACEMENTS[0],
     seed: int = 0,
     strategy: tf.distribute.Strategy | None = None,
 ) -> Trainer:
@@ -158,6 +160,7 @@ def make_trainer(
         precision: one of `finetune.precisions.PRECISIONS`. From now on this process's matrix
             products are TensorFloat-32 only if that is asked for.
         xla: compile with XLA; it compiles once for every micro-batch size.
+        placement: one of `finetune.optimizers.PLACEMENTS`, of the optimizer's state.
         seed: of the dropout masks, at least 0.
         strategy: run on its replicas, each on its share of the effective batch's rows, with one
             all-reduce of the gradients per step; the variables must have been created in its
@@ -171,10 +174,13 @@ def make_trainer(
         `pad_batch`.
 
     Raises:
-        ValueError: `accumulation_steps` is below 1, or the precision is unknown.
+        ValueError: `accumulation_steps` is below 1, precision or placement is unknown, or XLA or
+            replicas are to go with state on the host.
     """
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps is {accumulation_steps}, below 1")
+    if placement != PLACEMENTS[0] and (xla or strategy is not None):
+        raise ValueError(f"placement {placement!r} goes neither with XLA nor with replicas")
     activation_type = tf.as_dtype(compute_type(precision))
     allow_tensor_float_32(precision)
     names = [name for name in variables if is_trained(name, head)]
@@ -188,7 +194,12 @@ def make_trainer(
     }
     replicas = 1 if strategy is None else strategy.num_replicas_in_sync
     with contextlib.nullcontext() if strategy is None else strategy.scope():
-        state = create_state(trained, settings.optimizer, scales_loss=scales_loss(precision))
+        state = create_state(
+            trained,
+            settings.optimizer,
+            scales_loss=scales_loss(precision),
+            placement=placement,
+        )
 
     @tf.autograph.experimental.do_not_convert
     def micro_gradients(

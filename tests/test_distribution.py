@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
+from tiny_models import eagerly, norm_of, random_batch, tiny_trainer, values_of
 
 from bertbench.errors import WorkError
 from bertbench.tpu import CORE_BYTES, TpuSettings, connect, tpu_budget
@@ -38,6 +41,25 @@ def test_exact_update_on_two_replicas() -> None:
         assert differences["loss"] <= 1e-5, name
         assert differences["logits"] <= 1e-4, name
         assert differences["between_replicas"] == 0, name
+
+
+def test_exact_update_with_the_state_on_another_device(tmp_path: Path) -> None:
+    process = python(TESTS / "host_training.py", tmp_path / "weights.npz")
+    assert process.returncode == 0, process.stderr
+    with eagerly():
+        reference = tiny_trainer("squad", 6)
+        for seed in range(3):
+            reference.step(random_batch(6, 6, seed=seed))
+    expected = values_of(reference)
+    with np.load(tmp_path / "weights.npz") as trained:
+        difference = {name: trained[name] - value for name, value in expected.items()}
+    assert norm_of(difference) <= 1e-5 * norm_of(expected)
+    ran = {
+        operation: set(re.findall(rf"\({operation}\): \S*(CPU:\d)", process.stdout))
+        for operation in ("ResourceApplyAdam", "Softmax", "BiasAddGrad", "AssignSubVariableOp")
+    }
+    assert ran.pop("ResourceApplyAdam") == {"CPU:0"}
+    assert all(devices == {"CPU:1"} for devices in ran.values())
 
 
 def test_a_run_on_replicas_is_the_run_on_one_device(tmp_path: Path) -> None:

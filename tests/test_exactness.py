@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from tiny_models import (
     CONFIG,
     NUM_LABELS,
+    SETTINGS,
     WEIGHTS_SEED,
     Arrays,
     eagerly,
@@ -40,6 +41,7 @@ from finetune import checkpointing
 from finetune.checkpointing import BLOCK_TOKENS
 from finetune.config import BertConfig
 from finetune.modeling import create_variables
+from finetune.optimizers import OPTIMIZERS
 from finetune.step import Trainer, pad_batch
 
 SEQ_LEN = 7
@@ -196,6 +198,24 @@ def test_exact_gradients_need_the_rows_place_in_the_batch() -> None:
 
     assert error(gradients_of("squad", "none", second_half, first_row=3)) < 1e-6
     assert error(gradients_of("squad", "none", second_half, first_row=0)) > 1e-2
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_exact_update_with_the_optimizer_on_the_host(optimizer: str) -> None:
+    settings = dataclasses.replace(SETTINGS, optimizer=optimizer)
+    device, host = (
+        tiny_trainer("squad", SEQ_LEN, placement=placement, settings=settings)
+        for placement in ("device", "host")
+    )
+    with eagerly():
+        for seed in range(4):
+            device.step(random_batch(5, SEQ_LEN, seed=seed))
+            host.step(random_batch(5, SEQ_LEN, seed=seed))
+    expected = values_of(device)
+    for name, value in values_of(host).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    for one, other in zip(device.state.variables, host.state.variables, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_exact_update_after_a_step_that_failed() -> None:

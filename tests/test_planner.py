@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bertbench.bytes import GIB_BYTES, MIB_BYTES, format_bytes, parse_bytes
-from bertbench.catalogue import ACCELERATORS, find_accelerator, match_accelerator
+from bertbench.catalogue import (
+    ACCELERATORS,
+    check_levers,
+    find_accelerator,
+    match_accelerator,
+)
 from bertbench.cost import gpu_rates, predict_step_seconds
 from bertbench.footprint import predict_footprint
 from bertbench.planner import Plan, make_plan, read_plan, usable_for_plan
-from bertbench.workload import Levers, published_workload
+from bertbench.workload import Levers, levers_from_json, published_workload
 from finetune.checkpointing import Checkpointing, parse_checkpointing
 from finetune.errors import InputError
 
@@ -171,3 +177,36 @@ def test_optimizers_that_change_the_update_are_used_only_where_allowed() -> None
     with pytest.raises(InputError, match="does not fit") as caught:
         plan(1)
     assert "--allow" not in str(caught.value)
+
+
+def test_the_host_takes_the_optimizers_state_where_nothing_else_fits() -> None:
+    workload = published_workload("bert-large", 384)
+    rates = gpu_rates(find_accelerator("gtx-1050-ti"))
+
+    def plan(gibibytes: float, kind: str) -> Plan:
+        budget_bytes = int(gibibytes * GIB_BYTES)
+        return make_plan(workload, 24, budget_bytes, rates, device="a card", device_kind=kind)
+
+    assert plan(6, "gpu").chosen.levers.placement == "device"
+    with pytest.raises(InputError, match="does not fit"):
+        plan(3.5, "cpu")
+    chosen = plan(3.5, "gpu").chosen
+    assert chosen.levers.placement == "host"
+    assert chosen.levers.exact
+    assert chosen.footprint.parts["optimizer_state"] == 0
+    trained = sum(
+        math.prod(shape) for name, shape in workload.parameters.items() if workload.trained(name)
+    )
+    # Two moments, and what is on its way between the two memories.
+    assert 8 * trained < chosen.footprint.host_bytes < 9 * trained
+    assert chosen.predicted_step_seconds > plan(6, "gpu").chosen.predicted_step_seconds
+
+
+def test_only_a_gpu_has_a_host() -> None:
+    levers = Levers(placement="host")
+    check_levers("gpu", "NVIDIA A100-SXM4-40GB", levers)
+    with pytest.raises(InputError, match="host of AMD EPYC"):
+        check_levers("cpu", "AMD EPYC", levers)
+    assert levers_from_json(levers.to_json()) == levers
+    with pytest.raises(InputError, match="moon"):
+        levers_from_json({"placement": "moon"})

@@ -163,6 +163,13 @@ def test_no_accumulation_steps() -> None:
         make_trainer({}, CONFIG, "squad", SEQ_LEN, SETTINGS, accumulation_steps=0)
 
 
+def test_places_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match="moon"):
+        tiny_trainer("squad", SEQ_LEN, placement="moon")
+    with pytest.raises(ValueError, match="XLA"):
+        tiny_trainer("squad", SEQ_LEN, placement="host", xla=True)
+
+
 def test_pad_batch() -> None:
     batch = random_batch(3, SEQ_LEN)
     padded = pad_batch(batch, 5)

@@ -66,6 +66,7 @@ def tiny_trainer(
     precision: str = "float32",
     seed: int = 0,
     xla: bool = False,
+    placement: str = "device",
     config: BertConfig = CONFIG,
     settings: OptimizerSettings = SETTINGS,
 ) -> Trainer:
@@ -81,6 +82,7 @@ def tiny_trainer(
         precision=precision,
         seed=seed,
         xla=xla,
+        placement=placement,
     )
 
 

@@ -15,7 +15,7 @@ from bertbench.devices import Budget, make_budget, resolve_device
 from bertbench.workload import Levers
 from finetune.errors import InputError
 from finetune.files import write_atomically
-from finetune.optimizers import OPTIMIZERS
+from finetune.optimizers import OPTIMIZERS, PLACEMENTS
 from finetune.precisions import PRECISIONS
 
 CONTEXT = {
@@ -66,10 +66,18 @@ def json_option(command: _Command) -> _Command:
 
 
 def lever_options(command: _Command) -> _Command:
-    """Add `--precision`, `--optimizer` and `--allow`; `allowed_levers` reads them."""
+    """Add `--precision`, `--optimizer`, `--placement` and `--allow`; see `allowed_levers`."""
     options = [
         click.option("--precision", type=click.Choice(PRECISIONS), help="Insist on a precision."),
         click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Insist on an optimizer."),
+        click.option(
+            "--placement",
+            type=click.Choice(PLACEMENTS),
+            default=PLACEMENTS[0],
+            show_default=True,
+            help="Where the optimizer's state is; a plan for a GPU that nothing else fits on uses "
+            "the host unasked.",
+        ),
         click.option(
             "--allow",
             help="Levers that change the update and that a plan may use where it gains by them: "
@@ -86,7 +94,7 @@ _INEXACT = (*PRECISIONS[1:], *OPTIMIZERS[1:])
 
 
 def allowed_levers(
-    precision: str | None, optimizer: str | None, allow: str | None
+    precision: str | None, optimizer: str | None, placement: str, allow: str | None
 ) -> tuple[Levers, ...]:
     """Combinations of precision and optimizer that a plan may choose from, exact ones first.
 
@@ -110,7 +118,11 @@ def allowed_levers(
             raise InputError(
                 f"--allow {name}: no such lever", hint=f"it takes {', '.join(_INEXACT)}"
             )
-    return tuple(Levers(precision=p, optimizer=o) for p in precisions for o in optimizers)
+    return tuple(
+        Levers(precision=p, optimizer=o, placement=placement)
+        for p in precisions
+        for o in optimizers
+    )
 
 
 def resolve_budget(device: str, memory: int | None) -> Budget:

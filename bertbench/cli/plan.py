@@ -11,7 +11,7 @@ import click
 from rich.table import Table
 
 from bertbench.bytes import format_bytes
-from bertbench.catalogue import ACCELERATORS, check_precision, find_accelerator
+from bertbench.catalogue import ACCELERATORS, check_levers, find_accelerator
 from bertbench.cli.common import (
     CONTEXT,
     allowed_levers,
@@ -72,6 +72,7 @@ def command(
     checkpointing: str | None,
     precision: str | None,
     optimizer: str | None,
+    placement: str,
     allow: str | None,
     json_file: Path | None,
 ) -> None:  # fmt: skip
@@ -90,9 +91,9 @@ def command(
         return
     target = _target(device, gpu, memory)
     policies = None if checkpointing is None else [parse_checkpointing(checkpointing)]
-    allowed = allowed_levers(precision, optimizer, allow)
+    allowed = allowed_levers(precision, optimizer, placement, allow)
     for levers in allowed:
-        check_precision(target.name, levers.precision)
+        check_levers(target.kind, target.name, levers)
 
     def plan(workload: Workload) -> Plan:
         return make_plan(
@@ -217,6 +218,11 @@ def _show_plan(plan: Plan) -> None:
     padding = plan.chosen.rows - plan.target_batch
     if padding:
         console.print(f"{padding} of {plan.chosen.rows} rows are padding and weigh nothing.")
+    if plan.chosen.footprint.host_bytes:
+        console.print(
+            f"The optimizer's state is in {format_bytes(plan.chosen.footprint.host_bytes)} of the "
+            "host's memory."
+        )
     for rejection in plan.rejected[:4]:
         console.print(
             f"not {rejection.levers.accumulation_steps} x {rejection.micro_batch} with "

@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from bertbench.bytes import MIB_BYTES, format_bytes
-from bertbench.catalogue import check_precision
+from bertbench.catalogue import check_levers
 from bertbench.cli.common import (
     CONTEXT,
     MemorySize,
@@ -30,7 +30,7 @@ from bertbench.workload import Levers, published_workload
 from finetune.checkpointing import parse_checkpointing
 from finetune.config import HEADS
 from finetune.errors import InputError
-from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS
+from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, PLACEMENTS
 from finetune.precisions import EXACT_PRECISION, PRECISIONS
 
 _CPU_DEFAULT_BYTES = 512 * MIB_BYTES
@@ -64,6 +64,13 @@ _PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
 @click.option(
     "--optimizer", type=click.Choice(OPTIMIZERS), default=EXACT_OPTIMIZER, show_default=True
 )
+@click.option(
+    "--placement",
+    type=click.Choice(PLACEMENTS),
+    default=PLACEMENTS[0],
+    show_default=True,
+    help="Where the optimizer's state is.",
+)
 @click.option("--xla", is_flag=True, help="Compile the step with XLA.")
 @click.option("--max-batch", type=click.IntRange(1), help="Look no further than this batch.")
 @click.option("--no-certify", is_flag=True, help="Do not repeat the limit in fresh processes.")
@@ -90,6 +97,7 @@ def command(
     accumulation: int,
     precision: str,
     optimizer: str,
+    placement: str,
     xla: bool,
     max_batch: int | None,
     no_certify: bool,
@@ -124,8 +132,10 @@ def command(
     lengths = [
         _length(item) for item in _items(seq_lens or (_CPU_SEQ_LENS if on_cpu else _PAPER_SEQ_LENS))
     ]
-    levers = Levers(parse_checkpointing(checkpointing), accumulation, precision, optimizer, xla)
-    check_precision(found.name, precision)
+    levers = Levers(
+        parse_checkpointing(checkpointing), accumulation, precision, optimizer, xla, placement
+    )
+    check_levers(found.kind, found.name, levers)
     workloads = [published_workload(name, length, head) for name in names for length in lengths]
 
     cells: list[Cell] = []

@@ -315,7 +315,9 @@ def _model_and_settings(flags: dict[str, Any]) -> tuple[ModelFiles, RunSettings]
         do_lower_case=lower,
         overwrite=flags["overwrite_output_dir"],
         checkpointing=None if policy is None else parse_checkpointing(policy),
-        allowed=allowed_levers(flags["precision"], flags["optimizer"], flags["allow"]),
+        allowed=allowed_levers(
+            flags["precision"], flags["optimizer"], flags["placement"], flags["allow"]
+        ),
         tpu=_tpu(flags),
         **{
             field.name: flags[field.name]
