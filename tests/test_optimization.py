@@ -328,3 +328,26 @@ def test_state_begins_at_zero() -> None:
 def test_settings_that_make_no_sense(change: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         dataclasses.replace(OptimizerSettings(1e-4, 10), **change)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_what_reads_slots_on_the_host_runs_there(optimizer: str) -> None:
+    weight = tf.Variable(tf.ones((2, 3)))
+    state = create_state([weight], optimizer, placement="host")
+    settings = OptimizerSettings(1e-3, 10, optimizer=optimizer)
+
+    @tf.function
+    def update(gradient: tf.Tensor) -> None:
+        apply_gradients(settings, state, [weight], [gradient])
+
+    graph = update.get_concrete_function(tf.TensorSpec((2, 3))).graph
+    handles = {id(slot.handle) for slot in state.variables}
+    inner = {internal.name for external, internal in graph.captures if id(external) in handles}
+    moments = [op for op in graph.get_operations() if inner & {t.name for t in op.inputs}]
+    assert moments
+    reached = set(moments)
+    for op in graph.get_operations():
+        if reached & {tensor.op for tensor in op.inputs} and op.type != "AssignAddVariableOp":
+            reached.add(op)
+    sized = [op for op in reached if any(t.shape.rank for t in op.outputs)]
+    assert all(op.device.endswith("CPU:0") for op in [*moments, *sized])
