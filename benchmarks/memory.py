@@ -2,11 +2,22 @@
 
     python benchmarks/memory.py [--quick] [--part NAME ...] [--json FILE]
 
-Every figure comes from real optimizer steps, with AdamW, float32 and dropout, in processes of
-their own, one after the other. Step times are ratios within one round, and the median of the
-rounds. On two cores: `policies` takes 15 minutes, `maximum` and `smallest` up to an hour each,
-`peer` 3 minutes (it needs keras-hub); `--quick`, on BERT-Mini, three minutes for all. `--device`
-and `--memory` choose another device or budget.
+Every figure comes from real optimizer steps with dropout, in float32 with AdamW where nothing else
+is said. Without `--quick` every one of them has a process of its own. Step times are ratios within
+one round, and the median of the rounds.
+
+| part | what | two cores |
+| --- | --- | --- |
+| policies | slope and zero of the peak, and step time, for every checkpointing policy | 15 min |
+| optimizers | the same for every optimizer | 2 min |
+| precisions | for every precision that the device has | 2 min |
+| xla | for XLA beside TensorFlow's own kernels | 5 min |
+| maximum | a micro-batch in one piece that fits, as large as is predicted | 40 min |
+| smallest | smallest budget in which an effective batch runs | 20 min |
+| peer | speed beside KerasHub's BERT, if keras-hub is installed | 3 min |
+
+`--quick`, on BERT-Mini and BERT-Tiny, takes two minutes for all. `--device` and `--memory` choose
+another device or budget.
 """
 
 from __future__ import annotations
@@ -30,6 +41,8 @@ from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import POLICIES, Checkpointing
 from finetune.config import parameter_count
+from finetune.optimizers import OPTIMIZERS
+from finetune.precisions import PRECISIONS
 
 TIMEOUT_SECONDS = 7200.0
 
@@ -39,18 +52,24 @@ class Scale:
     """What the benchmark is run on.
 
     Attributes:
-        workload: of `policies` and the first of `maximum`.
+        workload: of `policies`.
         batches: the two micro-batches whose peaks give the slope.
+        light: of `optimizers`, `precisions` and `xla`.
+        light_batches: likewise.
+        compiled: policies of `xla`.
         memory_mib: default budget.
         largest: workloads of `maximum`.
         smallest: workload and effective batch of `smallest`.
         peer: workload and batch of `peer`.
-        rounds: of timing.
+        rounds: of timing, besides the trials that measure peaks.
         tolerance: of the borders that `maximum` and `smallest` look for.
     """
 
     workload: Workload
     batches: tuple[int, int]
+    light: Workload
+    light_batches: tuple[int, int]
+    compiled: tuple[str, ...]
     memory_mib: int
     largest: tuple[Workload, ...]
     smallest: tuple[Workload, int]
@@ -62,6 +81,9 @@ class Scale:
 FULL = Scale(
     workload=published_workload("bert-base", 384),
     batches=(4, 8),
+    light=published_workload("bert-small", 128),
+    light_batches=(8, 32),
+    compiled=POLICIES,
     memory_mib=11_430,
     largest=(published_workload("bert-base", 384), published_workload("bert-large", 384)),
     smallest=(published_workload("bert-large", 384), 24),
@@ -71,12 +93,15 @@ FULL = Scale(
 )
 QUICK = Scale(
     workload=published_workload("bert-mini", 128),
-    batches=(4, 8),
+    batches=(8, 16),
+    light=published_workload("bert-tiny", 64),
+    light_batches=(64, 128),
+    compiled=("none", "nested"),
     memory_mib=512,
     largest=(published_workload("bert-mini", 128),),
     smallest=(published_workload("bert-mini", 128), 24),
     peer=(published_workload("bert-mini", 128, "classifier"), 8),
-    rounds=1,
+    rounds=0,
     tolerance=0.1,
 )
 
@@ -84,12 +109,17 @@ QUICK = Scale(
 def main() -> None:
     parts: dict[str, Callable[[Scale, Budget], list[dict[str, Any]]]] = {
         "policies": policies,
+        "optimizers": optimizers,
+        "precisions": precisions,
+        "xla": xla,
         "maximum": maximum,
         "smallest": smallest,
         "peer": peer,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="BERT-Mini instead of Base and Large")
+    parser.add_argument(
+        "--quick", action="store_true", help="small models instead of Base and Large"
+    )
     parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", type=int, metavar="MIB", help="budget in MiB")
@@ -110,46 +140,102 @@ def main() -> None:
 
 
 def policies(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
-    """Slope of the peak, what is left at zero examples, and step time, for every policy."""
-    workload, (small, large) = scale.workload, scale.batches
+    """Every checkpointing policy, with one micro-batch and with two."""
+    settings = [
+        Levers(Checkpointing(policy), accumulation_steps=steps)
+        for policy in POLICIES
+        for steps in (1, 2)
+    ]
+    return _compare(scale, scale.workload, scale.batches, budget, settings)
+
+
+def optimizers(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
+    """Every optimizer, where activations need little."""
+    policy = Checkpointing("nested")
+    settings = [Levers(policy, optimizer=optimizer) for optimizer in OPTIMIZERS]
+    return _compare(scale, scale.light, scale.light_batches, budget, settings)
+
+
+def precisions(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
+    """Every precision; a CPU has no TensorFloat-32."""
+    names = [name for name in PRECISIONS if name != "tf32" or budget.device.kind == "gpu"]
+    settings = [Levers(precision=name) for name in names]
+    return _compare(scale, scale.light, scale.light_batches, budget, settings)
+
+
+def xla(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
+    """XLA beside TensorFlow's own kernels."""
+    return [
+        row
+        for policy in scale.compiled
+        for row in _compare(
+            scale,
+            scale.light,
+            scale.light_batches,
+            budget,
+            [Levers(Checkpointing(policy), xla=compiled) for compiled in (False, True)],
+        )
+    ]
+
+
+def _compare(
+    scale: Scale,
+    workload: Workload,
+    batches: tuple[int, int],
+    budget: Budget,
+    settings: list[Levers],
+) -> list[dict[str, Any]]:
+    """Slope of the peak, what is left at zero examples, and step time beside the first setting's.
+
+    The step time of two micro-batches is that of an effective batch twice as large, so that only
+    the settings with one are compared.
+    """
+    small, large = batches
     parameters = parameter_count(workload.config, workload.head, workload.num_labels)
     print(f"{workload.model}, sequence length {workload.seq_len}, {parameters:,} parameters")
-    print(f"{'policy':12s} {'steps':>5s} {'MB/example':>10s} {'bytes/parameter at 0':>21s}", end="")
-    print(f" {'time / none':>12s}  peaks")
-    seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
+    print(f"{'levers':20s} {'MB/example':>10s} {'bytes/parameter at 0':>20s} {'time':>5s}  peaks")
     rows: list[dict[str, Any]] = []
-    for policy in POLICIES:
-        for steps in (1, 2):
-            levers = Levers(Checkpointing(policy), accumulation_steps=steps)
-            peaks = [
-                _peak(_trial(workload, levers, budget, batch, steps=2)) for batch in (small, large)
-            ]
-            slope = (peaks[1] - peaks[0]) / (large - small)
-            rows.append(
-                {
-                    "model": workload.model,
-                    "seq_len": workload.seq_len,
-                    "levers": levers.to_json(),
-                    "batches": [small, large],
-                    "peak_bytes": peaks,
-                    "bytes_per_example": slope,
-                    "bytes_per_parameter": (peaks[0] - slope * small) / parameters,
-                }
-            )
+    for levers in settings:
+        trials = measure_batches(
+            workload, levers, budget, batches, fresh=scale is FULL,
+            steps=2 if scale.rounds else 4, timeout_seconds=TIMEOUT_SECONDS,
+        )  # fmt: skip
+        peaks = [_peak(trial) for trial in trials]
+        slope = (peaks[1] - peaks[0]) / (large - small)
+        rows.append(
+            {
+                "model": workload.model,
+                "seq_len": workload.seq_len,
+                "levers": levers.to_json(),
+                "batches": [small, large],
+                "peak_bytes": peaks,
+                "bytes_per_example": slope,
+                "bytes_per_parameter": (peaks[0] - slope * small) / parameters,
+                "step_seconds": [trials[-1].step_seconds or math.nan],
+            }
+        )
+    timed = [
+        (levers, row)
+        for levers, row in zip(settings, rows, strict=True)
+        if levers.accumulation_steps == 1
+    ]
+    if scale.rounds:
+        for _, row in timed:
+            row["step_seconds"] = []
     for _ in range(scale.rounds):
-        for policy in POLICIES:
-            trial = _trial(workload, Levers(Checkpointing(policy)), budget, large, steps=4)
-            seconds[policy].append(trial.step_seconds or math.nan)
-    for row in rows:
-        policy, steps = row["levers"]["checkpointing"], row["levers"]["accumulation_steps"]
-        ratio = ""
-        if steps == 1:
-            ratios = [a / b for a, b in zip(seconds[policy], seconds["none"], strict=True)]
-            row.update(step_seconds=seconds[policy], time_ratio=statistics.median(ratios))
-            ratio = f"{row['time_ratio']:.2f}"
+        for levers, row in timed:
+            trial = _trial(workload, levers, budget, large, steps=4)
+            row["step_seconds"].append(trial.step_seconds or math.nan)
+    first = rows[0]["step_seconds"]
+    for _, row in timed:
+        ratios = [a / b for a, b in zip(row["step_seconds"], first, strict=True)]
+        row["time_ratio"] = statistics.median(ratios)
+    for levers, row in zip(settings, rows, strict=True):
+        steps = f" x{levers.accumulation_steps}" if levers.accumulation_steps > 1 else ""
+        ratio = f"{row['time_ratio']:.2f}" if "time_ratio" in row else ""
         print(
-            f"{policy:12s} {steps:5d} {row['bytes_per_example'] / 1e6:10.1f}"
-            f" {row['bytes_per_parameter']:21.2f} {ratio:>12s}  "
+            f"{levers.describe() + steps:20s} {row['bytes_per_example'] / 1e6:10.1f}"
+            f" {row['bytes_per_parameter']:20.2f} {ratio:>5s}  "
             + ", ".join(f"{peak / 1e6:,.0f} MB" for peak in row["peak_bytes"]),
             flush=True,
         )
