@@ -113,6 +113,13 @@ def check_levers(kind: str, product: str, levers: Levers) -> None:
         InputError: it cannot.
     """
     check_precision(product, levers.precision)
+    if kind == "tpu" and levers.precision in ("fp16", "tf32"):
+        raise InputError(f"{product} has no {levers.precision}", hint="use bf16 or float32")
+    if levers.placement == "host" and levers.xla:
+        raise InputError(
+            "XLA does not go with the optimizer's state on the host",
+            hint="leave --xla or --placement host out",
+        )
     if levers.placement == "host" and kind != "gpu":
         raise InputError(
             f"the optimizer's state cannot be on the host of {product}",

@@ -143,6 +143,7 @@ def make_plan(
     device_kind: str = "cpu",
     policies: Sequence[Checkpointing] | None = None,
     allowed: Sequence[Levers] = (Levers(),),
+    host_if_needed: bool = True,
 ) -> Plan:
     """Choose the fastest setting whose predicted peak, with its margin, is within the budget.
 
@@ -155,6 +156,7 @@ def make_plan(
         device_kind: `cpu` or `gpu`.
         policies: checkpointing to choose from; all settings by default.
         allowed: the other levers, in all combinations; only exact ones by default.
+        host_if_needed: keep the optimizer's state of a GPU on the host if nothing fits otherwise.
 
     Returns:
         The plan.
@@ -188,7 +190,7 @@ def make_plan(
         return [entry for entry in entries if entry.footprint.peak_bytes <= usable_bytes]
 
     fitting = fitting_entries()
-    if not fitting and device_kind == "gpu":
+    if not fitting and host_if_needed and device_kind == "gpu":
         # The last resort, because what it costs depends on the host as well.
         settings = [dataclasses.replace(setting, placement="host") for setting in settings]
         fitting = fitting_entries()
@@ -210,7 +212,9 @@ def make_plan(
         device,
         chosen,
         tuple(_alternatives(fitting, chosen)),
-        tuple(_rejections(workload, settings, target_batch, chosen, rates, usable_bytes)),
+        tuple(
+            _rejections(workload, settings, target_batch, chosen, rates, usable_bytes, device_kind)
+        ),
     )
 
 
@@ -258,6 +262,7 @@ def _rejections(
     chosen: PlanEntry,
     rates: Rates,
     usable_bytes: int,
+    device_kind: str,
 ) -> Iterator[Rejection]:
     """Settings that would be faster, if they fitted: less checkpointing, fewer micro-batches."""
     for setting in settings:
@@ -267,7 +272,9 @@ def _rejections(
             seconds = predict_step_seconds(workload, levers, micro_batch, rates)
             if seconds >= chosen.predicted_step_seconds:
                 continue
-            peak_bytes = predict_footprint(workload, levers, micro_batch).peak_bytes
+            peak_bytes = predict_footprint(
+                workload, levers, micro_batch, device_kind=device_kind
+            ).peak_bytes
             if peak_bytes > usable_bytes:
                 missing = format_bytes(peak_bytes - usable_bytes)
                 yield Rejection(

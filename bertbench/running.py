@@ -20,6 +20,8 @@ from bertbench.workload import Levers, Workload
 from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, from_json_file
 from finetune.errors import InputError
+from finetune.optimizers import EXACT_OPTIMIZER
+from finetune.precisions import EXACT_PRECISION
 from finetune.tokenization import Tokenizer, check_case, load_tokenizer
 
 _CONFIG_NAMES = ("bert_config.json", "config.json")
@@ -61,6 +63,7 @@ class RunSettings:
         checkpointing: policy to insist on.
         micro_batch: micro-batch to insist on.
         allowed: precisions and optimizers to choose from; with `micro_batch` the first is taken.
+        insist_placement: of the optimizer's state, that of `allowed`; False lets a plan move it.
         resume: continue an interrupted run; False refuses a folder that holds one.
         evaluate_every_steps: optimizer steps between evaluations while training; None for none.
         early_stopping_patience: see `finetune.evaluation.Evaluation`.
@@ -87,6 +90,7 @@ class RunSettings:
     checkpointing: Checkpointing | None = None
     micro_batch: int | None = None
     allowed: tuple[Levers, ...] = (Levers(),)
+    insist_placement: bool = False
     resume: bool = True
     evaluate_every_steps: int | None = None
     early_stopping_patience: int | None = None
@@ -196,6 +200,7 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
                 hint=f"make one with `bertbench plan --target-batch {target_batch}`",
             )
         check_levers(budget.device.kind, budget.device.name, levers)
+        _check_insisted(settings, levers)
         return micro_batch, levers
     if settings.micro_batch is not None:
         micro_batch = min(settings.micro_batch, target_batch)
@@ -213,6 +218,7 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
         device_kind=budget.device.kind,
         policies=None if settings.checkpointing is None else [settings.checkpointing],
         allowed=settings.allowed,
+        host_if_needed=not settings.insist_placement,
     )
     share = f"{settings.replicas} replicas, each " if settings.replicas > 1 else ""
     say(
@@ -220,6 +226,29 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
         f"{format_bytes(plan.chosen.footprint.peak_bytes)} of {format_bytes(budget.budget_bytes)}"
     )
     return plan.chosen.micro_batch, plan.chosen.levers
+
+
+def _check_insisted(settings: RunSettings, planned: Levers) -> None:
+    """See whether a plan file has what the flags insist on.
+
+    Raises:
+        InputError: it has not.
+    """
+    for name, default in (("precision", EXACT_PRECISION), ("optimizer", EXACT_OPTIMIZER)):
+        wanted = {getattr(levers, name) for levers in settings.allowed}
+        if wanted != {default} and getattr(planned, name) not in wanted:
+            raise InputError(
+                f"the plan has {name} {getattr(planned, name)}, the flags say {min(wanted)}",
+                path=settings.plan_file,
+                hint=f"make one with `bertbench plan --{name} {min(wanted)}`",
+            )
+    if settings.insist_placement and planned.placement != settings.allowed[0].placement:
+        raise InputError(
+            f"the plan has the optimizer's state on the {planned.placement}, the flags on the "
+            f"{settings.allowed[0].placement}",
+            path=settings.plan_file,
+            hint="make one with `bertbench plan --placement`",
+        )
 
 
 def describe_entry(entry: PlanEntry) -> str:

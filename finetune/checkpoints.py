@@ -156,7 +156,7 @@ def restore_state(output_dir: Path, variables: Variables, state: OptimizerState)
         hint = "choose another output folder, or remove this one"
         try:
             shapes, read = open_tf_checkpoint(prefix, hint=hint)
-            # A run may go on in another precision than it began with.
+            # The checkpoint may have been written in a precision that scales no loss.
             missing = set(_named_loss_scale(state)) - set(shapes)
             named = {name: v for name, v in every.items() if name not in missing}
             _check_shapes(prefix, shapes, named, hint)

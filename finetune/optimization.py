@@ -262,7 +262,7 @@ def _on_host(
 ) -> tf.Operation:
     """Make the change of one variable from 0, where its slots are, and add it on the device.
 
-    0 - x is -x to the last bit, so the sum is what the update in place would have given.
+    0 - x is -x to the last bit, so the sum is what the host's update in place would have given.
     """
     with tf.device(_HOST):
         cleared = tf.raw_ops.AssignVariableOp(resource=change, value=fresh_zeros(variable))

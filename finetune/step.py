@@ -183,6 +183,8 @@ def make_trainer(
         raise ValueError(f"placement {placement!r} goes neither with XLA nor with replicas")
     activation_type = tf.as_dtype(compute_type(precision))
     allow_tensor_float_32(precision)
+    # A TPU compiles with XLA whoever asks for it.
+    for_xla = xla or isinstance(strategy, tf.distribute.TPUStrategy)
     names = [name for name in variables if is_trained(name, head)]
     trained = [variables[name] for name in names]
     # Variables whose gradients come out of the backward pass added to the sums so far.
@@ -220,7 +222,7 @@ def make_trainer(
                 checkpointing=checkpointing,
                 totals=totals,
                 compute_type=activation_type,
-                xla=xla,
+                xla=for_xla,
             )
             loss = tf.reduce_sum(losses * batch["weights"]) / total_weight
             scaled = loss if state.loss_scale is None else loss * state.loss_scale.scale
@@ -251,7 +253,7 @@ def make_trainer(
                 dict(zip(names, sums, strict=True)),
             )
             sums = [
-                g if name in summed else _plus(total, g, xla)
+                g if name in summed else _plus(total, g, for_xla)
                 for name, total, g in zip(names, sums, gradients, strict=True)
             ]
             return index + 1, loss + micro_loss, sums

@@ -246,11 +246,12 @@ def _one_step(
         float(result.gradient_norm),
         time.monotonic() - began,
     )
-    # The update has been made already: such weights must not be saved.
+    # With most precisions the update has been made already: such weights must not be saved.
     for what, value in (("loss", record.loss), ("gradient's norm", record.gradient_norm)):
         if not np.isfinite(value):
             raise FloatingPointError(
-                f"the {what} is {value} at step {record.step}; use a smaller learning rate"
+                f"the {what} is {value} at step {record.step}; use a smaller learning rate "
+                "or, if it is not float32 already, another precision"
             )
     return record
 

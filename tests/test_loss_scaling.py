@@ -52,7 +52,6 @@ def test_the_update_does_not_depend_on_the_scale() -> None:
 
 
 def test_small_gradients_vanish_without_it() -> None:
-    reference = float(trainer_at(INITIAL_SCALE).step(BATCH).gradient_norm)
     tiny = trainer_at(1.0)
     weights = {name: variable for name, variable in tiny.variables.items() if "squad" in name}
     for variable in weights.values():
@@ -62,7 +61,7 @@ def test_small_gradients_vanish_without_it() -> None:
     scaled = trainer_at(2.0**24)
     for name in weights:
         scaled.variables[name].assign(weights[name])
-    assert reference > 0
+    assert int(tiny.state.step.numpy()) == 2
     assert lost == 0
     assert tiny_encoder_change(scaled) > 0
 

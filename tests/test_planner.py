@@ -183,13 +183,17 @@ def test_the_host_takes_the_optimizers_state_where_nothing_else_fits() -> None:
     workload = published_workload("bert-large", 384)
     rates = gpu_rates(find_accelerator("gtx-1050-ti"))
 
-    def plan(gibibytes: float, kind: str) -> Plan:
-        budget_bytes = int(gibibytes * GIB_BYTES)
-        return make_plan(workload, 24, budget_bytes, rates, device="a card", device_kind=kind)
+    def plan(gibibytes: float, kind: str, host_if_needed: bool = True) -> Plan:
+        return make_plan(
+            workload, 24, int(gibibytes * GIB_BYTES), rates, device="a card", device_kind=kind,
+            host_if_needed=host_if_needed,
+        )  # fmt: skip
 
     assert plan(6, "gpu").chosen.levers.placement == "device"
     with pytest.raises(InputError, match="does not fit"):
         plan(3.5, "cpu")
+    with pytest.raises(InputError, match="does not fit"):
+        plan(3.5, "gpu", host_if_needed=False)
     chosen = plan(3.5, "gpu").chosen
     assert chosen.levers.placement == "host"
     assert chosen.levers.exact
@@ -207,6 +211,10 @@ def test_only_a_gpu_has_a_host() -> None:
     check_levers("gpu", "NVIDIA A100-SXM4-40GB", levers)
     with pytest.raises(InputError, match="host of AMD EPYC"):
         check_levers("cpu", "AMD EPYC", levers)
+    with pytest.raises(InputError, match="XLA"):
+        check_levers("gpu", "Tesla T4", Levers(xla=True, placement="host"))
+    with pytest.raises(InputError, match="no fp16"):
+        check_levers("tpu", "TPU v2", Levers(precision="fp16"))
     assert levers_from_json(levers.to_json()) == levers
     with pytest.raises(InputError, match="moon"):
         levers_from_json({"placement": "moon"})

@@ -73,10 +73,8 @@ def lever_options(command: _Command) -> _Command:
         click.option(
             "--placement",
             type=click.Choice(PLACEMENTS),
-            default=PLACEMENTS[0],
-            show_default=True,
-            help="Where the optimizer's state is; a plan for a GPU that nothing else fits on uses "
-            "the host unasked.",
+            help="Insist on where the optimizer's state is. Default: the device, and the host's "
+            "memory for a GPU that nothing else fits on.",
         ),
         click.option(
             "--allow",
@@ -94,7 +92,7 @@ _INEXACT = (*PRECISIONS[1:], *OPTIMIZERS[1:])
 
 
 def allowed_levers(
-    precision: str | None, optimizer: str | None, placement: str, allow: str | None
+    precision: str | None, optimizer: str | None, placement: str | None, allow: str | None
 ) -> tuple[Levers, ...]:
     """Combinations of precision and optimizer that a plan may choose from, exact ones first.
 
@@ -119,7 +117,7 @@ def allowed_levers(
                 f"--allow {name}: no such lever", hint=f"it takes {', '.join(_INEXACT)}"
             )
     return tuple(
-        Levers(precision=p, optimizer=o, placement=placement)
+        Levers(precision=p, optimizer=o, placement=placement or PLACEMENTS[0])
         for p in precisions
         for o in optimizers
     )

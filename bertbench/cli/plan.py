@@ -72,7 +72,7 @@ def command(
     checkpointing: str | None,
     precision: str | None,
     optimizer: str | None,
-    placement: str,
+    placement: str | None,
     allow: str | None,
     json_file: Path | None,
 ) -> None:  # fmt: skip
@@ -105,6 +105,7 @@ def command(
             device_kind=target.kind,
             policies=policies,
             allowed=allowed,
+            host_if_needed=placement is None,
         )
 
     if model is not None and seq_len is not None:
@@ -179,12 +180,16 @@ class _Marks:
         ]
 
 
+def _on_host(levers: Levers) -> str:
+    return " + host" if levers.placement == "host" else ""
+
+
 def _row(entry: PlanEntry, marks: _Marks) -> tuple[str, ...]:
     steps = entry.levers.accumulation_steps
     return (
         str(entry.micro_batch),
         str(steps),
-        f"{entry.levers.checkpointing}{marks.star(entry.levers)}",
+        f"{entry.levers.checkpointing}{marks.star(entry.levers)}{_on_host(entry.levers)}",
         format_bytes(entry.footprint.peak_bytes),
         f"{entry.predicted_step_seconds:.3g} s",
     )
@@ -258,6 +263,8 @@ def _show_grid(
     notes = marks.notes()
     for note in notes:
         console.print(note, soft_wrap=True)
+    if any(isinstance(cell, Plan) and _on_host(cell.chosen.levers) for cell in cells):
+        console.print("host: the optimizer's state is in the host's memory")
     same = "every other" if notes else "every"
     console.print(f"Peak and time are predicted; {same} setting gives the same update.")
 

@@ -311,20 +311,18 @@ def _model_and_settings(flags: dict[str, Any]) -> tuple[ModelFiles, RunSettings]
             if flags[name]:
                 raise InputError(f"--{name} needs --evaluate_every_steps")
     policy = flags["checkpointing"]
-    settings = RunSettings(
-        do_lower_case=lower,
-        overwrite=flags["overwrite_output_dir"],
-        checkpointing=None if policy is None else parse_checkpointing(policy),
-        allowed=allowed_levers(
+    derived = {
+        "do_lower_case": lower,
+        "overwrite": flags["overwrite_output_dir"],
+        "checkpointing": None if policy is None else parse_checkpointing(policy),
+        "allowed": allowed_levers(
             flags["precision"], flags["optimizer"], flags["placement"], flags["allow"]
         ),
-        tpu=_tpu(flags),
-        **{
-            field.name: flags[field.name]
-            for field in dataclasses.fields(RunSettings)
-            if field.name not in ("do_lower_case", "overwrite", "checkpointing", "allowed", "tpu")
-        },
-    )
+        "insist_placement": flags["placement"] is not None,
+        "tpu": _tpu(flags),
+    }
+    names = {field.name for field in dataclasses.fields(RunSettings)} - set(derived)
+    settings = RunSettings(**derived, **{name: flags[name] for name in names})
     return files, settings
 
 
