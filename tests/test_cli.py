@@ -472,3 +472,17 @@ def test_plan_marks_settings_that_change_the_update() -> None:
         refused = bertbench(*arguments, *wrong)
         fails_with_one_line(refused, "--allow")
         assert refused.stdout == ""
+
+
+def test_a_plan_file_and_flags_that_contradict_each_other(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    made = bertbench(
+        "plan", "--device", "cpu", "--memory", "1GiB", "--model", "bert-tiny", "--seq-len", "64",
+        "--target-batch", "8", "--json", str(plan),
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    result = bertbench(
+        "run", "squad", "--demo", "--memory", "1GiB", "--plan", str(plan), "--precision", "bf16",
+        "--output_dir", str(tmp_path / "out"),
+    )  # fmt: skip
+    fails_with_one_line(result, "plan.json", "precision float32", "bf16")
