@@ -37,9 +37,10 @@ class Rates:
     speedups: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-_RECOMPUTED = {"none": 0.0, "selective": 0.3, "full": 0.7, "nested": 0.75}
-"""Time of the second forward pass of a layer, in that of the first. BERT-Base on two cores,
-sequence lengths 128 and 384, 2026-11-24; the layer's last matrix product is never recomputed."""
+_RECOMPUTED = {"none": 0.0, "selective": 0.36, "full": 0.96, "nested": 1.0}
+"""Time of the second forward pass of a layer, in that of the first, of which the whole backward
+pass takes two. BERT-Base on two cores, sequence length 384, batch 8, 2026-11-25. The layer's last
+matrix product is never recomputed; drawing the masks again is."""
 
 _HOST_UPDATE_BYTES_PER_SECOND = 4e9
 """Of an optimizer's state on the host: the bus and the host's memory together. A guess for PCIe 3
