@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from finetune.layers import fresh_zeros
+from finetune.ordering import run_in_order
 
 Tensors = Sequence[tf.Tensor]
 
@@ -115,12 +116,12 @@ def in_blocks(
         result = function(first, [cut(x, index) for x in rows], known)
         for name, part in (("joined", result.joined), ("kept", result.kept)):
             shapes[name] = [[None, *x.shape[1:]] for x in part]
-        return (
-            index + 1,
-            [a.write(index, x) for a, x in zip(joined, result.joined, strict=True)],
-            [a.write(index, x) for a, x in zip(put_aside, result.kept, strict=True)],
-            _added(sums, result.sums),
-        )
+        joined = [a.write(index, x) for a, x in zip(joined, result.joined, strict=True)]
+        put_aside = [a.write(index, x) for a, x in zip(put_aside, result.kept, strict=True)]
+        sums = _added(sums, result.sums)
+        if not xla:
+            run_in_order([*(a.flow for a in (*joined, *put_aside)), *sums])
+        return index + 1, joined, put_aside, sums
 
     _, joined, put_aside, sums = tf.while_loop(
         lambda index, *_: index < blocks,

@@ -28,6 +28,7 @@ from finetune.optimization import (
     create_state,
 )
 from finetune.optimizers import PLACEMENTS
+from finetune.ordering import run_in_order
 from finetune.precisions import (
     EXACT_PRECISION,
     allow_tensor_float_32,
@@ -256,7 +257,10 @@ def make_trainer(
                 g if name in summed else _plus(total, g, for_xla)
                 for name, total, g in zip(names, sums, gradients, strict=True)
             ]
-            return index + 1, loss + micro_loss, sums
+            loss += micro_loss
+            if not for_xla:
+                run_in_order([loss, *sums])
+            return index + 1, loss, sums
 
         _, loss, sums = tf.while_loop(
             lambda index, *_: index < accumulation_steps,
@@ -292,7 +296,10 @@ def make_trainer(
     @tf.function(input_signature=[signature], jit_compile=xla)
     def on_one_device(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         total_weight = tf.reduce_sum(batch["weights"])
-        return update(batch, tf.zeros([], tf.int64), total_weight, lambda tensors: tensors)
+        results = update(batch, tf.zeros([], tf.int64), total_weight, lambda tensors: tensors)
+        if not xla:
+            run_in_order(results)
+        return results
 
     def on_replica(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         context = tf.distribute.get_replica_context()
@@ -321,7 +328,7 @@ def make_trainer(
             if replicas > 1:
                 cut += f" on each of {replicas} replicas"
             raise ValueError(f"a batch of {rows} rows cannot be cut into {cut}")
-        tensors = {name: tf.constant(batch[name], spec.dtype) for name, spec in signature.items()}
+        tensors = {name: _as_tensor(batch[name], spec.dtype) for name, spec in signature.items()}
         compiled = on_one_device if strategy is None else on_replicas
         while True:
             scale = None if state.loss_scale is None else float(state.loss_scale.scale.numpy())
@@ -435,6 +442,16 @@ def _plus(total: tf.Tensor, gradient: tf.Tensor | tf.IndexedSlices | None, xla: 
     names, positions = tf.unique(gradient.indices)
     rows = tf.math.unsorted_segment_sum(gradient.values, positions, tf.size(names))
     return tf.raw_ops.InplaceAdd(x=total, i=names, v=rows)
+
+
+def _as_tensor(array: np.ndarray | tf.Tensor, type_: tf.DType) -> tf.Tensor:
+    """Copy an array into a tensor in TensorFlow's own memory.
+
+    `tf.constant` does so only if the array, or a copy of it, happens not to begin at a multiple of
+    64 bytes, so that what a step needs would depend on chance.
+    """
+    values = np.asarray(array, type_.as_numpy_dtype)
+    return tf.reshape(tf.io.decode_raw(values.tobytes(), type_), values.shape)
 
 
 def _share(batch: Batch, replica: tf.Tensor, replicas: int) -> dict[str, tf.Tensor]:
