@@ -28,6 +28,9 @@ CPU_SHARE = 0.75
 """Part of the available host memory that a default budget takes: Python, TensorFlow's code and
 the input pipeline live outside the allocator, and the machine must not begin to swap."""
 
+_FIRST_REGION_BYTES = 2 * MIB_BYTES
+"""What the first operation makes TensorFlow's CPU allocator take from the system."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Device:
@@ -298,6 +301,13 @@ def apply_budget(budget: Budget) -> str:
     return "GPU:0"
 
 
+def allocator_regions(budget: Budget) -> tuple[int, ...]:
+    """Bytes of each piece of memory that TensorFlow's allocator has under a budget."""
+    if budget.device.kind == "cpu":
+        return (_FIRST_REGION_BYTES, budget.budget_bytes - _FIRST_REGION_BYTES)
+    return (budget.budget_bytes,)
+
+
 def _counts_small_tensors(tf: Any) -> bool:
     # oneDNN's allocator, the usual one, has statistics too, but only of large tensors; the plain
     # one has none. Only the allocator with a limit counts every byte.
@@ -318,8 +328,7 @@ def _reserve(tf: Any, budget_bytes: int) -> None:
     on where their borders happen to be: the same batch of BERT-Mini needed up to 12 % more in one
     process than in another. The system gives the pages only when they are used.
     """
-    # The first piece, of 2 MiB, has been taken by the first operation.
-    mebibytes = budget_bytes // MIB_BYTES - 2
+    mebibytes = (budget_bytes - _FIRST_REGION_BYTES) // MIB_BYTES
     if mebibytes > 0:
         with tf.device("CPU:0"):
             tf.raw_ops.Empty(shape=[mebibytes, MIB_BYTES], dtype=tf.uint8, init=False)

@@ -36,8 +36,8 @@ Message = dict[str, Any]
 
 PRELOAD = ("bertbench.preload",)
 
-# A message is a line of JSON; the largest carries the text of an exception.
-_MESSAGE_LIMIT_BYTES = 1 << 20
+# A message is a line of JSON; the largest carries what a large model asked of its allocator.
+_MESSAGE_LIMIT_BYTES = 1 << 24
 _ERROR_TEXT_LIMIT = 1 << 16
 # TensorFlow's allocator lists every chunk that it holds when it fails: a megabyte at times.
 _PRINTED_LIMIT_BYTES = 1 << 23

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bertbench.devices import Budget
+from bertbench.allocations import Recording, extrapolate, largest_batch
+from bertbench.devices import Budget, allocator_regions
 from bertbench.footprint import predict_footprint
 from bertbench.ledger import find, record, versions_key
-from bertbench.search import SearchResult, find_max_batch
+from bertbench.search import LARGEST_BATCH, SearchResult, find_max_batch
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload
 
@@ -84,10 +85,28 @@ def probe_cell(
         record(ledger, budget, versions, workload, levers, trial)
         on_trial(trial)
 
+    recordings: dict[int, Recording] = {}
+
     def measure(batches: Sequence[int], fresh: bool) -> list[Trial]:
         return measure_batches(
-            workload, levers, budget, batches, steps=steps, fresh=fresh, on_trial=keep
+            workload,
+            levers,
+            budget,
+            batches,
+            steps=steps,
+            fresh=fresh,
+            on_trial=keep,
+            on_recording=recordings.__setitem__ if fresh and len(recordings) < 2 else None,
         )
+
+    def locate() -> int | None:
+        if len(recordings) < 2:
+            return None
+        small, *_, large = sorted(recordings)
+        extrapolation = extrapolate(recordings[small], small, recordings[large], large)
+        if extrapolation is None:
+            return None
+        return largest_batch(extrapolation, allocator_regions(budget), LARGEST_BATCH)
 
     result = find_max_batch(
         measure,
@@ -95,6 +114,7 @@ def probe_cell(
         predict_peak_bytes=lambda batch: (
             predict_footprint(workload, levers, batch, device_kind=budget.device.kind).peak_bytes
         ),
+        locate=locate,
         budget_bytes=budget.budget_bytes,
         max_batch=max_batch,
         certify=certify,

@@ -1,7 +1,8 @@
 """Find the largest batch that fits with few trials, and certify it. Pure: it starts nothing.
 
-Peak memory is close to affine in the batch once activations outweigh the optimizer's temporaries,
-so two small batches tell where the limit should be; a trial there and one beside it are usually
+Two small batches tell where the limit should be, by a replay of what they asked of the allocator
+(`bertbench.allocations`) or, where there is none, because the peak is close to affine in the batch
+once activations outweigh the optimizer's temporaries. A trial there and one beside it are usually
 all that is left. The cost to keep low is that of trials that do not fit: TensorFlow's allocator
 waits 10 seconds, sometimes several times, before it gives up.
 """
@@ -19,6 +20,9 @@ LARGEST_BATCH = 1 << 16
 
 # After so many guesses the device is not as regular as guessing supposes: halve what is left.
 _GUESSES = 5
+
+# After so many guesses what was recorded is not believed any more.
+_BELIEVED = 4
 
 # How far beyond what fits an extrapolation is believed. The peak of a small model hardly depends on
 # the first few batches, and a line through two of them ends at ten times the limit.
@@ -85,6 +89,7 @@ def find_max_batch(
     *,
     known: Sequence[Trial] = (),
     predict_peak_bytes: Callable[[int], int] | None = None,
+    locate: Callable[[], int | None] | None = None,
     trust_prediction: bool = False,
     budget_bytes: int,
     max_batch: int | None = None,
@@ -101,6 +106,8 @@ def find_max_batch(
         measure: makes trials. The first batch of a call is taken as measured in a fresh process.
         known: earlier trials of the same question; failed ones are ignored.
         predict_peak_bytes: predicted peak of a batch, rising with it.
+        locate: says where the limit is by what trials in fresh processes have recorded so far; None
+            if they do not tell.
         trust_prediction: try the predicted limit at once, without two smaller batches before it.
         budget_bytes: what the allocator may use.
         max_batch: largest batch of interest.
@@ -123,7 +130,10 @@ def find_max_batch(
             break
         if not batches:
             limit = _predicted_limit(predict_peak_bytes, budget_bytes, (high or cap + 1) - 1)
-            if low == 0 and not (trust_prediction and limit):
+            located = locate() if locate and len(guesses) < _BELIEVED else None
+            if located is not None:
+                batches = [_guess(low, high, cap, located, guesses)]
+            elif low == 0 and not (trust_prediction and limit):
                 batches = _first_batches(limit, high, cap)
             else:
                 estimate = _estimate(verdicts, predict_peak_bytes, budget_bytes)
@@ -131,11 +141,12 @@ def find_max_batch(
                     batches = [_REACH // 2 * low, _REACH * low]
                 else:
                     batches = [_guess(low, high, cap, estimate, guesses)]
-        found = measure(batches, len(batches) == 1)
+        fresh = len(batches) == 1 or (locate is not None and low == 0)
+        found = measure(batches, fresh)
         if not found or [trial.batch for trial in found] != batches[: len(found)]:
             raise RuntimeError(f"batches {batches} were to be tried, not {found}")
         for index, trial in enumerate(found):
-            trials.append(dataclasses.replace(trial, fresh=index == 0))
+            trials.append(dataclasses.replace(trial, fresh=fresh or index == 0))
         if found[-1].outcome == "failed":
             low, high = _bracket(_verdicts(trials))
             return _result("failed", low, None, trials, known_count, found[-1].message)
@@ -233,12 +244,14 @@ def _predicted_limit(
 
 
 def _first_batches(limit: int | None, high: int | None, cap: int) -> list[int]:
-    """Two cheap batches to extrapolate from; below a batch of 2 the peak is not affine."""
+    """Two cheap batches to extrapolate from."""
     below = cap + 1 if high is None else high
     bound = high if limit is None else limit
     pair: tuple[int, ...] = (2, 4)
     if bound is not None and bound < 2:
         pair = (1,)
+    elif bound is not None and bound < 8:
+        pair = (1, 2)
     elif bound is not None and bound >= 16:
         # Far enough from where the limit is thought to be to fit even if that is twice too much,
         # near enough to extrapolate from.

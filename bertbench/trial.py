@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from bertbench.allocations import Recording, recording_from_text
 from bertbench.devices import Budget, budget_from_json, child_environment
 from bertbench.isolation import Ending, Message, run_isolated
 from bertbench.outcomes import Outcome, classify_error, classify_exit, shorten, summarise_error
@@ -63,6 +65,7 @@ class TrialRequest:
         budget: device, and the bytes of it that the allocator may use.
         batches: micro-batch sizes to run one after the other, rising.
         steps: optimizer steps to run for each.
+        record: record what is asked of the allocator; for a single batch, and two steps more.
     """
 
     workload: Workload
@@ -70,6 +73,7 @@ class TrialRequest:
     budget: Budget
     batches: tuple[int, ...]
     steps: int
+    record: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no trial could answer."""
@@ -77,6 +81,8 @@ class TrialRequest:
             raise ValueError(f"batches must be positive and rising, not {self.batches}")
         if self.steps < 1:
             raise ValueError(f"a trial needs at least one step, not {self.steps}")
+        if self.record and len(self.batches) > 1:
+            raise ValueError(f"one batch at a time is recorded, not {self.batches}")
 
     def to_payload(self) -> dict[str, Any]:
         """Plain values, to cross into another process."""
@@ -86,6 +92,7 @@ class TrialRequest:
             "budget": self.budget.to_json(),
             "batches": list(self.batches),
             "steps": self.steps,
+            "record": self.record,
         }
 
 
@@ -98,6 +105,7 @@ def request_from_payload(payload: Mapping[str, Any]) -> TrialRequest:
         budget=budget_from_json(payload["budget"]),
         batches=tuple(payload["batches"]),
         steps=int(payload["steps"]),
+        record=bool(payload["record"]),
     )
 
 
@@ -111,6 +119,7 @@ def measure_batches(
     timeout_seconds: float = TIMEOUT_SECONDS,
     fresh: bool = False,
     on_trial: Callable[[Trial], None] | None = None,
+    on_recording: Callable[[int, Recording], None] | None = None,
     target: str = TARGET,
 ) -> list[Trial]:
     """Try rising batches until one does not fit.
@@ -119,7 +128,9 @@ def measure_batches(
 
     - `{"event": "trial", "batch", "peak_bytes", "step_seconds"}` for each batch that fits;
     - `{"event": "error", "batch", "type", "message"}` for an exception, after which it ends.
-      An exception that leaves it counts for the batch that was next.
+      An exception that leaves it counts for the batch that was next;
+    - `{"event": "recording", "batch", "recording"}`, the text of a
+      `bertbench.allocations.Recording`, if that is asked for.
 
     Anything else that it sends with an `event` is ignored.
 
@@ -132,17 +143,21 @@ def measure_batches(
         timeout_seconds: limit of one batch, see `TIMEOUT_SECONDS`.
         fresh: take a new process for every batch, instead of one for all.
         on_trial: called with every trial as soon as it is known, to make it durable.
+        on_recording: called with a batch that fits and what it asked of the allocator. Only with
+            `fresh`, or for a single batch.
         target: `module:function` that trains.
 
     Returns:
         Trials in the order of `batches`; only the last may be `oom` or `failed`.
     """
     request = TrialRequest(workload, levers, budget, tuple(batches), steps)
+    fresh = fresh or len(request.batches) == 1
     groups = [(batch,) for batch in request.batches] if fresh else [request.batches]
     trials: list[Trial] = []
     for group in groups:
-        part = dataclasses.replace(request, batches=group)
-        trials += _measure_in_one_process(part, timeout_seconds, on_trial, target)
+        record = fresh and on_recording is not None
+        part = dataclasses.replace(request, batches=group, record=record)
+        trials += _measure_in_one_process(part, timeout_seconds, on_trial, on_recording, target)
         if trials[-1].outcome != "fits":
             break
     return trials
@@ -152,6 +167,7 @@ def _measure_in_one_process(
     request: TrialRequest,
     timeout_seconds: float,
     on_trial: Callable[[Trial], None] | None,
+    on_recording: Callable[[int, Recording], None] | None,
     target: str,
 ) -> list[Trial]:
     trials: list[Trial] = []
@@ -183,6 +199,10 @@ def _measure_in_one_process(
             add(classify_error(kind, text), summarise_error(kind, text))
         elif event == "trial" and _is_result(message, request.batches[len(trials)]):
             add("fits", measured=message)
+        elif event == "recording" and on_recording is not None:
+            # Without one the search does without.
+            with contextlib.suppress(ValueError):
+                on_recording(request.batches[0], recording_from_text(str(message["recording"])))
         elif event == "trial":
             add("failed", shorten(f"the trial's process sent a wrong result: {message}"))
 

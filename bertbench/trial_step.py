@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from bertbench.allocations import recording_to_text
 from bertbench.runtime import start_tensorflow
-from bertbench.trial import request_from_payload
+from bertbench.trial import TrialRequest, request_from_payload
 from bertbench.workload import Levers, Workload
 from finetune.config import INPUT_NAMES, TARGET_NAMES
 from finetune.modeling import create_variables
@@ -28,17 +29,21 @@ def run_trial(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], No
 
     Args:
         payload: of a `bertbench.trial.TrialRequest`.
-        send: takes one message for each batch that fits, see `bertbench.trial.measure_batches`.
+        send: takes the messages of `bertbench.trial.measure_batches`.
 
     Raises:
         tensorflow.errors.ResourceExhaustedError: a batch does not fit.
     """
     request = request_from_payload(payload)
     device = start_tensorflow(request.budget)
-    trainer = build_trainer(request.workload, request.levers)
+    if request.record:
+        trainer = _recorded(request, device, send)
+    else:
+        trainer = build_trainer(request.workload, request.levers)
     for batch in request.batches:
         rows = random_batch(request.workload, batch * request.levers.accumulation_steps)
-        tf.config.experimental.reset_memory_stats(device)
+        if not request.record:
+            tf.config.experimental.reset_memory_stats(device)
         step_seconds = []
         for _ in range(request.steps):
             began = time.monotonic()
@@ -53,6 +58,24 @@ def run_trial(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], No
                 "step_seconds": statistics.median(step_seconds[1:] or step_seconds),
             }
         )
+
+
+def _recorded(
+    request: TrialRequest, device: str, send: Callable[[Mapping[str, Any]], None]
+) -> Trainer:
+    """Make a trainer and do two steps, the first of which is not like the others, recorded."""
+    from bertbench.recording import recorded_allocations
+
+    (batch,) = request.batches
+    with recorded_allocations(device) as recordings:
+        trainer = build_trainer(request.workload, request.levers)
+        rows = random_batch(request.workload, batch * request.levers.accumulation_steps)
+        for _ in range(2):
+            float(trainer.step(rows).loss)
+    for recording in recordings:
+        text = recording_to_text(recording)
+        send({"event": "recording", "batch": batch, "recording": text})
+    return trainer
 
 
 def build_trainer(workload: Workload, levers: Levers) -> Trainer:

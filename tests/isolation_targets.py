@@ -44,7 +44,7 @@ def crash(payload: Payload, send: Send) -> None:
         os.write(_message_pipe(send), b'{"half a mess')
         time.sleep(600)
     elif how == "flood":
-        os.write(_message_pipe(send), b"x" * 3_000_000)
+        os.write(_message_pipe(send), b"x" * 20_000_000)
     else:
         os.kill(os.getpid(), getattr(signal, how))
 

@@ -332,3 +332,32 @@ def test_a_trial_says_itself_whether_it_was_fresh() -> None:
     calls: Calls = []
     find_max_batch(affine(100, 10, 373, calls), known=used, budget_bytes=373)
     assert calls == [([27], True), ([28], True)]
+
+
+@pytest.mark.parametrize(
+    ("located", "trials"), [(97, 4), (96, 6), (98, 5), (120, 14), (0, 14), (1, 14)]
+)
+def test_what_was_recorded_is_tried_at_once_and_believed_for_a_while(
+    located: int, trials: int
+) -> None:
+    def uneven(batch: int) -> int:
+        return 100 + 10 * batch + 7 * (batch % 5)
+
+    calls: Calls = []
+    result = find_max_batch(
+        device(lambda b: b <= 97, uneven, calls),
+        budget_bytes=1100,
+        predict_peak_bytes=lambda batch: 95 + 10 * batch,
+        locate=lambda: located if calls else None,
+    )
+    assert_certified(result, 97)
+    assert calls[0] == ([12, 33], True)
+    assert result.measured <= trials
+    assert all(trial.fresh for trial in result.trials)
+
+
+def test_a_recording_that_is_there_already_leaves_two_trials() -> None:
+    calls: Calls = []
+    result = find_max_batch(affine(100, 10, 373, calls), budget_bytes=373, locate=lambda: 27)
+    assert_certified(result, 27)
+    assert calls == [([27], True), ([28], True)]

@@ -1,0 +1,224 @@
+"""Which batch fits, worked out from what two smaller ones asked of TensorFlow's allocator.
+
+TensorFlow's BFC allocator (best fit with coalescing, `tsl/framework/bfc_allocator.cc`) is
+deterministic, and on a capped CPU so is the order in which a step asks it for memory
+(`finetune.ordering`). So its answers can be worked out: every request of a step is a number of
+bytes that grows by the same amount with every example, two recorded batches tell by which, and a
+replay of the requests of a third batch ends where the real step would run out of memory, with the
+same chunks split and wasted.
+
+That is still a prediction. It tells which batch to try, and a trial decides.
+"""
+
+from __future__ import annotations
+
+import base64
+import bisect
+import dataclasses
+import json
+import zlib
+from collections.abc import Sequence
+
+from bertbench.bytes import MIB_BYTES
+
+_ROUNDING_BYTES = 256
+_UNSPLIT_BYTES = 128 * MIB_BYTES
+"""A free chunk is handed out whole unless it is at least twice as large as what is asked for, or
+leaves at least this much."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What a process asked of an allocator, from its first request to its last.
+
+    Attributes:
+        events: in order: n for the n-th allocation, ~n for its end.
+        sizes: bytes that each allocation asked for.
+        operations: name of the operation that asked, or "".
+    """
+
+    events: tuple[int, ...]
+    sizes: tuple[int, ...]
+    operations: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """How a replay ended.
+
+    Attributes:
+        fits: no request failed.
+        peak_bytes: largest sum of the chunks in use, as the allocator counts it.
+    """
+
+    fits: bool
+    peak_bytes: int
+
+
+class BestFitAllocator:
+    """Hands out addresses as TensorFlow's BFC allocator does.
+
+    Of the free chunks that are large enough the smallest is taken, of equal ones that with the
+    lowest address.
+
+    Args:
+        region_bytes: sizes of the regions that it has, which are not adjacent.
+    """
+
+    def __init__(self, region_bytes: Sequence[int]) -> None:
+        self.used_bytes = 0
+        self._size: dict[int, int] = {}
+        self._before: dict[int, int | None] = {}
+        self._after: dict[int, int | None] = {}
+        # (size, address), in order. TensorFlow keeps them in bins of sizes, in the same order.
+        self._free: list[tuple[int, int]] = []
+        self._is_free: set[int] = set()
+        start = 0
+        for size in region_bytes:
+            self._size[start], self._before[start], self._after[start] = size, None, None
+            self._add(start)
+            start += size + _ROUNDING_BYTES
+
+    def allocate(self, size_bytes: int) -> int | None:
+        """Return the address of a chunk, or None if no free chunk is large enough."""
+        wanted = max(-(-size_bytes // _ROUNDING_BYTES), 1) * _ROUNDING_BYTES
+        index = bisect.bisect_left(self._free, (wanted, -1))
+        if index == len(self._free):
+            return None
+        size, start = self._free.pop(index)
+        self._is_free.discard(start)
+        if size >= 2 * wanted or size - wanted >= _UNSPLIT_BYTES:
+            rest, after = start + wanted, self._after[start]
+            self._size[start], self._size[rest] = wanted, size - wanted
+            self._after[start], self._before[rest], self._after[rest] = rest, start, after
+            if after is not None:
+                self._before[after] = rest
+            self._add(rest)
+        self.used_bytes += self._size[start]
+        return start
+
+    def free(self, start: int) -> None:
+        """Take a chunk back, and join it with free neighbours."""
+        self.used_bytes -= self._size[start]
+        after, before = self._after[start], self._before[start]
+        if after in self._is_free:
+            self._remove(after)
+            self._join(start, after)
+        if before in self._is_free:
+            self._remove(before)
+            self._join(before, start)
+            start = before
+        self._add(start)
+
+    def _add(self, start: int) -> None:
+        bisect.insort(self._free, (self._size[start], start))
+        self._is_free.add(start)
+
+    def _remove(self, start: int) -> None:
+        del self._free[bisect.bisect_left(self._free, (self._size[start], start))]
+        self._is_free.discard(start)
+
+    def _join(self, start: int, next_: int) -> None:
+        self._size[start] += self._size.pop(next_)
+        after = self._after.pop(next_)
+        del self._before[next_]
+        self._after[start] = after
+        if after is not None:
+            self._before[after] = start
+
+
+def replay(events: Sequence[int], sizes: Sequence[int], region_bytes: Sequence[int]) -> Replay:
+    """Ask an empty allocator for what was recorded, up to the first request that fails."""
+    allocator = BestFitAllocator(region_bytes)
+    addresses: dict[int, int] = {}
+    peak_bytes = 0
+    for event in events:
+        if event < 0:
+            allocator.free(addresses.pop(~event))
+            continue
+        address = allocator.allocate(sizes[event])
+        if address is None:
+            return Replay(False, peak_bytes)
+        addresses[event] = address
+        peak_bytes = max(peak_bytes, allocator.used_bytes)
+    return Replay(True, peak_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Extrapolation:
+    """What any batch would ask for.
+
+    Attributes:
+        events: as in `Recording`.
+        sizes: bytes that each allocation asked for with `batch`.
+        growth: bytes that each further example adds to it.
+        batch: of the recording.
+    """
+
+    events: tuple[int, ...]
+    sizes: tuple[int, ...]
+    growth: tuple[float, ...]
+    batch: int
+
+    def replay(self, batch: int, region_bytes: Sequence[int]) -> Replay:
+        """Replay the requests of a batch."""
+        more = batch - self.batch
+        sizes = [
+            max(round(size + more * growth), 0)
+            for size, growth in zip(self.sizes, self.growth, strict=True)
+        ]
+        return replay(self.events, sizes, region_bytes)
+
+
+def extrapolate(
+    small: Recording, small_batch: int, large: Recording, large_batch: int
+) -> Extrapolation | None:
+    """Work out what any batch would ask for from recordings of two.
+
+    Returns:
+        None unless both asked for the same things in the same order.
+    """
+    if small.operations != large.operations or small_batch >= large_batch:
+        return None
+    growth = tuple(
+        (b - a) / (large_batch - small_batch) for a, b in zip(small.sizes, large.sizes, strict=True)
+    )
+    return Extrapolation(large.events, large.sizes, growth, large_batch)
+
+
+def largest_batch(extrapolation: Extrapolation, region_bytes: Sequence[int], at_most: int) -> int:
+    """Largest batch up to `at_most` that fits, if what fits is all that is smaller; 0 if none."""
+    low, high, batch = 0, at_most + 1, min(extrapolation.batch, at_most)
+    while high - low > 1:
+        if extrapolation.replay(batch, region_bytes).fits:
+            low = batch
+        else:
+            high = batch
+        batch = min(2 * low, at_most) if high > at_most else (low + high) // 2
+    return low
+
+
+def recording_to_text(recording: Recording) -> str:
+    """Compress a recording, so that it can be sent and kept."""
+    names = sorted(set(recording.operations))
+    index = {name: number for number, name in enumerate(names)}
+    values = [
+        recording.events,
+        recording.sizes,
+        names,
+        [index[name] for name in recording.operations],
+    ]
+    return base64.b85encode(zlib.compress(json.dumps(values).encode(), 6)).decode()
+
+
+def recording_from_text(text: str) -> Recording:
+    """Read what `recording_to_text` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        events, sizes, names, numbers = json.loads(zlib.decompress(base64.b85decode(text)))
+        return Recording(tuple(events), tuple(sizes), tuple(names[n] for n in numbers))
+    except (zlib.error, TypeError, IndexError) as error:
+        raise ValueError(f"not a recording of allocations ({error})") from error

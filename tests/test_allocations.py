@@ -1,0 +1,140 @@
+"""Replays of what a step asks its allocator for: like TensorFlow's allocator, to the byte."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bertbench.allocations import (
+    BestFitAllocator,
+    Recording,
+    extrapolate,
+    largest_batch,
+    recording_from_text,
+    recording_to_text,
+    replay,
+)
+from bertbench.bytes import MIB_BYTES
+from bertbench.devices import allocator_regions, make_budget, resolve_device
+from bertbench.trial import Trial, measure_batches
+from bertbench.workload import Levers, published_workload
+
+
+def test_the_smallest_chunk_that_is_large_enough_is_taken() -> None:
+    allocator = BestFitAllocator([10_240])
+    starts = [allocator.allocate(size) for size in (2048, 256, 1024, 256, 1)]
+    assert starts == [0, 2048, 2304, 3328, 3584]
+    allocator.free(0)
+    allocator.free(2304)
+    assert allocator.allocate(1000) == 2304
+    assert allocator.allocate(1025) == 0
+    assert allocator.used_bytes == 1024 + 256 + 256 + 256 + 2048
+
+
+def test_a_chunk_is_split_only_if_it_is_twice_as_large_or_leaves_much() -> None:
+    allocator = BestFitAllocator([1023, 300 * MIB_BYTES])
+    assert allocator.allocate(512) == 0
+    assert allocator.used_bytes == 1023
+    assert allocator.allocate(172 * MIB_BYTES) is not None
+    assert allocator.used_bytes == 1023 + 172 * MIB_BYTES
+    allocator = BestFitAllocator([300 * MIB_BYTES])
+    assert allocator.allocate(172 * MIB_BYTES + 256) == 0
+    assert allocator.used_bytes == 300 * MIB_BYTES
+
+
+def test_what_is_given_back_joins_its_neighbours_but_not_another_region() -> None:
+    allocator = BestFitAllocator([768, 768])
+    starts = [allocator.allocate(256) for _ in range(6)]
+    assert None not in starts
+    assert allocator.allocate(1) is None
+    for start in starts[1], starts[0], starts[2], starts[4], starts[3], starts[5]:
+        assert start is not None
+        allocator.free(start)
+    assert allocator.used_bytes == 0
+    assert allocator.allocate(769) is None
+    assert allocator.allocate(768) is not None
+    assert allocator.allocate(768) is not None
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.booleans()), max_size=60))
+def test_chunks_do_not_overlap_and_nothing_is_lost(requests: list[tuple[int, bool]]) -> None:
+    total = 40 * 256
+    allocator = BestFitAllocator([total])
+    alive: dict[int, int] = {}
+    for size, ends in requests:
+        start = allocator.allocate(size)
+        if start is not None:
+            assert start % 256 == 0
+            assert start + size <= total
+            assert all(start + size <= s or s + n <= start for s, n in alive.items())
+            alive[start] = size
+        if ends and alive:
+            first = next(iter(alive))
+            allocator.free(first)
+            del alive[first]
+    for start in alive:
+        allocator.free(start)
+    assert allocator.used_bytes == 0
+    assert allocator.allocate(total) == 0
+
+
+def recording(batch: int) -> Recording:
+    """Two buffers that grow, the first of which is gone when a constant one comes."""
+    return Recording((0, 1, ~0, 2, ~1, ~2), (100 * batch, 30 * batch + 8, 700), ("a", "b", "c"))
+
+
+def test_sizes_between_and_beyond_two_recordings() -> None:
+    found = extrapolate(recording(2), 2, recording(7), 7)
+    assert found is not None
+    for batch in (1, 2, 5, 7, 19):
+        expected = replay(recording(batch).events, recording(batch).sizes, [10_000])
+        assert found.replay(batch, [10_000]) == expected
+    limit = largest_batch(found, [10_000], 1 << 16)
+    assert limit > 20
+    assert found.replay(limit, [10_000]).fits
+    assert not found.replay(limit + 1, [10_000]).fits
+    assert largest_batch(found, [10_000], 20) == 20
+    assert largest_batch(found, [256], 20) == 0
+
+
+def test_recordings_of_other_things_are_not_extrapolated() -> None:
+    other = Recording((0, 1, ~0, 2), (1, 2, 3), ("a", "c", "b"))
+    assert extrapolate(recording(2), 2, other, 7) is None
+    assert extrapolate(recording(7), 7, recording(7), 7) is None
+
+
+def test_text_of_a_recording() -> None:
+    text = recording_to_text(recording(3))
+    assert recording_from_text(text) == recording(3)
+    for wrong in ("", "abc", text[:-9]):
+        with pytest.raises(ValueError, match=r"recording|base85|JSON|Expecting"):
+            recording_from_text(wrong)
+
+
+def test_a_real_step_needs_what_two_others_say() -> None:
+    workload = published_workload("bert-tiny", 32)
+    budget = make_budget(resolve_device("cpu"), 128 * MIB_BYTES)
+    regions = allocator_regions(budget)
+    found: dict[int, Recording] = {}
+
+    def measure(batches: list[int]) -> list[Trial]:
+        return measure_batches(
+            workload,
+            Levers(),
+            budget,
+            batches,
+            steps=1,
+            fresh=True,
+            on_recording=found.__setitem__,
+        )
+
+    small, large = measure([3, 10])
+    extrapolation = extrapolate(found[3], 3, found[10], 10)
+    assert extrapolation is not None
+    assert extrapolation.replay(3, regions).peak_bytes == small.peak_bytes
+    assert extrapolation.replay(10, regions).peak_bytes == large.peak_bytes
+    limit = largest_batch(extrapolation, regions, 1 << 16)
+    last, first = measure([limit]) + measure([limit + 1])
+    assert (last.outcome, first.outcome) == ("fits", "oom")
+    assert extrapolation.replay(limit, regions).peak_bytes == last.peak_bytes
