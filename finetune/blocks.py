@@ -105,13 +105,23 @@ def in_blocks(
 
     shapes: dict[str, list[list[int | None]]] = {}
 
+    # XLA's arrays have elements of one shape, so nothing can be taken out of them.
+    empties = not xla and not tf.executing_eagerly()
+
     def one(
         index: tf.Tensor,
         joined: list[tf.TensorArray],
         put_aside: list[tf.TensorArray],
         sums: list[tf.Tensor],
-    ) -> tuple[tf.Tensor, list[tf.TensorArray], list[tf.TensorArray], list[tf.Tensor]]:
-        known = [tf.ensure_shape(array.read(index), shape) for array, shape in kept]
+        left: list[tf.TensorArray],
+    ) -> tuple[tf.Tensor, Any, Any, list[tf.Tensor], Any]:
+        arrays = left or [array for array, _ in kept]
+        known = [
+            tf.ensure_shape(array.read(index), shape)
+            for array, (_, shape) in zip(arrays, kept, strict=True)
+        ]
+        # What has been read is let go: the array would hold it until the last block is done.
+        left = [a.write(index, tf.zeros([0], x.dtype)) for a, x in zip(left, known, strict=False)]
         first = index * size if xla else index * examples // blocks
         result = function(first, [cut(x, index) for x in rows], known)
         for name, part in (("joined", result.joined), ("kept", result.kept)):
@@ -120,13 +130,19 @@ def in_blocks(
         put_aside = [a.write(index, x) for a, x in zip(put_aside, result.kept, strict=True)]
         sums = _added(sums, result.sums)
         if not xla:
-            run_in_order([*(a.flow for a in (*joined, *put_aside)), *sums])
-        return index + 1, joined, put_aside, sums
+            run_in_order([*(a.flow for a in (*joined, *put_aside, *left)), *sums])
+        return index + 1, joined, put_aside, sums, left
 
-    _, joined, put_aside, sums = tf.while_loop(
+    _, joined, put_aside, sums, _ = tf.while_loop(
         lambda index, *_: index < blocks,
         one,
-        (start, new_arrays(joined_types), new_arrays(kept_types), list(totals)),
+        (
+            start,
+            new_arrays(joined_types),
+            new_arrays(kept_types),
+            list(totals),
+            [array for array, _ in kept] if empties else [],
+        ),
         # Blocks at the same time would hold the activations of each.
         parallel_iterations=1,
     )
