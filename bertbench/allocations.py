@@ -1,13 +1,8 @@
-"""Which batch fits, worked out from what two smaller ones asked of TensorFlow's allocator.
+"""What a step asks TensorFlow's allocator for, and what the allocator makes of it.
 
 TensorFlow's BFC allocator (best fit with coalescing, `tsl/framework/bfc_allocator.cc`) is
-deterministic, and on a capped CPU so is the order in which a step asks it for memory
-(`finetune.ordering`). So its answers can be worked out: every request of a step is a number of
-bytes that grows by the same amount with every example, two recorded batches tell by which, and a
-replay of the requests of a third batch ends where the real step would run out of memory, with the
-same chunks split and wasted.
-
-That is still a prediction. It tells which batch to try, and a trial decides.
+deterministic, so its answers can be worked out: a replay of recorded requests ends where the real
+step would run out of memory, with the same chunks split and wasted.
 """
 
 from __future__ import annotations
@@ -142,60 +137,6 @@ def replay(events: Sequence[int], sizes: Sequence[int], region_bytes: Sequence[i
         addresses[event] = address
         peak_bytes = max(peak_bytes, allocator.used_bytes)
     return Replay(True, peak_bytes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Extrapolation:
-    """What any batch would ask for.
-
-    Attributes:
-        events: as in `Recording`.
-        sizes: bytes that each allocation asked for with `batch`.
-        growth: bytes that each further example adds to it.
-        batch: of the recording.
-    """
-
-    events: tuple[int, ...]
-    sizes: tuple[int, ...]
-    growth: tuple[float, ...]
-    batch: int
-
-    def replay(self, batch: int, region_bytes: Sequence[int]) -> Replay:
-        """Replay the requests of a batch."""
-        more = batch - self.batch
-        sizes = [
-            max(round(size + more * growth), 0)
-            for size, growth in zip(self.sizes, self.growth, strict=True)
-        ]
-        return replay(self.events, sizes, region_bytes)
-
-
-def extrapolate(
-    small: Recording, small_batch: int, large: Recording, large_batch: int
-) -> Extrapolation | None:
-    """Work out what any batch would ask for from recordings of two.
-
-    Returns:
-        None unless both asked for the same things in the same order.
-    """
-    if small.operations != large.operations or small_batch >= large_batch:
-        return None
-    growth = tuple(
-        (b - a) / (large_batch - small_batch) for a, b in zip(small.sizes, large.sizes, strict=True)
-    )
-    return Extrapolation(large.events, large.sizes, growth, large_batch)
-
-
-def largest_batch(extrapolation: Extrapolation, region_bytes: Sequence[int], at_most: int) -> int:
-    """Largest batch up to `at_most` that fits, if what fits is all that is smaller; 0 if none."""
-    low, high, batch = 0, at_most + 1, min(extrapolation.batch, at_most)
-    while high - low > 1:
-        if extrapolation.replay(batch, region_bytes).fits:
-            low = batch
-        else:
-            high = batch
-        batch = min(2 * low, at_most) if high > at_most else (low + high) // 2
-    return low
 
 
 def recording_to_text(recording: Recording) -> str:

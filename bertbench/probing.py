@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bertbench.allocations import Recording, extrapolate, largest_batch
+from bertbench.allocations import Recording
 from bertbench.devices import Budget, allocator_regions
+from bertbench.extrapolation import extrapolate, largest_batch
 from bertbench.footprint import predict_footprint
 from bertbench.ledger import find, record, versions_key
 from bertbench.search import LARGEST_BATCH, SearchResult, find_max_batch
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload
+from finetune.checkpointing import examples_per_block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,7 @@ def probe_cell(
         on_trial(trial)
 
     recordings: dict[int, Recording] = {}
+    blocks = _examples_per_block(workload, levers)
 
     def measure(batches: Sequence[int], fresh: bool) -> list[Trial]:
         return measure_batches(
@@ -103,7 +106,9 @@ def probe_cell(
         if len(recordings) < 2:
             return None
         small, *_, large = sorted(recordings)
-        extrapolation = extrapolate(recordings[small], small, recordings[large], large)
+        extrapolation = extrapolate(
+            recordings[small], small, recordings[large], large, examples_per_block=blocks
+        )
         if extrapolation is None:
             return None
         return largest_batch(extrapolation, allocator_regions(budget), LARGEST_BATCH)
@@ -115,8 +120,16 @@ def probe_cell(
             predict_footprint(workload, levers, batch, device_kind=budget.device.kind).peak_bytes
         ),
         locate=locate,
+        examples_per_block=max(blocks, default=1),
         budget_bytes=budget.budget_bytes,
         max_batch=max_batch,
         certify=certify,
     )
     return Cell(workload, levers, result, time.monotonic() - began)
+
+
+def _examples_per_block(workload: Workload, levers: Levers) -> list[int]:
+    """Most examples of a block, for every policy in use that has blocks."""
+    policies = {levers.checkpointing.of_layer(n) for n in range(workload.config.num_hidden_layers)}
+    found = (examples_per_block(policy, workload.seq_len) for policy in sorted(policies))
+    return [most for most in found if most is not None]

@@ -91,6 +91,7 @@ def find_max_batch(
     predict_peak_bytes: Callable[[int], int] | None = None,
     locate: Callable[[], int | None] | None = None,
     trust_prediction: bool = False,
+    examples_per_block: int = 1,
     budget_bytes: int,
     max_batch: int | None = None,
     certify: bool = True,
@@ -109,6 +110,8 @@ def find_max_batch(
         locate: says where the limit is by what trials in fresh processes have recorded so far; None
             if they do not tell.
         trust_prediction: try the predicted limit at once, without two smaller batches before it.
+        examples_per_block: of layers that are computed in blocks. The larger of the first two
+            batches then has six of them if it may, of unequal sizes, for `locate` needs that.
         budget_bytes: what the allocator may use.
         max_batch: largest batch of interest.
         certify: measure both sides of the limit in fresh processes.
@@ -134,7 +137,7 @@ def find_max_batch(
             if located is not None:
                 batches = [_guess(low, high, cap, located, guesses)]
             elif low == 0 and not (trust_prediction and limit):
-                batches = _first_batches(limit, high, cap)
+                batches = _first_batches(limit, high, cap, examples_per_block)
             else:
                 estimate = _estimate(verdicts, predict_peak_bytes, budget_bytes)
                 if low and not high and estimate and min(estimate, cap) > _REACH * low:
@@ -243,7 +246,9 @@ def _predicted_limit(
     return low
 
 
-def _first_batches(limit: int | None, high: int | None, cap: int) -> list[int]:
+def _first_batches(
+    limit: int | None, high: int | None, cap: int, examples_per_block: int
+) -> list[int]:
     """Two cheap batches to extrapolate from."""
     below = cap + 1 if high is None else high
     bound = high if limit is None else limit
@@ -256,6 +261,10 @@ def _first_batches(limit: int | None, high: int | None, cap: int) -> list[int]:
         # Far enough from where the limit is thought to be to fit even if that is twice too much,
         # near enough to extrapolate from.
         pair = (bound // 8, bound // 3)
+    if bound is not None and examples_per_block > 1 and 7 * examples_per_block <= bound:
+        # One example less than fills the blocks.
+        blocks = max(pair[-1] // examples_per_block, 6)
+        pair = (*pair[:-1], blocks * examples_per_block - 1)
     return [batch for batch in pair if batch < below] or [1]
 
 

@@ -9,16 +9,10 @@ from hypothesis import strategies as st
 from bertbench.allocations import (
     BestFitAllocator,
     Recording,
-    extrapolate,
-    largest_batch,
     recording_from_text,
     recording_to_text,
-    replay,
 )
 from bertbench.bytes import MIB_BYTES
-from bertbench.devices import allocator_regions, make_budget, resolve_device
-from bertbench.trial import Trial, measure_batches
-from bertbench.workload import Levers, published_workload
 
 
 def test_the_smallest_chunk_that_is_large_enough_is_taken() -> None:
@@ -79,62 +73,12 @@ def test_chunks_do_not_overlap_and_nothing_is_lost(requests: list[tuple[int, boo
     assert allocator.allocate(total) == 0
 
 
-def recording(batch: int) -> Recording:
-    """Two buffers that grow, the first of which is gone when a constant one comes."""
-    return Recording((0, 1, ~0, 2, ~1, ~2), (100 * batch, 30 * batch + 8, 700), ("a", "b", "c"))
-
-
-def test_sizes_between_and_beyond_two_recordings() -> None:
-    found = extrapolate(recording(2), 2, recording(7), 7)
-    assert found is not None
-    for batch in (1, 2, 5, 7, 19):
-        expected = replay(recording(batch).events, recording(batch).sizes, [10_000])
-        assert found.replay(batch, [10_000]) == expected
-    limit = largest_batch(found, [10_000], 1 << 16)
-    assert limit > 20
-    assert found.replay(limit, [10_000]).fits
-    assert not found.replay(limit + 1, [10_000]).fits
-    assert largest_batch(found, [10_000], 20) == 20
-    assert largest_batch(found, [256], 20) == 0
-
-
-def test_recordings_of_other_things_are_not_extrapolated() -> None:
-    other = Recording((0, 1, ~0, 2), (1, 2, 3), ("a", "c", "b"))
-    assert extrapolate(recording(2), 2, other, 7) is None
-    assert extrapolate(recording(7), 7, recording(7), 7) is None
+RECORDING = Recording((0, 1, ~0, 2, ~1, ~2), (300, 98, 700), ("a", "b", "c"))
 
 
 def test_text_of_a_recording() -> None:
-    text = recording_to_text(recording(3))
-    assert recording_from_text(text) == recording(3)
+    text = recording_to_text(RECORDING)
+    assert recording_from_text(text) == RECORDING
     for wrong in ("", "abc", text[:-9]):
         with pytest.raises(ValueError, match=r"recording|base85|JSON|Expecting"):
             recording_from_text(wrong)
-
-
-def test_a_real_step_needs_what_two_others_say() -> None:
-    workload = published_workload("bert-tiny", 32)
-    budget = make_budget(resolve_device("cpu"), 128 * MIB_BYTES)
-    regions = allocator_regions(budget)
-    found: dict[int, Recording] = {}
-
-    def measure(batches: list[int]) -> list[Trial]:
-        return measure_batches(
-            workload,
-            Levers(),
-            budget,
-            batches,
-            steps=1,
-            fresh=True,
-            on_recording=found.__setitem__,
-        )
-
-    small, large = measure([3, 10])
-    extrapolation = extrapolate(found[3], 3, found[10], 10)
-    assert extrapolation is not None
-    assert extrapolation.replay(3, regions).peak_bytes == small.peak_bytes
-    assert extrapolation.replay(10, regions).peak_bytes == large.peak_bytes
-    limit = largest_batch(extrapolation, regions, 1 << 16)
-    last, first = measure([limit]) + measure([limit + 1])
-    assert (last.outcome, first.outcome) == ("fits", "oom")
-    assert extrapolation.replay(limit, regions).peak_bytes == last.peak_bytes

@@ -356,6 +356,27 @@ def test_what_was_recorded_is_tried_at_once_and_believed_for_a_while(
     assert all(trial.fresh for trial in result.trials)
 
 
+def test_layers_in_blocks_have_six_of_them_in_the_larger_of_the_first_two_trials() -> None:
+    for examples_per_block, large in ((1, 32), (4, 31), (10, 59), (13, 77), (14, 32)):
+        calls: Calls = []
+        find_max_batch(
+            affine(100, 10, 1073, calls),
+            budget_bytes=1073,
+            predict_peak_bytes=lambda batch: 95 + 10 * batch,
+            locate=lambda: 97,
+            examples_per_block=examples_per_block,
+        )
+        assert calls[0] == ([97], True)
+        calls.clear()
+        find_max_batch(
+            affine(100, 10, 1073, calls),
+            budget_bytes=1073,
+            predict_peak_bytes=lambda batch: 95 + 10 * batch,
+            examples_per_block=examples_per_block,
+        )
+        assert calls[0] == ([12, large], False)
+
+
 def test_a_recording_that_is_there_already_leaves_two_trials() -> None:
     calls: Calls = []
     result = find_max_batch(affine(100, 10, 373, calls), budget_bytes=373, locate=lambda: 27)

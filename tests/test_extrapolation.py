@@ -1,0 +1,207 @@
+"""What other batches ask for, worked out from two: like real steps, to the byte."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bertbench.allocations import Recording, replay
+from bertbench.bytes import MIB_BYTES
+from bertbench.devices import allocator_regions, make_budget, resolve_device
+from bertbench.extrapolation import extrapolate, largest_batch
+from bertbench.trial import Trial, measure_batches
+from bertbench.workload import Levers, published_workload
+from finetune.checkpointing import examples_per_block, parse_checkpointing
+
+
+def recording(batch: int) -> Recording:
+    """Two buffers that grow, the first of which is gone when a constant one comes."""
+    return Recording((0, 1, ~0, 2, ~1, ~2), (100 * batch, 30 * batch + 8, 700), ("a", "b", "c"))
+
+
+def test_sizes_between_and_beyond_two_recordings() -> None:
+    found = extrapolate(recording(2), 2, recording(7), 7)
+    assert found is not None
+    for batch in (1, 2, 5, 7, 19):
+        expected = replay(recording(batch).events, recording(batch).sizes, [10_000])
+        assert found.replay(batch, [10_000]) == expected
+    limit = largest_batch(found, [10_000], 1 << 16)
+    assert limit > 20
+    assert found.replay(limit, [10_000]).fits
+    assert not found.replay(limit + 1, [10_000]).fits
+    assert largest_batch(found, [10_000], 20) == 20
+    assert largest_batch(found, [256], 20) == 0
+
+
+def test_recordings_of_other_things_are_not_extrapolated() -> None:
+    other = Recording((0, 1, ~0, 2), (1, 2, 3000), ("a", "b", "d"))
+    assert extrapolate(recording(2), 2, other, 7) is None
+    assert extrapolate(other, 2, recording(7), 7) is None
+    assert extrapolate(recording(7), 7, recording(7), 7) is None
+
+
+def test_small_things_may_happen_more_often_in_one_of_them() -> None:
+    def more_often(made: Recording) -> Recording:
+        return Recording((*made.events, 3, ~3), (*made.sizes, 8), (*made.operations, "b"))
+
+    expected = replay(recording(40).events, recording(40).sizes, [10_000])
+    for small, large in (
+        (recording(2), more_often(recording(7))),
+        (more_often(recording(2)), recording(7)),
+    ):
+        found = extrapolate(small, 2, large, 7)
+        assert found is not None
+        assert found.replay(40, [10_000]) == expected
+
+
+class Recorder:
+    """Writes a recording by names of operations."""
+
+    def __init__(self) -> None:
+        self.events: list[int] = []
+        self.sizes: list[int] = []
+        self.operations: list[str] = []
+
+    def ask(self, name: str, size_bytes: int) -> int:
+        self.events.append(len(self.sizes))
+        self.sizes.append(size_bytes)
+        self.operations.append(name)
+        return self.events[-1]
+
+    def end(self, *numbers: int) -> None:
+        self.events += [~number for number in numbers]
+
+    def recording(self) -> Recording:
+        return Recording(tuple(self.events), tuple(self.sizes), tuple(self.operations))
+
+
+def in_blocks(batch: int, most: int, *, late: int | None = None) -> Recording:
+    """Two steps with a loop forwards that puts something aside, and one backwards that takes it.
+
+    The counter of the block `late` is let go of only when the next one has begun.
+    """
+    blocks = -(-batch // most)
+    examples = [(n + 1) * batch // blocks - n * batch // blocks for n in range(blocks)]
+    recorder = Recorder()
+    ask, end = recorder.ask, recorder.end
+    weights = ask("weights", 5000)
+    for _ in range(2):
+        inputs = ask("inputs", 2000 * batch)
+        asked = ask("while/cond/_0/Less", 1)
+        kept, joined, waiting = [], [], None
+        for number, count in enumerate(examples):
+            counter = ask("while/body/_1/add", 4)
+            end(asked)
+            if waiting is not None:
+                end(waiting)
+                waiting = None
+            work = ask("while/body/_1/MatMul", 3000 * count + 4096)
+            kept.append(ask("while/body/_1/keep", 2048 * count))
+            joined.append(ask("while/body/_1/result", 1500 * count))
+            end(work)
+            asked = ask("while/cond/_0/Less", 1)
+            if number == late:
+                waiting = counter
+            else:
+                end(counter)
+        end(asked)
+        result = ask("concat", 1500 * batch)
+        end(*joined)
+        totals = ask("zeros", 8192)
+        asked = ask("while_1/cond/_0/Less", 1)
+        for number, count in enumerate(examples):
+            end(asked)
+            work = ask("while_1/body/_1/MatMul", 6000 * count)
+            end(kept[number])
+            more = ask("while_1/body/_1/sum", 8192)
+            end(totals, work)
+            totals = more
+            asked = ask("while_1/cond/_0/Less", 1)
+        end(asked, totals, result, inputs)
+    end(weights)
+    return recorder.recording()
+
+
+@given(
+    most=st.integers(2, 6),
+    blocks=st.integers(4, 7),
+    small=st.integers(2, 20),
+    more=st.integers(0, 60),
+)
+def test_blocks_are_repeated(most: int, blocks: int, small: int, more: int) -> None:
+    large = blocks * most - 1
+    small = min(small, large - 1)
+    found = extrapolate(
+        in_blocks(small, most), small, in_blocks(large, most), large, examples_per_block=[most]
+    )
+    assert found is not None
+    expected = in_blocks(large + more, most)
+    for region_bytes in (10**7, 60_000 + 3000 * (large + more), 40_000):
+        told = found.replay(large + more, [region_bytes])
+        assert told == replay(expected.events, expected.sizes, [region_bytes])
+
+
+def most_alive(events: Sequence[int]) -> int:
+    return max(itertools.accumulate(1 if event >= 0 else -1 for event in events))
+
+
+@pytest.mark.parametrize("late", [1, 2, 3])
+def test_a_block_that_leaves_something_to_the_next_one_is_not_repeated(late: int) -> None:
+    found = extrapolate(in_blocks(9, 4), 9, in_blocks(23, 4, late=late), 23, examples_per_block=[4])
+    assert found is not None
+    events, _ = found.requests(200)
+    assert most_alive(events) <= most_alive(in_blocks(200, 4).events) + 1
+
+
+def test_too_few_blocks_tell_nothing() -> None:
+    assert extrapolate(in_blocks(4, 6), 4, in_blocks(17, 6), 17, examples_per_block=[6]) is None
+    assert extrapolate(in_blocks(4, 6), 4, in_blocks(19, 6), 19, examples_per_block=[6])
+
+
+@pytest.mark.parametrize(
+    ("policy", "batches"),
+    [
+        ("none", (3, 10)),
+        pytest.param("selective", (30, 191), marks=pytest.mark.slow),
+        pytest.param("nested:1", (40, 143), marks=pytest.mark.slow),
+    ],
+)
+def test_a_real_step_needs_what_two_others_say(policy: str, batches: tuple[int, int]) -> None:
+    workload = published_workload("bert-tiny", 32)
+    checkpointing = parse_checkpointing(policy)
+    budget = make_budget(resolve_device("cpu"), 192 * MIB_BYTES)
+    regions = allocator_regions(budget)
+    recordings: dict[int, Recording] = {}
+
+    def measure(*batches: int) -> list[Trial]:
+        return measure_batches(
+            workload,
+            Levers(checkpointing),
+            budget,
+            batches,
+            steps=1,
+            fresh=True,
+            on_recording=recordings.__setitem__,
+        )
+
+    trials = measure(*batches)
+    small, large = batches
+    blocks = examples_per_block(checkpointing.policy, workload.seq_len)
+    found = extrapolate(
+        recordings[small], small, recordings[large], large,
+        examples_per_block=[blocks] if blocks else [],
+    )  # fmt: skip
+    assert found is not None
+    limit = largest_batch(found, regions, 1 << 16)
+    assert limit > large
+    assert not found.replay(limit + 1, regions).fits
+    trials += measure(limit)
+    for trial in trials[1:]:
+        assert trial.outcome == "fits"
+        assert trial.peak_bytes is not None
+        # A counter of 256 bytes may be alive a moment longer in one process than in another.
+        assert abs(found.replay(trial.batch, regions).peak_bytes - trial.peak_bytes) <= 4096
