@@ -61,6 +61,12 @@ class Device:
         """Name on the command line: `cpu`, `gpu:0`."""
         return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
+    def key(self) -> str:
+        """Canonical text for the ledger: equal for devices that need the same memory."""
+        return json.dumps(
+            {"kind": self.kind, "name": self.name, "driver": self.driver}, sort_keys=True
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Values for JSON."""
         return dataclasses.asdict(self)

@@ -1,9 +1,10 @@
-"""Which batch fits, worked out from what two smaller ones asked of the allocator.
+"""Which batch fits, worked out from what smaller ones asked of TensorFlow's allocator.
 
-On a capped CPU a step asks for memory in an order that does not depend on its batch
-(`finetune.ordering`), and every request is a number of bytes that grows by the same amount with
-every example. Two recorded batches tell by which, and a replay of the requests of a third
-(`bertbench.allocations`) tells whether it fits.
+On a capped CPU a step asks for memory in an order that depends neither on its batch nor on its
+sequence length (`finetune.ordering`), and every request is a number of bytes that is a sum of few
+terms: a constant, one that grows with the examples, one that grows with the square of the length.
+Recordings of two batches, or of two batches each of two other lengths, tell which, and a replay of
+the requests of another batch (`bertbench.allocations`) tells whether it fits.
 
 Layers that are computed in blocks of examples ask more often, not for more, when the batch grows.
 Their recorded requests have as many like parts as there are blocks; for a larger batch one of them
@@ -14,73 +15,43 @@ All that is still a prediction. It tells which batch to try, and a trial decides
 
 from __future__ import annotations
 
-import bisect
 import collections
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from bertbench.allocations import Recording, Replay, replay
+from bertbench.repetition import (
+    FEWEST_BLOCKS,
+    SMALL_BYTES,
+    Loop,
+    Place,
+    Recorded,
+    examples_of_block,
+    loops_and_places,
+)
 
-_SMALL_BYTES = 1024
-"""Counters, shapes and the like, which need not be found in both recordings."""
+_EXACT_BYTES = 64
+"""By how much a sum of terms may miss a recorded size."""
 
-_FEWEST_BLOCKS = 4
-"""The first and the last block are not like the others, and of the others one is chosen."""
+_NEAR = 0.01
+"""The same as a part of the size, if no sum is exact."""
 
 _LOOKED_AT = 8
 """Batches below a limit that might not fit either."""
 
-_LOOP_RE = re.compile(r"(.*while(?:_\d+)?)/(body|cond)/_\d+/")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Loop:
-    """A loop over blocks of examples, as recorded.
-
-    Attributes:
-        examples_per_block: most examples of a block.
-        starts: for each run of the loop, the positions among the events at which its blocks begin,
-            and at which the last one ends.
-        repeated: for each run, the block that stands for more of them.
-    """
-
-    examples_per_block: int
-    starts: tuple[tuple[int, ...], ...]
-    repeated: tuple[int, ...]
-
-    def blocks(self, batch: int) -> int:
-        """Blocks of a batch."""
-        return -(-batch // self.examples_per_block)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where an allocation was made.
-
-    Attributes:
-        operation: that asked for it.
-        run: which run of its loop; 0 outside of loops over blocks.
-        time: which of those that the operation makes for a block, or in all outside of loops.
-        block: number of the block among those of the run; 0 outside of loops.
-        loop: the loop; None outside.
-    """
-
-    operation: str
-    run: int
-    time: int
-    block: int = 0
-    loop: _Loop | None = None
-
-    @property
-    def stream(self) -> tuple[str, int, int]:
-        """The same for all blocks of a run, which let go of what they have in common in order."""
-        return self.operation, self.run, self.time
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """The same where the same is asked for."""
-        return self.operation, self.time
+# Powers of the examples and of the sequence length; what explains most comes first. Where two
+# lengths do not tell, a constant and a square is what the scratch space of a matrix product is.
+_TERMS = ((0, 0), (1, 1), (1, 2), (1, 0), (0, 1), (0, 2))
+_SUMS = (
+    *((term,) for term in _TERMS),
+    ((0, 0), (0, 2)),
+    ((1, 1), (1, 2)),
+    *itertools.combinations(_TERMS, 2),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +76,18 @@ class Extrapolation:
     """What any batch would ask for.
 
     Attributes:
-        recording: of the larger of the two batches.
-        batch: that batch.
+        recording: what was recorded, of which the sizes are replaced.
+        batch: about as many tokens of the sequence length as were recorded.
         places: of its allocations.
         sizes: of its allocations, for any batch.
+        examples_per_block: most examples of a block, for every policy in use that has blocks.
     """
 
     recording: Recording
     batch: int
-    places: tuple[_Place, ...]
+    places: tuple[Place, ...]
     sizes: tuple[_Size, ...]
+    examples_per_block: tuple[int, ...]
 
     def replay(self, batch: int, region_bytes: Sequence[int]) -> Replay:
         """Replay the requests of a batch."""
@@ -134,8 +107,10 @@ class Extrapolation:
             place = self.places[event]
             examples = batch
             if place.loop is not None:
-                blocks = place.loop.blocks(batch)
-                examples = _examples(batch, blocks, min(place.block + blocks_before, blocks - 1))
+                blocks = self._blocks(place.loop, batch)
+                examples = examples_of_block(
+                    batch, blocks, min(place.block + blocks_before, blocks - 1)
+                )
             alive[place.stream].append(len(sizes))
             events.append(len(sizes))
             sizes.append(self.sizes[event].size_bytes(examples))
@@ -164,8 +139,11 @@ class Extrapolation:
                     break
         return events, sizes
 
-    def _added(self, loop: _Loop | None, batch: int) -> int:
-        return max(loop.blocks(batch) - loop.blocks(self.batch), 0) if loop else 0
+    def _blocks(self, loop: Loop, batch: int) -> int:
+        return -(-batch // self.examples_per_block[loop.policy])
+
+    def _added(self, loop: Loop | None, batch: int) -> int:
+        return max(self._blocks(loop, batch) - loop.blocks, 0) if loop else 0
 
     def _additions(self, batch: int) -> dict[int, tuple[tuple[int, ...], int]]:
         """Events of the block to repeat, and how often, by the position that they go before."""
@@ -180,49 +158,64 @@ class Extrapolation:
 
 
 def extrapolate(
-    small: Recording,
-    small_batch: int,
-    large: Recording,
-    large_batch: int,
-    *,
-    examples_per_block: Sequence[int] = (),
+    recorded: Sequence[Recorded],
+    seq_len: int,
+    examples_per_block: Callable[[int], Sequence[int]] = lambda seq_len: (),
 ) -> Extrapolation | None:
-    """Work out what any batch would ask for from recordings of two.
+    """Work out what any batch would ask for.
 
     Args:
-        small: recording of the smaller batch.
-        small_batch: examples of it.
-        large: recording of the larger batch.
-        large_batch: examples of it. For layers in blocks at least four blocks.
-        examples_per_block: most examples of a block, for every policy in use that has blocks.
+        recorded: of one model and one lever setting. Two batches of the sequence length are
+            enough, for layers in blocks the larger of at least four blocks; so are two batches
+            each of two other lengths.
+        seq_len: tokens per example.
+        examples_per_block: most examples of a block at a sequence length, for every policy in use
+            that has blocks.
 
     Returns:
-        None where the recordings do not match.
+        None where the recordings are too few, or do not match.
     """
-    if not small_batch < large_batch:
+    batches: dict[int, set[int]] = collections.defaultdict(set)
+    for one in recorded:
+        batches[one.seq_len].add(one.batch)
+    full = {length for length, found in batches.items() if len(found) >= 2}
+    if seq_len in full:
+        full = {seq_len}
+    elif len(full) < 2:
         return None
-    matches = {name: _LOOP_RE.match(name) for name in {*small.operations, *large.operations}}
-    loop_names = {name: (match[1], match[2]) for name, match in matches.items() if match}
-    of_small = _find_loops(small, small_batch, loop_names, examples_per_block)
-    loops = {
-        name: loop
-        for name, loop in _find_loops(large, large_batch, loop_names, examples_per_block).items()
-        # A loop over something else may have a fitting number of rounds, but always that number.
-        if name in of_small and len(of_small[name].starts) == len(loop.starts)
-    }
-    if any(len(starts) <= _FEWEST_BLOCKS for loop in loops.values() for starts in loop.starts):
+    recorded = [one for one in recorded if one.seq_len in full]
+    found = loops_and_places(recorded, [examples_per_block(one.seq_len) for one in recorded])
+    enough = [
+        number
+        for number, (loops, _) in enumerate(found)
+        if all(loop.blocks >= FEWEST_BLOCKS for loop in loops.values())
+    ]
+    if not enough:
         return None
-    places = _places(large, loops, loop_names)
-    of_large = _bytes_by_examples(large, large_batch, places)
-    known = _bytes_by_examples(
-        small, small_batch, _places(small, {name: of_small[name] for name in loops}, loop_names)
-    )
-    for key in of_large.keys() ^ known.keys():
-        # Something that happens not as often in both.
-        if max(of_large.get(key, known.get(key, {})).values()) > _SMALL_BYTES:
+    # Where there are blocks, the fewest, for none are taken away; else any would do.
+    base = min(enough, key=lambda n: (abs(recorded[n].seq_len - seq_len), recorded[n].batch))
+    places = found[base][1]
+    points = [_bytes_by_examples(one, its) for one, (_, its) in zip(recorded, found, strict=True)]
+    sizes: dict[tuple[str, int], _Size] = {}
+    for key in {key for its in points for key in its}:
+        known = [its[key] for its in points if key in its]
+        if len(known) == len(points):
+            size = _fit(tuple(point for its in known for point in sorted(its.items())), seq_len)
+        elif max(size_bytes for its in known for size_bytes in its.values()) <= SMALL_BYTES:
+            size = _Size(next(iter(known[0].values())), 0.0)
+        else:
             return None
-    sizes = {key: _size({**known.get(key, {}), **found}) for key, found in of_large.items()}
-    return Extrapolation(large, large_batch, places, tuple(sizes[place.key] for place in places))
+        if size is None:
+            return None
+        sizes[key] = size
+    tokens = recorded[base].batch * recorded[base].seq_len
+    return Extrapolation(
+        recorded[base].recording,
+        max(tokens // seq_len, 1),
+        places,
+        tuple(sizes[place.key] for place in places),
+        tuple(examples_per_block(seq_len)),
+    )
 
 
 def largest_batch(extrapolation: Extrapolation, region_bytes: Sequence[int], at_most: int) -> int:
@@ -242,124 +235,57 @@ def largest_batch(extrapolation: Extrapolation, region_bytes: Sequence[int], at_
         else:
             high = batch
         batch = min(2 * low, at_most) if high > at_most else (low + high) // 2
-    for batch in range(low - 1, max(low - _LOOKED_AT, extrapolation.batch), -1):
+    for batch in range(low - 1, max(low - _LOOKED_AT, 0), -1):
         if not fits(batch):
             low = batch - 1
     return low
 
 
-def _find_loops(
-    recording: Recording,
-    batch: int,
-    loop_names: Mapping[str, tuple[str, str]],
-    examples_per_block: Sequence[int],
-) -> dict[str, _Loop]:
-    """Find loops whose body allocates as often as there are blocks, by their operations' names.
-
-    A block begins where the loop's condition has been asked.
-    """
-    bodies: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    conditions: dict[str, dict[str, list[int]]] = collections.defaultdict(dict)
-    for position, event in enumerate(recording.events):
-        if event < 0 or recording.operations[event] not in loop_names:
-            continue
-        name = recording.operations[event]
-        loop, part = loop_names[name]
-        if part == "cond":
-            conditions[loop].setdefault(name, []).append(position)
-        elif recording.sizes[event] > _SMALL_BYTES:
-            bodies[loop][name] += 1
-    loops: dict[str, _Loop] = {}
-    for loop, counts in bodies.items():
-        asked = max(conditions[loop].values(), key=len, default=[])
-        for most in examples_per_block:
-            blocks = -(-batch // most)
-            runs, rest = divmod(min(counts.values()), blocks)
-            if runs and not rest and len(asked) == runs * (blocks + 1):
-                by_run = [asked[n : n + blocks + 1] for n in range(0, len(asked), blocks + 1)]
-                repeated = tuple(_most_usual(recording, starts) for starts in by_run)
-                loops[loop] = _Loop(most, tuple(map(tuple, by_run)), repeated)
-                break
-    return loops
-
-
-def _most_usual(recording: Recording, starts: Sequence[int]) -> int:
-    """Find the block in the middle that is most like the others.
-
-    Now and then a loop's counter is let go of only when the next block has begun. A block that is
-    repeated with that, or without it, would leave counters behind.
-    """
-    middle = range(1, len(starts) - 2)
-    blocks = {
-        number: [
-            (event >= 0, recording.operations[max(event, ~event)])
-            for event in recording.events[starts[number] : starts[number + 1]]
-        ]
-        for number in middle
-    }
-
-    def left_over(number: int) -> int:
-        more: collections.Counter[str] = collections.Counter()
-        for begins, name in blocks[number]:
-            more[name] += 1 if begins else -1
-        return sum(map(abs, more.values()))
-
-    def like_it(number: int) -> int:
-        return sum(block == blocks[number] for block in blocks.values())
-
-    return min(middle, key=lambda number: (left_over(number), -like_it(number)), default=0)
-
-
-def _places(
-    recording: Recording,
-    loops: Mapping[str, _Loop],
-    loop_names: Mapping[str, tuple[str, str]],
-) -> tuple[_Place, ...]:
-    """Places of all allocations."""
-    made: dict[tuple[str, int, int], int] = collections.Counter()
-    result: list[_Place] = []
-    for position, number in enumerate(recording.events):
-        if number < 0:
-            continue
-        name = recording.operations[number]
-        loop = loops.get(loop_names[name][0]) if name in loop_names else None
-        run = block = 0
-        if loop is not None:
-            first = [starts[0] for starts in loop.starts]
-            run = max(bisect.bisect_right(first, position) - 1, 0)
-            block = max(bisect.bisect_right(loop.starts[run][:-1], position) - 1, 0)
-        result.append(_Place(name, run, made[name, run, block], block, loop))
-        made[name, run, block] += 1
-    return tuple(result)
-
-
 def _bytes_by_examples(
-    recording: Recording, batch: int, places: Sequence[_Place]
-) -> dict[tuple[str, int], dict[int, int]]:
-    """Bytes of the allocations of each key, by examples of the batch or of the block."""
-    result: dict[tuple[str, int], dict[int, int]] = collections.defaultdict(dict)
-    for place, size_bytes in zip(places, recording.sizes, strict=True):
-        examples = batch
+    recorded: Recorded, places: Sequence[Place]
+) -> dict[tuple[str, int], dict[tuple[int, int], int]]:
+    """Bytes of the allocations of each key, by (examples of the batch or block, length)."""
+    result: dict[tuple[str, int], dict[tuple[int, int], int]] = collections.defaultdict(dict)
+    for place, size_bytes in zip(places, recorded.recording.sizes, strict=True):
+        examples = recorded.batch
         if place.loop is not None:
-            examples = _examples(batch, place.loop.blocks(batch), place.block)
-        result[place.key][examples] = size_bytes
+            examples = examples_of_block(recorded.batch, place.loop.blocks, place.block)
+        result[place.key][examples, recorded.seq_len] = size_bytes
     return result
 
 
-def _examples(batch: int, blocks: int, block: int) -> int:
-    """Examples of a block, as `finetune.blocks` shares them out."""
-    return (block + 1) * batch // blocks - block * batch // blocks
+@functools.lru_cache(maxsize=1 << 14)
+def _fit(points: tuple[tuple[tuple[int, int], int], ...], seq_len: int) -> _Size | None:
+    """Find the fewest terms whose sum the sizes are.
 
+    Args:
+        points: (examples, sequence length) and bytes.
+        seq_len: length to find it for.
 
-def _size(bytes_by_examples: Mapping[int, int]) -> _Size:
-    """Draw a line through the bytes for the fewest and the most examples."""
-    low, high = min(bytes_by_examples), max(bytes_by_examples)
-    low_bytes, high_bytes = bytes_by_examples[low], bytes_by_examples[high]
-    if low < high:
-        growth = (high_bytes - low_bytes) / (high - low)
-    elif high_bytes > _SMALL_BYTES and high_bytes % high == 0:
-        # What is a multiple of the only number of examples is taken to grow with it.
-        growth = high_bytes / high
-    else:
-        growth = 0.0
-    return _Size(low_bytes - growth * low, growth)
+    Returns:
+        None if no sum of two terms comes near.
+    """
+    (examples, lengths), wanted = (
+        np.array([point for point, _ in points]).T,
+        np.array([size_bytes for _, size_bytes in points]),
+    )
+    best, best_error = None, max(_EXACT_BYTES, _NEAR * wanted.max())
+    for terms in _SUMS:
+        if len({*lengths}) == 1 and any(length_power for _, length_power in terms):
+            continue
+        columns = np.stack([np.float64(examples) ** n * lengths**s for n, s in terms], axis=1)
+        scale = columns.max(axis=0)
+        factors = np.linalg.lstsq(columns / scale, wanted, rcond=None)[0]
+        error = np.abs(columns / scale @ factors - wanted).max()
+        if error < best_error:
+            of_length = [
+                f / m * seq_len**s for f, m, (_, s) in zip(factors, scale, terms, strict=True)
+            ]
+            constant = sum(value for value, (n, _) in zip(of_length, terms, strict=True) if not n)
+            best = _Size(float(constant), float(sum(of_length) - constant))
+            best_error = error
+        if error < _EXACT_BYTES:
+            break
+    if best is None and wanted.max() <= SMALL_BYTES:
+        return _Size(float(wanted[-1]), 0.0)
+    return best

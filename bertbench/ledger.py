@@ -1,7 +1,8 @@
 """The ledger: a durable record of all trials, in one SQLite file.
 
 Every trial is committed, and synchronised to the disk, by itself; several processes may write at
-once.
+once. Beside the trials are recordings of what some of them asked of the allocator, which tell where
+the limits of their neighbours are.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bertbench.allocations import Recording, recording_from_text, recording_to_text
 from bertbench.devices import Budget
+from bertbench.repetition import Recorded
 from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload
 from finetune.errors import InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x62657274  # "bert": tells a ledger from other programs' SQLite files
 
 _BUSY_SECONDS = 30.0
@@ -53,6 +56,23 @@ CREATE TABLE trials (
 );
 CREATE INDEX trials_by_key ON trials (workload_key, levers_key, budget_key, versions_key);
 """
+
+# Since version 2.
+_RECORDINGS_SCHEMA = """
+CREATE TABLE recordings (
+    device_key TEXT NOT NULL,
+    versions_key TEXT NOT NULL,
+    model_key TEXT NOT NULL,
+    levers_key TEXT NOT NULL,
+    seq_len INTEGER NOT NULL,
+    batch INTEGER NOT NULL,
+    time_utc TEXT NOT NULL,
+    recording TEXT NOT NULL,
+    PRIMARY KEY (device_key, versions_key, model_key, levers_key, seq_len, batch)
+)
+"""
+
+_NEAREST_LENGTHS = 3
 
 _TRIAL_COLUMNS = "batch, outcome, peak_bytes, step_seconds, seconds, message, fresh"
 
@@ -141,7 +161,7 @@ def record(
         InputError: the file cannot be written, for instance because the disk is full.
     """
     values = {
-        "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time_utc": _now(),
         "budget_key": budget.key(),
         "versions_key": versions,
         "workload_key": workload.key(),
@@ -175,6 +195,62 @@ def find(
     return [_trial(row) for row in rows]
 
 
+def record_allocations(
+    ledger: sqlite3.Connection,
+    budget: Budget,
+    versions: str,
+    workload: Workload,
+    levers: Levers,
+    batch: int,
+    recording: Recording,
+) -> None:
+    """Write what a batch asked of the allocator, in place of what was known of it.
+
+    Raises:
+        InputError: the file cannot be written, for instance because the disk is full.
+    """
+    values = (
+        budget.device.key(),
+        versions,
+        workload.model_key(),
+        levers.key(),
+        workload.seq_len,
+        batch,
+        _now(),
+        recording_to_text(recording),
+    )
+    with _explained(_path_of(ledger)):
+        ledger.execute("INSERT OR REPLACE INTO recordings VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+
+
+def find_allocations(
+    ledger: sqlite3.Connection, budget: Budget, versions: str, workload: Workload, levers: Levers
+) -> list[Recorded]:
+    """Recordings of the same model at the nearest lengths, under any budget of the device.
+
+    What cannot be read is left out: a search does without it.
+    """
+    keys = (budget.device.key(), versions, workload.model_key(), levers.key())
+    with _explained(_path_of(ledger)):
+        lengths = ledger.execute(
+            "SELECT DISTINCT seq_len FROM recordings WHERE device_key = ? AND versions_key = ? "
+            "AND model_key = ? AND levers_key = ? ORDER BY abs(seq_len - ?) LIMIT ?",
+            (*keys, workload.seq_len, _NEAREST_LENGTHS),
+        ).fetchall()
+        places = ", ".join("?" * len(lengths))
+        rows = ledger.execute(
+            "SELECT seq_len, batch, recording FROM recordings WHERE device_key = ? "
+            "AND versions_key = ? AND model_key = ? AND levers_key = ? "
+            f"AND seq_len IN ({places}) ORDER BY seq_len, batch",
+            (*keys, *(length for (length,) in lengths)),
+        ).fetchall()
+    found: list[Recorded] = []
+    for seq_len, batch, text in rows:
+        with contextlib.suppress(ValueError):
+            found.append(Recorded(seq_len, batch, recording_from_text(text)))
+    return found
+
+
 def read_rows(ledger: sqlite3.Connection) -> list[LedgerRow]:
     """All trials, failed ones too, in the order of recording."""
     with _explained(_path_of(ledger)):
@@ -193,6 +269,10 @@ def versions_key() -> str:
         "python": ".".join(platform.python_version_tuple()[:2]),
     }
     return json.dumps(versions, sort_keys=True)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _version(*distributions: str) -> str:
@@ -231,24 +311,27 @@ def _path_of(ledger: sqlite3.Connection) -> Path:
 
 def _prepare(ledger: sqlite3.Connection, path: Path) -> None:
     """Check that the file is a ledger that this version reads, or make it one."""
-    version = _pragma(ledger, "user_version")
-    if version == 0:
+    if _pragma(ledger, "user_version") < SCHEMA_VERSION:
         ledger.execute("BEGIN IMMEDIATE")  # one of several processes makes it, the others wait
         try:
             version = _pragma(ledger, "user_version")
-            if version == 0:
-                if ledger.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    raise _not_a_ledger(path)
+            if version == 0 and ledger.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                raise _not_a_ledger(path)
+            if version and _pragma(ledger, "application_id") != APPLICATION_ID:
+                raise _not_a_ledger(path)
+            if version < 1:
                 for statement in _SCHEMA.split(";"):
                     ledger.execute(statement)
                 ledger.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            if version < 2:
+                ledger.execute(_RECORDINGS_SCHEMA)
                 ledger.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-                version = SCHEMA_VERSION
             ledger.execute("COMMIT")
         except BaseException:
             if ledger.in_transaction:  # a full disk has ended it already
                 ledger.execute("ROLLBACK")
             raise
+    version = _pragma(ledger, "user_version")
     if _pragma(ledger, "application_id") != APPLICATION_ID:
         raise _not_a_ledger(path)
     if version > SCHEMA_VERSION:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,14 @@ from bertbench.allocations import Recording
 from bertbench.devices import Budget, allocator_regions
 from bertbench.extrapolation import extrapolate, largest_batch
 from bertbench.footprint import predict_footprint
-from bertbench.ledger import find, record, versions_key
+from bertbench.ledger import (
+    find,
+    find_allocations,
+    record,
+    record_allocations,
+    versions_key,
+)
+from bertbench.repetition import Recorded
 from bertbench.search import LARGEST_BATCH, SearchResult, find_max_batch
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload
@@ -87,8 +95,16 @@ def probe_cell(
         record(ledger, budget, versions, workload, levers, trial)
         on_trial(trial)
 
-    recordings: dict[int, Recording] = {}
-    blocks = _examples_per_block(workload, levers)
+    recorded: list[Recorded] = []
+    if not fresh:
+        recorded += find_allocations(ledger, budget, versions, workload, levers)
+
+    def keep_recording(batch: int, recording: Recording) -> None:
+        recorded.append(Recorded(workload.seq_len, batch, recording))
+        record_allocations(ledger, budget, versions, workload, levers, batch, recording)
+
+    def enough() -> bool:
+        return sum(one.seq_len == workload.seq_len for one in recorded) >= 2
 
     def measure(batches: Sequence[int], fresh: bool) -> list[Trial]:
         return measure_batches(
@@ -99,15 +115,15 @@ def probe_cell(
             steps=steps,
             fresh=fresh,
             on_trial=keep,
-            on_recording=recordings.__setitem__ if fresh and len(recordings) < 2 else None,
+            on_recording=keep_recording if fresh and len(batches) > 1 and not enough() else None,
         )
 
-    def locate() -> int | None:
-        if len(recordings) < 2:
-            return None
-        small, *_, large = sorted(recordings)
+    @functools.lru_cache(maxsize=1)
+    def located(number_recorded: int) -> int | None:
         extrapolation = extrapolate(
-            recordings[small], small, recordings[large], large, examples_per_block=blocks
+            recorded,
+            workload.seq_len,
+            lambda seq_len: _examples_per_block(workload, levers, seq_len),
         )
         if extrapolation is None:
             return None
@@ -119,8 +135,8 @@ def probe_cell(
         predict_peak_bytes=lambda batch: (
             predict_footprint(workload, levers, batch, device_kind=budget.device.kind).peak_bytes
         ),
-        locate=locate,
-        examples_per_block=max(blocks, default=1),
+        locate=lambda: located(len(recorded)),
+        examples_per_block=max(_examples_per_block(workload, levers, workload.seq_len), default=1),
         budget_bytes=budget.budget_bytes,
         max_batch=max_batch,
         certify=certify,
@@ -128,8 +144,8 @@ def probe_cell(
     return Cell(workload, levers, result, time.monotonic() - began)
 
 
-def _examples_per_block(workload: Workload, levers: Levers) -> list[int]:
+def _examples_per_block(workload: Workload, levers: Levers, seq_len: int) -> list[int]:
     """Most examples of a block, for every policy in use that has blocks."""
     policies = {levers.checkpointing.of_layer(n) for n in range(workload.config.num_hidden_layers)}
-    found = (examples_per_block(policy, workload.seq_len) for policy in sorted(policies))
+    found = (examples_per_block(policy, seq_len) for policy in sorted(policies))
     return [most for most in found if most is not None]

@@ -58,6 +58,12 @@ class Workload:
         del values["model"]
         return json.dumps(values, sort_keys=True)
 
+    def model_key(self) -> str:
+        """Canonical text of all but the sequence length."""
+        values = dataclasses.asdict(self)
+        del values["model"], values["seq_len"]
+        return json.dumps(values, sort_keys=True)
+
 
 def published_workload(model: str, seq_len: int, head: str = "squad") -> Workload:
     """Workload of a published model size.

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from bertbench.allocations import Recording, replay
 from bertbench.bytes import MIB_BYTES
 from bertbench.devices import allocator_regions, make_budget, resolve_device
-from bertbench.extrapolation import extrapolate, largest_batch
+from bertbench.extrapolation import Extrapolation, extrapolate, largest_batch
+from bertbench.repetition import Recorded
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, published_workload
 from finetune.checkpointing import examples_per_block, parse_checkpointing
@@ -23,8 +24,13 @@ def recording(batch: int) -> Recording:
     return Recording((0, 1, ~0, 2, ~1, ~2), (100 * batch, 30 * batch + 8, 700), ("a", "b", "c"))
 
 
+def at_one_length(*found: tuple[int, Recording], most: Sequence[int] = ()) -> Extrapolation | None:
+    recorded = [Recorded(32, batch, made) for batch, made in found]
+    return extrapolate(recorded, 32, lambda seq_len: most)
+
+
 def test_sizes_between_and_beyond_two_recordings() -> None:
-    found = extrapolate(recording(2), 2, recording(7), 7)
+    found = at_one_length((2, recording(2)), (7, recording(7)))
     assert found is not None
     for batch in (1, 2, 5, 7, 19):
         expected = replay(recording(batch).events, recording(batch).sizes, [10_000])
@@ -37,11 +43,52 @@ def test_sizes_between_and_beyond_two_recordings() -> None:
     assert largest_batch(found, [256], 20) == 0
 
 
+def at_length(batch: int, seq_len: int) -> Recording:
+    """Hidden states, attention scores, positions, a product's scratch, a weight."""
+    sizes = (
+        4 * batch * seq_len * 96,
+        4 * batch * seq_len**2 * 3,
+        4 * seq_len * 96,
+        1536 + 8 * seq_len**2,
+        50_000,
+        4 * batch * 96,
+        batch * seq_len * 96 + 3 * batch * seq_len**2,
+        8,
+    )
+    events = (4, 0, 2, ~2, 1, 3, ~3, ~0, 5, 6, ~1, 7, ~6, ~5, ~7, ~4)
+    numbers = {event: number for number, event in enumerate(e for e in events if e >= 0)}
+    order = tuple(numbers[event] if event >= 0 else ~numbers[~event] for event in events)
+    by_time = sorted(numbers, key=numbers.__getitem__)
+    return Recording(order, tuple(sizes[n] for n in by_time), tuple(f"op{n}" for n in by_time))
+
+
+@given(
+    lengths=st.lists(st.sampled_from([32, 64, 96, 128, 384]), min_size=2, max_size=4, unique=True),
+    seq_len=st.sampled_from([48, 64, 128, 256, 512]),
+    batch=st.integers(1, 300),
+)
+def test_two_other_lengths_tell(lengths: list[int], seq_len: int, batch: int) -> None:
+    recorded = [Recorded(s, b, at_length(b, s)) for s in lengths for b in (3, 14)]
+    found = extrapolate(recorded, seq_len)
+    assert found is not None
+    expected = at_length(batch, seq_len)
+    events, sizes = found.requests(batch)
+    assert events == list(expected.events)
+    assert max(abs(a - b) for a, b in zip(sizes, expected.sizes, strict=True)) <= 64
+
+
+def test_one_other_length_tells_nothing() -> None:
+    recorded = [Recorded(64, b, at_length(b, 64)) for b in (3, 14)]
+    assert extrapolate(recorded, 64) is not None
+    assert extrapolate(recorded, 128) is None
+    assert extrapolate([*recorded, Recorded(128, 3, at_length(3, 128))], 128) is None
+
+
 def test_recordings_of_other_things_are_not_extrapolated() -> None:
     other = Recording((0, 1, ~0, 2), (1, 2, 3000), ("a", "b", "d"))
-    assert extrapolate(recording(2), 2, other, 7) is None
-    assert extrapolate(other, 2, recording(7), 7) is None
-    assert extrapolate(recording(7), 7, recording(7), 7) is None
+    assert at_one_length((2, recording(2)), (7, other)) is None
+    assert at_one_length((2, other), (7, recording(7))) is None
+    assert at_one_length((7, recording(7)), (7, recording(7))) is None
 
 
 def test_small_things_may_happen_more_often_in_one_of_them() -> None:
@@ -53,7 +100,7 @@ def test_small_things_may_happen_more_often_in_one_of_them() -> None:
         (recording(2), more_often(recording(7))),
         (more_often(recording(2)), recording(7)),
     ):
-        found = extrapolate(small, 2, large, 7)
+        found = at_one_length((2, small), (7, large))
         assert found is not None
         assert found.replay(40, [10_000]) == expected
 
@@ -135,8 +182,8 @@ def in_blocks(batch: int, most: int, *, late: int | None = None) -> Recording:
 def test_blocks_are_repeated(most: int, blocks: int, small: int, more: int) -> None:
     large = blocks * most - 1
     small = min(small, large - 1)
-    found = extrapolate(
-        in_blocks(small, most), small, in_blocks(large, most), large, examples_per_block=[most]
+    found = at_one_length(
+        (small, in_blocks(small, most)), (large, in_blocks(large, most)), most=[most]
     )
     assert found is not None
     expected = in_blocks(large + more, most)
@@ -151,15 +198,15 @@ def most_alive(events: Sequence[int]) -> int:
 
 @pytest.mark.parametrize("late", [1, 2, 3])
 def test_a_block_that_leaves_something_to_the_next_one_is_not_repeated(late: int) -> None:
-    found = extrapolate(in_blocks(9, 4), 9, in_blocks(23, 4, late=late), 23, examples_per_block=[4])
+    found = at_one_length((9, in_blocks(9, 4)), (23, in_blocks(23, 4, late=late)), most=[4])
     assert found is not None
     events, _ = found.requests(200)
     assert most_alive(events) <= most_alive(in_blocks(200, 4).events) + 1
 
 
 def test_too_few_blocks_tell_nothing() -> None:
-    assert extrapolate(in_blocks(4, 6), 4, in_blocks(17, 6), 17, examples_per_block=[6]) is None
-    assert extrapolate(in_blocks(4, 6), 4, in_blocks(19, 6), 19, examples_per_block=[6])
+    assert at_one_length((4, in_blocks(4, 6)), (17, in_blocks(17, 6)), most=[6]) is None
+    assert at_one_length((4, in_blocks(4, 6)), (19, in_blocks(19, 6)), most=[6])
 
 
 @pytest.mark.parametrize(
@@ -189,15 +236,14 @@ def test_a_real_step_needs_what_two_others_say(policy: str, batches: tuple[int, 
         )
 
     trials = measure(*batches)
-    small, large = batches
-    blocks = examples_per_block(checkpointing.policy, workload.seq_len)
     found = extrapolate(
-        recordings[small], small, recordings[large], large,
-        examples_per_block=[blocks] if blocks else [],
-    )  # fmt: skip
+        [Recorded(workload.seq_len, *pair) for pair in recordings.items()],
+        workload.seq_len,
+        lambda seq_len: [examples_per_block(policy.partition(":")[0], seq_len) or 1],
+    )
     assert found is not None
     limit = largest_batch(found, regions, 1 << 16)
-    assert limit > large
+    assert limit > max(batches)
     assert not found.replay(limit + 1, regions).fits
     trials += measure(limit)
     for trial in trials[1:]:

@@ -14,14 +14,17 @@ from pathlib import Path
 import pytest
 
 from bertbench import ledger as ledger_module
+from bertbench.allocations import Recording
 from bertbench.bytes import GIB_BYTES
 from bertbench.devices import Budget, Device, make_budget
 from bertbench.ledger import (
     default_ledger_path,
     find,
+    find_allocations,
     open_ledger,
     read_rows,
     record,
+    record_allocations,
     versions_key,
 )
 from bertbench.trial import Trial, trial_from_json
@@ -177,12 +180,50 @@ def test_a_newer_format_asks_for_an_upgrade(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "ledger.sqlite"
-    monkeypatch.setattr(ledger_module, "SCHEMA_VERSION", 2)
+    monkeypatch.setattr(ledger_module, "SCHEMA_VERSION", 3)
     with open_ledger(path):
         pass
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"format 2.*up to 1; upgrade"), open_ledger(path):
+    with pytest.raises(InputError, match=r"format 3.*up to 2; upgrade"), open_ledger(path):
         pass
+
+
+def test_an_older_format_is_brought_up_to_date_with_its_trials(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with open_ledger(path) as ledger:
+        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
+        ledger.execute("DROP TABLE recordings")
+        ledger.execute("PRAGMA user_version = 1")
+    for _ in range(2):
+        with open_ledger(path) as ledger:
+            assert find(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == [FITS]
+            assert find_allocations(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == []
+            assert ledger.execute("PRAGMA user_version").fetchone() == (2,)
+
+
+def test_recordings_are_found_under_any_budget_at_the_nearest_lengths(tmp_path: Path) -> None:
+    recording = Recording((0, ~0), (64,), ("op",))
+    with open_ledger(tmp_path / "ledger.sqlite") as ledger:
+        for seq_len in (16, 32, 96, 512):
+            workload = published_workload("bert-tiny", seq_len)
+            for batch in (8, 2, 8):
+                record_allocations(ledger, BUDGET, VERSIONS, workload, LEVERS, batch, recording)
+        other = make_budget(DEVICE, 2 * GIB_BYTES)
+        found = find_allocations(ledger, other, VERSIONS, WORKLOAD, LEVERS)
+        lengths = [(one.seq_len, one.batch) for one in found]
+        assert lengths == [(16, 2), (16, 8), (32, 2), (32, 8), (96, 2), (96, 8)]
+        assert all(one.recording == recording for one in found)
+        for budget, versions, workload, levers in (
+            (dataclasses.replace(BUDGET, device=dataclasses.replace(DEVICE, name="Another")),
+             VERSIONS, WORKLOAD, LEVERS),
+            (BUDGET, "{}", WORKLOAD, LEVERS),
+            (BUDGET, VERSIONS, published_workload("bert-mini", 64), LEVERS),
+            (BUDGET, VERSIONS, WORKLOAD, Levers(accumulation_steps=2)),
+        ):  # fmt: skip
+            assert find_allocations(ledger, budget, versions, workload, levers) == []
+        ledger.execute("UPDATE recordings SET recording = 'nonsense' WHERE batch = 2")
+        found = find_allocations(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS)
+        assert [one.batch for one in found] == [8, 8, 8]
 
 
 def test_every_record_is_synchronised(tmp_path: Path) -> None:
