@@ -25,7 +25,6 @@ import numpy as np
 
 from bertbench.allocations import Recording, Replay, replay
 from bertbench.repetition import (
-    FEWEST_BLOCKS,
     SMALL_BYTES,
     Loop,
     Place,
@@ -81,6 +80,7 @@ class Extrapolation:
         places: of its allocations.
         sizes: of its allocations, for any batch.
         examples_per_block: most examples of a block, for every policy in use that has blocks.
+        largest: batch above which nothing is known; None if there is none.
     """
 
     recording: Recording
@@ -88,6 +88,7 @@ class Extrapolation:
     places: tuple[Place, ...]
     sizes: tuple[_Size, ...]
     examples_per_block: tuple[int, ...]
+    largest: int | None
 
     def replay(self, batch: int, region_bytes: Sequence[int]) -> Replay:
         """Replay the requests of a batch."""
@@ -119,7 +120,7 @@ class Extrapolation:
         for position, event in enumerate(self.recording.events):
             if position in additions:
                 block, times = additions[position]
-                for time in range(1, times + 1):
+                for time in range(times):
                     for again in block:
                         if again >= 0:
                             allocate(again, time)
@@ -127,7 +128,7 @@ class Extrapolation:
                             events.append(~alive[self.places[~again].stream].popleft())
             if event >= 0:
                 place = self.places[event]
-                later = place.loop is not None and place.block > place.loop.repeated[place.run]
+                later = place.loop is not None and place.block >= place.loop.repeated[place.run]
                 allocate(event, self._added(place.loop, batch) if later else 0)
                 continue
             stream = self.places[~event].stream
@@ -150,7 +151,7 @@ class Extrapolation:
         events = self.recording.events
         loops = {id(place.loop): place.loop for place in self.places if place.loop}
         return {
-            starts[number + 1]: (events[starts[number] : starts[number + 1]], added)
+            starts[number]: (events[starts[number] : starts[number + 1]], added)
             for loop in loops.values()
             if (added := self._added(loop, batch))
             for starts, number in zip(loop.starts, loop.repeated, strict=True)
@@ -166,7 +167,7 @@ def extrapolate(
 
     Args:
         recorded: of one model and one lever setting. Two batches of the sequence length are
-            enough, for layers in blocks the larger of at least four blocks; so are two batches
+            enough, for layers in blocks the larger of at least two blocks; so are two batches
             each of two other lengths.
         seq_len: tokens per example.
         examples_per_block: most examples of a block at a sequence length, for every policy in use
@@ -185,15 +186,13 @@ def extrapolate(
         return None
     recorded = [one for one in recorded if one.seq_len in full]
     found = loops_and_places(recorded, [examples_per_block(one.seq_len) for one in recorded])
-    enough = [
-        number
-        for number, (loops, _) in enumerate(found)
-        if all(loop.blocks >= FEWEST_BLOCKS for loop in loops.values())
-    ]
-    if not enough:
-        return None
-    # Where there are blocks, the fewest, for none are taken away; else any would do.
-    base = min(enough, key=lambda n: (abs(recorded[n].seq_len - seq_len), recorded[n].batch))
+
+    def preference(number: int) -> tuple[bool, int, int]:
+        # A single block cannot be repeated; of more the fewest will do, for none are taken away.
+        single = any(loop.blocks < 2 for loop in found[number][0].values())
+        return single, abs(recorded[number].seq_len - seq_len), recorded[number].batch
+
+    base = min(range(len(recorded)), key=preference)
     places = found[base][1]
     points = [_bytes_by_examples(one, its) for one, (_, its) in zip(recorded, found, strict=True)]
     sizes: dict[tuple[str, int], _Size] = {}
@@ -209,32 +208,48 @@ def extrapolate(
             return None
         sizes[key] = size
     tokens = recorded[base].batch * recorded[base].seq_len
+    most = tuple(examples_per_block(seq_len))
+    single = [most[loop.policy] for loop in found[base][0].values() if loop.blocks < 2]
     return Extrapolation(
         recorded[base].recording,
         max(tokens // seq_len, 1),
         places,
         tuple(sizes[place.key] for place in places),
-        tuple(examples_per_block(seq_len)),
+        most,
+        min(single, default=None),
     )
 
 
-def largest_batch(extrapolation: Extrapolation, region_bytes: Sequence[int], at_most: int) -> int:
-    """Largest batch up to `at_most` that fits, as all smaller ones do; 0 if none.
+def largest_batch(
+    extrapolation: Extrapolation, region_bytes: Sequence[int], at_most: int
+) -> int | None:
+    """Find the largest batch that fits, as all smaller ones do.
 
     Near the limit the pieces that memory is in may be too small for one batch and not for the next.
     Some batches below the first limit that is found are looked at too.
+
+    Args:
+        extrapolation: what batches ask for.
+        region_bytes: pieces of memory that the allocator has.
+        at_most: largest batch of interest.
+
+    Returns:
+        0 if none fits, None if all fit of which something is known, but larger ones may.
     """
 
     def fits(batch: int) -> bool:
         return extrapolation.replay(batch, region_bytes).fits
 
-    low, high, batch = 0, at_most + 1, min(extrapolation.batch, at_most)
+    known = at_most if extrapolation.largest is None else min(at_most, extrapolation.largest)
+    low, high, batch = 0, known + 1, min(extrapolation.batch, known)
     while high - low > 1:
         if fits(batch):
             low = batch
         else:
             high = batch
-        batch = min(2 * low, at_most) if high > at_most else (low + high) // 2
+        batch = min(2 * low, known) if high > known else (low + high) // 2
+    if low == known < at_most:
+        return None
     for batch in range(low - 1, max(low - _LOOKED_AT, 0), -1):
         if not fits(batch):
             low = batch - 1

@@ -18,9 +18,6 @@ from bertbench.allocations import Recording
 SMALL_BYTES = 1024
 """Counters, shapes and the like, which come and go a little earlier or later in each process."""
 
-FEWEST_BLOCKS = 4
-"""The first and the last block are not like the others, and of the others one is chosen."""
-
 _LOOP_RE = re.compile(r"(.*while(?:_\d+)?)/(body|cond)/_\d+/")
 
 
@@ -171,18 +168,18 @@ def _common(found: Sequence[dict[tuple[str, int, int], Loop]]) -> list[dict[str,
 
 
 def _most_usual(recording: Recording, starts: Sequence[int]) -> int:
-    """Find the block in the middle that is most like the others.
+    """Find the block after the first that is most like the others.
 
     Now and then a loop's counter is let go of only when the next block has begun. A block that is
     repeated with that, or without it, would leave counters behind.
     """
-    middle = range(1, len(starts) - 2)
+    later = range(1, len(starts) - 1)
     blocks = {
         number: [
             (event >= 0, recording.operations[max(event, ~event)])
             for event in recording.events[starts[number] : starts[number + 1]]
         ]
-        for number in middle
+        for number in later
     }
 
     def left_over(number: int) -> int:
@@ -194,7 +191,7 @@ def _most_usual(recording: Recording, starts: Sequence[int]) -> int:
     def like_it(number: int) -> int:
         return sum(block == blocks[number] for block in blocks.values())
 
-    return min(middle, key=lambda number: (left_over(number), -like_it(number)), default=0)
+    return min(later, key=lambda number: (left_over(number), -like_it(number)), default=0)
 
 
 def _places(

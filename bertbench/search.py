@@ -111,7 +111,8 @@ def find_max_batch(
             if they do not tell.
         trust_prediction: try the predicted limit at once, without two smaller batches before it.
         examples_per_block: of layers that are computed in blocks. The larger of the first two
-            batches then has six of them if it may, of unequal sizes, for `locate` needs that.
+            batches then has up to six of them, at least two if it may, of unequal sizes: for
+            `locate` needs that.
         budget_bytes: what the allocator may use.
         max_batch: largest batch of interest.
         certify: measure both sides of the limit in fresh processes.
@@ -261,10 +262,14 @@ def _first_batches(
         # Far enough from where the limit is thought to be to fit even if that is twice too much,
         # near enough to extrapolate from.
         pair = (bound // 8, bound // 3)
-    if bound is not None and examples_per_block > 1 and 7 * examples_per_block <= bound:
-        # One example less than fills the blocks.
-        blocks = max(pair[-1] // examples_per_block, 6)
-        pair = (*pair[:-1], blocks * examples_per_block - 1)
+    if bound is not None and bound >= 8 and examples_per_block > 1:
+        # One example less than fills the blocks, so that they are of two sizes.
+        wanted = [n * examples_per_block - 1 for n in (6, 4, 3, 2)]
+        larger = [n for n in wanted if n <= 0.6 * bound]
+        if not larger and examples_per_block + 3 <= 0.85 * bound:
+            larger = [examples_per_block + 3]
+        if larger:
+            pair = (min(pair[0], larger[0] - 1), larger[0])
     return [batch for batch in pair if batch < below] or [1]
 
 

@@ -36,6 +36,7 @@ def test_sizes_between_and_beyond_two_recordings() -> None:
         expected = replay(recording(batch).events, recording(batch).sizes, [10_000])
         assert found.replay(batch, [10_000]) == expected
     limit = largest_batch(found, [10_000], 1 << 16)
+    assert limit is not None
     assert limit > 20
     assert found.replay(limit, [10_000]).fits
     assert not found.replay(limit + 1, [10_000]).fits
@@ -175,7 +176,7 @@ def in_blocks(batch: int, most: int, *, late: int | None = None) -> Recording:
 
 @given(
     most=st.integers(2, 6),
-    blocks=st.integers(4, 7),
+    blocks=st.integers(2, 7),
     small=st.integers(2, 20),
     more=st.integers(0, 60),
 )
@@ -204,9 +205,19 @@ def test_a_block_that_leaves_something_to_the_next_one_is_not_repeated(late: int
     assert most_alive(events) <= most_alive(in_blocks(200, 4).events) + 1
 
 
-def test_too_few_blocks_tell_nothing() -> None:
-    assert at_one_length((4, in_blocks(4, 6)), (17, in_blocks(17, 6)), most=[6]) is None
-    assert at_one_length((4, in_blocks(4, 6)), (19, in_blocks(19, 6)), most=[6])
+def requests(made: Recording) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return made.events, made.sizes
+
+
+def test_a_single_block_tells_of_no_second_one() -> None:
+    found = at_one_length((2, in_blocks(2, 6)), (5, in_blocks(5, 6)), most=[6])
+    assert found is not None
+    expected = in_blocks(6, 6)
+    assert found.replay(6, [10**7]) == replay(expected.events, expected.sizes, [10**7])
+    fitting = [b for b in range(1, 7) if replay(*requests(in_blocks(b, 6)), [50_000]).fits]
+    assert largest_batch(found, [50_000], 100) == max(fitting) < 6
+    assert largest_batch(found, [10**7], 100) is None
+    assert largest_batch(found, [10**7], 5) == 5
 
 
 @pytest.mark.parametrize(
@@ -243,6 +254,7 @@ def test_a_real_step_needs_what_two_others_say(policy: str, batches: tuple[int, 
     )
     assert found is not None
     limit = largest_batch(found, regions, 1 << 16)
+    assert limit is not None
     assert limit > max(batches)
     assert not found.replay(limit + 1, regions).fits
     trials += measure(limit)

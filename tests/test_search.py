@@ -356,8 +356,19 @@ def test_what_was_recorded_is_tried_at_once_and_believed_for_a_while(
     assert all(trial.fresh for trial in result.trials)
 
 
-def test_layers_in_blocks_have_six_of_them_in_the_larger_of_the_first_two_trials() -> None:
-    for examples_per_block, large in ((1, 32), (4, 31), (10, 59), (13, 77), (14, 32)):
+def test_layers_in_blocks_have_several_of_them_in_the_larger_of_the_first_two_trials() -> None:
+    for examples_per_block, large in (
+        (1, 32),
+        (4, 23),
+        (9, 53),
+        (10, 39),
+        (14, 55),
+        (19, 56),
+        (20, 39),
+        (30, 33),
+        (79, 82),
+        (80, 32),
+    ):
         calls: Calls = []
         find_max_batch(
             affine(100, 10, 1073, calls),
@@ -374,7 +385,7 @@ def test_layers_in_blocks_have_six_of_them_in_the_larger_of_the_first_two_trials
             predict_peak_bytes=lambda batch: 95 + 10 * batch,
             examples_per_block=examples_per_block,
         )
-        assert calls[0] == ([12, large], False)
+        assert calls[0] == ([min(12, large - 1), large], False)
 
 
 def test_a_recording_that_is_there_already_leaves_two_trials() -> None:
