@@ -44,9 +44,9 @@ def main() -> None:
     arguments = parser.parse_args()
     quick = arguments.quick
     models = arguments.models or (["bert-tiny"] if quick else ["bert-mini", "bert-small"])
-    lengths = arguments.seq_lens or ([64] if quick else [64, 128, 256])
-    caps = arguments.memory or ([384, 256] if quick else [512, 1024, 2048])
-    policies = arguments.checkpointing or (["none", "nested"] if quick else list(POLICIES))
+    lengths = arguments.seq_lens or ([128] if quick else [64, 128, 256])
+    caps = arguments.memory or ([256, 192] if quick else [512, 1024, 2048])
+    policies = arguments.checkpointing or (["none", "full"] if quick else list(POLICIES))
 
     device = resolve_device("cpu")
     print(f"{'':36s} {'largest batch':>13s} {'trials':>13s} {'seconds':>13s} {'ratio':>6s}")

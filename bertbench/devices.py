@@ -17,7 +17,7 @@ import psutil
 import pynvml
 
 from bertbench.bytes import MIB_BYTES, format_bytes
-from bertbench.hostmemory import cgroup_limits, memory_cgroups
+from bertbench.hostmemory import host_memory
 from finetune.errors import InputError
 
 GPU_CONTEXT_RESERVE_BYTES = 600 * MIB_BYTES
@@ -349,11 +349,7 @@ def _names(which: str, gpu: Device) -> bool:
 
 
 def _cpu() -> Device:
-    memory = psutil.virtual_memory()
-    total_bytes, free_bytes = int(memory.total), int(memory.available)
-    for limit_bytes, used_bytes in cgroup_limits(memory_cgroups()):
-        total_bytes = min(total_bytes, limit_bytes)
-        free_bytes = min(free_bytes, max(limit_bytes - used_bytes, 0))
+    total_bytes, free_bytes = host_memory()
     return Device("cpu", 0, _cpu_name(), None, total_bytes, free_bytes)
 
 

@@ -1,8 +1,10 @@
-"""What the kernel says about host memory: control-group limits and the count of OOM kills."""
+"""What the kernel says about host memory: how much is left, and the count of OOM kills."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import psutil
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -10,6 +12,16 @@ VMSTAT = Path("/proc/vmstat")
 
 # Version 1 writes "no limit" as the largest multiple of the page size in 63 bits.
 _NO_LIMIT_BYTES = 1 << 60
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes that this process may use in all, and bytes of them that nobody uses."""
+    memory = psutil.virtual_memory()
+    total_bytes, free_bytes = int(memory.total), int(memory.available)
+    for limit_bytes, used_bytes in cgroup_limits(memory_cgroups()):
+        total_bytes = min(total_bytes, limit_bytes)
+        free_bytes = min(free_bytes, max(limit_bytes - used_bytes, 0))
+    return total_bytes, free_bytes
 
 
 def memory_cgroups(root: Path = CGROUP_ROOT, own: Path = OWN_CGROUPS) -> list[Path]:

@@ -18,6 +18,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -43,6 +44,7 @@ _ERROR_TEXT_LIMIT = 1 << 16
 _PRINTED_LIMIT_BYTES = 1 << 23
 _TAIL_LINES = 5
 _KILL_SECONDS = 10.0
+_ASK_EVERY_SECONDS = 0.2
 
 # Messages of this module's own, which callers do not see, have this key.
 _OWN = "isolation"
@@ -58,6 +60,7 @@ class Ending:
         exit_code: its exit code; the negative number of the signal that ended it; None if it
             could not be ended.
         timed_out: it was silent for too long, and was killed for that.
+        stopped: why it was killed by request, see `run_isolated`; else empty.
         garbage: what it sent that is no message, for which it was killed; else empty.
         error: type name and text of the exception that left the function.
         printed: the end of what it printed.
@@ -69,6 +72,7 @@ class Ending:
 
     exit_code: int | None
     timed_out: bool
+    stopped: str
     garbage: str
     error: tuple[str, str] | None
     printed: str
@@ -96,6 +100,7 @@ def run_isolated(
     environment: Mapping[str, str],
     timeout_seconds: float,
     on_message: Callable[[Message], None],
+    stop: Callable[[int], str] | None = None,
 ) -> Ending:
     """Run `target(payload, send)` in a fresh process and wait for its end.
 
@@ -111,22 +116,31 @@ def run_isolated(
         timeout_seconds: longest time without a message before the process counts as hanging.
         on_message: called here with every message as it comes. What it raises ends the process
             and is raised on.
+        stop: asked several times a second, with the process's number; a reason that it gives ends
+            the process.
 
     Returns:
         How the process ended.
     """
     started = time.monotonic()
     oom_kills_before = oom_kill_counts()
-    with tempfile.TemporaryFile() as log:
-        process, reader = _start(target, payload, {**os.environ, **environment}, log.fileno())
+    with (
+        tempfile.TemporaryFile() as log,
+        # TensorFlow writes the code that it generates to temporary files, and a process that is
+        # killed does not take them away.
+        tempfile.TemporaryDirectory(prefix="bertbench-", ignore_cleanup_errors=True) as folder,
+    ):
+        variables = {**os.environ, **environment, "TMPDIR": folder}
+        process, reader = _start(target, payload, variables, log.fileno())
         try:
             with reader:
-                inbox = _receive(process, reader, timeout_seconds, on_message)
+                inbox = _receive(process, reader, timeout_seconds, on_message, stop)
         finally:
             exit_code = _end(process)
         return Ending(
             exit_code=exit_code,
             timed_out=inbox.timed_out,
+            stopped=inbox.stopped,
             garbage=inbox.garbage,
             error=inbox.error,
             printed=_read_end(log.fileno()),
@@ -145,6 +159,7 @@ class _Inbox:
     garbage: str = ""
     error: tuple[str, str] | None = None
     timed_out: bool = False
+    stopped: str = ""
     preloaded: bool = False
 
 
@@ -153,6 +168,7 @@ def _receive(
     reader: Connection,
     timeout_seconds: float,
     on_message: Callable[[Message], None],
+    stop: Callable[[int], str] | None,
 ) -> _Inbox:
     """Pass messages on until the process has ended, hangs or sends garbage."""
     # The pipe is read raw and in lines: a half-written message of a dying or hanging process then
@@ -161,8 +177,15 @@ def _receive(
     deadline = time.monotonic() + timeout_seconds
     sources: list[Any] = [reader, process.sentinel]
     while True:
-        ready = wait(sources, max(deadline - time.monotonic(), 0.0))
+        left = max(deadline - time.monotonic(), 0.0)
+        ready = wait(sources, left if stop is None else min(left, _ASK_EVERY_SECONDS))
+        if stop is not None:
+            inbox.stopped = stop(process.pid or 0)
+            if inbox.stopped:
+                return inbox
         if not ready:
+            if time.monotonic() < deadline:
+                continue
             inbox.timed_out = True
             return inbox
         if reader in ready:
@@ -301,7 +324,8 @@ def _child_main(
     log.close()
     os.environ.clear()
     os.environ.update(environment)
-    _die_with_parent()
+    tempfile.tempdir = None  # what the server has found before
+    _die_with_parent(environment["TMPDIR"])
     _yield_to_others()
     faulthandler.enable(file=2, all_threads=False)
 
@@ -324,13 +348,14 @@ def _child_main(
         raise
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(folder: str) -> None:
     # The kernel's own PR_SET_PDEATHSIG watches the fork server, which is not the parent meant here.
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def watch() -> None:
         wait([parent.sentinel])
+        shutil.rmtree(folder, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -33,7 +33,7 @@ APPLICATION_ID = 0x62657274  # "bert": tells a ledger from other programs' SQLit
 
 _BUSY_SECONDS = 30.0
 
-_SCHEMA = """
+_SCHEMA_1 = """
 CREATE TABLE trials (
     id INTEGER PRIMARY KEY,
     time_utc TEXT NOT NULL,
@@ -57,8 +57,9 @@ CREATE TABLE trials (
 CREATE INDEX trials_by_key ON trials (workload_key, levers_key, budget_key, versions_key);
 """
 
-# Since version 2.
-_RECORDINGS_SCHEMA = """
+# What version 2 adds.
+_SCHEMA_2 = """
+ALTER TABLE trials ADD COLUMN process_peak_bytes INTEGER;
 CREATE TABLE recordings (
     device_key TEXT NOT NULL,
     versions_key TEXT NOT NULL,
@@ -69,12 +70,14 @@ CREATE TABLE recordings (
     time_utc TEXT NOT NULL,
     recording TEXT NOT NULL,
     PRIMARY KEY (device_key, versions_key, model_key, levers_key, seq_len, batch)
-)
+);
 """
 
 _NEAREST_LENGTHS = 3
 
-_TRIAL_COLUMNS = "batch, outcome, peak_bytes, step_seconds, seconds, message, fresh"
+_TRIAL_COLUMNS = (
+    "batch, outcome, peak_bytes, step_seconds, seconds, message, fresh, process_peak_bytes"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,8 +288,8 @@ def _version(*distributions: str) -> str:
 
 
 def _trial(row: tuple[Any, ...]) -> Trial:
-    batch, outcome, peak_bytes, step_seconds, seconds, message, fresh = row
-    return Trial(batch, outcome, peak_bytes, step_seconds, seconds, message, bool(fresh))
+    values = dict(zip(_TRIAL_COLUMNS.split(", "), row, strict=True))
+    return Trial(**{**values, "fresh": bool(values["fresh"])})
 
 
 def _row(row: tuple[Any, ...]) -> LedgerRow:
@@ -320,11 +323,12 @@ def _prepare(ledger: sqlite3.Connection, path: Path) -> None:
             if version and _pragma(ledger, "application_id") != APPLICATION_ID:
                 raise _not_a_ledger(path)
             if version < 1:
-                for statement in _SCHEMA.split(";"):
-                    ledger.execute(statement)
                 ledger.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            if version < 2:
-                ledger.execute(_RECORDINGS_SCHEMA)
+            for schema in (_SCHEMA_1, _SCHEMA_2)[version:]:
+                for statement in schema.split(";"):
+                    ledger.execute(statement)
+            # Unless another process was faster.
+            if version < SCHEMA_VERSION:
                 ledger.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             ledger.execute("COMMIT")
         except BaseException:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import psutil
+
 from bertbench.allocations import Recording, recording_from_text
+from bertbench.bytes import MIB_BYTES, format_bytes
 from bertbench.devices import Budget, budget_from_json, child_environment
+from bertbench.hostmemory import host_memory
 from bertbench.isolation import Ending, Message, run_isolated
 from bertbench.outcomes import Outcome, classify_error, classify_exit, shorten, summarise_error
 from bertbench.workload import Levers, Workload, levers_from_json
@@ -17,6 +22,10 @@ from finetune.config import BertConfig
 
 TARGET = "bertbench.trial_step:run_trial"
 """What a trial's process runs: training steps for every batch of a `TrialRequest`."""
+
+_HOST_RESERVE_SHARE = 0.02
+_HOST_RESERVE_BYTES = 256 * MIB_BYTES
+_HOST_IS_FULL = "stopped before the host would swap"
 
 TIMEOUT_SECONDS = 900.0
 """Default limit of one batch: its steps, and for the first also start, tracing and set-up."""
@@ -34,6 +43,8 @@ class Trial:
         seconds: whole time that this batch took, with the process's start if it was the first.
         message: why it does not fit; empty if it does.
         fresh: it was the first batch of its process, so nothing had touched the memory before.
+        process_peak_bytes: largest memory that the process had on the device, by the system: what
+            lies outside the allocator too. None unless it fits, or where nothing tells.
     """
 
     batch: int
@@ -43,6 +54,7 @@ class Trial:
     seconds: float = 0.0
     message: str = ""
     fresh: bool = False
+    process_peak_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON."""
@@ -126,7 +138,8 @@ def measure_batches(
 
     The target is called as `target(payload, send)` with the payload of a `TrialRequest`, and sends
 
-    - `{"event": "trial", "batch", "peak_bytes", "step_seconds"}` for each batch that fits;
+    - `{"event": "trial", "batch", "peak_bytes", "process_peak_bytes", "step_seconds"}` for each
+      batch that fits;
     - `{"event": "error", "batch", "type", "message"}` for an exception, after which it ends.
       An exception that leaves it counts for the batch that was next;
     - `{"event": "recording", "batch", "recording"}`, the text of a
@@ -184,6 +197,7 @@ def _measure_in_one_process(
             seconds=now - began,
             message=message,
             fresh=not trials,
+            process_peak_bytes=measured.get("process_peak_bytes") if measured else None,
         )
         began = now
         trials.append(trial)
@@ -212,23 +226,42 @@ def _measure_in_one_process(
         environment=child_environment(request.budget),
         timeout_seconds=timeout_seconds,
         on_message=on_message,
+        stop=functools.partial(_host_exhausted, request.budget),
     )
     if len(trials) < len(request.batches) and (not trials or trials[-1].outcome == "fits"):
         add(*_explain(ending, timeout_seconds))
     return trials
 
 
+def _host_exhausted(budget: Budget, pid: int) -> str:
+    """Say that the host has next to no memory left; "" while it has."""
+    total_bytes, free_bytes = host_memory()
+    # A share that lets the rest of the machine go on without swapping.
+    if free_bytes >= max(total_bytes * _HOST_RESERVE_SHARE, _HOST_RESERVE_BYTES):
+        return ""
+    left = f"the host had only {format_bytes(free_bytes)} of {format_bytes(total_bytes)} left"
+    with contextlib.suppress(psutil.Error):
+        if budget.device.kind == "cpu":
+            held_bytes = psutil.Process(pid).memory_info().rss
+            if held_bytes >= budget.budget_bytes // 2:
+                return f"{_HOST_IS_FULL}: {left}, and the trial held {format_bytes(held_bytes)}"
+    return f"stopped because {left}, most of it held by others"
+
+
 def _is_result(message: Message, batch: int) -> bool:
-    peak_bytes, step_seconds = message.get("peak_bytes"), message.get("step_seconds")
+    step_seconds = message.get("step_seconds")
+    sizes = [message.get(name) for name in ("peak_bytes", "process_peak_bytes")]
     return (
         message.get("batch") == batch
-        and (peak_bytes is None or (type(peak_bytes) is int and peak_bytes >= 0))
+        and all(size is None or (type(size) is int and size >= 0) for size in sizes)
         and (step_seconds is None or (type(step_seconds) in (int, float) and step_seconds >= 0))
     )
 
 
 def _explain(ending: Ending, timeout_seconds: float) -> tuple[Outcome, str]:
     """Say why a process ended without the result of a batch."""
+    if ending.stopped:
+        return "oom" if ending.stopped.startswith(_HOST_IS_FULL) else "failed", ending.stopped
     if ending.error is not None:
         return classify_error(*ending.error), summarise_error(*ending.error)
     outcome: Outcome = "failed"

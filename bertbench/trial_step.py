@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from bertbench.allocations import recording_to_text
+from bertbench.process_memory import process_peak_bytes
 from bertbench.runtime import start_tensorflow
 from bertbench.trial import TrialRequest, request_from_payload
 from bertbench.workload import Levers, Workload
@@ -55,6 +56,7 @@ def run_trial(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], No
                 "batch": batch,
                 "peak_bytes": int(tf.config.experimental.get_memory_info(device)["peak"]),
                 # The first step pays for tracing or for the allocator's growth.
+                "process_peak_bytes": process_peak_bytes(request.budget.device),
                 "step_seconds": statistics.median(step_seconds[1:] or step_seconds),
             }
         )

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,16 @@ def crash(payload: Payload, send: Send) -> None:
         os.write(_message_pipe(send), b"x" * 20_000_000)
     else:
         os.kill(os.getpid(), getattr(signal, how))
+
+
+def leave_file(payload: Payload, send: Send) -> None:
+    """Leave a temporary file behind, and end or hang."""
+    number, path = tempfile.mkstemp(prefix="bertbench-left-")
+    os.close(number)
+    send({"path": path})
+    if payload["how"] == "hang":
+        time.sleep(600)
+    os._exit(0)
 
 
 def start_grandchild(payload: Payload, send: Send) -> None:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from bertbench import devices as devices_module
+from bertbench import hostmemory
 from bertbench.bytes import GIB_BYTES, MIB_BYTES
 from bertbench.devices import (
     GPU_CONTEXT_RESERVE_BYTES,
@@ -279,6 +279,6 @@ def test_cgroup_v1_in_a_container_whose_path_is_not_mounted(tmp_path: Path) -> N
 
 
 def test_a_limit_of_a_control_group_is_the_cpu_s_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices_module, "cgroup_limits", lambda _: [(1 << 28, 1 << 27)])
+    monkeypatch.setattr(hostmemory, "cgroup_limits", lambda _: [(1 << 28, 1 << 27)])
     cpu = list_devices()[-1]
     assert (cpu.total_bytes, cpu.free_bytes) == (1 << 28, 1 << 27)

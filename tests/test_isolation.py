@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from bertbench import trial as trial_module
 from bertbench.bytes import MIB_BYTES
 from bertbench.devices import Budget, Device, child_environment
 from bertbench.isolation import Ending, run_isolated
@@ -60,6 +62,8 @@ def zombie(pid: int) -> bool:
 def test_messages_environment_and_output_arrive(capfd: pytest.CaptureFixture[str]) -> None:
     [message], ending = run("echo", {"list": [1, "ü\n"]}, environment={"MARKER": "here"})
     assert message["payload"] == {"list": [1, "ü\n"]}
+    folder = message["environment"].pop("TMPDIR")
+    assert not Path(folder).exists()
     assert message["environment"] == {**os.environ, "MARKER": "here"}
     assert message["pid"] != os.getpid()
     assert (ending.exit_code, ending.error, ending.timed_out, ending.garbage) == (
@@ -79,6 +83,7 @@ def test_the_environment_is_this_process_s_not_the_server_s(
     run("echo")  # the server runs from here on, without the variable
     monkeypatch.setenv("MARKER", "set later")
     [message], _ = run("echo")
+    del message["environment"]["TMPDIR"]
     assert message["environment"] == dict(os.environ)
 
 
@@ -304,3 +309,73 @@ def test_a_request_crosses_unchanged() -> None:
 def test_batches_must_rise(batches: list[int]) -> None:
     with pytest.raises(ValueError, match="rising"):
         measure("", batches)
+
+
+def test_nothing_stays_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed process cannot tidy up, as TensorFlow's generated code shows."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for how in ("exit", "hang"):
+        messages, _ = run("leave_file", {"how": how}, timeout_seconds=2)
+        path = Path(messages[0]["path"])
+        assert path.is_relative_to(tmp_path)
+        assert not path.exists()
+    assert not list(tmp_path.glob("bertbench-*"))
+
+
+def test_a_request_to_stop_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    ending = run_isolated(
+        "isolation_targets:crash",
+        {"how": "hang"},
+        environment={},
+        timeout_seconds=300,
+        on_message=lambda message: None,
+        stop=lambda pid: "enough" if time.monotonic() - began > 1 else "",
+    )
+    assert (ending.stopped, ending.timed_out) == ("enough", False)
+    assert ending.seconds < 60
+
+
+def test_a_silent_process_is_killed_with_a_guard_too() -> None:
+    ending = run_isolated(
+        "isolation_targets:crash",
+        {"how": "hang"},
+        environment={},
+        timeout_seconds=2,
+        on_message=lambda message: None,
+        stop=lambda pid: "",
+    )
+    assert (ending.stopped, ending.timed_out) == ("", True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "budget_mib", "outcome", "words"),
+    [
+        (
+            "cpu",
+            64,
+            "oom",
+            "before the host would swap: the host had only 300 MiB of 16.0 GiB left",
+        ),
+        ("cpu", 8000, "failed", "300 MiB of 16.0 GiB left, most of it held by others"),
+        ("gpu", 64, "failed", "300 MiB of 16.0 GiB left, most of it held by others"),
+    ],
+)
+def test_a_trial_is_stopped_before_the_host_swaps(
+    monkeypatch: pytest.MonkeyPatch, kind: str, budget_mib: int, outcome: str, words: str
+) -> None:
+    """Who is out of memory is said by what the trial holds, here TensorFlow's code alone."""
+    monkeypatch.setattr(trial_module, "host_memory", lambda: (1 << 34, 300 * MIB_BYTES))
+    device = Device(kind, 0, "test", None, 1 << 34, 1 << 34)
+    (trial,) = measure_batches(
+        published_workload("bert-tiny", 64),
+        Levers(optimizer="hang@4"),
+        Budget(device, budget_mib * MIB_BYTES),
+        [4],
+        target="isolation_targets:train",
+    )
+    assert trial.outcome == outcome
+    assert words in trial.message

@@ -37,7 +37,7 @@ BUDGET = make_budget(DEVICE, GIB_BYTES)
 WORKLOAD = published_workload("bert-tiny", 64)
 LEVERS = Levers()
 VERSIONS = '{"tensorflow": "2.21.0"}'
-FITS = Trial(4, "fits", 5 * GIB_BYTES, 0.25, 3.5, "", True)
+FITS = Trial(4, "fits", 5 * GIB_BYTES, 0.25, 3.5, "", True, 6 * GIB_BYTES)
 OOM = Trial(5, "oom", None, None, 12.0, "OOM when allocating tensor", False)
 FAILED = Trial(6, "failed", None, None, 1.0, "killed by SIGSEGV", True)
 
@@ -191,12 +191,13 @@ def test_a_newer_format_asks_for_an_upgrade(
 def test_an_older_format_is_brought_up_to_date_with_its_trials(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     with open_ledger(path) as ledger:
-        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
+        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, OOM)
         ledger.execute("DROP TABLE recordings")
+        ledger.execute("ALTER TABLE trials DROP COLUMN process_peak_bytes")
         ledger.execute("PRAGMA user_version = 1")
     for _ in range(2):
         with open_ledger(path) as ledger:
-            assert find(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == [FITS]
+            assert find(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == [OOM]
             assert find_allocations(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == []
             assert ledger.execute("PRAGMA user_version").fetchone() == (2,)
 
