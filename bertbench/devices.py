@@ -28,6 +28,8 @@ CPU_SHARE = 0.75
 """Part of the available host memory that a default budget takes: Python, TensorFlow's code and
 the input pipeline live outside the allocator, and the machine must not begin to swap."""
 
+_DESKTOP_SHARE, _DESKTOP_BYTES = 0.1, 1024 * MIB_BYTES
+
 _FIRST_REGION_BYTES = 2 * MIB_BYTES
 """What the first operation makes TensorFlow's CPU allocator take from the system."""
 
@@ -232,6 +234,24 @@ def check_free(budget: Budget) -> None:
             f"a budget of {format_bytes(budget.budget_bytes)} is more than {budget.device.label} "
             f"has free: {describe_use(budget.device)}",
             hint="give a smaller --memory, or end what holds the memory",
+        )
+
+
+def check_alone(device: Device) -> None:
+    """Refuse a GPU that others use: they may take or give back memory while it is measured.
+
+    The little that a desktop holds is let pass.
+
+    Raises:
+        InputError: others hold more than that.
+    """
+    if device.kind != "gpu":
+        return
+    held_bytes = device.total_bytes - device.free_bytes
+    if held_bytes > max(device.total_bytes * _DESKTOP_SHARE, _DESKTOP_BYTES):
+        raise InputError(
+            f"others use {device.label}: {describe_use(device)}",
+            hint="end them, choose another --device, or probe what is free now with --share",
         )
 
 

@@ -264,6 +264,61 @@ def read_rows(ledger: sqlite3.Connection) -> list[LedgerRow]:
     return [_row(row) for row in rows]
 
 
+def count_prunable(
+    ledger: sqlite3.Connection,
+    *,
+    before: datetime | None = None,
+    failed: bool = False,
+    other_than: str | None = None,
+) -> int:
+    """Number of trials that `prune` would take away."""
+    where, values = _which(before, failed, other_than)
+    with _explained(_path_of(ledger)):
+        count: int = ledger.execute(f"SELECT count(*) FROM trials{where}", values).fetchone()[0]
+    return count
+
+
+def prune(
+    ledger: sqlite3.Connection,
+    *,
+    before: datetime | None = None,
+    failed: bool = False,
+    other_than: str | None = None,
+) -> int:
+    """Take trials away that meet every condition, and recordings with them; all without one.
+
+    Args:
+        ledger: open.
+        before: only those that were recorded earlier.
+        failed: only failed ones; recordings stay then, for only trials that fit have some.
+        other_than: only those of other versions than these, see `versions_key`.
+
+    Returns:
+        Number of trials that were taken away.
+    """
+    where, values = _which(before, failed, other_than)
+    with _explained(_path_of(ledger)):
+        count: int = ledger.execute(f"DELETE FROM trials{where}", values).rowcount
+        if not failed:
+            ledger.execute(f"DELETE FROM recordings{where}", values)
+        ledger.execute("VACUUM")
+    return count
+
+
+def _which(
+    before: datetime | None, failed: bool, other_than: str | None
+) -> tuple[str, tuple[str, ...]]:
+    conditions = ["outcome = 'failed'"] * failed
+    values: list[str] = []
+    if before is not None:
+        conditions.append("time_utc < ?")
+        values.append(before.astimezone(timezone.utc).isoformat(timespec="seconds"))
+    if other_than is not None:
+        conditions.append("versions_key != ?")
+        values.append(other_than)
+    return (" WHERE " + " AND ".join(conditions) if conditions else ""), tuple(values)
+
+
 def versions_key() -> str:
     """Canonical text of the versions that decide a trial's outcome, without importing them."""
     versions = {

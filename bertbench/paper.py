@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bertbench.workload import Workload
+
 PAPER_MODELS = ("bert-base", "bert-large")
 PAPER_SEQ_LENS = (64, 128, 256, 320, 384, 512)
 
@@ -20,3 +22,9 @@ PUBLISHED_MAX_BATCH = {
     ("bert-large", 512): 0,
 }
 """Maximum batch of the original release on a Titan X with 12 GB, from its README."""
+
+
+def published_ratio(workload: Workload, max_batch: int) -> str:
+    """Write how many times the published maximum batch a batch is; "-" where there is none."""
+    published = PUBLISHED_MAX_BATCH.get((workload.model, workload.seq_len))
+    return f"{max_batch / published:.2f}" if published else "-"

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bertbench.allocations import Recording
+from bertbench.cost import device_rates, predict_step_seconds
 from bertbench.devices import Budget, allocator_regions
 from bertbench.extrapolation import extrapolate, largest_batch
-from bertbench.footprint import predict_footprint
+from bertbench.footprint import max_micro_batch, predict_footprint
 from bertbench.ledger import (
     find,
     find_allocations,
@@ -22,9 +23,13 @@ from bertbench.ledger import (
 )
 from bertbench.repetition import Recorded
 from bertbench.search import LARGEST_BATCH, SearchResult, find_max_batch
-from bertbench.trial import Trial, measure_batches
+from bertbench.trial import TIMEOUT_SECONDS, Trial, measure_batches
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import examples_per_block
+
+_PLENTY = 10.0
+_START_SECONDS = 5.0
+_ALLOCATOR_WAITS_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,19 @@ class Cell:
     result: SearchResult
     seconds: float
 
+    def curve(self) -> list[dict[str, Any]]:
+        """Examples per second of every batch that fits, by the last trial of each."""
+        last = {trial.batch: trial for trial in self.result.trials if trial.step_seconds}
+        return [
+            {
+                "batch": batch,
+                "examples_per_second": round(
+                    batch * self.levers.accumulation_steps / (trial.step_seconds or 1.0), 3
+                ),
+            }
+            for batch, trial in sorted(last.items())
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Values under the keys of a probe file."""
         result = self.result
@@ -58,6 +76,7 @@ class Cell:
             "message": result.message,
             "missing_bytes": result.missing_bytes,
             "trials": [trial.to_json() for trial in result.trials],
+            "curve": self.curve(),
             "measured": result.measured,
             "seconds": round(self.seconds, 3),
         }
@@ -73,6 +92,8 @@ def probe_cell(
     certify: bool = True,
     fresh: bool = False,
     steps: int = 3,
+    timeout_seconds: float | None = None,
+    on_attempt: Callable[[Sequence[int]], None] = lambda batches: None,
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> Cell:
     """Find and certify the largest batch of a cell; every trial goes to the ledger at once.
@@ -86,12 +107,18 @@ def probe_cell(
         certify: measure both sides of the limit in fresh processes.
         fresh: measure again what the ledger knows.
         steps: optimizer steps of a trial, at least 2.
+        timeout_seconds: longest time of a trial; None for what is plenty by the trials so far.
+        on_attempt: called with the batches before they are tried.
         on_trial: called after every trial that was measured.
     """
     began = time.monotonic()
     versions = versions_key()
 
+    known = [] if fresh else find(ledger, budget, versions, workload, levers)
+    measured = list(known)
+
     def keep(trial: Trial) -> None:
+        measured.append(trial)
         record(ledger, budget, versions, workload, levers, trial)
         on_trial(trial)
 
@@ -107,12 +134,14 @@ def probe_cell(
         return sum(one.seq_len == workload.seq_len for one in recorded) >= 2
 
     def measure(batches: Sequence[int], fresh: bool) -> list[Trial]:
+        on_attempt(batches)
         return measure_batches(
             workload,
             levers,
             budget,
             batches,
             steps=steps,
+            timeout_seconds=timeout_seconds or plenty_seconds(measured, max(batches), steps),
             fresh=fresh,
             on_trial=keep,
             on_recording=keep_recording if fresh and len(batches) > 1 and not enough() else None,
@@ -131,7 +160,7 @@ def probe_cell(
 
     result = find_max_batch(
         measure,
-        known=[] if fresh else find(ledger, budget, versions, workload, levers),
+        known=known,
         predict_peak_bytes=lambda batch: (
             predict_footprint(workload, levers, batch, device_kind=budget.device.kind).peak_bytes
         ),
@@ -142,6 +171,30 @@ def probe_cell(
         certify=certify,
     )
     return Cell(workload, levers, result, time.monotonic() - began)
+
+
+def predict_cell_seconds(
+    budget: Budget, workload: Workload, levers: Levers, steps: int = 3
+) -> float:
+    """Guess how long a cell takes: two small batches, the limit, and one that does not fit."""
+    limit = max_micro_batch(workload, levers, budget.budget_bytes, device_kind=budget.device.kind)
+    rates = device_rates(budget.device)
+    seconds = _ALLOCATOR_WAITS_SECONDS
+    for batch, its_steps in (
+        (limit // 8, steps + 2), (limit // 3, steps + 2), (limit, steps), (limit + 1, 1),
+    ):  # fmt: skip
+        step_seconds = predict_step_seconds(workload, levers, max(batch, 1), rates)
+        seconds += _START_SECONDS + its_steps * step_seconds
+    return seconds
+
+
+def plenty_seconds(trials: Sequence[Trial], batch: int, steps: int) -> float:
+    """Time after which a trial of a batch must be hanging, by what others took."""
+    seconds_an_example = max(
+        (t.step_seconds / t.batch for t in trials if t.step_seconds is not None), default=0.0
+    )
+    # A first step takes longer than the others, and recording repeats it.
+    return max(TIMEOUT_SECONDS, _PLENTY * seconds_an_example * batch * (steps + 3))
 
 
 def _examples_per_block(workload: Workload, levers: Levers, seq_len: int) -> list[int]:

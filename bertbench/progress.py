@@ -71,12 +71,13 @@ def progress(description: str, total: int, unit: str, first: int = 0) -> Iterato
             return
         said, ended = now, ended or ends_now
         left = (now - began) / max(done - first, 1) * (total - done)
-        say(f"{description}: {done}/{total} {unit}, {_duration(left)} left {note}".rstrip())
+        say(f"{description}: {done}/{total} {unit}, {describe_duration(left)} left {note}".rstrip())
 
     yield advance
 
 
-def _duration(seconds: float) -> str:
+def describe_duration(seconds: float) -> str:
+    """Write a time as in `2 min 05 s`."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

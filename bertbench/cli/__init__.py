@@ -19,6 +19,7 @@ _VERBS = {
     "eval": "Official metrics of predictions.",
     "export": "Fine-tuned weights for other tools.",
     "fetch": "Data sets and Google's BERT releases, by name.",
+    "ledger": "The record of all trials: list, export, prune.",
     "plan": "Fastest lever setting that fits, for a target batch.",
     "probe": "Largest batch that really fits, certified.",
     "run": "Fine-tune, predict and evaluate with a plan.",

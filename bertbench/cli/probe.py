@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 
 from bertbench.bytes import MIB_BYTES, format_bytes
 from bertbench.catalogue import check_levers
+from bertbench.checking import Check, check_claim, read_claims
 from bertbench.cli.common import (
     CONTEXT,
     MemorySize,
@@ -19,11 +21,20 @@ from bertbench.cli.common import (
     terminal,
     write_json,
 )
-from bertbench.devices import Budget, check_free, make_budget, resolve_device
+from bertbench.cli.probe_view import build_check_table, build_table, describe, headline, shown
+from bertbench.devices import (
+    Budget,
+    Device,
+    check_alone,
+    check_free,
+    make_budget,
+    resolve_device,
+)
 from bertbench.errors import WorkError
-from bertbench.ledger import open_ledger
-from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS, PUBLISHED_MAX_BATCH
-from bertbench.probing import Cell, probe_cell
+from bertbench.ledger import default_ledger_path, open_ledger, versions_key
+from bertbench.locking import lock_path, locked
+from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
+from bertbench.probing import Cell, predict_cell_seconds, probe_cell
 from bertbench.progress import say
 from bertbench.trial import Trial
 from bertbench.workload import Levers, published_workload
@@ -73,6 +84,14 @@ _PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
 )
 @click.option("--xla", is_flag=True, help="Compile the step with XLA.")
 @click.option("--max-batch", type=click.IntRange(1), help="Look no further than this batch.")
+@click.option(
+    "--trial-timeout",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="Kill a trial that takes longer. Default: ten times what the others let expect, at "
+    "least 15 minutes.",
+)
+@click.option("--share", is_flag=True, help="Go on though others use the GPU, with what is free.")
 @click.option("--no-certify", is_flag=True, help="Do not repeat the limit in fresh processes.")
 @click.option(
     "--resume/--fresh",
@@ -85,6 +104,12 @@ _PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
     "ledger_file",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Record of all trials. Default: the user's.",
+)
+@click.option(
+    "--check",
+    "checked_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Repeat both trials of every certificate in an earlier probe's --json FILE.",
 )
 @json_option
 def command(
@@ -100,9 +125,12 @@ def command(
     placement: str,
     xla: bool,
     max_batch: int | None,
+    trial_timeout: float | None,
+    share: bool,
     no_certify: bool,
     resume: bool,
     ledger_file: Path | None,
+    checked_file: Path | None,
     json_file: Path | None,
 ) -> None:  # fmt: skip
     """Largest batch that really fits, per model and sequence length, certified.
@@ -115,7 +143,13 @@ def command(
     Example:
       bertbench probe --models bert-base --seq-lens 128,384 --memory 12GiB
     """
+    ledger_path = ledger_file or default_ledger_path()
+    if checked_file is not None:
+        _check(checked_file, ledger_path, share, trial_timeout, json_file)
+        return
     found = resolve_device(device)
+    if not share:
+        check_alone(found)
     on_cpu = found.kind == "cpu"
     if memory is None and on_cpu:
         budget = make_budget(found, min(_CPU_DEFAULT_BYTES, found.total_bytes))
@@ -137,36 +171,46 @@ def command(
     )
     check_levers(found.kind, found.name, levers)
     workloads = [published_workload(name, length, head) for name in names for length in lengths]
+    estimates = [predict_cell_seconds(budget, workload, levers) for workload in workloads]
 
-    cells: list[Cell] = []
     interrupted = False
-    with open_ledger(ledger_file) as ledger:
+    with (
+        open_ledger(ledger_path) as ledger,
+        shown(budget, levers, workloads, estimates) as view,
+    ):
         try:
             for workload in workloads:
-                title = f"[{len(cells) + 1}/{len(workloads)}] {workload.model} {workload.seq_len}"
-
-                def on_trial(trial: Trial, title: str = title) -> None:
-                    say(f"{title}: {_describe(trial)}")
-
-                cell = probe_cell(
-                    ledger,
-                    budget,
-                    workload,
-                    levers,
-                    max_batch=max_batch,
-                    certify=not no_certify,
-                    fresh=not resume,
-                    on_trial=on_trial,
-                )
-                if not cell.result.measured:
-                    say(f"{title}: known from the ledger")
-                cells.append(cell)
+                with _locked(ledger_path, found):
+                    view.cell(
+                        probe_cell(
+                            ledger,
+                            budget,
+                            workload,
+                            levers,
+                            max_batch=max_batch,
+                            certify=not no_certify,
+                            fresh=not resume,
+                            timeout_seconds=trial_timeout,
+                            on_attempt=view.attempt,
+                            on_trial=view.trial,
+                        )
+                    )
         except KeyboardInterrupt:
             interrupted = True
+    cells = view.cells
     if json_file is not None:
         write_json(json_file, _to_json(budget, cells))
     if str(json_file) != "-":
-        _show(budget, levers, cells)
+        console = terminal()
+        console.print(headline(budget, levers), soft_wrap=True)
+        console.print(build_table(cells, workloads[: len(cells)], levers))
+        if interrupted and view.trials:
+            fitting = [trial.batch for trial in view.trials if trial.outcome == "fits"]
+            console.print(
+                f"interrupted at {view.title}: batch {max(fitting, default=0)} fits; the same "
+                "command goes on from there",
+                soft_wrap=True,
+            )
     if interrupted:
         raise KeyboardInterrupt
     failed = [cell for cell in cells if cell.result.stopped_by == "failed"]
@@ -174,6 +218,64 @@ def command(
         raise WorkError(
             f"{len(failed)} of {len(cells)} cells failed, the first one with: "
             f"{failed[0].result.message}"
+        )
+
+
+def _locked(ledger_path: Path, device: Device) -> contextlib.AbstractContextManager[None]:
+    return locked(
+        lock_path(ledger_path, device),
+        lambda: say(f"waiting for another probe of {device.label} to finish its cell"),
+    )
+
+
+def _check(
+    path: Path,
+    ledger_path: Path,
+    share: bool,
+    timeout_seconds: float | None,
+    json_file: Path | None,
+) -> None:
+    """Repeat the certificates of a file and say which hold."""
+    budget, claims, others = read_claims(path)
+    if not share:
+        check_alone(budget.device)
+    check_free(budget)
+    if not claims:
+        raise InputError("no cell has a certificate", path=path)
+    checks: list[Check] = []
+    with open_ledger(ledger_path) as ledger:
+        for number, claim in enumerate(claims, 1):
+            title = f"[{number}/{len(claims)}] {claim.workload.model} {claim.workload.seq_len}"
+
+            def on_trial(trial: Trial, title: str = title) -> None:
+                say(f"{title}: {describe(trial)}")
+
+            with _locked(ledger_path, budget.device):
+                checks.append(
+                    check_claim(
+                        ledger, budget, claim, timeout_seconds=timeout_seconds, on_trial=on_trial
+                    )
+                )
+    if json_file is not None:
+        write_json(
+            json_file,
+            {
+                "device": {**budget.device.to_json(), "budget_bytes": budget.budget_bytes},
+                "versions": json.loads(versions_key()),
+                "cells": [check.to_json() for check in checks],
+            },
+        )
+    if str(json_file) != "-":
+        console = terminal()
+        console.print(build_check_table(checks))
+        if others:
+            console.print(f"{others} more without a certificate, not checked", soft_wrap=True)
+    wrong = [check for check in checks if check.wrong]
+    if wrong:
+        trial = wrong[0].wrong[0]
+        raise WorkError(
+            f"{len(wrong)} of {len(checks)} certificates do not hold, the first one of "
+            f"{wrong[0].claim.workload.model} {wrong[0].claim.workload.seq_len}: {describe(trial)}"
         )
 
 
@@ -190,70 +292,9 @@ def _length(item: str) -> int:
     return int(item)
 
 
-def _describe(trial: Trial) -> str:
-    if trial.outcome == "fits" and trial.peak_bytes is not None:
-        return f"batch {trial.batch} fits, peak {format_bytes(trial.peak_bytes)}"
-    if trial.outcome == "oom":
-        return f"batch {trial.batch} runs out of memory"
-    return f"batch {trial.batch} failed ({trial.message})"
-
-
 def _to_json(budget: Budget, cells: Sequence[Cell]) -> dict[str, Any]:
     return {
         "device": {**budget.device.to_json(), "budget_bytes": budget.budget_bytes},
+        "versions": json.loads(versions_key()),
         "cells": [cell.to_json() for cell in cells],
     }
-
-
-def _show(budget: Budget, levers: Levers, cells: Sequence[Cell]) -> None:
-    console = terminal()
-    console.print(
-        f"largest batch, {format_bytes(budget.budget_bytes)} on {budget.device.name}, "
-        f"checkpointing {levers.describe()}",
-        soft_wrap=True,
-    )
-    published = any((c.workload.model, c.workload.seq_len) in PUBLISHED_MAX_BATCH for c in cells)
-    table = Table(box=None, pad_edge=False)
-    titles = ["model", "seq", "max batch", "peak", "examples/s", "trials", "evidence"]
-    if published:
-        titles.append("Titan X 12 GB")
-    for title in titles:
-        left = title in ("model", "evidence")
-        table.add_column(title, justify="left" if left else "right", no_wrap=True)
-    for cell in cells:
-        result = cell.result
-        best = result.certificate.fits if result.certificate else None
-        best = best or next(
-            (t for t in result.trials if t.batch == result.max_batch and t.outcome == "fits"), None
-        )
-        rate = (
-            f"{best.batch * levers.accumulation_steps / best.step_seconds:.1f}"
-            if best and best.step_seconds
-            else "-"
-        )
-        row = [
-            cell.workload.model,
-            str(cell.workload.seq_len),
-            f"{'≥ ' if result.stopped_by == 'max_batch' else ''}{result.max_batch}",
-            format_bytes(best.peak_bytes) if best and best.peak_bytes else "-",
-            rate,
-            str(result.measured),
-            _evidence(cell),
-        ]
-        if published:
-            row.append(
-                str(PUBLISHED_MAX_BATCH.get((cell.workload.model, cell.workload.seq_len), "-"))
-            )
-        table.add_row(*row)
-    console.print(table)
-
-
-def _evidence(cell: Cell) -> str:
-    result = cell.result
-    if result.stopped_by == "failed":
-        return "failed"
-    if result.stopped_by == "max_batch":
-        return "not the limit"
-    if result.contradictions:
-        return "contradictory"
-    return "certified" if result.certificate else "not certified"

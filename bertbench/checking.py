@@ -1,0 +1,152 @@
+"""Whether the certificates of an earlier probe hold: the trials on both sides, once more."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bertbench.devices import Budget, Device, make_budget, resolve_device
+from bertbench.ledger import find, record, versions_key
+from bertbench.probing import plenty_seconds
+from bertbench.trial import Trial, measure_batches
+from bertbench.workload import Levers, Workload, levers_from_json, published_workload
+from finetune.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What a probe's file says of one cell.
+
+    Attributes:
+        workload: model, head and sequence length.
+        levers: lever settings.
+        fits: batch that is said to fit; 0 if none does.
+        oom: batch that is said to run out of memory.
+    """
+
+    workload: Workload
+    levers: Levers
+    fits: int
+    oom: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A claim, and the trials that were made to check it.
+
+    Attributes:
+        claim: what was said.
+        trials: of the batch that should fit, if there is one, and of the one that should not.
+    """
+
+    claim: Claim
+    trials: tuple[Trial, ...]
+
+    @property
+    def wrong(self) -> tuple[Trial, ...]:
+        """Trials that ended in another way than was claimed."""
+        claim = self.claim
+        return tuple(
+            trial
+            for trial in self.trials
+            if trial.outcome != ("fits" if trial.batch == claim.fits else "oom")
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Values for JSON."""
+        claim = self.claim
+        return {
+            "model": claim.workload.model,
+            "head": claim.workload.head,
+            "seq_len": claim.workload.seq_len,
+            "levers": claim.levers.to_json(),
+            "max_batch": claim.fits,
+            "confirmed": not self.wrong,
+            "trials": [trial.to_json() for trial in self.trials],
+        }
+
+
+def read_claims(path: Path) -> tuple[Budget, list[Claim], int]:
+    """Read a file that `bertbench probe --json` wrote.
+
+    Returns:
+        The budget, on the device as it is now; the certified cells; the number of other cells.
+
+    Raises:
+        InputError: not such a file, or of a device that is not here.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        device, budget_bytes = values["device"], int(values["device"]["budget_bytes"])
+        kind, name, uuid = device["kind"], device["name"], device["uuid"]
+        driver = device["driver"]
+        cells = [cell for cell in values["cells"] if cell["certificate"]]
+        claims = [
+            Claim(
+                published_workload(cell["model"], cell["seq_len"], cell["head"]),
+                levers_from_json(cell["levers"]),
+                cell["certificate"]["fits"]["batch"] if cell["certificate"]["fits"] else 0,
+                cell["certificate"]["oom"]["batch"],
+            )
+            for cell in cells
+        ]
+        others = len(values["cells"]) - len(cells)
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", path=path) from error
+    except InputError:  # a model or lever that this version does not know
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            "not a probe's result", path=path, hint="give a file of `bertbench probe --json`"
+        ) from error
+    found = _same_device(kind, uuid, device["index"])
+    if (found.name, found.driver) != (name, driver):
+        raise InputError(
+            f"measured on {name} with driver {driver}, and {found.label} here is {found.name} "
+            f"with driver {found.driver}",
+            path=path,
+            hint="certificates hold for the device that they were measured on; probe this one",
+        )
+    return make_budget(found, budget_bytes), claims, others
+
+
+def check_claim(
+    ledger: sqlite3.Connection,
+    budget: Budget,
+    claim: Claim,
+    *,
+    steps: int = 3,
+    timeout_seconds: float | None = None,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
+) -> Check:
+    """Repeat both trials of a certificate in fresh processes; the ledger keeps them too."""
+    versions = versions_key()
+
+    def keep(trial: Trial) -> None:
+        record(ledger, budget, versions, claim.workload, claim.levers, trial)
+        on_trial(trial)
+
+    trials: list[Trial] = []
+    known = find(ledger, budget, versions, claim.workload, claim.levers)
+    for batch in (claim.fits, claim.oom):
+        if batch:
+            trials += measure_batches(
+                claim.workload,
+                claim.levers,
+                budget,
+                [batch],
+                steps=steps,
+                timeout_seconds=timeout_seconds or plenty_seconds(known, batch, steps),
+                on_trial=keep,
+            )
+    return Check(claim, tuple(trials))
+
+
+def _same_device(kind: str, uuid: str | None, index: int) -> Device:
+    if kind == "gpu":
+        return resolve_device(f"gpu:{uuid or index}")
+    return resolve_device(kind)

@@ -1,0 +1,218 @@
+"""`bertbench ledger`: what was measured, as a list, for other tools, and less of it."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from bertbench.bytes import format_bytes
+from bertbench.cli.common import CONTEXT, json_option, terminal, write_json
+from bertbench.ledger import (
+    LedgerRow,
+    count_prunable,
+    default_ledger_path,
+    open_ledger,
+    prune,
+    read_rows,
+    versions_key,
+)
+from bertbench.workload import levers_from_json
+from finetune.errors import InputError
+
+_ledger_option = click.option(
+    "--ledger",
+    "ledger_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Record of all trials. Default: the user's.",
+)
+
+
+@click.group(context_settings=CONTEXT)
+def command() -> None:
+    """The record of all trials: list it, export it, take away what is not wanted.
+
+    \b
+    Example:
+      bertbench ledger list
+      bertbench ledger export trials.csv
+      bertbench ledger prune --older-than 90
+    """
+
+
+@command.command("list", context_settings=CONTEXT)
+@_ledger_option
+@click.option("--trials", "each", is_flag=True, help="Every trial, not one line for each limit.")
+@json_option
+def list_(ledger_file: Path | None, each: bool, json_file: Path | None) -> None:
+    """What was measured: for every model, length, lever setting and budget the limit found so far.
+
+    \b
+    Example:
+      bertbench ledger list --trials
+    """
+    path, rows = _read(ledger_file)
+    limits = _limits(rows)
+    if json_file is not None:
+        write_json(
+            json_file, {"ledger": str(path), "cells": limits, "trials": [_trial(r) for r in rows]}
+        )
+    if str(json_file) == "-":
+        return
+    console = terminal()
+    console.print(f"{path}: {len(rows)} trials of {len(limits)} cells", soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    titles = ("model", "seq", "levers", "budget", "fits", "no more", "trials")
+    if each:
+        titles = ("time (UTC)", "model", "seq", "levers", "batch", "outcome", "peak")
+    for title in titles:
+        left = title in ("model", "levers", "outcome", "time (UTC)")
+        table.add_column(title, justify="left" if left else "right", no_wrap=title != "levers")
+    if each:
+        for row in rows:
+            peak = format_bytes(row.trial.peak_bytes) if row.trial.peak_bytes else "-"
+            table.add_row(
+                row.time_utc[:16].replace("T", " "), row.model, str(row.seq_len),
+                _levers(row.levers), str(row.trial.batch), row.trial.outcome, peak,
+            )  # fmt: skip
+    else:
+        for cell in limits:
+            table.add_row(
+                cell["model"], str(cell["seq_len"]), _levers(cell["levers"]),
+                format_bytes(cell["budget_bytes"]), _number(cell["largest_that_fits"]),
+                _number(cell["smallest_out_of_memory"]), str(cell["trials"]),
+            )  # fmt: skip
+    console.print(table)
+
+
+@command.command("export", context_settings=CONTEXT)
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@_ledger_option
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+def export_(file: Path, ledger_file: Path | None, force: bool) -> None:
+    """Write all trials to FILE: .csv, .parquet or .json, a row for each.
+
+    \b
+    Example:
+      bertbench ledger export trials.csv
+    """
+    from bertbench.ledger_export import export
+
+    _, rows = _read(ledger_file)
+    export(rows, file, overwrite=force)
+    click.echo(f"{file}: {len(rows)} trials")
+
+
+@command.command("prune", context_settings=CONTEXT)
+@_ledger_option
+@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Older ones.")
+@click.option("--failed", is_flag=True, help="Those that failed for another reason than memory.")
+@click.option(
+    "--other-versions",
+    is_flag=True,
+    help="Those of other versions of TensorFlow, Python or bertbench than these.",
+)
+@click.option("--all", "everything", is_flag=True, help="All.")
+@click.option("--yes", is_flag=True, help="Do it; without this only the number is said.")
+def prune_(
+    ledger_file: Path | None,
+    older_than: float | None,
+    failed: bool,
+    other_versions: bool,
+    everything: bool,
+    yes: bool,
+) -> None:
+    """Take trials away. With several flags those that all of them name.
+
+    \b
+    Example:
+      bertbench ledger prune --older-than 90 --yes
+    """
+    if not (older_than is not None or failed or other_versions or everything):
+        raise InputError(
+            "nothing says which trials to take away",
+            hint="give --older-than DAYS, --failed, --other-versions or --all",
+        )
+    path = ledger_file or default_ledger_path()
+    _exists(path)
+    before = None
+    if older_than is not None:
+        before = datetime.now(timezone.utc) - timedelta(days=older_than)
+    versions = versions_key() if other_versions else None
+    with open_ledger(path) as ledger:
+        if not yes:
+            count = count_prunable(ledger, before=before, failed=failed, other_than=versions)
+            click.echo(f"{path}: would take {count} trials away; add --yes to do it")
+            return
+        count = prune(ledger, before=before, failed=failed, other_than=versions)
+    click.echo(f"{path}: took {count} trials away")
+
+
+def _read(ledger_file: Path | None) -> tuple[Path, list[LedgerRow]]:
+    path = ledger_file or default_ledger_path()
+    _exists(path)
+    with open_ledger(path) as ledger:
+        return path, read_rows(ledger)
+
+
+def _exists(path: Path) -> None:
+    if not path.exists():
+        raise InputError("no such ledger", path=path, hint="`bertbench probe` makes one")
+
+
+def _limits(rows: list[LedgerRow]) -> list[dict[str, Any]]:
+    """One line for each question: the largest batch that fits, and the smallest that does not."""
+    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = (row.model, row.head, row.seq_len, str(row.levers), row.budget_bytes, row.device,
+               str(row.versions))  # fmt: skip
+        cell = cells.setdefault(
+            key,
+            {
+                "model": row.model,
+                "head": row.head,
+                "seq_len": row.seq_len,
+                "levers": row.levers,
+                "budget_bytes": row.budget_bytes,
+                "device": row.device,
+                "versions": row.versions,
+                "largest_that_fits": None,
+                "smallest_out_of_memory": None,
+                "trials": 0,
+            },
+        )
+        cell["trials"] += 1
+        batch = row.trial.batch
+        if row.trial.outcome == "fits":
+            cell["largest_that_fits"] = max(cell["largest_that_fits"] or 0, batch)
+        elif row.trial.outcome == "oom":
+            cell["smallest_out_of_memory"] = min(cell["smallest_out_of_memory"] or batch, batch)
+    return list(cells.values())
+
+
+def _trial(row: LedgerRow) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "time_utc": row.time_utc,
+        "device": row.device,
+        "budget_bytes": row.budget_bytes,
+        "model": row.model,
+        "head": row.head,
+        "seq_len": row.seq_len,
+        "levers": row.levers,
+        "versions": row.versions,
+        **row.trial.to_json(),
+    }
+
+
+def _levers(values: dict[str, Any]) -> str:
+    levers = levers_from_json(values)
+    steps = levers.accumulation_steps
+    return levers.describe() + (f", {steps} micro-batches" if steps > 1 else "")
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else str(value)

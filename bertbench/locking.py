@@ -1,0 +1,58 @@
+"""One probe of a device at a time: two would meet each other's memory, and repeat each other."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bertbench.devices import Device
+from finetune.errors import InputError
+
+_ASK_EVERY_SECONDS = 0.2
+
+
+def lock_path(ledger_path: Path, device: Device) -> Path:
+    """File that is locked while a device is probed, beside the ledger."""
+    return ledger_path.with_name(f"{ledger_path.name}.{device.uuid or device.label}.lock")
+
+
+@contextlib.contextmanager
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock in the block; the system releases it when the process ends, however it does.
+
+    Args:
+        path: a file, made if it does not exist and left there empty: were it deleted, another
+            process could hold a lock on the deleted file while a third makes a new one.
+        on_wait: called once if another process holds it.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise InputError(
+            f"cannot lock the device ({error.strerror})",
+            path=path,
+            hint="choose another ledger with --ledger",
+        ) from error
+    with file:
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                # A folder on a network may know no locks; nothing is lost there but this.
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    break
+            if not waiting:
+                waiting = True
+                on_wait()
+            time.sleep(_ASK_EVERY_SECONDS)
+        yield

@@ -1,0 +1,314 @@
+"""The probe's command on a simulated device: what it shows, checks, waits for and keeps."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from rich.console import Console
+
+from bertbench import checking, probing
+from bertbench.bytes import MIB_BYTES
+from bertbench.cli import ledger as ledger_cli
+from bertbench.cli import probe as probe_cli
+from bertbench.cli.probe_view import View, build_table, shown
+from bertbench.devices import Device, check_alone, make_budget, resolve_device
+from bertbench.errors import WorkError
+from bertbench.ledger import open_ledger, read_rows
+from bertbench.locking import lock_path, locked
+from bertbench.probing import Cell, plenty_seconds, predict_cell_seconds
+from bertbench.search import Certificate, SearchResult
+from bertbench.trial import TIMEOUT_SECONDS, Trial
+from bertbench.workload import Levers, published_workload
+from finetune.errors import InputError
+
+LIMIT = 21
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """Let trials be simulated: at a sequence length that many examples fit."""
+    limits = {64: LIMIT, 128: 9}
+
+    def measure(
+        workload: Any, levers: Any, budget: Any, batches: Sequence[int], *,
+        on_trial: Callable[[Trial], None], **other: Any,
+    ) -> list[Trial]:  # fmt: skip
+        assert other["timeout_seconds"] >= TIMEOUT_SECONDS
+        trials: list[Trial] = []
+        for batch in batches:
+            trial = Trial(batch, "oom", seconds=11.0, message="OOM when allocating", fresh=True)
+            if batch <= limits[workload.seq_len]:
+                trial = Trial(batch, "fits", (50 + batch) * MIB_BYTES, 0.1 * batch, 2.0, fresh=True)
+            trials.append(trial)
+            on_trial(trial)
+            if trial.outcome == "oom":
+                break
+        return trials
+
+    monkeypatch.setattr(probing, "measure_batches", measure)
+    monkeypatch.setattr(checking, "measure_batches", measure)
+    return limits
+
+
+def probe(tmp_path: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(
+        probe_cli.command,
+        ["--models", "bert-tiny", "--device", "cpu", "--memory", "256MiB",
+         "--ledger", str(tmp_path / "l.sqlite"), *arguments],
+    )  # fmt: skip
+
+
+def test_the_file_has_certificates_a_curve_and_versions(
+    tmp_path: Path, limits: dict[int, int]
+) -> None:
+    path = tmp_path / "p.json"
+    result = probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    values = json.loads(path.read_text())
+    assert values["versions"]["tensorflow"].startswith("2.")
+    assert [cell["max_batch"] for cell in values["cells"]] == [LIMIT, 9]
+    for cell in values["cells"]:
+        batches = [point["batch"] for point in cell["curve"]]
+        assert batches == sorted(t["batch"] for t in cell["trials"] if t["outcome"] == "fits")
+        assert all(point["examples_per_second"] == 10 for point in cell["curve"])
+        assert cell["certificate"]["oom"]["batch"] == cell["max_batch"] + 1
+    assert "min" in result.output or " s left" in result.output  # an estimate of what is left
+
+
+def test_certificates_are_checked_by_new_trials(tmp_path: Path, limits: dict[int, int]) -> None:
+    path, checked = tmp_path / "p.json", tmp_path / "checked.json"
+    probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
+    with open_ledger(tmp_path / "l.sqlite") as ledger:
+        before = len(read_rows(ledger))
+    result = probe(tmp_path, "--check", str(path), "--json", str(checked))
+    assert result.exit_code == 0, result.output
+    assert result.output.count("holds") == 2
+    cells = json.loads(checked.read_text())["cells"]
+    assert [cell["confirmed"] for cell in cells] == [True, True]
+    assert [t["batch"] for t in cells[0]["trials"]] == [LIMIT, LIMIT + 1]
+    with open_ledger(tmp_path / "l.sqlite") as ledger:
+        assert len(read_rows(ledger)) == before + 4
+
+    for limit, word in ((LIMIT - 1, "batch 21 runs out of memory"), (LIMIT + 1, "batch 22 fits")):
+        limits[64] = limit
+        result = probe(tmp_path, "--check", str(path), "--json", str(checked))
+        assert isinstance(result.exception, WorkError)
+        assert "1 of 2 certificates do not hold" in str(result.exception)
+        assert word in str(result.exception)
+        cells = json.loads(checked.read_text())["cells"]
+        assert [cell["confirmed"] for cell in cells] == [False, True]
+
+
+def test_a_limit_of_zero_is_checked_too(tmp_path: Path, limits: dict[int, int]) -> None:
+    limits[64] = 0
+    path = tmp_path / "p.json"
+    probe(tmp_path, "--seq-lens", "64", "--json", str(path))
+    assert json.loads(path.read_text())["cells"][0]["max_batch"] == 0
+    assert probe(tmp_path, "--check", str(path)).exit_code == 0
+    limits[64] = 1
+    assert isinstance(probe(tmp_path, "--check", str(path)).exception, WorkError)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v: v["device"].update(name="Another CPU"), "measured on Another CPU"),
+        (lambda v: v["device"].update(kind="gpu", uuid="GPU-77"), "no GPU"),
+        (lambda v: v.update(cells=[]), "no cell has a certificate"),
+        (lambda v: v.pop("device"), "not a probe's result"),
+        (lambda v: v["cells"][0].update(model="bert-what"), "bert-what"),
+    ],
+)
+def test_a_file_that_cannot_be_checked_is_refused(
+    tmp_path: Path, limits: dict[int, int], change: Callable[[Any], None], words: str
+) -> None:
+    path = tmp_path / "p.json"
+    probe(tmp_path, "--seq-lens", "64", "--json", str(path))
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    result = probe(tmp_path, "--check", str(path))
+    assert isinstance(result.exception, InputError)
+    assert words in str(result.exception)
+
+
+def test_what_is_known_is_printed_when_interrupted(
+    tmp_path: Path, limits: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = probing.measure_batches
+
+    def interrupted(workload: Any, *arguments: Any, **keywords: Any) -> list[Trial]:
+        found = measure(workload, *arguments, **keywords)
+        if workload.seq_len == 128 and found[-1].outcome == "fits" and found[-1].batch > 2:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(probing, "measure_batches", interrupted)
+    path = tmp_path / "p.json"
+    result = probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
+    assert result.exit_code != 0
+    assert [cell["max_batch"] for cell in json.loads(path.read_text())["cells"]] == [LIMIT]
+    assert "interrupted at [2/2] bert-tiny 128: batch" in result.output
+    monkeypatch.setattr(probing, "measure_batches", measure)
+    again = probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
+    assert "[1/2] bert-tiny 64: known from the ledger" in again.output
+    assert [c["max_batch"] for c in json.loads(path.read_text())["cells"]] == [LIMIT, 9]
+
+
+def hold(path: str, seconds: float, events: Any) -> None:
+    with locked(Path(path), lambda: events.put("waits")):
+        events.put("holds")
+        time.sleep(seconds)
+
+
+def test_a_second_probe_of_a_device_waits_and_repeats_nothing(
+    tmp_path: Path, limits: dict[int, int]
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    events = context.Queue()
+    path = lock_path(tmp_path / "l.sqlite", resolve_device("cpu"))
+    other = context.Process(target=hold, args=(str(path), 60.0, events))
+    other.start()
+    try:
+        assert events.get(timeout=60) == "holds"
+        third = context.Process(target=hold, args=(str(path), 0.0, events))
+        third.start()
+        assert events.get(timeout=60) == "waits"
+        other.kill()  # the system releases what a killed process holds
+        assert events.get(timeout=60) == "holds"
+        third.join(60)
+    finally:
+        other.kill()
+        other.join()
+    probe(tmp_path, "--seq-lens", "64")
+    with open_ledger(tmp_path / "l.sqlite") as ledger:
+        before = len(read_rows(ledger))
+    probe(tmp_path, "--seq-lens", "64")
+    with open_ledger(tmp_path / "l.sqlite") as ledger:
+        assert len(read_rows(ledger)) == before
+
+
+def test_a_busy_gpu_is_refused() -> None:
+    gib = 1 << 30
+    free = Device("gpu", 0, "Card", "GPU-1", 24 * gib, 23 * gib)
+    check_alone(free)
+    busy = Device("gpu", 0, "Card", "GPU-1", 24 * gib, 20 * gib, ((7, "python", 4 * gib),))
+    with pytest.raises(InputError, match=r"others use gpu:0: .*process 7 \(python\).*--share"):
+        check_alone(busy)
+    check_alone(Device("cpu", 0, "CPU", None, 24 * gib, 2 * gib))
+
+
+def test_a_trial_may_take_ten_times_what_the_others_took() -> None:
+    trials = [Trial(8, "fits", 1, 4.0, 10.0), Trial(9, "oom")]
+    assert plenty_seconds([], 500, 3) == TIMEOUT_SECONDS
+    assert plenty_seconds(trials, 16, 3) == TIMEOUT_SECONDS
+    assert plenty_seconds(trials, 538, 3) == pytest.approx(10 * 0.5 * 538 * 6)
+
+
+def finished(batch: int, seq_len: int, seconds: float = 40.0) -> Cell:
+    fits = Trial(batch, "fits", 11_000 * MIB_BYTES, 12.5, 30.0, fresh=True)
+    oom = Trial(batch + 1, "oom", message="OOM", fresh=True)
+    result = SearchResult(batch, Certificate(fits, oom), "oom", (fits, oom), 2)
+    return Cell(published_workload("bert-large", seq_len), Levers(), result, seconds)
+
+
+def test_the_table_fits_80_columns_beside_the_published_one() -> None:
+    workloads = [published_workload("bert-large", seq_len) for seq_len in (320, 384, 512)]
+    table = build_table([finished(12, 320), finished(10, 384)], workloads, Levers())
+    console = Console(width=200, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split()[-3:] == ["certified", "1", "12.00"]
+    assert lines[2].split()[-3:] == ["certified", "0", "-"]
+    assert lines[3].split() == ["bert-large", "512"]
+
+
+def test_the_live_view_says_what_runs_and_how_long_it_takes() -> None:
+    workloads = [published_workload("bert-large", seq_len) for seq_len in (320, 384, 512)]
+    budget = make_budget(resolve_device("cpu"), 256 * MIB_BYTES)
+    view = View(budget, Levers(), workloads, [20.0, 20.0, 50.0])
+    assert view.left_seconds() == pytest.approx(90, abs=1)
+    view.cell(finished(12, 320))
+    # The first cell took twice as long as was thought.
+    assert view.left_seconds() == pytest.approx(140, abs=1)
+    view.attempt([3, 8])
+    view.trial(Trial(3, "fits", 5000, 1.0))
+    console = Console(width=80, highlight=False)
+    with console.capture() as captured:
+        console.print(view)
+    assert "[2/3] bert-large 384: trying batch 8" in captured.get()
+    assert "about 2 min 20 s left" in captured.get()
+    assert "3 ✓" in captured.get()
+    with shown(budget, Levers(), workloads, [1.0, 1.0, 1.0]) as plain:
+        assert plain.live is None  # the tests' standard error is no terminal
+
+
+def test_the_estimate_of_a_cell_grows_with_the_model() -> None:
+    budget = make_budget(resolve_device("cpu"), 2048 * MIB_BYTES)
+    seconds = [
+        predict_cell_seconds(budget, published_workload(model, 128), Levers())
+        for model in ("bert-mini", "bert-small", "bert-base")
+    ]
+    # Starts, and the allocator's wait, are in each; in the last one hardly a batch fits.
+    assert min(seconds) > 30
+    assert seconds[0] < seconds[1]
+
+
+def ledger(tmp_path: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(
+        ledger_cli.command, [*arguments, "--ledger", str(tmp_path / "l.sqlite")]
+    )
+
+
+def test_the_ledger_is_listed_exported_and_pruned(tmp_path: Path, limits: dict[int, int]) -> None:
+    import pandas as pd
+
+    assert isinstance(ledger(tmp_path, "list").exception, InputError)
+    assert not (tmp_path / "l.sqlite").exists()
+    probe(tmp_path, "--seq-lens", "64,128")
+    with open_ledger(tmp_path / "l.sqlite") as open_:
+        rows = read_rows(open_)
+    result = ledger(tmp_path, "list", "--json", str(tmp_path / "l.json"))
+    assert f"{len(rows)} trials of 2 cells" in " ".join(result.output.split())
+    values = json.loads((tmp_path / "l.json").read_text())
+    limits_found = [
+        (c["seq_len"], c["largest_that_fits"], c["smallest_out_of_memory"]) for c in values["cells"]
+    ]
+    assert limits_found == [(64, LIMIT, LIMIT + 1), (128, 9, 10)]
+    assert len(values["trials"]) == len(rows)
+    assert "oom" in ledger(tmp_path, "list", "--trials").output
+
+    readers = {"csv": pd.read_csv, "parquet": pd.read_parquet, "json": pd.read_json}
+    for ending, read in readers.items():
+        path = tmp_path / f"trials.{ending}"
+        assert ledger(tmp_path, "export", str(path)).exit_code == 0
+        frame = read(path)
+        assert list(frame["batch"]) == [row.trial.batch for row in rows]
+        assert set(frame["checkpointing"]) == {"none"}
+        peaks = [row.trial.peak_bytes for row in rows]
+        assert [None if pd.isna(x) else int(x) for x in frame["peak_bytes"]] == peaks
+        before = path.read_bytes()
+        assert isinstance(ledger(tmp_path, "export", str(path)).exception, InputError)
+        assert path.read_bytes() == before
+        assert ledger(tmp_path, "export", str(path), "--force").exit_code == 0
+    assert isinstance(ledger(tmp_path, "export", str(tmp_path / "x.doc")).exception, InputError)
+    names = sorted(path.name for path in tmp_path.glob("*trials*"))
+    assert names == ["trials.csv", "trials.json", "trials.parquet"]
+
+    assert isinstance(ledger(tmp_path, "prune").exception, InputError)
+    assert "would take 0 trials" in ledger(tmp_path, "prune", "--failed").output
+    assert "took 0" in ledger(tmp_path, "prune", "--older-than", "1", "--yes").output
+    assert "took 0" in ledger(tmp_path, "prune", "--other-versions", "--yes").output
+    assert f"would take {len(rows)} trials" in ledger(tmp_path, "prune", "--all").output
+    assert f"took {len(rows)} trials" in ledger(tmp_path, "prune", "--all", "--yes").output
+    with open_ledger(tmp_path / "l.sqlite") as open_:
+        assert read_rows(open_) == []
