@@ -95,6 +95,7 @@ def probe_cell(
     timeout_seconds: float | None = None,
     on_attempt: Callable[[Sequence[int]], None] = lambda batches: None,
     on_trial: Callable[[Trial], None] = lambda trial: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Cell:
     """Find and certify the largest batch of a cell; every trial goes to the ledger at once.
 
@@ -110,6 +111,7 @@ def probe_cell(
         timeout_seconds: longest time of a trial; None for what is plenty by the trials so far.
         on_attempt: called with the batches before they are tried.
         on_trial: called after every trial that was measured.
+        check: called several times a second; what it raises ends the search and is raised on.
     """
     began = time.monotonic()
     versions = versions_key()
@@ -144,6 +146,7 @@ def probe_cell(
             timeout_seconds=timeout_seconds or plenty_seconds(measured, max(batches), steps),
             fresh=fresh,
             on_trial=keep,
+            check=check,
             on_recording=keep_recording if fresh and len(batches) > 1 and not enough() else None,
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -132,6 +131,7 @@ def measure_batches(
     fresh: bool = False,
     on_trial: Callable[[Trial], None] | None = None,
     on_recording: Callable[[int, Recording], None] | None = None,
+    check: Callable[[], None] = lambda: None,
     target: str = TARGET,
 ) -> list[Trial]:
     """Try rising batches until one does not fit.
@@ -158,6 +158,7 @@ def measure_batches(
         on_trial: called with every trial as soon as it is known, to make it durable.
         on_recording: called with a batch that fits and what it asked of the allocator. Only with
             `fresh`, or for a single batch.
+        check: called several times a second; what it raises ends the trial and is raised on.
         target: `module:function` that trains.
 
     Returns:
@@ -170,7 +171,9 @@ def measure_batches(
     for group in groups:
         record = fresh and on_recording is not None
         part = dataclasses.replace(request, batches=group, record=record)
-        trials += _measure_in_one_process(part, timeout_seconds, on_trial, on_recording, target)
+        trials += _measure_in_one_process(
+            part, timeout_seconds, on_trial, on_recording, check, target
+        )
         if trials[-1].outcome != "fits":
             break
     return trials
@@ -181,6 +184,7 @@ def _measure_in_one_process(
     timeout_seconds: float,
     on_trial: Callable[[Trial], None] | None,
     on_recording: Callable[[int, Recording], None] | None,
+    check: Callable[[], None],
     target: str,
 ) -> list[Trial]:
     trials: list[Trial] = []
@@ -220,13 +224,17 @@ def _measure_in_one_process(
         elif event == "trial":
             add("failed", shorten(f"the trial's process sent a wrong result: {message}"))
 
+    def stop(pid: int) -> str:
+        check()
+        return _host_exhausted(request.budget, pid)
+
     ending = run_isolated(
         target,
         request.to_payload(),
         environment=child_environment(request.budget),
         timeout_seconds=timeout_seconds,
         on_message=on_message,
-        stop=functools.partial(_host_exhausted, request.budget),
+        stop=stop,
     )
     if len(trials) < len(request.batches) and (not trials or trials[-1].outcome == "fits"):
         add(*_explain(ending, timeout_seconds))

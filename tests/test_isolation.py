@@ -379,3 +379,38 @@ def test_a_trial_is_stopped_before_the_host_swaps(
     )
     assert trial.outcome == outcome
     assert words in trial.message
+
+
+def test_what_a_check_raises_ends_the_trial() -> None:
+    began = time.monotonic()
+
+    def check() -> None:
+        if time.monotonic() - began > 1:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        measure_batches(
+            published_workload("bert-tiny", 64),
+            Levers(optimizer="hang@4"),
+            Budget(CPU, 64 * MIB_BYTES),
+            [4],
+            check=check,
+            target="isolation_targets:train",
+        )
+    assert time.monotonic() - began < 60
+
+
+def test_a_clock_that_jumps_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time limits and durations follow the monotonic clock, not the one that people set."""
+    jumps = iter(range(0, 10**9, 10**6))
+    monkeypatch.setattr(time, "time", lambda: float(next(jumps)))
+    (trial,) = measure_batches(
+        published_workload("bert-tiny", 64),
+        Levers(),
+        Budget(CPU, 64 * MIB_BYTES),
+        [4],
+        timeout_seconds=60,
+        target="isolation_targets:train",
+    )
+    assert trial.outcome == "fits"
+    assert trial.seconds < 60

@@ -262,3 +262,15 @@ def test_versions_are_found_without_importing_tensorflow() -> None:
     assert output.strip() == versions_key()
     assert versions["tensorflow"].startswith("2.")
     assert versions["python"] == f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def test_the_order_of_trials_is_that_of_recording_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter(["2030-01-01T00:00:00+00:00", "1999-01-01T00:00:00+00:00"])
+    monkeypatch.setattr(ledger_module, "_now", lambda: next(times))
+    with open_ledger(tmp_path / "ledger.sqlite") as ledger:
+        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
+        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, OOM)
+        assert find(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == [FITS, OOM]
+        assert [row.trial for row in read_rows(ledger)] == [FITS, OOM]

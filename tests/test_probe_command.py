@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from bertbench import checking, probing
+from bertbench import checking, devices, probing
 from bertbench.bytes import MIB_BYTES
 from bertbench.cli import ledger as ledger_cli
 from bertbench.cli import probe as probe_cli
@@ -25,6 +27,7 @@ from bertbench.locking import lock_path, locked
 from bertbench.probing import Cell, plenty_seconds, predict_cell_seconds
 from bertbench.search import Certificate, SearchResult
 from bertbench.trial import TIMEOUT_SECONDS, Trial
+from bertbench.workers import share_out
 from bertbench.workload import Levers, published_workload
 from finetune.errors import InputError
 
@@ -221,7 +224,7 @@ def finished(batch: int, seq_len: int, seconds: float = 40.0) -> Cell:
 
 def test_the_table_fits_80_columns_beside_the_published_one() -> None:
     workloads = [published_workload("bert-large", seq_len) for seq_len in (320, 384, 512)]
-    table = build_table([finished(12, 320), finished(10, 384)], workloads, Levers())
+    table = build_table({0: finished(12, 320), 1: finished(10, 384)}, workloads, Levers())
     console = Console(width=200, highlight=False)
     with console.capture() as captured:
         console.print(table)
@@ -234,22 +237,100 @@ def test_the_table_fits_80_columns_beside_the_published_one() -> None:
 
 def test_the_live_view_says_what_runs_and_how_long_it_takes() -> None:
     workloads = [published_workload("bert-large", seq_len) for seq_len in (320, 384, 512)]
-    budget = make_budget(resolve_device("cpu"), 256 * MIB_BYTES)
-    view = View(budget, Levers(), workloads, [20.0, 20.0, 50.0])
+    view = View(Levers(), workloads, [20.0, 20.0, 50.0])
     assert view.left_seconds() == pytest.approx(90, abs=1)
-    view.cell(finished(12, 320))
+    view.begin(0, "gpu:0")
+    view.cell(0, finished(12, 320))
     # The first cell took twice as long as was thought.
     assert view.left_seconds() == pytest.approx(140, abs=1)
-    view.attempt([3, 8])
-    view.trial(Trial(3, "fits", 5000, 1.0))
+    view.begin(1, "gpu:0")
+    view.attempt(1, [3, 8])
+    view.trial(1, Trial(3, "fits", 5000, 1.0))
     console = Console(width=80, highlight=False)
     with console.capture() as captured:
         console.print(view)
-    assert "[2/3] bert-large 384: trying batch 8" in captured.get()
+    assert "[2/3] bert-large 384: trying batch 8, 0 s  3 ✓" in captured.get()
     assert "about 2 min 20 s left" in captured.get()
-    assert "3 ✓" in captured.get()
-    with shown(budget, Levers(), workloads, [1.0, 1.0, 1.0]) as plain:
+    with shown(Levers(), workloads, [1.0, 1.0, 1.0]) as plain:
         assert plain.live is None  # the tests' standard error is no terminal
+
+
+def two_gpus(monkeypatch: pytest.MonkeyPatch, *changes: dict[str, Any]) -> None:
+    gib = 1 << 30
+    cards = [Device("gpu", n, "Card", f"GPU-{n}", 24 * gib, 23 * gib, driver="1") for n in range(2)]
+    for number, change in enumerate(changes):
+        cards[number] = dataclasses.replace(cards[number], **change)
+    monkeypatch.setattr(devices, "list_devices", lambda: cards)
+
+
+def test_like_gpus_share_the_cells(
+    tmp_path: Path, limits: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_gpus(monkeypatch, {"free_bytes": 22 << 30})
+    measure = probing.measure_batches
+    both = threading.Barrier(2)
+    used: dict[int, set[str]] = {64: set(), 128: set()}
+
+    def together(workload: Any, levers: Any, budget: Any, batches: Any, **more: Any) -> list[Trial]:
+        if not used[workload.seq_len]:
+            both.wait(60)  # passes only when the other card works too
+        used[workload.seq_len].add(budget.device.label)
+        found: list[Trial] = measure(workload, levers, budget, batches, **more)
+        return found
+
+    monkeypatch.setattr(probing, "measure_batches", together)
+    path = tmp_path / "p.json"
+    result = CliRunner().invoke(
+        probe_cli.command,
+        ["--models", "bert-tiny", "--seq-lens", "64,128", "--device", "gpu:0,gpu:1",
+         "--ledger", str(tmp_path / "l.sqlite"), "--json", str(path)],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert sorted(map(sorted, used.values())) == [["gpu:0"], ["gpu:1"]]
+    values = json.loads(path.read_text())
+    assert [cell["max_batch"] for cell in values["cells"]] == [LIMIT, 9]
+    assert [cell["seq_len"] for cell in values["cells"]] == [64, 128]
+    # What fits on the fuller card counts for both.
+    sizes = {d["budget_bytes"] for d in (values["device"], *values["more_devices"])}
+    assert sizes == {(22 << 30) - devices.GPU_CONTEXT_RESERVE_BYTES}
+    assert "gpu:1 bert-tiny" in result.output
+
+
+@pytest.mark.parametrize(
+    ("device", "change", "words"),
+    [
+        ("gpu:0,gpu:0", {}, "one device twice"),
+        ("gpu:0,gpu:1", {"name": "Other"}, "several kinds"),
+        ("gpu:0,gpu:7", {}, "no 'gpu:7'"),
+        ("gpu:0,gpu:1", {"free_bytes": 2 << 30}, "others use gpu:0"),
+    ],
+)
+def test_devices_that_cannot_share_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, change: dict[str, Any], words: str
+) -> None:
+    two_gpus(monkeypatch, change)
+    result = probe(tmp_path, "--device", device, "--memory", "1GiB")
+    assert isinstance(result.exception, InputError)
+    assert words in str(result.exception)
+
+
+def test_a_failure_of_one_worker_ends_the_others() -> None:
+    done: list[int] = []
+
+    def work(worker: str, index: int, check: Callable[[], None]) -> None:
+        if worker == "bad":
+            raise OSError("no disk")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            check()
+            time.sleep(0.01)
+        done.append(index)
+
+    with pytest.raises(OSError, match="no disk"):
+        share_out(5, ["bad", "good"], work)
+    assert done == []
+    share_out(3, ["one"], lambda worker, index, check: done.append(index))
+    assert done == [0, 1, 2]
 
 
 def test_the_estimate_of_a_cell_grows_with_the_model() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.probing import Cell, predict_cell_seconds, probe_cell
 from bertbench.progress import say
 from bertbench.trial import Trial
+from bertbench.workers import share_out
 from bertbench.workload import Levers, published_workload
 from finetune.checkpointing import parse_checkpointing
 from finetune.config import HEADS
@@ -54,7 +56,12 @@ _PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
 @click.option("--models", help="Published sizes, as in bert-base,bert-large.")
 @click.option("--seq-lens", help="Tokens per example, as in 128,384.")
 @click.option("--head", type=click.Choice(HEADS), default="squad", show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, gpu:N, gpu:UUID or cpu.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, gpu:N, gpu:UUID or cpu. Like GPUs with commas between share the work.",
+)
 @click.option("--memory", type=MemorySize(), help="Bytes the allocator may use, as in 12GiB.")
 @click.option(
     "--checkpointing",
@@ -147,15 +154,9 @@ def command(
     if checked_file is not None:
         _check(checked_file, ledger_path, share, trial_timeout, json_file)
         return
-    found = resolve_device(device)
-    if not share:
-        check_alone(found)
-    on_cpu = found.kind == "cpu"
-    if memory is None and on_cpu:
-        budget = make_budget(found, min(_CPU_DEFAULT_BYTES, found.total_bytes))
-    else:
-        budget = resolve_budget(device, memory)
-    check_free(budget)
+    budgets = _budgets(device, memory, share)
+    budget = budgets[0]
+    on_cpu = budget.device.kind == "cpu"
     if on_cpu and models is None and seq_lens is None:
         say(
             f"no accelerator: probing small models on the CPU under a cap of "
@@ -169,46 +170,49 @@ def command(
     levers = Levers(
         parse_checkpointing(checkpointing), accumulation, precision, optimizer, xla, placement
     )
-    check_levers(found.kind, found.name, levers)
+    check_levers(budget.device.kind, budget.device.name, levers)
     workloads = [published_workload(name, length, head) for name in names for length in lengths]
     estimates = [predict_cell_seconds(budget, workload, levers) for workload in workloads]
 
     interrupted = False
-    with (
-        open_ledger(ledger_path) as ledger,
-        shown(budget, levers, workloads, estimates) as view,
-    ):
+    with shown(levers, workloads, estimates, len(budgets)) as view:
+
+        def work(budget: Budget, index: int, check: Callable[[], None]) -> None:
+            # A connection belongs to the thread that made it.
+            with open_ledger(ledger_path) as ledger, _locked(ledger_path, budget.device):
+                view.begin(index, budget.device.label)
+                cell = probe_cell(
+                    ledger,
+                    budget,
+                    workloads[index],
+                    levers,
+                    max_batch=max_batch,
+                    certify=not no_certify,
+                    fresh=not resume,
+                    timeout_seconds=trial_timeout,
+                    on_attempt=functools.partial(view.attempt, index),
+                    on_trial=functools.partial(view.trial, index),
+                    check=check,
+                )
+                view.cell(index, cell)
+
         try:
-            for workload in workloads:
-                with _locked(ledger_path, found):
-                    view.cell(
-                        probe_cell(
-                            ledger,
-                            budget,
-                            workload,
-                            levers,
-                            max_batch=max_batch,
-                            certify=not no_certify,
-                            fresh=not resume,
-                            timeout_seconds=trial_timeout,
-                            on_attempt=view.attempt,
-                            on_trial=view.trial,
-                        )
-                    )
+            share_out(len(workloads), budgets, work)
         except KeyboardInterrupt:
             interrupted = True
-    cells = view.cells
+    cells = [cell for _, cell in sorted(view.cells.items())]
     if json_file is not None:
-        write_json(json_file, _to_json(budget, cells))
+        write_json(json_file, _to_json(budgets, cells))
     if str(json_file) != "-":
         console = terminal()
         console.print(headline(budget, levers), soft_wrap=True)
-        console.print(build_table(cells, workloads[: len(cells)], levers))
-        if interrupted and view.trials:
-            fitting = [trial.batch for trial in view.trials if trial.outcome == "fits"]
+        finished = [workload for index, workload in enumerate(workloads) if index in view.cells]
+        console.print(build_table(dict(enumerate(cells)), finished, levers))
+        for index, running in view.running.items():
+            fitting = [trial.batch for trial in running.trials if trial.outcome == "fits"]
             console.print(
-                f"interrupted at {view.title}: batch {max(fitting, default=0)} fits; the same "
-                "command goes on from there",
+                f"interrupted at {view.title(index)}: batch {max(fitting, default=0)} fits; the "
+                "same command goes on from there",
                 soft_wrap=True,
             )
     if interrupted:
@@ -219,6 +223,32 @@ def command(
             f"{len(failed)} of {len(cells)} cells failed, the first one with: "
             f"{failed[0].result.message}"
         )
+
+
+def _budgets(device: str, memory: int | None, share: bool) -> list[Budget]:
+    """Budgets of all devices that are named: of the same size, as trials count for all of them.
+
+    Raises:
+        InputError: no such device, others use it, or the devices are not alike.
+    """
+    names = _items(device)
+    if memory is None and len(names) == 1 and resolve_device(device).kind == "cpu":
+        memory = min(_CPU_DEFAULT_BYTES, resolve_device(device).total_bytes)
+    budgets = [resolve_budget(name, memory) for name in names]
+    if len({(b.device.kind, b.device.index) for b in budgets}) < len(budgets):
+        raise InputError(f"--device {device}: one device twice")
+    if len({(b.device.name, b.device.driver, b.device.total_bytes) for b in budgets}) > 1:
+        raise InputError(
+            f"--device {device}: devices of several kinds have several limits",
+            hint="probe them one after the other",
+        )
+    smallest_bytes = min(budget.budget_bytes for budget in budgets)
+    budgets = [make_budget(budget.device, smallest_bytes) for budget in budgets]
+    for budget in budgets:
+        if not share:
+            check_alone(budget.device)
+        check_free(budget)
+    return budgets
 
 
 def _locked(ledger_path: Path, device: Device) -> contextlib.AbstractContextManager[None]:
@@ -292,9 +322,12 @@ def _length(item: str) -> int:
     return int(item)
 
 
-def _to_json(budget: Budget, cells: Sequence[Cell]) -> dict[str, Any]:
+def _to_json(budgets: Sequence[Budget], cells: Sequence[Cell]) -> dict[str, Any]:
+    devices = [{**b.device.to_json(), "budget_bytes": b.budget_bytes} for b in budgets]
     return {
-        "device": {**budget.device.to_json(), "budget_bytes": budget.budget_bytes},
+        "device": devices[0],
+        # The other devices that cells were shared out among.
+        "more_devices": devices[1:],
         "versions": json.loads(versions_key()),
         "cells": [cell.to_json() for cell in cells],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -25,97 +25,120 @@ _REFRESH_PER_SECOND = 4
 
 
 @dataclasses.dataclass
-class View:
-    """State of what is shown; `shown` makes one.
+class _Running:
+    """A cell that is being probed.
 
     Attributes:
-        budget: of the probe.
+        device: where, by its label.
+        began: when, on the monotonic clock.
+        trials: so far.
+        batches: that are being tried.
+    """
+
+    device: str
+    began: float
+    trials: list[Trial] = dataclasses.field(default_factory=list)
+    batches: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass
+class View:
+    """State of what is shown; `shown` makes one. Several threads may report to it.
+
+    Attributes:
         levers: of all cells.
         workloads: of the cells, in their order.
         estimates: seconds that each of them was thought to take.
+        workers: cells that are probed at the same time.
         live: the region of the terminal that is drawn again and again; None for lines.
-        cells: finished ones.
-        trials: of the cell that runs.
-        running: batches that are being tried.
-        began: when the cell that runs did, on the monotonic clock.
+        cells: finished ones, by index.
+        running: those that are being probed, by index.
     """
 
-    budget: Budget
     levers: Levers
     workloads: Sequence[Workload]
     estimates: Sequence[float]
+    workers: int = 1
     live: Live | None = None
-    cells: list[Cell] = dataclasses.field(default_factory=list)
-    trials: list[Trial] = dataclasses.field(default_factory=list)
-    running: tuple[int, ...] = ()
-    began: float = dataclasses.field(default_factory=time.monotonic)
+    cells: dict[int, Cell] = dataclasses.field(default_factory=dict)
+    running: dict[int, _Running] = dataclasses.field(default_factory=dict)
 
-    @property
-    def title(self) -> str:
-        """Number and name of the cell that runs."""
-        workload = self.workloads[len(self.cells)]
-        number = f"[{len(self.cells) + 1}/{len(self.workloads)}]"
-        return f"{number} {workload.model} {workload.seq_len}"
+    def title(self, index: int) -> str:
+        """Number and name of a cell, and its device where there are several."""
+        workload = self.workloads[index]
+        device = f" {self.running[index].device}" if self.workers > 1 else ""
+        return f"[{index + 1}/{len(self.workloads)}]{device} {workload.model} {workload.seq_len}"
 
-    def attempt(self, batches: Sequence[int]) -> None:
+    def begin(self, index: int, device: str) -> None:
+        """A cell is being probed now."""
+        self.running[index] = _Running(device, time.monotonic())
+
+    def attempt(self, index: int, batches: Sequence[int]) -> None:
         """Trials of these batches begin."""
-        self.running = tuple(batches)
+        self.running[index].batches = tuple(batches)
 
-    def trial(self, trial: Trial) -> None:
+    def trial(self, index: int, trial: Trial) -> None:
         """A trial has ended."""
-        self.trials.append(trial)
-        self.running = tuple(batch for batch in self.running if batch != trial.batch)
+        running = self.running[index]
+        running.trials.append(trial)
+        running.batches = tuple(batch for batch in running.batches if batch != trial.batch)
         if self.live is None:
-            left = self.left_seconds()
-            more = f"; {describe_duration(left)} left" if left is not None else ""
-            say(f"{self.title}: {describe(trial)}{more}")
+            left = describe_duration(self.left_seconds())
+            say(f"{self.title(index)}: {describe(trial)}; {left} left")
 
-    def cell(self, cell: Cell) -> None:
+    def cell(self, index: int, cell: Cell) -> None:
         """A cell has its answer."""
         if self.live is None and not cell.result.measured:
-            say(f"{self.title}: known from the ledger")
-        self.cells.append(cell)
-        self.trials, self.running, self.began = [], (), time.monotonic()
+            say(f"{self.title(index)}: known from the ledger")
+        self.cells[index] = cell
+        del self.running[index]
 
-    def left_seconds(self) -> float | None:
+    def left_seconds(self) -> float:
         """Time that is probably left, if the cells to come are off as the finished ones were."""
         measured = [
-            (cell.seconds, estimate)
-            for cell, estimate in zip(self.cells, self.estimates, strict=False)
+            (cell.seconds, self.estimates[index])
+            for index, cell in tuple(self.cells.items())
             if cell.result.measured
         ]
         factor = 1.0
         if measured:
             factor = sum(s for s, _ in measured) / max(sum(e for _, e in measured), 1.0)
-        this, *others = self.estimates[len(self.cells) :] or [0.0]
-        elapsed = time.monotonic() - self.began
-        return max(factor * this - elapsed, 0.1 * factor * this) + factor * sum(others)
+        left = 0.0
+        for index, estimate in enumerate(self.estimates):
+            if index in self.cells:
+                continue
+            began = self.running[index].began if index in self.running else time.monotonic()
+            elapsed = time.monotonic() - began
+            left += max(factor * estimate - elapsed, 0.1 * factor * estimate)
+        return left / self.workers
 
     def __rich__(self) -> Group:
-        """Draw the table and the line below it."""
+        """Draw the table, and a line for every cell that is being probed."""
         table = build_table(self.cells, self.workloads, self.levers)
-        if len(self.cells) == len(self.workloads):
-            return Group(table)
-        line = f"{self.title}: "
-        if self.running:
-            line += f"trying batch {self.running[0]}"
-        elif self.trials:
-            line += describe(self.trials[-1])
-        else:
-            line += "looking into the ledger"
-        left = self.left_seconds()
-        elapsed = describe_duration(time.monotonic() - self.began)
-        line += f", {elapsed}; about {describe_duration(left or 0.0)} left"
-        found = "  ".join(_short(trial) for trial in self.trials)
-        return Group(table, Text(line, style="dim"), Text(found, style="dim"))
+        lines = []
+        for index, running in tuple(self.running.items()):
+            what = "looking into the ledger"
+            if running.batches:
+                what = f"trying batch {running.batches[0]}"
+            elif running.trials:
+                what = describe(running.trials[-1])
+            elapsed = describe_duration(time.monotonic() - running.began)
+            tried = "".join(
+                f"  {t.batch} {'✓' if t.outcome == 'fits' else '✗'}" for t in running.trials
+            )
+            lines.append(Text(f"{self.title(index)}: {what}, {elapsed}{tried}", style="dim"))
+        if lines:
+            left = describe_duration(self.left_seconds())
+            lines.append(Text(f"about {left} left", style="dim"))
+        return Group(table, *lines)
 
 
 @contextlib.contextmanager
 def shown(
-    budget: Budget, levers: Levers, workloads: Sequence[Workload], estimates: Sequence[float]
+    levers: Levers, workloads: Sequence[Workload], estimates: Sequence[float], workers: int = 1
 ) -> Iterator[View]:
     """Show a probe while it runs: live on a terminal, a line for every trial elsewhere."""
-    view = View(budget, levers, workloads, estimates)
+    view = View(levers, workloads, estimates, workers)
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         yield view
@@ -137,10 +160,6 @@ def describe(trial: Trial) -> str:
     return f"batch {trial.batch} failed ({trial.message})"
 
 
-def _short(trial: Trial) -> str:
-    return f"{trial.batch} {'✓' if trial.outcome == 'fits' else '✗'}"
-
-
 def headline(budget: Budget, levers: Levers) -> str:
     """Say what was measured where."""
     return (
@@ -149,8 +168,8 @@ def headline(budget: Budget, levers: Levers) -> str:
     )
 
 
-def build_table(cells: Sequence[Cell], workloads: Sequence[Workload], levers: Levers) -> Table:
-    """Make the table of results; cells that are not finished have empty rows."""
+def build_table(cells: Mapping[int, Cell], workloads: Sequence[Workload], levers: Levers) -> Table:
+    """Make the table of results by index of the cell; those that are not finished are empty."""
     published = any((w.model, w.seq_len) in PUBLISHED_MAX_BATCH for w in workloads)
     # With the published numbers beside them, eighty columns leave one space between two.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0) if published else (0, 1))
@@ -162,7 +181,7 @@ def build_table(cells: Sequence[Cell], workloads: Sequence[Workload], levers: Le
         table.add_column(title, justify="left" if left else "right", no_wrap=True)
     for index, workload in enumerate(workloads):
         row = [workload.model, str(workload.seq_len)]
-        if index < len(cells):
+        if index in cells:
             row += _results(cells[index], levers)
             if published:
                 known = PUBLISHED_MAX_BATCH.get((workload.model, workload.seq_len))
