@@ -68,6 +68,13 @@ def probe(tmp_path: Path, *arguments: str) -> Result:
     )  # fmt: skip
 
 
+def check(tmp_path: Path, path: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(
+        probe_cli.command,
+        ["--check", str(path), "--ledger", str(tmp_path / "l.sqlite"), *arguments],
+    )
+
+
 def test_the_file_has_certificates_a_curve_and_versions(
     tmp_path: Path, limits: dict[int, int]
 ) -> None:
@@ -90,7 +97,7 @@ def test_certificates_are_checked_by_new_trials(tmp_path: Path, limits: dict[int
     probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
     with open_ledger(tmp_path / "l.sqlite") as ledger:
         before = len(read_rows(ledger))
-    result = probe(tmp_path, "--check", str(path), "--json", str(checked))
+    result = check(tmp_path, path, "--json", str(checked))
     assert result.exit_code == 0, result.output
     assert result.output.count("holds") == 2
     cells = json.loads(checked.read_text())["cells"]
@@ -101,7 +108,7 @@ def test_certificates_are_checked_by_new_trials(tmp_path: Path, limits: dict[int
 
     for limit, word in ((LIMIT - 1, "batch 21 runs out of memory"), (LIMIT + 1, "batch 22 fits")):
         limits[64] = limit
-        result = probe(tmp_path, "--check", str(path), "--json", str(checked))
+        result = check(tmp_path, path, "--json", str(checked))
         assert isinstance(result.exception, WorkError)
         assert "1 of 2 certificates do not hold" in str(result.exception)
         assert word in str(result.exception)
@@ -114,9 +121,12 @@ def test_a_limit_of_zero_is_checked_too(tmp_path: Path, limits: dict[int, int]) 
     path = tmp_path / "p.json"
     probe(tmp_path, "--seq-lens", "64", "--json", str(path))
     assert json.loads(path.read_text())["cells"][0]["max_batch"] == 0
-    assert probe(tmp_path, "--check", str(path)).exit_code == 0
+    assert check(tmp_path, path).exit_code == 0
+    refused = check(tmp_path, path, "--memory", "1GiB").exception
+    assert isinstance(refused, InputError)
+    assert "--memory does not go with --check" in str(refused)
     limits[64] = 1
-    assert isinstance(probe(tmp_path, "--check", str(path)).exception, WorkError)
+    assert isinstance(check(tmp_path, path).exception, WorkError)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +147,7 @@ def test_a_file_that_cannot_be_checked_is_refused(
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
-    result = probe(tmp_path, "--check", str(path))
+    result = check(tmp_path, path)
     assert isinstance(result.exception, InputError)
     assert words in str(result.exception)
 

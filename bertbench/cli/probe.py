@@ -48,6 +48,7 @@ from finetune.precisions import EXACT_PRECISION, PRECISIONS
 
 _CPU_DEFAULT_BYTES = 512 * MIB_BYTES
 _CPU_MODELS, _CPU_SEQ_LENS = "bert-tiny,bert-mini", "64,128"
+_BESIDE_CHECK = ("checked_file", "ledger_file", "json_file", "share", "trial_timeout")
 _PAPER_MODELS = ",".join(PAPER_MODELS)
 _PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
 
@@ -152,6 +153,7 @@ def command(
     """
     ledger_path = ledger_file or default_ledger_path()
     if checked_file is not None:
+        _nothing_else(click.get_current_context())
         _check(checked_file, ledger_path, share, trial_timeout, json_file)
         return
     budgets = _budgets(device, memory, share)
@@ -256,6 +258,18 @@ def _locked(ledger_path: Path, device: Device) -> contextlib.AbstractContextMana
         lock_path(ledger_path, device),
         lambda: say(f"waiting for another probe of {device.label} to finish its cell"),
     )
+
+
+def _nothing_else(context: click.Context) -> None:
+    """Refuse flags beside `--check` that the file answers already."""
+    for name in context.params:
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and name not in _BESIDE_CHECK:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{flag} does not go with --check, which repeats what the file says",
+                hint=f"leave {flag} out",
+            )
 
 
 def _check(
