@@ -39,7 +39,7 @@ _EXACT_BYTES = 64
 _NEAR = 0.01
 """The same as a part of the size, if no sum is exact."""
 
-_LOOKED_AT = 8
+_LOOKED_AT = 5
 """Batches below a limit that might not fit either."""
 
 # Powers of the examples and of the sequence length; what explains most comes first. Where two
@@ -236,23 +236,60 @@ def largest_batch(
     Returns:
         0 if none fits, None if all fit of which something is known, but larger ones may.
     """
+    peaks: dict[int, int] = {}
 
     def fits(batch: int) -> bool:
-        return extrapolation.replay(batch, region_bytes).fits
+        replayed = extrapolation.replay(batch, region_bytes)
+        if replayed.fits:
+            peaks[batch] = replayed.peak_bytes
+        return replayed.fits
 
     known = at_most if extrapolation.largest is None else min(at_most, extrapolation.largest)
     low, high, batch = 0, known + 1, min(extrapolation.batch, known)
-    while high - low > 1:
-        if fits(batch):
-            low = batch
-        else:
-            high = batch
-        batch = min(2 * low, known) if high > known else (low + high) // 2
+    while low < batch < high:
+        low, high = (batch, high) if fits(batch) else (low, batch)
+        batch = min(2 * batch, known)
+    guess = (low + high) // 2
+    if len(peaks) >= 2:
+        # A line through the last two; further back the peak may be another moment's.
+        (first, first_bytes), (second, second_bytes) = sorted(peaks.items())[-2:]
+        rest_bytes = sum(region_bytes) - second_bytes
+        if second_bytes > first_bytes:
+            guess = second + rest_bytes * (second - first) // (second_bytes - first_bytes)
+    low = _last_that_fits(fits, low, high, guess)
     if low == known < at_most:
         return None
     for batch in range(low - 1, max(low - _LOOKED_AT, 0), -1):
-        if not fits(batch):
+        if batch not in peaks and not fits(batch):
             low = batch - 1
+    return low
+
+
+def _last_that_fits(fits: Callable[[int], bool], low: int, high: int, guess: int) -> int:
+    """Find a batch that fits and whose successor does not, near a guess.
+
+    Args:
+        fits: tells whether a batch does. It is costly.
+        low: fits.
+        high: does not, or is too large.
+        guess: where it may be.
+    """
+    step = max(guess // 128, 1)
+    batch = guess
+    rising: bool | None = None
+    while high - low > 1:
+        batch = min(max(batch, low + 1), high - 1)
+        fit = fits(batch)
+        low, high = (batch, high) if fit else (low, batch)
+        if rising is None:
+            rising = fit
+        if fit is rising and step:
+            # Ever longer steps from the guess, until one is beyond it.
+            batch = low + step if rising else high - step
+            step *= 2
+        else:
+            step = 0
+            batch = (low + high) // 2
     return low
 
 

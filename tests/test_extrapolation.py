@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from bertbench.allocations import Recording, replay
 from bertbench.bytes import MIB_BYTES
 from bertbench.devices import allocator_regions, make_budget, resolve_device
-from bertbench.extrapolation import Extrapolation, extrapolate, largest_batch
+from bertbench.extrapolation import (
+    Extrapolation,
+    _last_that_fits,
+    extrapolate,
+    largest_batch,
+)
 from bertbench.repetition import Recorded
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, published_workload
@@ -263,3 +268,20 @@ def test_a_real_step_needs_what_two_others_say(policy: str, batches: tuple[int, 
         assert trial.peak_bytes is not None
         # A counter of 256 bytes may be alive a moment longer in one process than in another.
         assert abs(found.replay(trial.batch, regions).peak_bytes - trial.peak_bytes) <= 4096
+
+
+@given(limit=st.integers(0, 70_000), guess=st.integers(-5, 80_000), low=st.integers(0, 300))
+def test_a_limit_is_found_near_its_guess_with_few_replays(limit: int, guess: int, low: int) -> None:
+    low, high = min(low, limit), 65_537
+    tried: list[int] = []
+
+    def fits(batch: int) -> bool:
+        assert low < batch < high
+        assert batch not in tried
+        tried.append(batch)
+        return batch <= limit
+
+    assert _last_that_fits(fits, low, high, guess) == min(limit, high - 1)
+    assert len(tried) <= 40
+    if abs(guess - limit) <= limit // 128 and 1024 <= limit <= 65_000:
+        assert len(tried) <= 12
