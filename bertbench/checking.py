@@ -48,13 +48,19 @@ class Check:
 
     @property
     def wrong(self) -> tuple[Trial, ...]:
-        """Trials that ended in another way than was claimed."""
-        claim = self.claim
-        return tuple(
-            trial
-            for trial in self.trials
-            if trial.outcome != ("fits" if trial.batch == claim.fits else "oom")
-        )
+        """Trials that contradict the claim."""
+        contrary = {True: "oom", False: "fits"}
+        return tuple(t for t in self.trials if t.outcome == contrary[t.batch == self.claim.fits])
+
+    @property
+    def failed(self) -> tuple[Trial, ...]:
+        """Trials that tell nothing."""
+        return tuple(trial for trial in self.trials if trial.outcome == "failed")
+
+    @property
+    def holds(self) -> bool:
+        """Both trials ended as claimed."""
+        return not self.wrong and not self.failed
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON."""
@@ -65,7 +71,7 @@ class Check:
             "seq_len": claim.workload.seq_len,
             "levers": claim.levers.to_json(),
             "max_batch": claim.fits,
-            "confirmed": not self.wrong,
+            "confirmed": False if self.wrong else None if self.failed else True,
             "trials": [trial.to_json() for trial in self.trials],
         }
 

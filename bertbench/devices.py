@@ -245,7 +245,8 @@ def check_alone(device: Device) -> None:
     Raises:
         InputError: others hold more than that.
     """
-    if device.kind != "gpu":
+    # Boards with one memory for CPU and GPU are never free of others.
+    if device.kind != "gpu" or device.total_bytes == host_memory()[0]:
         return
     held_bytes = device.total_bytes - device.free_bytes
     if held_bytes > max(device.total_bytes * _DESKTOP_SHARE, _DESKTOP_BYTES):

@@ -59,7 +59,7 @@ def memory_cgroups(root: Path = CGROUP_ROOT, own: Path = OWN_CGROUPS) -> list[Pa
 def cgroup_limits(folders: list[Path]) -> list[tuple[int, int]]:
     """Limit and use, in bytes, of every control group that has a memory limit.
 
-    File pages that the kernel can drop at once do not count as used.
+    File pages do not count as used: the kernel can drop them.
     """
     limits = []
     for folder in folders:
@@ -68,7 +68,10 @@ def cgroup_limits(folders: list[Path]) -> list[tuple[int, int]]:
         if limit_bytes is None or used_bytes is None or limit_bytes >= _NO_LIMIT_BYTES:
             continue
         counters = _counters(folder / "memory.stat")
-        cached_bytes = counters.get("total_inactive_file", counters.get("inactive_file", 0))
+        cached_bytes = sum(
+            counters.get(f"total_{name}", counters.get(name, 0))
+            for name in ("inactive_file", "active_file")
+        )
         limits.append((limit_bytes, max(used_bytes - cached_bytes, 0)))
     return limits
 

@@ -16,6 +16,7 @@ import dataclasses
 import faulthandler
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -49,6 +50,7 @@ _ASK_EVERY_SECONDS = 0.2
 # Messages of this module's own, which callers do not see, have this key.
 _OWN = "isolation"
 
+# Held for all that multiprocessing does with its list of processes, and with the environment.
 _start_lock = threading.Lock()
 
 
@@ -100,7 +102,7 @@ def run_isolated(
     environment: Mapping[str, str],
     timeout_seconds: float,
     on_message: Callable[[Message], None],
-    stop: Callable[[int], str] | None = None,
+    stop: Callable[[], str] | None = None,
 ) -> Ending:
     """Run `target(payload, send)` in a fresh process and wait for its end.
 
@@ -116,8 +118,7 @@ def run_isolated(
         timeout_seconds: longest time without a message before the process counts as hanging.
         on_message: called here with every message as it comes. What it raises ends the process
             and is raised on.
-        stop: asked several times a second, with the process's number; a reason that it gives ends
-            the process.
+        stop: asked several times a second; a reason that it gives ends the process.
 
     Returns:
         How the process ended.
@@ -130,7 +131,7 @@ def run_isolated(
         # killed does not take them away.
         tempfile.TemporaryDirectory(prefix="bertbench-", ignore_cleanup_errors=True) as folder,
     ):
-        variables = {**os.environ, **environment, "TMPDIR": folder}
+        variables = {**environment, "TMPDIR": folder}
         process, reader = _start(target, payload, variables, log.fileno())
         try:
             with reader:
@@ -168,21 +169,24 @@ def _receive(
     reader: Connection,
     timeout_seconds: float,
     on_message: Callable[[Message], None],
-    stop: Callable[[int], str] | None,
+    stop: Callable[[], str] | None,
 ) -> _Inbox:
     """Pass messages on until the process has ended, hangs or sends garbage."""
     # The pipe is read raw and in lines: a half-written message of a dying or hanging process then
     # never blocks this one, as `Connection.recv` would.
     inbox = _Inbox()
     deadline = time.monotonic() + timeout_seconds
+    # What is there already is read before the first question: a result stands.
+    ask_at = time.monotonic() + _ASK_EVERY_SECONDS if stop else math.inf
     sources: list[Any] = [reader, process.sentinel]
     while True:
-        left = max(deadline - time.monotonic(), 0.0)
-        ready = wait(sources, left if stop is None else min(left, _ASK_EVERY_SECONDS))
-        if stop is not None:
-            inbox.stopped = stop(process.pid or 0)
+        now = time.monotonic()
+        if stop is not None and now >= ask_at:
+            inbox.stopped = stop()
             if inbox.stopped:
                 return inbox
+            ask_at = now + _ASK_EVERY_SECONDS
+        ready = wait(sources, max(min(deadline, ask_at) - now, 0.0))
         if not ready:
             if time.monotonic() < deadline:
                 continue
@@ -237,11 +241,13 @@ def _start(
     reader, writer = context.Pipe(duplex=False)
     # A Connection is how multiprocessing hands over a file descriptor.
     log_writer = Connection(os.dup(log), readable=False)
-    arguments = (target, dict(payload), environment, writer, log_writer)
-    process = context.Process(target=_child_main, args=arguments, name="bertbench-trial")
-    with writer, log_writer, _start_lock, _server_environment(), _without_main():
+    with writer, log_writer, _start_lock:
+        # The server's own changes of the environment, in another thread, are not for the process.
+        arguments = (target, dict(payload), {**os.environ, **environment}, writer, log_writer)
+        process = context.Process(target=_child_main, args=arguments, name="bertbench-trial")
         try:
-            process.start()
+            with _server_environment(), _without_main():
+                process.start()
         except (EOFError, OSError) as error:
             reader.close()
             raise RuntimeError(f"cannot start a process for trials ({error!r})") from error
@@ -292,16 +298,18 @@ def _end(process: ForkServerProcess | SpawnProcess) -> int | None:
     """Kill what is left of a process and its descendants; return its exit code."""
     pid = process.pid
     assert pid is not None
-    if process.exitcode is None:
+    if not wait([process.sentinel], 0):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        process.join(_KILL_SECONDS)
+        wait([process.sentinel], _KILL_SECONDS)
     # The group outlives its leader when the process has started others.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-    exit_code = process.exitcode
-    if exit_code is not None:
-        process.close()
+    # Starting a process polls all others, and an exit code can be read only once.
+    with _start_lock:
+        exit_code = process.exitcode
+        if exit_code is not None:
+            process.close()
     return exit_code
 
 

@@ -95,6 +95,8 @@ class LedgerRow:
         levers: lever settings, as `Levers.to_json` writes them.
         versions: versions of what was measured, as `versions_key` writes them.
         trial: the trial itself.
+        question: keys of device with budget, versions, workload and levers; trials with the same
+            four answer the same question.
     """
 
     id: int
@@ -107,6 +109,7 @@ class LedgerRow:
     levers: dict[str, Any]
     versions: dict[str, str]
     trial: Trial
+    question: tuple[str, str, str, str]
 
 
 def default_ledger_path() -> Path:
@@ -259,7 +262,7 @@ def read_rows(ledger: sqlite3.Connection) -> list[LedgerRow]:
     with _explained(_path_of(ledger)):
         rows = ledger.execute(
             "SELECT id, time_utc, device, budget_bytes, model, head, seq_len, levers_key, "
-            f"versions_key, {_TRIAL_COLUMNS} FROM trials ORDER BY id"
+            f"versions_key, budget_key, workload_key, {_TRIAL_COLUMNS} FROM trials ORDER BY id"
         ).fetchall()
     return [_row(row) for row in rows]
 
@@ -290,7 +293,7 @@ def prune(
     Args:
         ledger: open.
         before: only those that were recorded earlier.
-        failed: only failed ones; recordings stay then, for only trials that fit have some.
+        failed: only failed ones; recordings stay then, for they are of trials that fit.
         other_than: only those of other versions than these, see `versions_key`.
 
     Returns:
@@ -298,10 +301,19 @@ def prune(
     """
     where, values = _which(before, failed, other_than)
     with _explained(_path_of(ledger)):
-        count: int = ledger.execute(f"DELETE FROM trials{where}", values).rowcount
-        if not failed:
-            ledger.execute(f"DELETE FROM recordings{where}", values)
-        ledger.execute("VACUUM")
+        ledger.execute("BEGIN IMMEDIATE")
+        try:
+            count: int = ledger.execute(f"DELETE FROM trials{where}", values).rowcount
+            if not failed:
+                ledger.execute(f"DELETE FROM recordings{where}", values)
+            ledger.execute("COMMIT")
+        except BaseException:
+            if ledger.in_transaction:
+                ledger.execute("ROLLBACK")
+            raise
+        # A full disk has no room to make the file smaller; what comes next uses it again.
+        with contextlib.suppress(sqlite3.OperationalError):
+            ledger.execute("VACUUM")
     return count
 
 
@@ -348,7 +360,8 @@ def _trial(row: tuple[Any, ...]) -> Trial:
 
 
 def _row(row: tuple[Any, ...]) -> LedgerRow:
-    number, time_utc, device, budget_bytes, model, head, seq_len, levers, versions, *trial = row
+    number, time_utc, device, budget_bytes, model, head, seq_len, *keys = row[:11]
+    levers, versions, budget, workload = keys
     return LedgerRow(
         id=number,
         time_utc=time_utc,
@@ -359,7 +372,8 @@ def _row(row: tuple[Any, ...]) -> LedgerRow:
         seq_len=seq_len,
         levers=json.loads(levers),
         versions=json.loads(versions),
-        trial=_trial(tuple(trial)),
+        trial=_trial(row[11:]),
+        question=(budget, versions, workload, levers),
     )
 
 

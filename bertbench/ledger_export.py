@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pandas as pd
 
 from bertbench.ledger import LedgerRow
 from finetune.errors import InputError
+from finetune.files import write_atomically
 
 FORMATS = (".csv", ".parquet", ".json")
 
@@ -60,27 +60,20 @@ def export(rows: Sequence[LedgerRow], path: Path, *, overwrite: bool = False) ->
         )
     if path.exists() and not overwrite:
         raise InputError("is there already", path=path, hint="choose another name, or use --force")
-    frame = to_frame(rows)
-    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(number)
-    temporary = Path(name)
-    try:
-        _write(frame, temporary, path)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, _content(to_frame(rows), path))
 
 
-def _write(frame: Any, temporary: Path, path: Path) -> None:
+def _content(frame: Any, path: Path) -> str | bytes:
     if path.suffix == ".csv":
-        frame.to_csv(temporary, index=False)
-    elif path.suffix == ".json":
-        frame.to_json(temporary, orient="records", indent=1)
-    else:
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError as error:
-            raise InputError(
-                "Parquet needs pyarrow", path=path, hint="pip install 'bertbench[parquet]'"
-            ) from error
-        frame.to_parquet(temporary, index=False, engine="pyarrow")
+        return str(frame.to_csv(index=False))
+    if path.suffix == ".json":
+        return str(frame.to_json(orient="records", indent=1)) + "\n"
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "Parquet needs pyarrow", path=path, hint="pip install 'bertbench[parquet]'"
+        ) from error
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False, engine="pyarrow")
+    return buffer.getvalue()

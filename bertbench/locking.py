@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bertbench.devices import Device
+from bertbench.ledger import default_ledger_path
 from finetune.errors import InputError
 
 _ASK_EVERY_SECONDS = 0.2
 
 
-def lock_path(ledger_path: Path, device: Device) -> Path:
-    """File that is locked while a device is probed, beside the ledger."""
-    return ledger_path.with_name(f"{ledger_path.name}.{device.uuid or device.label}.lock")
+def lock_path(device: Device) -> Path:
+    """File of this user that is locked while a device is probed, whatever the ledger."""
+    return default_ledger_path().with_name(f"{device.uuid or device.label}.lock")
 
 
 @contextlib.contextmanager
@@ -39,7 +40,7 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         raise InputError(
             f"cannot lock the device ({error.strerror})",
             path=path,
-            hint="choose another ledger with --ledger",
+            hint="choose another folder with BERTBENCH_LEDGER",
         ) from error
     with file:
         waiting = False

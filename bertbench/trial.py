@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import psutil
-
 from bertbench.allocations import Recording, recording_from_text
 from bertbench.bytes import MIB_BYTES, format_bytes
 from bertbench.devices import Budget, budget_from_json, child_environment
@@ -24,7 +22,6 @@ TARGET = "bertbench.trial_step:run_trial"
 
 _HOST_RESERVE_SHARE = 0.02
 _HOST_RESERVE_BYTES = 256 * MIB_BYTES
-_HOST_IS_FULL = "stopped before the host would swap"
 
 TIMEOUT_SECONDS = 900.0
 """Default limit of one batch: its steps, and for the first also start, tracing and set-up."""
@@ -188,6 +185,8 @@ def _measure_in_one_process(
     target: str,
 ) -> list[Trial]:
     trials: list[Trial] = []
+    texts: list[str] = []
+    recordings: list[Recording] = []
     began = time.monotonic()
 
     def add(outcome: Outcome, message: str = "", measured: Message | None = None) -> None:
@@ -217,16 +216,20 @@ def _measure_in_one_process(
             add(classify_error(kind, text), summarise_error(kind, text))
         elif event == "trial" and _is_result(message, request.batches[len(trials)]):
             add("fits", measured=message)
-        elif event == "recording" and on_recording is not None:
-            # Without one the search does without.
-            with contextlib.suppress(ValueError):
-                on_recording(request.batches[0], recording_from_text(str(message["recording"])))
+            for text in texts if on_recording else ():
+                # The search does without what cannot be read.
+                with contextlib.suppress(ValueError):
+                    recordings.append(recording_from_text(text))
+            while on_recording and recordings:
+                on_recording(request.batches[0], recordings.pop())
+        elif event == "recording":
+            texts.append(str(message["recording"]))
         elif event == "trial":
             add("failed", shorten(f"the trial's process sent a wrong result: {message}"))
 
-    def stop(pid: int) -> str:
+    def stop() -> str:
         check()
-        return _host_exhausted(request.budget, pid)
+        return _host_exhausted()
 
     ending = run_isolated(
         target,
@@ -241,19 +244,16 @@ def _measure_in_one_process(
     return trials
 
 
-def _host_exhausted(budget: Budget, pid: int) -> str:
+def _host_exhausted() -> str:
     """Say that the host has next to no memory left; "" while it has."""
     total_bytes, free_bytes = host_memory()
     # A share that lets the rest of the machine go on without swapping.
     if free_bytes >= max(total_bytes * _HOST_RESERVE_SHARE, _HOST_RESERVE_BYTES):
         return ""
-    left = f"the host had only {format_bytes(free_bytes)} of {format_bytes(total_bytes)} left"
-    with contextlib.suppress(psutil.Error):
-        if budget.device.kind == "cpu":
-            held_bytes = psutil.Process(pid).memory_info().rss
-            if held_bytes >= budget.budget_bytes // 2:
-                return f"{_HOST_IS_FULL}: {left}, and the trial held {format_bytes(held_bytes)}"
-    return f"stopped because {left}, most of it held by others"
+    return (
+        f"stopped before the machine would swap: {format_bytes(free_bytes)} of its "
+        f"{format_bytes(total_bytes)} were left; give a smaller --memory, or end what holds them"
+    )
 
 
 def _is_result(message: Message, batch: int) -> bool:
@@ -269,7 +269,8 @@ def _is_result(message: Message, batch: int) -> bool:
 def _explain(ending: Ending, timeout_seconds: float) -> tuple[Outcome, str]:
     """Say why a process ended without the result of a batch."""
     if ending.stopped:
-        return "oom" if ending.stopped.startswith(_HOST_IS_FULL) else "failed", ending.stopped
+        # The machine is full, and not the budget: that says nothing about the batch.
+        return "failed", ending.stopped
     if ending.error is not None:
         return classify_error(*ending.error), summarise_error(*ending.error)
     outcome: Outcome = "failed"

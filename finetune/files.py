@@ -6,15 +6,15 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file so that a reader, or a power cut, meets the old content or the new.
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file so that a reader, or a power cut, meets the old content or the new.
 
-    The text goes to a hidden file in the same folder, is flushed to the disk, and then takes the
+    The content goes to a hidden file in the same folder, is flushed to the disk, and then takes the
     name. The file gets the mode that the user's umask gives to new files.
 
     Args:
         path: the file; one that is there is replaced.
-        text: its content; written as UTF-8, with line ends as they are.
+        content: text is written as UTF-8, with line ends as they are.
 
     Raises:
         OSError: the folder is missing or cannot be written to, or the disk is full. Then the old
@@ -23,8 +23,8 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -35,8 +35,9 @@ LIMIT = 21
 
 
 @pytest.fixture
-def limits(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+def limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     """Let trials be simulated: at a sequence length that many examples fit."""
+    monkeypatch.setenv("BERTBENCH_LEDGER", str(tmp_path / "home" / "ledger.sqlite"))
     limits = {64: LIMIT, 128: 9}
 
     def measure(
@@ -181,31 +182,87 @@ def hold(path: str, seconds: float, events: Any) -> None:
         time.sleep(seconds)
 
 
-def test_a_second_probe_of_a_device_waits_and_repeats_nothing(
-    tmp_path: Path, limits: dict[int, int]
-) -> None:
+def test_a_lock_is_released_by_a_kill(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     events = context.Queue()
-    path = lock_path(tmp_path / "l.sqlite", resolve_device("cpu"))
-    other = context.Process(target=hold, args=(str(path), 60.0, events))
+    path = str(tmp_path / "cpu.lock")
+    other = context.Process(target=hold, args=(path, 60.0, events))
     other.start()
     try:
         assert events.get(timeout=60) == "holds"
-        third = context.Process(target=hold, args=(str(path), 0.0, events))
+        third = context.Process(target=hold, args=(path, 0.0, events))
         third.start()
         assert events.get(timeout=60) == "waits"
-        other.kill()  # the system releases what a killed process holds
+        other.kill()
         assert events.get(timeout=60) == "holds"
         third.join(60)
     finally:
         other.kill()
         other.join()
-    probe(tmp_path, "--seq-lens", "64")
-    with open_ledger(tmp_path / "l.sqlite") as ledger:
-        before = len(read_rows(ledger))
-    probe(tmp_path, "--seq-lens", "64")
-    with open_ledger(tmp_path / "l.sqlite") as ledger:
-        assert len(read_rows(ledger)) == before
+
+
+@pytest.mark.parametrize("checks", [False, True])
+def test_a_second_probe_of_a_device_waits(
+    tmp_path: Path, limits: dict[int, int], monkeypatch: pytest.MonkeyPatch, checks: bool
+) -> None:
+    """With another ledger too."""
+    file = tmp_path / "p.json"
+    if checks:
+        probe(tmp_path, "--seq-lens", "64", "--json", str(file))
+    measured = threading.Event()
+    module = checking if checks else probing
+    measure = module.measure_batches
+
+    def note(*arguments: Any, **keywords: Any) -> list[Trial]:
+        measured.set()
+        found: list[Trial] = measure(*arguments, **keywords)
+        return found
+
+    monkeypatch.setattr(module, "measure_batches", note)
+    results: list[Result] = []
+
+    def second() -> None:
+        results.append(check(tmp_path, file) if checks else probe(tmp_path, "--seq-lens", "64"))
+
+    with locked(lock_path(resolve_device("cpu")), lambda: None):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not measured.wait(1.5)
+    thread.join(60)
+    assert measured.is_set()
+    assert "waiting for another probe of cpu to end" in results[0].output
+    assert results[0].exit_code == 0
+
+
+def test_a_check_that_fails_refutes_nothing(
+    tmp_path: Path, limits: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, checked = tmp_path / "p.json", tmp_path / "checked.json"
+    probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
+    measure = checking.measure_batches
+
+    def crash(workload: Any, *arguments: Any, **keywords: Any) -> list[Trial]:
+        if workload.seq_len == 64:
+            return [Trial(arguments[2][0], "failed", message="killed by SIGSEGV")]
+        found: list[Trial] = measure(workload, *arguments, **keywords)
+        return found
+
+    monkeypatch.setattr(checking, "measure_batches", crash)
+    result = check(tmp_path, path, "--json", str(checked))
+    assert isinstance(result.exception, WorkError)
+    assert "1 of 2 certificates could not be checked" in str(result.exception)
+    assert "killed by SIGSEGV" in str(result.exception)
+    assert [c["confirmed"] for c in json.loads(checked.read_text())["cells"]] == [None, True]
+
+    def interrupt(workload: Any, *arguments: Any, **keywords: Any) -> list[Trial]:
+        if workload.seq_len == 128:
+            raise KeyboardInterrupt
+        found: list[Trial] = measure(workload, *arguments, **keywords)
+        return found
+
+    monkeypatch.setattr(checking, "measure_batches", interrupt)
+    assert check(tmp_path, path, "--json", str(checked)).exit_code != 0
+    assert [c["confirmed"] for c in json.loads(checked.read_text())["cells"]] == [True]
 
 
 def test_a_busy_gpu_is_refused() -> None:
@@ -309,7 +366,7 @@ def test_like_gpus_share_the_cells(
 @pytest.mark.parametrize(
     ("device", "change", "words"),
     [
-        ("gpu:0,gpu:0", {}, "one device twice"),
+        ("gpu:0,gpu:0", {}, "names gpu:0 twice"),
         ("gpu:0,gpu:1", {"name": "Other"}, "several kinds"),
         ("gpu:0,gpu:7", {}, "no 'gpu:7'"),
         ("gpu:0,gpu:1", {"free_bytes": 2 << 30}, "others use gpu:0"),
@@ -318,6 +375,7 @@ def test_like_gpus_share_the_cells(
 def test_devices_that_cannot_share_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, change: dict[str, Any], words: str
 ) -> None:
+    monkeypatch.setenv("BERTBENCH_LEDGER", str(tmp_path / "home" / "ledger.sqlite"))
     two_gpus(monkeypatch, change)
     result = probe(tmp_path, "--device", device, "--memory", "1GiB")
     assert isinstance(result.exception, InputError)
@@ -383,6 +441,7 @@ def test_the_ledger_is_listed_exported_and_pruned(tmp_path: Path, limits: dict[i
         path = tmp_path / f"trials.{ending}"
         assert ledger(tmp_path, "export", str(path)).exit_code == 0
         frame = read(path)
+        assert path.stat().st_mode == (tmp_path / "l.json").stat().st_mode
         assert list(frame["batch"]) == [row.trial.batch for row in rows]
         assert set(frame["checkpointing"]) == {"none"}
         peaks = [row.trial.peak_bytes for row in rows]
@@ -396,6 +455,8 @@ def test_the_ledger_is_listed_exported_and_pruned(tmp_path: Path, limits: dict[i
     assert names == ["trials.csv", "trials.json", "trials.parquet"]
 
     assert isinstance(ledger(tmp_path, "prune").exception, InputError)
+    for days in ("1000000", "nan", "-1"):
+        assert ledger(tmp_path, "prune", "--older-than", days).exit_code == 2
     assert "would take 0 trials" in ledger(tmp_path, "prune", "--failed").output
     assert "took 0" in ledger(tmp_path, "prune", "--older-than", "1", "--yes").output
     assert "took 0" in ledger(tmp_path, "prune", "--other-versions", "--yes").output

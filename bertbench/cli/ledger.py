@@ -108,7 +108,7 @@ def export_(file: Path, ledger_file: Path | None, force: bool) -> None:
 
 @command.command("prune", context_settings=CONTEXT)
 @_ledger_option
-@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Older ones.")
+@click.option("--older-than", type=click.IntRange(0, 36_500), metavar="DAYS", help="Older ones.")
 @click.option("--failed", is_flag=True, help="Those that failed for another reason than memory.")
 @click.option(
     "--other-versions",
@@ -119,7 +119,7 @@ def export_(file: Path, ledger_file: Path | None, force: bool) -> None:
 @click.option("--yes", is_flag=True, help="Do it; without this only the number is said.")
 def prune_(
     ledger_file: Path | None,
-    older_than: float | None,
+    older_than: int | None,
     failed: bool,
     other_versions: bool,
     everything: bool,
@@ -167,10 +167,8 @@ def _limits(rows: list[LedgerRow]) -> list[dict[str, Any]]:
     """One line for each question: the largest batch that fits, and the smallest that does not."""
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        key = (row.model, row.head, row.seq_len, str(row.levers), row.budget_bytes, row.device,
-               str(row.versions))  # fmt: skip
         cell = cells.setdefault(
-            key,
+            row.question,
             {
                 "model": row.model,
                 "head": row.head,
@@ -209,7 +207,10 @@ def _trial(row: LedgerRow) -> dict[str, Any]:
 
 
 def _levers(values: dict[str, Any]) -> str:
-    levers = levers_from_json(values)
+    try:
+        levers = levers_from_json(values)
+    except InputError:  # of another version, with other levers
+        return ", ".join(map(str, values.values()))
     steps = levers.accumulation_steps
     return levers.describe() + (f", {steps} micro-batches" if steps > 1 else "")
 

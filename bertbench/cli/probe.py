@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +156,8 @@ def command(
         _nothing_else(click.get_current_context())
         _check(checked_file, ledger_path, share, trial_timeout, json_file)
         return
-    budgets = _budgets(device, memory, share)
-    budget = budgets[0]
-    on_cpu = budget.device.kind == "cpu"
-    if on_cpu and models is None and seq_lens is None:
-        say(
-            f"no accelerator: probing small models on the CPU under a cap of "
-            f"{format_bytes(budget.budget_bytes)}; for the paper's grid give "
-            f"--models {_PAPER_MODELS} --seq-lens {_PAPER_SEQ_LENS} --memory 12GiB"
-        )
+    named = [resolve_device(name) for name in _items(device)]
+    on_cpu = named[0].kind == "cpu"
     names = _items(models or (_CPU_MODELS if on_cpu else _PAPER_MODELS))
     lengths = [
         _length(item) for item in _items(seq_lens or (_CPU_SEQ_LENS if on_cpu else _PAPER_SEQ_LENS))
@@ -172,42 +165,49 @@ def command(
     levers = Levers(
         parse_checkpointing(checkpointing), accumulation, precision, optimizer, xla, placement
     )
-    check_levers(budget.device.kind, budget.device.name, levers)
+    check_levers(named[0].kind, named[0].name, levers)
     workloads = [published_workload(name, length, head) for name in names for length in lengths]
-    estimates = [predict_cell_seconds(budget, workload, levers) for workload in workloads]
-
     interrupted = False
-    with shown(levers, workloads, estimates, len(budgets)) as view:
+    with _locked(named):
+        budgets = _budgets(named, memory, share)
+        if on_cpu and models is None and seq_lens is None:
+            say(
+                f"no accelerator: probing small models on the CPU under a cap of "
+                f"{format_bytes(budgets[0].budget_bytes)}; for the paper's grid give "
+                f"--models {_PAPER_MODELS} --seq-lens {_PAPER_SEQ_LENS} --memory 12GiB"
+            )
+        estimates = [predict_cell_seconds(budgets[0], workload, levers) for workload in workloads]
+        with shown(levers, workloads, estimates, len(budgets)) as view:
 
-        def work(budget: Budget, index: int, check: Callable[[], None]) -> None:
-            # A connection belongs to the thread that made it.
-            with open_ledger(ledger_path) as ledger, _locked(ledger_path, budget.device):
-                view.begin(index, budget.device.label)
-                cell = probe_cell(
-                    ledger,
-                    budget,
-                    workloads[index],
-                    levers,
-                    max_batch=max_batch,
-                    certify=not no_certify,
-                    fresh=not resume,
-                    timeout_seconds=trial_timeout,
-                    on_attempt=functools.partial(view.attempt, index),
-                    on_trial=functools.partial(view.trial, index),
-                    check=check,
-                )
-                view.cell(index, cell)
+            def work(budget: Budget, index: int, check: Callable[[], None]) -> None:
+                # A connection belongs to the thread that made it.
+                with open_ledger(ledger_path) as ledger:
+                    view.begin(index, budget.device.label)
+                    cell = probe_cell(
+                        ledger,
+                        budget,
+                        workloads[index],
+                        levers,
+                        max_batch=max_batch,
+                        certify=not no_certify,
+                        fresh=not resume,
+                        timeout_seconds=trial_timeout,
+                        on_attempt=functools.partial(view.attempt, index),
+                        on_trial=functools.partial(view.trial, index),
+                        check=check,
+                    )
+                    view.cell(index, cell)
 
-        try:
-            share_out(len(workloads), budgets, work)
-        except KeyboardInterrupt:
-            interrupted = True
+            try:
+                share_out(len(workloads), budgets, work)
+            except KeyboardInterrupt:
+                interrupted = True
     cells = [cell for _, cell in sorted(view.cells.items())]
     if json_file is not None:
         write_json(json_file, _to_json(budgets, cells))
     if str(json_file) != "-":
         console = terminal()
-        console.print(headline(budget, levers), soft_wrap=True)
+        console.print(headline(budgets[0], levers), soft_wrap=True)
         finished = [workload for index, workload in enumerate(workloads) if index in view.cells]
         console.print(build_table(dict(enumerate(cells)), finished, levers))
         for index, running in view.running.items():
@@ -227,21 +227,22 @@ def command(
         )
 
 
-def _budgets(device: str, memory: int | None, share: bool) -> list[Budget]:
-    """Budgets of all devices that are named: of the same size, as trials count for all of them.
+def _budgets(named: Sequence[Device], memory: int | None, share: bool) -> list[Budget]:
+    """Budgets of devices, as they are now: of the same size, as trials count for all of them.
 
     Raises:
-        InputError: no such device, others use it, or the devices are not alike.
+        InputError: others use one, or the devices are not alike.
     """
-    names = _items(device)
-    if memory is None and len(names) == 1 and resolve_device(device).kind == "cpu":
-        memory = min(_CPU_DEFAULT_BYTES, resolve_device(device).total_bytes)
+    if memory is None and named[0].kind == "cpu":
+        memory = min(_CPU_DEFAULT_BYTES, named[0].total_bytes)
+    names = [(device.uuid and f"gpu:{device.uuid}") or device.label for device in named]
     budgets = [resolve_budget(name, memory) for name in names]
-    if len({(b.device.kind, b.device.index) for b in budgets}) < len(budgets):
-        raise InputError(f"--device {device}: one device twice")
+    if len(set(names)) < len(names):
+        raise InputError(f"--device names {named[0].label} twice")
     if len({(b.device.name, b.device.driver, b.device.total_bytes) for b in budgets}) > 1:
         raise InputError(
-            f"--device {device}: devices of several kinds have several limits",
+            f"--device {','.join(device.label for device in named)}: devices of several kinds "
+            "have several limits",
             hint="probe them one after the other",
         )
     smallest_bytes = min(budget.budget_bytes for budget in budgets)
@@ -253,11 +254,17 @@ def _budgets(device: str, memory: int | None, share: bool) -> list[Budget]:
     return budgets
 
 
-def _locked(ledger_path: Path, device: Device) -> contextlib.AbstractContextManager[None]:
-    return locked(
-        lock_path(ledger_path, device),
-        lambda: say(f"waiting for another probe of {device.label} to finish its cell"),
-    )
+@contextlib.contextmanager
+def _locked(named: Sequence[Device]) -> Iterator[None]:
+    """Keep other probes off the devices; their trials would be in the way, and repeat ours."""
+    labels = ", ".join(device.label for device in named)
+    with contextlib.ExitStack() as held:
+        # In one order, so that no two probes wait for each other.
+        for path in sorted({lock_path(device) for device in named}):
+            held.enter_context(
+                locked(path, lambda: say(f"waiting for another probe of {labels} to end"))
+            )
+        yield
 
 
 def _nothing_else(context: click.Context) -> None:
@@ -281,25 +288,29 @@ def _check(
 ) -> None:
     """Repeat the certificates of a file and say which hold."""
     budget, claims, others = read_claims(path)
-    if not share:
-        check_alone(budget.device)
-    check_free(budget)
     if not claims:
         raise InputError("no cell has a certificate", path=path)
     checks: list[Check] = []
-    with open_ledger(ledger_path) as ledger:
-        for number, claim in enumerate(claims, 1):
-            title = f"[{number}/{len(claims)}] {claim.workload.model} {claim.workload.seq_len}"
+    interrupted = False
+    with _locked([budget.device]), open_ledger(ledger_path) as ledger:
+        budget, claims, others = read_claims(path)  # the device as it is now
+        if not share:
+            check_alone(budget.device)
+        check_free(budget)
+        try:
+            for number, claim in enumerate(claims, 1):
+                title = f"[{number}/{len(claims)}] {claim.workload.model} {claim.workload.seq_len}"
 
-            def on_trial(trial: Trial, title: str = title) -> None:
-                say(f"{title}: {describe(trial)}")
+                def on_trial(trial: Trial, title: str = title) -> None:
+                    say(f"{title}: {describe(trial)}")
 
-            with _locked(ledger_path, budget.device):
                 checks.append(
                     check_claim(
                         ledger, budget, claim, timeout_seconds=timeout_seconds, on_trial=on_trial
                     )
                 )
+        except KeyboardInterrupt:
+            interrupted = True
     if json_file is not None:
         write_json(
             json_file,
@@ -314,13 +325,18 @@ def _check(
         console.print(build_check_table(checks))
         if others:
             console.print(f"{others} more without a certificate, not checked", soft_wrap=True)
-    wrong = [check for check in checks if check.wrong]
-    if wrong:
-        trial = wrong[0].wrong[0]
-        raise WorkError(
-            f"{len(wrong)} of {len(checks)} certificates do not hold, the first one of "
-            f"{wrong[0].claim.workload.model} {wrong[0].claim.workload.seq_len}: {describe(trial)}"
-        )
+    if interrupted:
+        raise KeyboardInterrupt
+    for found, word in (
+        ([check for check in checks if check.wrong], "do not hold"),
+        ([check for check in checks if check.failed], "could not be checked"),
+    ):
+        if found:
+            claim, trial = found[0].claim, (found[0].wrong or found[0].failed)[0]
+            raise WorkError(
+                f"{len(found)} of {len(checks)} certificates {word}, the first one of "
+                f"{claim.workload.model} {claim.workload.seq_len}: {describe(trial)}"
+            )
 
 
 def _items(text: str) -> list[str]:
