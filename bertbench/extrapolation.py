@@ -39,6 +39,9 @@ _EXACT_BYTES = 64
 _NEAR = 0.01
 """The same as a part of the size, if no sum is exact."""
 
+_ENOUGH_BLOCKS = 4
+"""From so many on there are some to choose a usual one from."""
+
 _LOOKED_AT = 5
 """Batches below a limit that might not fit either."""
 
@@ -162,6 +165,8 @@ def extrapolate(
     recorded: Sequence[Recorded],
     seq_len: int,
     examples_per_block: Callable[[int], Sequence[int]] = lambda seq_len: (),
+    *,
+    few_blocks: bool = False,
 ) -> Extrapolation | None:
     """Work out what any batch would ask for.
 
@@ -172,6 +177,8 @@ def extrapolate(
         seq_len: tokens per example.
         examples_per_block: most examples of a block at a sequence length, for every policy in use
             that has blocks.
+        few_blocks: start from a recording with few blocks, for batches with no more than others
+            have. It is less certain which of them is a usual one.
 
     Returns:
         None where the recordings are too few, or do not match.
@@ -187,10 +194,12 @@ def extrapolate(
     recorded = [one for one in recorded if one.seq_len in full]
     found = loops_and_places(recorded, [examples_per_block(one.seq_len) for one in recorded])
 
-    def preference(number: int) -> tuple[bool, int, int]:
-        # A single block cannot be repeated; of more the fewest will do, for none are taken away.
-        single = any(loop.blocks < 2 for loop in found[number][0].values())
-        return single, abs(recorded[number].seq_len - seq_len), recorded[number].batch
+    def preference(number: int) -> tuple[int, int, int]:
+        # A single block cannot be repeated, and of many the most usual one can be chosen; but none
+        # are taken away.
+        blocks = min((loop.blocks for loop in found[number][0].values()), default=_ENOUGH_BLOCKS)
+        rank = 2 if blocks < 2 else 1 if (blocks < _ENOUGH_BLOCKS) is not few_blocks else 0
+        return rank, abs(recorded[number].seq_len - seq_len), recorded[number].batch
 
     base = min(range(len(recorded)), key=preference)
     places = found[base][1]

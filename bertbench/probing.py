@@ -152,14 +152,19 @@ def probe_cell(
 
     @functools.lru_cache(maxsize=1)
     def located(number_recorded: int) -> int | None:
-        extrapolation = extrapolate(
-            recorded,
-            workload.seq_len,
-            lambda seq_len: _examples_per_block(workload, levers, seq_len),
-        )
-        if extrapolation is None:
-            return None
-        return largest_batch(extrapolation, allocator_regions(budget), LARGEST_BATCH)
+        for few_blocks in (False, True):
+            extrapolation = extrapolate(
+                recorded,
+                workload.seq_len,
+                lambda seq_len: _examples_per_block(workload, levers, seq_len),
+                few_blocks=few_blocks,
+            )
+            if extrapolation is None:
+                return None
+            limit = largest_batch(extrapolation, allocator_regions(budget), LARGEST_BATCH)
+            if limit is None or limit >= extrapolation.batch:
+                break
+        return limit
 
     result = find_max_batch(
         measure,

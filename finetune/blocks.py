@@ -115,6 +115,7 @@ def in_blocks(
         sums: list[tf.Tensor],
         left: list[tf.TensorArray],
     ) -> tuple[tf.Tensor, Any, Any, list[tf.Tensor], Any]:
+        next_index = index + 1
         arrays = left or [array for array, _ in kept]
         known = [
             tf.ensure_shape(array.read(index), shape)
@@ -130,8 +131,8 @@ def in_blocks(
         put_aside = [a.write(index, x) for a, x in zip(put_aside, result.kept, strict=True)]
         sums = _added(sums, result.sums)
         if not xla:
-            run_in_order([*(a.flow for a in (*joined, *put_aside, *left)), *sums])
-        return index + 1, joined, put_aside, sums, left
+            run_in_order([next_index, *(a.flow for a in (*joined, *put_aside, *left)), *sums])
+        return next_index, joined, put_aside, sums, left
 
     _, joined, put_aside, sums, _ = tf.while_loop(
         lambda index, *_: index < blocks,
