@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertbench.allocations import Recording, replay
+from bertbench.allocations import Recording, Replay, replay
 from bertbench.bytes import MIB_BYTES
 from bertbench.devices import allocator_regions, make_budget, resolve_device
 from bertbench.extrapolation import (
@@ -285,3 +286,29 @@ def test_a_limit_is_found_near_its_guess_with_few_replays(limit: int, guess: int
     assert len(tried) <= 40
     if abs(guess - limit) <= limit // 128 and 1024 <= limit <= 65_000:
         assert len(tried) <= 12
+
+
+def test_a_hole_below_the_limit_is_the_limit() -> None:
+    """In what a device can hold there may be holes; the first one counts."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Uneven:
+        batch: int = 10
+        largest: int | None = None
+
+        def replay(self, batch: int, region_bytes: Sequence[int]) -> Replay:
+            return Replay(batch <= 100 and batch != 97, 7 * batch)
+
+    assert largest_batch(Uneven(), [700], 1 << 16) == 96  # type: ignore[arg-type]
+
+
+def test_of_several_recordings_one_with_enough_blocks_is_repeated() -> None:
+    found = [(9, in_blocks(9, 4)), (23, in_blocks(23, 4)), (39, in_blocks(39, 4))]
+    recorded = [Recorded(32, batch, made) for batch, made in found]
+    many = extrapolate(recorded, 32, lambda seq_len: [4])
+    few = extrapolate(recorded, 32, lambda seq_len: [4], few_blocks=True)
+    assert many is not None
+    assert few is not None
+    assert (many.batch, few.batch) == (23, 9)
+    expected = in_blocks(12, 4)
+    assert few.replay(12, [10**7]) == replay(expected.events, expected.sizes, [10**7])
