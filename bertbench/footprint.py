@@ -17,9 +17,9 @@ Measured against the allocator's peak on 2026-11-25 (TensorFlow 2.21, memory-cap
 region, BERT-Tiny to BERT-Medium and BERT-Base, both heads, all policies, accumulation 1 to 4;
 `benchmarks/footprint.py` measures again). The numbers of buffers below follow from the code of
 `finetune`; these trials decided which of them are alive at the same moment. Of 84 trials the median
-absolute error is 1.1 %, 78 are within 5 %, and all between -7.3 % (BERT-Medium, `full`, where the
-allocator loses most in chunks that it hands out whole, which is not predicted) and +7.7 %
-(BERT-Tiny, `full`, accumulated).
+absolute error is 1.0 %, 71 are within 5 %, and all between -12.8 % (BERT-Small, seq 64, four
+micro-batches of 4, where the allocator loses most in chunks that it hands out whole, which is not
+predicted; the next is -7.0 %) and +10.8 % (BERT-Mini, `nested`, batch 128).
 
 With bfloat16 and float16 (BERT-Mini, `none` and `selective`) predictions are between -6.1 % and
 0 %; with Lion and Adafactor (`nested`, BERT-Small and BERT-Base) between -1.4 % and 0 %.

@@ -111,6 +111,12 @@ class LedgerRow:
     trial: Trial
     question: tuple[str, str, str, str]
 
+    def to_json(self) -> dict[str, Any]:
+        """Values for JSON; those of the trial beside the others."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["trial"], values["question"]
+        return {**values, **self.trial.to_json()}
+
 
 def default_ledger_path() -> Path:
     """`$BERTBENCH_LEDGER`, or `bertbench/ledger.sqlite` in the user's folder for such state."""

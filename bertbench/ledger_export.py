@@ -21,21 +21,12 @@ def to_frame(rows: Sequence[LedgerRow]) -> pd.DataFrame:
 
     Integers that may be missing have pandas' nullable type, so that none becomes a fraction.
     """
-    records = [
-        {
-            "id": row.id,
-            "time_utc": row.time_utc,
-            "device": row.device,
-            "budget_bytes": row.budget_bytes,
-            "model": row.model,
-            "head": row.head,
-            "seq_len": row.seq_len,
-            **row.levers,
-            **row.trial.to_json(),
-            **{f"{name}_version": version for name, version in row.versions.items()},
-        }
-        for row in rows
-    ]
+    records = []
+    for row in rows:
+        values = row.to_json()
+        levers, versions = values.pop("levers"), values.pop("versions")
+        versions = {f"{name}_version": version for name, version in versions.items()}
+        records.append({**values, **levers, **versions})
     frame = pd.DataFrame(records)
     for name in frame.columns:
         if name.endswith("_bytes"):

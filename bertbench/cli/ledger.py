@@ -57,9 +57,8 @@ def list_(ledger_file: Path | None, each: bool, json_file: Path | None) -> None:
     path, rows = _read(ledger_file)
     limits = _limits(rows)
     if json_file is not None:
-        write_json(
-            json_file, {"ledger": str(path), "cells": limits, "trials": [_trial(r) for r in rows]}
-        )
+        trials = [row.to_json() for row in rows]
+        write_json(json_file, {"ledger": str(path), "cells": limits, "trials": trials})
     if str(json_file) == "-":
         return
     console = terminal()
@@ -189,21 +188,6 @@ def _limits(rows: list[LedgerRow]) -> list[dict[str, Any]]:
         elif row.trial.outcome == "oom":
             cell["smallest_out_of_memory"] = min(cell["smallest_out_of_memory"] or batch, batch)
     return list(cells.values())
-
-
-def _trial(row: LedgerRow) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "time_utc": row.time_utc,
-        "device": row.device,
-        "budget_bytes": row.budget_bytes,
-        "model": row.model,
-        "head": row.head,
-        "seq_len": row.seq_len,
-        "levers": row.levers,
-        "versions": row.versions,
-        **row.trial.to_json(),
-    }
 
 
 def _levers(values: dict[str, Any]) -> str:
