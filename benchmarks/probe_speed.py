@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.devices import MIB_BYTES, Budget, make_budget, resolve_device
-from bertbench.ledger import find_allocations, open_ledger, versions_key
+from bertbench.ledger import find_allocations, versions_key
+from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload, published_workload

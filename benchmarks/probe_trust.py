@@ -28,7 +28,7 @@ import psutil
 
 from bertbench.devices import MIB_BYTES, child_environment, make_budget, resolve_device
 from bertbench.isolation import run_isolated
-from bertbench.ledger import open_ledger
+from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, published_workload

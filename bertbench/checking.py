@@ -57,11 +57,6 @@ class Check:
         """Trials that tell nothing."""
         return tuple(trial for trial in self.trials if trial.outcome == "failed")
 
-    @property
-    def holds(self) -> bool:
-        """Both trials ended as claimed."""
-        return not self.wrong and not self.failed
-
     def to_json(self) -> dict[str, Any]:
         """Values for JSON."""
         claim = self.claim

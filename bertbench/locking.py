@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bertbench.devices import Device
-from bertbench.ledger import default_ledger_path
+from bertbench.ledger_file import default_ledger_path
 from finetune.errors import InputError
 
 _ASK_EVERY_SECONDS = 0.2

@@ -48,17 +48,19 @@ class Cell:
     result: SearchResult
     seconds: float
 
+    def examples_per_second(self, trial: Trial) -> float | None:
+        """Rate of a trial of this cell; None if it has not been timed."""
+        if not trial.step_seconds:
+            return None
+        return trial.batch * self.levers.accumulation_steps / trial.step_seconds
+
     def curve(self) -> list[dict[str, Any]]:
         """Examples per second of every batch that fits, by the last trial of each."""
-        last = {trial.batch: trial for trial in self.result.trials if trial.step_seconds}
+        rates = {trial.batch: self.examples_per_second(trial) for trial in self.result.trials}
         return [
-            {
-                "batch": batch,
-                "examples_per_second": round(
-                    batch * self.levers.accumulation_steps / (trial.step_seconds or 1.0), 3
-                ),
-            }
-            for batch, trial in sorted(last.items())
+            {"batch": batch, "examples_per_second": round(rate, 3)}
+            for batch, rate in sorted(rates.items())
+            if rate is not None
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -124,16 +126,16 @@ def probe_cell(
         record(ledger, budget, versions, workload, levers, trial)
         on_trial(trial)
 
-    recorded: list[Recorded] = []
-    if not fresh:
-        recorded += find_allocations(ledger, budget, versions, workload, levers)
+    @functools.cache  # not read at all if the trials that are known answer the question
+    def recorded() -> list[Recorded]:
+        return [] if fresh else find_allocations(ledger, budget, versions, workload, levers)
 
     def keep_recording(batch: int, recording: Recording) -> None:
-        recorded.append(Recorded(workload.seq_len, batch, recording))
+        recorded().append(Recorded(workload.seq_len, batch, recording))
         record_allocations(ledger, budget, versions, workload, levers, batch, recording)
 
     def enough() -> bool:
-        return sum(one.seq_len == workload.seq_len for one in recorded) >= 2
+        return sum(one.seq_len == workload.seq_len for one in recorded()) >= 2
 
     def measure(batches: Sequence[int], fresh: bool) -> list[Trial]:
         on_attempt(batches)
@@ -154,7 +156,7 @@ def probe_cell(
     def located(number_recorded: int) -> int | None:
         for few_blocks in (False, True):
             extrapolation = extrapolate(
-                recorded,
+                recorded(),
                 workload.seq_len,
                 lambda seq_len: _examples_per_block(workload, levers, seq_len),
                 few_blocks=few_blocks,
@@ -172,7 +174,7 @@ def probe_cell(
         predict_peak_bytes=lambda batch: (
             predict_footprint(workload, levers, batch, device_kind=budget.device.kind).peak_bytes
         ),
-        locate=lambda: located(len(recorded)),
+        locate=lambda: located(len(recorded())),
         examples_per_block=max(_examples_per_block(workload, levers, workload.seq_len), default=1),
         budget_bytes=budget.budget_bytes,
         max_batch=max_batch,

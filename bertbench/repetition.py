@@ -209,9 +209,10 @@ def _places(
         loop = loops.get(loop_names[name][0]) if name in loop_names else None
         run = block = 0
         if loop is not None:
-            first = [starts[0] for starts in loop.starts]
-            run = max(bisect.bisect_right(first, position) - 1, 0)
-            block = max(bisect.bisect_right(loop.starts[run][:-1], position) - 1, 0)
+            run = bisect.bisect_right(loop.starts, position, key=lambda starts: starts[0])
+            run = max(run - 1, 0)
+            starts = loop.starts[run]
+            block = max(bisect.bisect_right(starts, position, hi=loop.blocks) - 1, 0)
         result.append(Place(name, run, made[name, run, block], block, loop))
         made[name, run, block] += 1
     return tuple(result)

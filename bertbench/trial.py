@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bertbench.allocations import Recording, recording_from_text
@@ -186,7 +185,6 @@ def _measure_in_one_process(
 ) -> list[Trial]:
     trials: list[Trial] = []
     texts: list[str] = []
-    recordings: list[Recording] = []
     began = time.monotonic()
 
     def add(outcome: Outcome, message: str = "", measured: Message | None = None) -> None:
@@ -216,12 +214,9 @@ def _measure_in_one_process(
             add(classify_error(kind, text), summarise_error(kind, text))
         elif event == "trial" and _is_result(message, request.batches[len(trials)]):
             add("fits", measured=message)
-            for text in texts if on_recording else ():
-                # The search does without what cannot be read.
-                with contextlib.suppress(ValueError):
-                    recordings.append(recording_from_text(text))
-            while on_recording and recordings:
-                on_recording(request.batches[0], recordings.pop())
+            if on_recording is not None:
+                for recording in _readable(texts):
+                    on_recording(request.batches[0], recording)
         elif event == "recording":
             texts.append(str(message["recording"]))
         elif event == "trial":
@@ -242,6 +237,16 @@ def _measure_in_one_process(
     if len(trials) < len(request.batches) and (not trials or trials[-1].outcome == "fits"):
         add(*_explain(ending, timeout_seconds))
     return trials
+
+
+def _readable(texts: Sequence[str]) -> Iterator[Recording]:
+    """Read recordings; a search does without one that is damaged."""
+    for text in texts:
+        try:
+            recording = recording_from_text(text)
+        except ValueError:
+            continue
+        yield recording
 
 
 def _host_exhausted() -> str:

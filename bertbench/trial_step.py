@@ -55,8 +55,8 @@ def run_trial(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], No
                 "event": "trial",
                 "batch": batch,
                 "peak_bytes": int(tf.config.experimental.get_memory_info(device)["peak"]),
-                # The first step pays for tracing or for the allocator's growth.
                 "process_peak_bytes": process_peak_bytes(request.budget.device),
+                # The first step pays for tracing or for the allocator's growth.
                 "step_seconds": statistics.median(step_seconds[1:] or step_seconds),
             }
         )

@@ -34,6 +34,7 @@ def run(
     timeout_seconds: float = 60,
     environment: dict[str, str] | None = None,
     on_message: Callable[[dict[str, Any]], None] | None = None,
+    stop: Callable[[], str] | None = None,
 ) -> tuple[list[dict[str, Any]], Ending]:
     messages: list[dict[str, Any]] = []  # of `on_message`, unless another is given
     ending = run_isolated(
@@ -42,6 +43,7 @@ def run(
         environment=environment or {},
         timeout_seconds=timeout_seconds,
         on_message=on_message or messages.append,
+        stop=stop,
     )
     return messages, ending
 
@@ -326,14 +328,12 @@ def test_nothing_stays_in_the_temporary_folder(
     assert not list(tmp_path.glob("bertbench-*"))
 
 
-def test_a_request_to_stop_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_to_stop_is_heard() -> None:
     began = time.monotonic()
-    ending = run_isolated(
-        "isolation_targets:crash",
+    _, ending = run(
+        "crash",
         {"how": "hang"},
-        environment={},
         timeout_seconds=300,
-        on_message=lambda message: None,
         stop=lambda: "enough" if time.monotonic() - began > 1 else "",
     )
     assert (ending.stopped, ending.timed_out) == ("enough", False)
@@ -341,14 +341,7 @@ def test_a_request_to_stop_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_silent_process_is_killed_with_a_guard_too() -> None:
-    ending = run_isolated(
-        "isolation_targets:crash",
-        {"how": "hang"},
-        environment={},
-        timeout_seconds=2,
-        on_message=lambda message: None,
-        stop=lambda: "",
-    )
+    _, ending = run("crash", {"how": "hang"}, timeout_seconds=2, stop=lambda: "")
     assert (ending.stopped, ending.timed_out) == ("", True)
 
 

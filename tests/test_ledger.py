@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 
 from bertbench import ledger as ledger_module
+from bertbench import ledger_file
 from bertbench.allocations import Recording
 from bertbench.bytes import GIB_BYTES
 from bertbench.devices import Budget, Device, make_budget
 from bertbench.ledger import (
-    default_ledger_path,
     find,
     find_allocations,
-    open_ledger,
     read_rows,
     record,
     record_allocations,
     versions_key,
 )
+from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.trial import Trial, trial_from_json
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import Checkpointing
@@ -180,7 +180,7 @@ def test_a_newer_format_asks_for_an_upgrade(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "ledger.sqlite"
-    monkeypatch.setattr(ledger_module, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(ledger_file, "SCHEMA_VERSION", 3)
     with open_ledger(path):
         pass
     monkeypatch.undo()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bertbench.ledger import open_ledger, read_rows
+from bertbench.ledger import read_rows
+from bertbench.ledger_file import open_ledger
 
 # Every trial that runs out of memory waits ten seconds or more for memory to be freed.
 pytestmark = pytest.mark.timeout(600)

@@ -22,7 +22,8 @@ from bertbench.cli import probe as probe_cli
 from bertbench.cli.probe_view import View, build_table, shown
 from bertbench.devices import Device, check_alone, make_budget, resolve_device
 from bertbench.errors import WorkError
-from bertbench.ledger import open_ledger, read_rows
+from bertbench.ledger import read_rows
+from bertbench.ledger_file import open_ledger
 from bertbench.locking import lock_path, locked
 from bertbench.probing import Cell, plenty_seconds, predict_cell_seconds
 from bertbench.search import Certificate, SearchResult
@@ -291,7 +292,7 @@ def finished(batch: int, seq_len: int, seconds: float = 40.0) -> Cell:
 
 def test_the_table_fits_80_columns_beside_the_published_one() -> None:
     workloads = [published_workload("bert-large", seq_len) for seq_len in (320, 384, 512)]
-    table = build_table({0: finished(12, 320), 1: finished(10, 384)}, workloads, Levers())
+    table = build_table({0: finished(12, 320), 1: finished(10, 384)}, workloads)
     console = Console(width=200, highlight=False)
     with console.capture() as captured:
         console.print(table)
@@ -304,7 +305,7 @@ def test_the_table_fits_80_columns_beside_the_published_one() -> None:
 
 def test_the_live_view_says_what_runs_and_how_long_it_takes() -> None:
     workloads = [published_workload("bert-large", seq_len) for seq_len in (320, 384, 512)]
-    view = View(Levers(), workloads, [20.0, 20.0, 50.0])
+    view = View(workloads, [20.0, 20.0, 50.0])
     assert view.left_seconds() == pytest.approx(90, abs=1)
     view.begin(0, "gpu:0")
     view.cell(0, finished(12, 320))
@@ -318,7 +319,7 @@ def test_the_live_view_says_what_runs_and_how_long_it_takes() -> None:
         console.print(view)
     assert "[2/3] bert-large 384: trying batch 8, 0 s  3 ✓" in captured.get()
     assert "about 2 min 20 s left" in captured.get()
-    with shown(Levers(), workloads, [1.0, 1.0, 1.0]) as plain:
+    with shown(workloads, [1.0, 1.0, 1.0]) as plain:
         assert plain.live is None  # the tests' standard error is no terminal
 
 

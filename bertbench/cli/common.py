@@ -65,6 +65,16 @@ def json_option(command: _Command) -> _Command:
     )(command)
 
 
+def ledger_option(command: _Command) -> _Command:
+    """Add `--ledger FILE`."""
+    return click.option(
+        "--ledger",
+        "ledger_file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Record of all trials. Default: the user's.",
+    )(command)
+
+
 def lever_options(command: _Command) -> _Command:
     """Add `--precision`, `--optimizer`, `--placement` and `--allow`; see `allowed_levers`."""
     options = [

@@ -10,25 +10,18 @@ import click
 from rich.table import Table
 
 from bertbench.bytes import format_bytes
-from bertbench.cli.common import CONTEXT, json_option, terminal, write_json
+from bertbench.cli.common import CONTEXT, json_option, ledger_option, terminal, write_json
 from bertbench.ledger import (
     LedgerRow,
+    Prunable,
     count_prunable,
-    default_ledger_path,
-    open_ledger,
     prune,
     read_rows,
     versions_key,
 )
+from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.workload import levers_from_json
 from finetune.errors import InputError
-
-_ledger_option = click.option(
-    "--ledger",
-    "ledger_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Record of all trials. Default: the user's.",
-)
 
 
 @click.group(context_settings=CONTEXT)
@@ -44,7 +37,7 @@ def command() -> None:
 
 
 @command.command("list", context_settings=CONTEXT)
-@_ledger_option
+@ledger_option
 @click.option("--trials", "each", is_flag=True, help="Every trial, not one line for each limit.")
 @json_option
 def list_(ledger_file: Path | None, each: bool, json_file: Path | None) -> None:
@@ -89,7 +82,7 @@ def list_(ledger_file: Path | None, each: bool, json_file: Path | None) -> None:
 
 @command.command("export", context_settings=CONTEXT)
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@_ledger_option
+@ledger_option
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
 def export_(file: Path, ledger_file: Path | None, force: bool) -> None:
     """Write all trials to FILE: .csv, .parquet or .json, a row for each.
@@ -106,7 +99,7 @@ def export_(file: Path, ledger_file: Path | None, force: bool) -> None:
 
 
 @command.command("prune", context_settings=CONTEXT)
-@_ledger_option
+@ledger_option
 @click.option("--older-than", type=click.IntRange(0, 36_500), metavar="DAYS", help="Older ones.")
 @click.option("--failed", is_flag=True, help="Those that failed for another reason than memory.")
 @click.option(
@@ -137,16 +130,19 @@ def prune_(
         )
     path = ledger_file or default_ledger_path()
     _exists(path)
-    before = None
-    if older_than is not None:
-        before = datetime.now(timezone.utc) - timedelta(days=older_than)
-    versions = versions_key() if other_versions else None
+    which = Prunable(
+        before=None
+        if older_than is None
+        else datetime.now(timezone.utc) - timedelta(days=older_than),
+        failed=failed,
+        other_than=versions_key() if other_versions else None,
+    )
     with open_ledger(path) as ledger:
         if not yes:
-            count = count_prunable(ledger, before=before, failed=failed, other_than=versions)
+            count = count_prunable(ledger, which)
             click.echo(f"{path}: would take {count} trials away; add --yes to do it")
             return
-        count = prune(ledger, before=before, failed=failed, other_than=versions)
+        count = prune(ledger, which)
     click.echo(f"{path}: took {count} trials away")
 
 

@@ -18,6 +18,7 @@ from bertbench.cli.common import (
     CONTEXT,
     MemorySize,
     json_option,
+    ledger_option,
     resolve_budget,
     terminal,
     write_json,
@@ -32,10 +33,11 @@ from bertbench.devices import (
     resolve_device,
 )
 from bertbench.errors import WorkError
-from bertbench.ledger import default_ledger_path, open_ledger, versions_key
+from bertbench.ledger import versions_key
+from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.locking import lock_path, locked
 from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
-from bertbench.probing import Cell, predict_cell_seconds, probe_cell
+from bertbench.probing import predict_cell_seconds, probe_cell
 from bertbench.progress import say
 from bertbench.trial import Trial
 from bertbench.workers import share_out
@@ -107,12 +109,7 @@ _PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
     show_default=True,
     help="Take what the ledger knows, or measure again.",
 )
-@click.option(
-    "--ledger",
-    "ledger_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Record of all trials. Default: the user's.",
-)
+@ledger_option
 @click.option(
     "--check",
     "checked_file",
@@ -177,7 +174,7 @@ def command(
                 f"--models {_PAPER_MODELS} --seq-lens {_PAPER_SEQ_LENS} --memory 12GiB"
             )
         estimates = [predict_cell_seconds(budgets[0], workload, levers) for workload in workloads]
-        with shown(levers, workloads, estimates, len(budgets)) as view:
+        with shown(workloads, estimates, len(budgets)) as view:
 
             def work(budget: Budget, index: int, check: Callable[[], None]) -> None:
                 # A connection belongs to the thread that made it.
@@ -204,12 +201,20 @@ def command(
                 interrupted = True
     cells = [cell for _, cell in sorted(view.cells.items())]
     if json_file is not None:
-        write_json(json_file, _to_json(budgets, cells))
+        write_json(
+            json_file,
+            {
+                **_measured_on(budgets[0]),
+                # The other devices that cells were shared out among.
+                "more_devices": [_device_json(budget) for budget in budgets[1:]],
+                "cells": [cell.to_json() for cell in cells],
+            },
+        )
     if str(json_file) != "-":
         console = terminal()
         console.print(headline(budgets[0], levers), soft_wrap=True)
         finished = [workload for index, workload in enumerate(workloads) if index in view.cells]
-        console.print(build_table(dict(enumerate(cells)), finished, levers))
+        console.print(build_table(dict(enumerate(cells)), finished))
         for index, running in view.running.items():
             fitting = [trial.batch for trial in running.trials if trial.outcome == "fits"]
             console.print(
@@ -314,11 +319,7 @@ def _check(
     if json_file is not None:
         write_json(
             json_file,
-            {
-                "device": {**budget.device.to_json(), "budget_bytes": budget.budget_bytes},
-                "versions": json.loads(versions_key()),
-                "cells": [check.to_json() for check in checks],
-            },
+            {**_measured_on(budget), "cells": [check.to_json() for check in checks]},
         )
     if str(json_file) != "-":
         console = terminal()
@@ -352,12 +353,10 @@ def _length(item: str) -> int:
     return int(item)
 
 
-def _to_json(budgets: Sequence[Budget], cells: Sequence[Cell]) -> dict[str, Any]:
-    devices = [{**b.device.to_json(), "budget_bytes": b.budget_bytes} for b in budgets]
-    return {
-        "device": devices[0],
-        # The other devices that cells were shared out among.
-        "more_devices": devices[1:],
-        "versions": json.loads(versions_key()),
-        "cells": [cell.to_json() for cell in cells],
-    }
+def _measured_on(budget: Budget) -> dict[str, Any]:
+    """Device and versions, as a probe's file has them."""
+    return {"device": _device_json(budget), "versions": json.loads(versions_key())}
+
+
+def _device_json(budget: Budget) -> dict[str, Any]:
+    return {**budget.device.to_json(), "budget_bytes": budget.budget_bytes}

@@ -62,7 +62,6 @@ class View:
     """State of what is shown; `shown` makes one. Several threads may report to it.
 
     Attributes:
-        levers: of all cells.
         workloads: of the cells, in their order.
         estimates: seconds that each of them was thought to take.
         workers: cells that are probed at the same time.
@@ -72,7 +71,6 @@ class View:
         lock: held by whoever reads or changes the two.
     """
 
-    levers: Levers
     workloads: Sequence[Workload]
     estimates: Sequence[float]
     workers: int = 1
@@ -139,7 +137,7 @@ class View:
     @_exclusively
     def __rich__(self) -> Group:
         """Draw the table, and a line for every cell that is being probed."""
-        table = build_table(self.cells, self.workloads, self.levers)
+        table = build_table(self.cells, self.workloads)
         lines = []
         for index, running in tuple(self.running.items()):
             what = "looking into the ledger"
@@ -160,10 +158,10 @@ class View:
 
 @contextlib.contextmanager
 def shown(
-    levers: Levers, workloads: Sequence[Workload], estimates: Sequence[float], workers: int = 1
+    workloads: Sequence[Workload], estimates: Sequence[float], workers: int = 1
 ) -> Iterator[View]:
     """Show a probe while it runs: live on a terminal, a line for every trial elsewhere."""
-    view = View(levers, workloads, estimates, workers)
+    view = View(workloads, estimates, workers)
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         yield view
@@ -193,7 +191,7 @@ def headline(budget: Budget, levers: Levers) -> str:
     )
 
 
-def build_table(cells: Mapping[int, Cell], workloads: Sequence[Workload], levers: Levers) -> Table:
+def build_table(cells: Mapping[int, Cell], workloads: Sequence[Workload]) -> Table:
     """Make the table of results by index of the cell; those that are not finished are empty."""
     published = any((w.model, w.seq_len) in PUBLISHED_MAX_BATCH for w in workloads)
     # With the published numbers beside them, eighty columns leave one space between two.
@@ -207,7 +205,7 @@ def build_table(cells: Mapping[int, Cell], workloads: Sequence[Workload], levers
     for index, workload in enumerate(workloads):
         row = [workload.model, str(workload.seq_len)]
         if index in cells:
-            row += _results(cells[index], levers)
+            row += _results(cells[index])
             if published:
                 known = PUBLISHED_MAX_BATCH.get((workload.model, workload.seq_len))
                 row.append("-" if known is None else str(known))
@@ -216,19 +214,17 @@ def build_table(cells: Mapping[int, Cell], workloads: Sequence[Workload], levers
     return table
 
 
-def _results(cell: Cell, levers: Levers) -> list[str]:
+def _results(cell: Cell) -> list[str]:
     result = cell.result
     best = result.certificate.fits if result.certificate else None
     best = best or next(
         (t for t in result.trials if t.batch == result.max_batch and t.outcome == "fits"), None
     )
-    rate = "-"
-    if best and best.step_seconds:
-        rate = f"{best.batch * levers.accumulation_steps / best.step_seconds:.1f}"
+    rate = cell.examples_per_second(best) if best else None
     return [
         f"{'≥ ' if result.stopped_by == 'max_batch' else ''}{result.max_batch}",
         format_bytes(best.peak_bytes) if best and best.peak_bytes else "-",
-        rate,
+        "-" if rate is None else f"{rate:.1f}",
         str(result.measured),
         _evidence(cell),
     ]

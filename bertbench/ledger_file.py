@@ -1,0 +1,192 @@
+"""The ledger's file: where it is, what is in it, and what its troubles mean."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.errors import InputError
+
+SCHEMA_VERSION = 2
+APPLICATION_ID = 0x62657274  # "bert": tells a ledger from other programs' SQLite files
+
+_BUSY_SECONDS = 30.0
+
+_SCHEMA_1 = """
+CREATE TABLE trials (
+    id INTEGER PRIMARY KEY,
+    time_utc TEXT NOT NULL,
+    budget_key TEXT NOT NULL,
+    versions_key TEXT NOT NULL,
+    workload_key TEXT NOT NULL,
+    levers_key TEXT NOT NULL,
+    device TEXT NOT NULL,
+    budget_bytes INTEGER NOT NULL,
+    model TEXT NOT NULL,
+    head TEXT NOT NULL,
+    seq_len INTEGER NOT NULL,
+    batch INTEGER NOT NULL,
+    outcome TEXT NOT NULL,
+    peak_bytes INTEGER,
+    step_seconds REAL,
+    seconds REAL NOT NULL,
+    message TEXT NOT NULL,
+    fresh INTEGER NOT NULL
+);
+CREATE INDEX trials_by_key ON trials (workload_key, levers_key, budget_key, versions_key);
+"""
+
+# What version 2 adds.
+_SCHEMA_2 = """
+ALTER TABLE trials ADD COLUMN process_peak_bytes INTEGER;
+CREATE TABLE recordings (
+    device_key TEXT NOT NULL,
+    versions_key TEXT NOT NULL,
+    model_key TEXT NOT NULL,
+    levers_key TEXT NOT NULL,
+    seq_len INTEGER NOT NULL,
+    batch INTEGER NOT NULL,
+    time_utc TEXT NOT NULL,
+    recording TEXT NOT NULL,
+    PRIMARY KEY (device_key, versions_key, model_key, levers_key, seq_len, batch)
+);
+"""
+
+
+def default_ledger_path() -> Path:
+    """`$BERTBENCH_LEDGER`, or `bertbench/ledger.sqlite` in the user's folder for such state."""
+    chosen = os.environ.get("BERTBENCH_LEDGER")
+    if chosen:
+        return Path(chosen)
+    home = Path.home()
+    if sys.platform == "darwin":
+        base = home / "Library" / "Application Support"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
+    else:
+        state = os.environ.get("XDG_STATE_HOME", "")
+        # The XDG specification has relative paths ignored.
+        base = Path(state) if os.path.isabs(state) else home / ".local" / "state"
+    return base / "bertbench" / "ledger.sqlite"
+
+
+@contextlib.contextmanager
+def open_ledger(path: str | os.PathLike[str] | None = None) -> Iterator[sqlite3.Connection]:
+    """Open a ledger, making it where it does not exist; it is closed with the `with` block.
+
+    Args:
+        path: the file; None means `default_ledger_path()`.
+
+    Raises:
+        InputError: it is damaged, not a ledger, of a newer version, or cannot be written. So do
+            the functions of `bertbench.ledger` that are called inside the block.
+    """
+    path = Path(default_ledger_path() if path is None else path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Autocommit: each statement is a transaction of its own.
+        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+    try:
+        with _explained(path):
+            _prepare(connection, path)
+        yield connection
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def explained(ledger: sqlite3.Connection) -> Iterator[None]:
+    """Turn errors of an open ledger into ones that name its file and say what to do."""
+    with _explained(Path(ledger.execute("PRAGMA database_list").fetchone()[2])):
+        yield
+
+
+def _prepare(ledger: sqlite3.Connection, path: Path) -> None:
+    """Check that the file is a ledger that this version reads, or make it one."""
+    if _pragma(ledger, "user_version") < SCHEMA_VERSION:
+        ledger.execute("BEGIN IMMEDIATE")  # one of several processes makes it, the others wait
+        try:
+            version = _pragma(ledger, "user_version")
+            if version == 0 and ledger.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                raise _not_a_ledger(path)
+            if version and _pragma(ledger, "application_id") != APPLICATION_ID:
+                raise _not_a_ledger(path)
+            if version < 1:
+                ledger.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            for schema in (_SCHEMA_1, _SCHEMA_2)[version:]:
+                for statement in schema.split(";"):
+                    ledger.execute(statement)
+            # Unless another process was faster.
+            if version < SCHEMA_VERSION:
+                ledger.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            ledger.execute("COMMIT")
+        except BaseException:
+            if ledger.in_transaction:  # a full disk has ended it already
+                ledger.execute("ROLLBACK")
+            raise
+    version = _pragma(ledger, "user_version")
+    if _pragma(ledger, "application_id") != APPLICATION_ID:
+        raise _not_a_ledger(path)
+    if version > SCHEMA_VERSION:
+        raise InputError(
+            f"the ledger has format {version}, and this version reads up to {SCHEMA_VERSION}",
+            path=path,
+            hint="upgrade bertbench, or choose another ledger with BERTBENCH_LEDGER",
+        )
+    _use_wal(ledger)
+    ledger.execute("PRAGMA synchronous = FULL")
+
+
+def _use_wal(ledger: sqlite3.Connection) -> None:
+    # The change of mode does not wait for other processes as other statements do.
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            ledger.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
+
+
+def _pragma(ledger: sqlite3.Connection, name: str) -> int:
+    return int(ledger.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _not_a_ledger(path: Path) -> InputError:
+    return InputError(
+        "an SQLite file of another program, not a bertbench ledger",
+        path=path,
+        hint="choose another file with BERTBENCH_LEDGER",
+    )
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn errors of the file into ones that name it and say what to do."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:  # full disk, read-only, locked, no permission
+        raise InputError(
+            f"cannot use the ledger ({error})",
+            path=path,
+            hint="make it writable with room on its disk, or choose another with BERTBENCH_LEDGER",
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise InputError(
+            f"not a usable ledger ({error})",
+            path=path,
+            hint="move the file away, or choose another with BERTBENCH_LEDGER",
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"cannot use the ledger ({error.strerror})",
+            path=path,
+            hint="choose another with BERTBENCH_LEDGER",
+        ) from error
