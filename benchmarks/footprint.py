@@ -15,7 +15,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bertbench.devices import make_budget, resolve_device
+from bertbench.attached import resolve_device
+from bertbench.devices import make_budget
 from bertbench.footprint import SAFETY_MARGIN, predict_footprint
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, published_workload

@@ -35,7 +35,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bertbench.devices import MIB_BYTES, Budget, make_budget, resolve_device
+from bertbench.attached import resolve_device
+from bertbench.bytes import MIB_BYTES
+from bertbench.devices import Budget, make_budget
 from bertbench.footprint import max_micro_batch, predict_footprint
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload, published_workload

@@ -25,7 +25,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bertbench.devices import MIB_BYTES, Budget, make_budget, resolve_device
+from bertbench.attached import resolve_device
+from bertbench.bytes import MIB_BYTES
+from bertbench.devices import Budget, make_budget
 from bertbench.ledger import find_allocations, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell

@@ -26,7 +26,10 @@ from typing import Any
 
 import psutil
 
-from bertbench.devices import MIB_BYTES, child_environment, make_budget, resolve_device
+from bertbench.allocator_limit import child_environment
+from bertbench.attached import resolve_device
+from bertbench.bytes import MIB_BYTES
+from bertbench.devices import make_budget
 from bertbench.isolation import run_isolated
 from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell

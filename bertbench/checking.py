@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bertbench.devices import Budget, Device, make_budget, resolve_device
+from bertbench.attached import resolve_device, tpu_device
+from bertbench.devices import Budget, TpuSettings, make_budget
 from bertbench.ledger import find, record, versions_key
 from bertbench.probing import plenty_seconds
 from bertbench.trial import Trial, measure_batches
@@ -84,7 +85,8 @@ def read_claims(path: Path) -> tuple[Budget, list[Claim], int]:
         values = json.loads(path.read_text(encoding="utf-8"))
         device, budget_bytes = values["device"], int(values["device"]["budget_bytes"])
         kind, name, uuid = device["kind"], device["name"], device["uuid"]
-        driver = device["driver"]
+        driver, tpu = device["driver"], device.get("tpu")
+        settings = TpuSettings(**tpu) if tpu else None
         cells = [cell for cell in values["cells"] if cell["certificate"]]
         claims = [
             Claim(
@@ -104,7 +106,10 @@ def read_claims(path: Path) -> tuple[Budget, list[Claim], int]:
         raise InputError(
             "not a probe's result", path=path, hint="give a file of `bertbench probe --json`"
         ) from error
-    found = _same_device(kind, uuid, device["index"])
+    if settings is not None:
+        found = tpu_device(settings, device["total_bytes"])
+    else:
+        found = resolve_device(f"gpu:{uuid or device['index']}" if kind == "gpu" else kind)
     if (found.name, found.driver) != (name, driver):
         raise InputError(
             f"measured on {name} with driver {driver}, and {found.label} here is {found.name} "
@@ -145,9 +150,3 @@ def check_claim(
                 on_trial=keep,
             )
     return Check(claim, tuple(trials))
-
-
-def _same_device(kind: str, uuid: str | None, index: int) -> Device:
-    if kind == "gpu":
-        return resolve_device(f"gpu:{uuid or index}")
-    return resolve_device(kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ _ASK_EVERY_SECONDS = 0.2
 
 def lock_path(device: Device) -> Path:
     """File of this user that is locked while a device is probed, whatever the ledger."""
-    return default_ledger_path().with_name(f"{device.uuid or device.label}.lock")
+    name = re.sub(r"[^\w.:-]", "_", device.uuid or device.label)
+    return default_ledger_path().with_name(f"{name}.lock")
 
 
 @contextlib.contextmanager

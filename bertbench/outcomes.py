@@ -25,7 +25,9 @@ _DEVICE_TYPES = ("InternalError", "UnknownError", "AbortedError", "UnavailableEr
 # The same kind stands for limits that no smaller batch would meet.
 _OTHER_RESOURCE = re.compile(
     r"(received|sent|send) message larger than|too many open files|no space left on device"
-    r"|quota exceeded|exceeds? quota|can't start new thread|MemoryError",
+    r"|quota exceeded|exceeds? quota|can't start new thread|MemoryError"
+    # A TPU's small memories, which a program overruns by a fault of the compiler.
+    r"|memory space [vs]mem\b",
     re.IGNORECASE,
 )
 

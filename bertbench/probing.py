@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bertbench.allocations import Recording
+from bertbench.allocator_limit import allocator_regions
 from bertbench.cost import device_rates, predict_step_seconds
-from bertbench.devices import Budget, allocator_regions
+from bertbench.devices import Budget
 from bertbench.extrapolation import extrapolate, largest_batch
 from bertbench.footprint import max_micro_batch, predict_footprint
 from bertbench.ledger import (
@@ -41,18 +42,20 @@ class Cell:
         levers: lever settings.
         result: what the search found.
         seconds: time it took now.
+        replicas: copies of the model that took a batch each, at the same time.
     """
 
     workload: Workload
     levers: Levers
     result: SearchResult
     seconds: float
+    replicas: int = 1
 
     def examples_per_second(self, trial: Trial) -> float | None:
         """Rate of a trial of this cell; None if it has not been timed."""
         if not trial.step_seconds:
             return None
-        return trial.batch * self.levers.accumulation_steps / trial.step_seconds
+        return trial.batch * self.levers.accumulation_steps * self.replicas / trial.step_seconds
 
     def curve(self) -> list[dict[str, Any]]:
         """Examples per second of every batch that fits, by the last trial of each."""
@@ -135,7 +138,9 @@ def probe_cell(
         record_allocations(ledger, budget, versions, workload, levers, batch, recording)
 
     def enough() -> bool:
-        return sum(one.seq_len == workload.seq_len for one in recorded()) >= 2
+        # A TPU's memory is laid out by the compiler, before the step.
+        on_tpu = budget.device.kind == "tpu"
+        return on_tpu or sum(one.seq_len == workload.seq_len for one in recorded()) >= 2
 
     def measure(batches: Sequence[int], fresh: bool) -> list[Trial]:
         on_attempt(batches)
@@ -180,7 +185,7 @@ def probe_cell(
         max_batch=max_batch,
         certify=certify,
     )
-    return Cell(workload, levers, result, time.monotonic() - began)
+    return Cell(workload, levers, result, time.monotonic() - began, budget.device.replicas)
 
 
 def predict_cell_seconds(

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from bertbench import tpu
+from bertbench.allocator_limit import child_environment
 from bertbench.bytes import format_bytes
 from bertbench.catalogue import check_levers
 from bertbench.cloud_storage import RemoteFolder
 from bertbench.cost import device_rates
-from bertbench.devices import Budget, check_free, child_environment
+from bertbench.devices import Budget, TpuSettings, check_free
 from bertbench.planner import PlanEntry, make_plan, read_plan
 from bertbench.progress import say
-from bertbench.tpu import TpuSettings
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, from_json_file

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bertbench.devices import Budget, apply_budget
+from bertbench.allocator_limit import apply_budget
+from bertbench.devices import Budget
 from bertbench.quiet import muted_stderr
 from finetune.precisions import EXACT_PRECISION, allow_tensor_float_32
 
@@ -17,7 +18,8 @@ def start_tensorflow(budget: Budget) -> str:
     process with a segmentation fault where it should report that memory is exhausted.
 
     Args:
-        budget: what `bertbench.devices.child_environment` set this process's environment for.
+        budget: what this process's environment was set for by
+            `bertbench.allocator_limit.child_environment`.
 
     Returns:
         TensorFlow's name of the device, as in `GPU:0`.

@@ -6,41 +6,12 @@ out of one CPU, and the connection against a stand-in.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from bertbench.bytes import GIB_BYTES
-from bertbench.devices import Budget, Device, make_budget
+from bertbench.devices import TpuSettings
 from bertbench.errors import WorkError
 from bertbench.quiet import muted_stderr
 from finetune.errors import InputError
-
-CORE_BYTES = 8 * GIB_BYTES
-"""Memory of a core of a Cloud TPU v2, the smallest (Google Cloud's system architecture page)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TpuSettings:
-    """Flags as in the original's scripts.
-
-    Attributes:
-        name: `--tpu_name`, or a `grpc://` address; None asks the environment.
-        zone: `--tpu_zone`, as in `us-central1-b`.
-        project: `--gcp_project`.
-        cores: `--num_tpu_cores`.
-    """
-
-    name: str | None = None
-    zone: str | None = None
-    project: str | None = None
-    cores: int = 8
-
-
-def tpu_budget(tpu: TpuSettings, memory_bytes: int | None) -> Budget:
-    """Budget of one core; its memory cannot be asked for before connecting."""
-    size = CORE_BYTES if memory_bytes is None else memory_bytes
-    name = f"TPU {tpu.name or ''}".strip()
-    return make_budget(Device("tpu", 0, f"{name}, {tpu.cores} cores", None, size, size), size)
 
 
 def connect(tpu: TpuSettings) -> Any:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bertbench.allocations import Recording, recording_from_text
+from bertbench.allocator_limit import child_environment
 from bertbench.bytes import MIB_BYTES, format_bytes
-from bertbench.devices import Budget, budget_from_json, child_environment
+from bertbench.devices import Budget, budget_from_json
 from bertbench.hostmemory import host_memory
 from bertbench.isolation import Ending, Message, run_isolated
 from bertbench.outcomes import Outcome, classify_error, classify_exit, shorten, summarise_error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from bertbench import tpu
 from bertbench.allocations import recording_to_text
 from bertbench.process_memory import process_peak_bytes
 from bertbench.runtime import start_tensorflow
@@ -20,13 +22,16 @@ from finetune.modeling import create_variables
 from finetune.optimization import OptimizerSettings
 from finetune.step import Trainer, make_trainer
 
+_NO_STATISTICS = (ValueError, tf.errors.OpError)
+
 
 def run_trial(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], None]) -> None:
     """Run real training steps for each batch of a request, in this process.
 
     Forward pass, backward pass, clipping and update, with dropout, on sequences of full length:
     attention and padding cost the same memory, so no data set needs more. The peak is the
-    allocator's over all steps of a batch, the first among them.
+    allocator's over all steps of a batch, the first among them. A batch is that of one replica:
+    each of a TPU's cores has as many examples.
 
     Args:
         payload: of a `bertbench.trial.TrialRequest`.
@@ -36,15 +41,21 @@ def run_trial(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], No
         tensorflow.errors.ResourceExhaustedError: a batch does not fit.
     """
     request = request_from_payload(payload)
-    device = start_tensorflow(request.budget)
-    if request.record:
-        trainer = _recorded(request, device, send)
+    tpu_settings = request.budget.device.tpu
+    if tpu_settings is not None:
+        strategy, device = tpu.connect(tpu_settings), "TPU:0"
+        trainer = build_trainer(request.workload, request.levers, strategy)
     else:
-        trainer = build_trainer(request.workload, request.levers)
+        device = start_tensorflow(request.budget)
+        if request.record:
+            trainer = _recorded(request, device, send)
+        else:
+            trainer = build_trainer(request.workload, request.levers)
+    replicas = request.budget.device.replicas
     for batch in request.batches:
-        rows = random_batch(request.workload, batch * request.levers.accumulation_steps)
+        rows = random_batch(request.workload, batch * request.levers.accumulation_steps * replicas)
         if not request.record:
-            tf.config.experimental.reset_memory_stats(device)
+            _forget_peak(device)
         step_seconds = []
         for _ in range(request.steps):
             began = time.monotonic()
@@ -54,12 +65,27 @@ def run_trial(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], No
             {
                 "event": "trial",
                 "batch": batch,
-                "peak_bytes": int(tf.config.experimental.get_memory_info(device)["peak"]),
+                "peak_bytes": _peak_bytes(device),
                 "process_peak_bytes": process_peak_bytes(request.budget.device),
                 # The first step pays for tracing or for the allocator's growth.
                 "step_seconds": statistics.median(step_seconds[1:] or step_seconds),
             }
         )
+
+
+def _forget_peak(device: str) -> None:
+    with contextlib.suppress(*_NO_STATISTICS):
+        tf.config.experimental.reset_memory_stats(device)
+
+
+def _peak_bytes(device: str) -> int | None:
+    try:
+        return int(tf.config.experimental.get_memory_info(device)["peak"])
+    except _NO_STATISTICS:
+        # The devices of another host, as a Cloud TPU's are, keep no statistics here.
+        if device.startswith("TPU"):
+            return None
+        raise
 
 
 def _recorded(
@@ -80,11 +106,14 @@ def _recorded(
     return trainer
 
 
-def build_trainer(workload: Workload, levers: Levers) -> Trainer:
-    """Make a randomly initialised model and its step."""
-    variables = create_variables(
-        workload.config, workload.head, num_labels=workload.num_labels, seed=0
-    )
+def build_trainer(
+    workload: Workload, levers: Levers, strategy: tf.distribute.Strategy | None = None
+) -> Trainer:
+    """Make a randomly initialised model and its step, on the replicas of a strategy if given."""
+    with contextlib.nullcontext() if strategy is None else strategy.scope():
+        variables = create_variables(
+            workload.config, workload.head, num_labels=workload.num_labels, seed=0
+        )
     return make_trainer(
         variables,
         workload.config,
@@ -96,6 +125,7 @@ def build_trainer(workload: Workload, levers: Levers) -> Trainer:
         precision=levers.precision,
         xla=levers.xla,
         placement=levers.placement,
+        strategy=strategy,
     )
 
 

@@ -13,20 +13,17 @@ import pynvml
 import pytest
 
 from bertbench import hostmemory
+from bertbench.allocator_limit import apply_budget, child_environment
+from bertbench.attached import list_devices, resolve_device, visible_gpus
 from bertbench.bytes import GIB_BYTES, MIB_BYTES
 from bertbench.devices import (
     GPU_CONTEXT_RESERVE_BYTES,
     Budget,
     Device,
-    apply_budget,
     budget_from_json,
     check_free,
-    child_environment,
     default_budget_bytes,
-    list_devices,
     make_budget,
-    resolve_device,
-    visible_gpus,
 )
 from bertbench.hostmemory import cgroup_limits, memory_cgroups, oom_kill_counts
 from finetune.errors import InputError
@@ -62,7 +59,6 @@ def test_auto_without_a_gpu_is_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("text", "there", "words"),
     [
-        ("tpu", ALL, "not supported by this version"),
         ("gpu:2", ALL, "attached: gpu:0, gpu:1"),
         ("gpu:GPU-", ALL, "there is no"),
         ("gpu:0", [CPU], "no GPU is attached"),
@@ -151,7 +147,9 @@ def test_a_budget_without_its_environment_is_refused(monkeypatch: pytest.MonkeyP
 
 APPLY = """
 import sys
-from bertbench.devices import apply_budget, list_devices, make_budget
+from bertbench.allocator_limit import apply_budget
+from bertbench.attached import list_devices
+from bertbench.devices import make_budget
 assert "tensorflow" not in sys.modules, "listing devices needs no TensorFlow"
 budget = make_budget(list_devices()[-1], 64 << 20)
 if {early}:

@@ -14,8 +14,10 @@ import pytest
 import tensorflow as tf
 from tiny_models import eagerly, norm_of, random_batch, tiny_trainer, values_of
 
+from bertbench.attached import tpu_device
+from bertbench.devices import TPU_CORE_BYTES, TpuSettings, device_from_json, make_budget
 from bertbench.errors import WorkError
-from bertbench.tpu import CORE_BYTES, TpuSettings, connect, tpu_budget
+from bertbench.tpu import connect
 from finetune.demo_data import demo_files
 from finetune.errors import InputError
 from finetune.training import read_log
@@ -144,8 +146,9 @@ def test_a_tpu_that_cannot_be_reached(google: type[Resolver], error: Exception) 
 
 
 def test_budget_of_a_core() -> None:
-    assert tpu_budget(TpuSettings("x"), None).budget_bytes == CORE_BYTES
-    budget = tpu_budget(TpuSettings("x", cores=32), 16 << 30)
-    assert budget.budget_bytes == 16 << 30
-    assert budget.device.kind == "tpu"
-    assert "32 cores" in budget.device.name
+    assert make_budget(tpu_device(TpuSettings("x"))).budget_bytes == TPU_CORE_BYTES
+    device = tpu_device(TpuSettings("x", "zone", "project", cores=32), 16 << 30)
+    assert make_budget(device).budget_bytes == 16 << 30
+    assert (device.kind, device.label, device.replicas) == ("tpu", "tpu:x", 32)
+    assert "32 cores" in device.name
+    assert device_from_json(json.loads(json.dumps(device.to_json()))) == device

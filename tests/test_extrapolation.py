@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bertbench.allocations import Recording, Replay, replay
+from bertbench.allocator_limit import allocator_regions
+from bertbench.attached import resolve_device
 from bertbench.bytes import MIB_BYTES
-from bertbench.devices import allocator_regions, make_budget, resolve_device
+from bertbench.devices import make_budget
 from bertbench.extrapolation import (
     Extrapolation,
     _last_that_fits,

@@ -17,8 +17,9 @@ import pytest
 
 from bertbench import isolation as isolation_module
 from bertbench import trial as trial_module
+from bertbench.allocator_limit import child_environment
 from bertbench.bytes import MIB_BYTES
-from bertbench.devices import Budget, Device, child_environment
+from bertbench.devices import Budget, Device
 from bertbench.isolation import Ending, run_isolated
 from bertbench.outcomes import classify_error, classify_exit
 from bertbench.trial import Trial, TrialRequest, measure_batches, request_from_payload

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 PEAK = """
 import tensorflow as tf
-from bertbench.devices import make_budget, resolve_device
+from bertbench.attached import resolve_device
+from bertbench.devices import make_budget
 from bertbench.runtime import start_tensorflow
 from bertbench.trial_step import build_trainer, random_batch
 from bertbench.workload import Levers, published_workload

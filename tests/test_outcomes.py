@@ -65,6 +65,10 @@ OTHER = [
         "ResourceExhaustedError",
         "MemoryError: Unable to allocate 184. MiB for an array; out of memory",
     ),
+    (
+        "ResourceExhaustedError",
+        "Compilation failure: Ran out of memory in memory space vmem.",
+    ),
     ("ResourceExhaustedError", "Trying to access more queue slots than there are"),
     ("InternalError", "Blas GEMM launch failed : a.shape=(32, 768); Possibly out of memory?"),
     ("InternalError", "failed to create cublas handle: CUBLAS_STATUS_NOT_INITIALIZED"),

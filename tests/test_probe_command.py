@@ -15,12 +15,13 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from bertbench import checking, devices, probing
+from bertbench import attached, checking, probing
+from bertbench.attached import resolve_device
 from bertbench.bytes import MIB_BYTES
 from bertbench.cli import ledger as ledger_cli
 from bertbench.cli import probe as probe_cli
 from bertbench.cli.probe_view import View, build_table, shown
-from bertbench.devices import Device, check_alone, make_budget, resolve_device
+from bertbench.devices import GPU_CONTEXT_RESERVE_BYTES, Device, check_alone, make_budget
 from bertbench.errors import WorkError
 from bertbench.ledger import read_rows
 from bertbench.ledger_file import open_ledger
@@ -328,7 +329,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch, *changes: dict[str, Any]) -> None:
     cards = [Device("gpu", n, "Card", f"GPU-{n}", 24 * gib, 23 * gib, driver="1") for n in range(2)]
     for number, change in enumerate(changes):
         cards[number] = dataclasses.replace(cards[number], **change)
-    monkeypatch.setattr(devices, "list_devices", lambda: cards)
+    monkeypatch.setattr(attached, "list_devices", lambda: cards)
 
 
 def test_like_gpus_share_the_cells(
@@ -360,7 +361,7 @@ def test_like_gpus_share_the_cells(
     assert [cell["seq_len"] for cell in values["cells"]] == [64, 128]
     # What fits on the fuller card counts for both.
     sizes = {d["budget_bytes"] for d in (values["device"], *values["more_devices"])}
-    assert sizes == {(22 << 30) - devices.GPU_CONTEXT_RESERVE_BYTES}
+    assert sizes == {(22 << 30) - GPU_CONTEXT_RESERVE_BYTES}
     assert "gpu:1 bert-tiny" in result.output
 
 

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
+from bertbench.attached import resolve_device
 from bertbench.bytes import parse_bytes
-from bertbench.devices import Budget, make_budget, resolve_device
+from bertbench.devices import Budget, make_budget
 from bertbench.workload import Levers
 from finetune.errors import InputError
 from finetune.files import write_atomically
@@ -137,9 +138,15 @@ def resolve_budget(device: str, memory: int | None) -> Budget:
     """Device and bytes that the options name.
 
     Raises:
-        InputError: no such device, or more than it has.
+        InputError: no such device, or more than it has; or a TPU, which is named otherwise.
     """
-    return make_budget(resolve_device(device), memory)
+    resolved = resolve_device(device)
+    if resolved.tpu is not None:
+        raise InputError(
+            f"--device {device} is for `bertbench probe`",
+            hint="`bertbench run` takes --use_tpu and --tpu_name",
+        )
+    return make_budget(resolved, memory)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from bertbench.attached import resolve_device, tpu_device
 from bertbench.bytes import MIB_BYTES, format_bytes
 from bertbench.catalogue import check_levers
 from bertbench.checking import Check, check_claim, read_claims
@@ -25,12 +26,13 @@ from bertbench.cli.common import (
 )
 from bertbench.cli.probe_view import build_check_table, build_table, describe, headline, shown
 from bertbench.devices import (
+    TPU_CORE_BYTES,
     Budget,
     Device,
+    TpuSettings,
     check_alone,
     check_free,
     make_budget,
-    resolve_device,
 )
 from bertbench.errors import WorkError
 from bertbench.ledger import versions_key
@@ -63,8 +65,11 @@ _PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
     "--device",
     default="auto",
     show_default=True,
-    help="auto, gpu:N, gpu:UUID or cpu. Like GPUs with commas between share the work.",
+    help="auto, gpu:N, gpu:UUID, cpu or tpu:NAME. Like GPUs with commas between share the work.",
 )
+@click.option("--tpu-zone", help="Zone of a TPU. Default: asked of the environment.")
+@click.option("--gcp-project", help="Its project. Default: likewise.")
+@click.option("--num-tpu-cores", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--memory", type=MemorySize(), help="Bytes the allocator may use, as in 12GiB.")
 @click.option(
     "--checkpointing",
@@ -122,6 +127,9 @@ def command(
     seq_lens: str | None,
     head: str,
     device: str,
+    tpu_zone: str | None,
+    gcp_project: str | None,
+    num_tpu_cores: int,
     memory: int | None,
     checkpointing: str,
     accumulation: int,
@@ -154,6 +162,9 @@ def command(
         _check(checked_file, ledger_path, share, trial_timeout, json_file)
         return
     named = [resolve_device(name) for name in _items(device)]
+    if named[0].tpu is not None:
+        tpu = TpuSettings(named[0].tpu.name, tpu_zone, gcp_project, num_tpu_cores)
+        named[0] = tpu_device(tpu, memory or TPU_CORE_BYTES)
     on_cpu = named[0].kind == "cpu"
     names = _items(models or (_CPU_MODELS if on_cpu else _PAPER_MODELS))
     lengths = [
@@ -241,7 +252,10 @@ def _budgets(named: Sequence[Device], memory: int | None, share: bool) -> list[B
     if memory is None and named[0].kind == "cpu":
         memory = min(_CPU_DEFAULT_BYTES, named[0].total_bytes)
     names = [(device.uuid and f"gpu:{device.uuid}") or device.label for device in named]
-    budgets = [resolve_budget(name, memory) for name in names]
+    budgets = [
+        make_budget(device, memory) if device.tpu else resolve_budget(name, memory)
+        for name, device in zip(names, named, strict=True)
+    ]
     if len(set(names)) < len(names):
         raise InputError(f"--device names {named[0].label} twice")
     if len({(b.device.name, b.device.driver, b.device.total_bytes) for b in budgets}) > 1:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from bertbench.attached import tpu_device
 from bertbench.cli.common import (
     CONTEXT,
     allowed_levers,
@@ -20,10 +21,9 @@ from bertbench.cli.common import (
     write_json,
 )
 from bertbench.cli.original_flags import OriginalCommand, PathOrUrl, local_files
-from bertbench.devices import Budget
+from bertbench.devices import TPU_CORE_BYTES, Budget, TpuSettings, make_budget
 from bertbench.progress import say
 from bertbench.running import ModelFiles, RunSettings, find_model_files
-from bertbench.tpu import TpuSettings, tpu_budget
 from finetune.checkpointing import parse_checkpointing
 from finetune.demo_data import demo_files
 from finetune.errors import InputError
@@ -339,7 +339,7 @@ def _tpu(flags: dict[str, Any]) -> TpuSettings | None:
 
 def _budget(flags: dict[str, Any], settings: RunSettings) -> Budget:
     if settings.tpu is not None:
-        return tpu_budget(settings.tpu, flags["memory"])
+        return make_budget(tpu_device(settings.tpu, flags["memory"] or TPU_CORE_BYTES))
     return resolve_budget(flags["device"], flags["memory"])
 
 

@@ -1,0 +1,118 @@
+"""What is attached to this machine, and the names that the command line has for it.
+
+This module does not import TensorFlow.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bertbench.devices import TPU_CORE_BYTES, Device, TpuSettings
+from bertbench.hostmemory import host_memory
+from bertbench.nvml import list_gpus
+from finetune.errors import InputError
+
+
+def list_devices() -> list[Device]:
+    """GPUs in NVML's order, then the CPU; a machine without GPU or driver has only the CPU.
+
+    GPUs that `CUDA_VISIBLE_DEVICES` hides are left out: a batch scheduler has given them to
+    somebody else.
+    """
+    return [*visible_gpus(list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")), _cpu()]
+
+
+def visible_gpus(gpus: Sequence[Device], visible: str | None) -> list[Device]:
+    """Choose the GPUs that a value of `CUDA_VISIBLE_DEVICES` names, in its order.
+
+    Numbers are taken as PCI bus order (`CUDA_DEVICE_ORDER=PCI_BUS_ID`); CUDA's own default
+    differs from it only on machines with cards of different speed.
+
+    Args:
+        gpus: all GPUs.
+        visible: numbers or beginnings of UUIDs, with commas; None means all. As in CUDA, the
+            first entry that names no GPU ends the list.
+    """
+    if visible is None:
+        return list(gpus)
+    chosen: list[Device] = []
+    for entry in (part.strip() for part in visible.split(",")):
+        found = [gpu for gpu in gpus if _names(entry, gpu)]
+        if not found:
+            break
+        chosen.append(found[0])
+    return chosen
+
+
+def resolve_device(text: str, devices: Iterable[Device] | None = None) -> Device:
+    """Find the device that a `--device` value names.
+
+    Args:
+        text: `auto` (the GPU with the most free memory, else the CPU), `gpu`, `gpu:N`,
+            `gpu:UUID` (its beginning is enough), `cpu`, `tpu` or `tpu:NAME`.
+        devices: what there is to choose from; None asks the machine.
+
+    Raises:
+        InputError: no such device, or not a device name.
+    """
+    kind, _, which = text.strip().partition(":")
+    kind = kind.lower()
+    if kind == "tpu":
+        return tpu_device(TpuSettings(which or None))
+    devices = list_devices() if devices is None else list(devices)
+    gpus = sorted((d for d in devices if d.kind == "gpu"), key=lambda d: (-d.free_bytes, d.index))
+    if kind == "cpu" or (kind == "auto" and not gpus and not which):
+        return next(device for device in devices if device.kind == "cpu")
+    if kind == "auto" and not which:
+        return gpus[0]
+    if kind != "gpu":
+        raise InputError(f"unknown device {text!r}", hint="use auto, gpu:N, gpu:UUID, cpu or tpu")
+    if not gpus:
+        raise InputError(
+            f"no GPU is attached, so {text!r} is not a device here",
+            hint="see `bertbench devices`, or use --device cpu",
+        )
+    found = [gpu for gpu in gpus if not which or _names(which, gpu)]
+    if not found:
+        there = ", ".join(gpu.label for gpu in sorted(gpus, key=lambda gpu: gpu.index))
+        raise InputError(f"there is no {text!r}", hint=f"attached: {there}")
+    return found[0]
+
+
+def tpu_device(tpu: TpuSettings, core_bytes: int = TPU_CORE_BYTES) -> Device:
+    """A core of a TPU, which is not asked whether it is there."""
+    name = f"TPU {tpu.name or ''}".strip()
+    return Device("tpu", 0, f"{name}, {tpu.cores} cores", None, core_bytes, core_bytes, tpu=tpu)
+
+
+def _names(which: str, gpu: Device) -> bool:
+    if which.isdigit():
+        return int(which) == gpu.index
+    prefix = which.upper().removeprefix("GPU-")
+    return bool(prefix) and (gpu.uuid or "").upper().removeprefix("GPU-").startswith(prefix)
+
+
+def _cpu() -> Device:
+    total_bytes, free_bytes = host_memory()
+    return Device("cpu", 0, _cpu_name(), None, total_bytes, free_bytes)
+
+
+def _cpu_name() -> str:
+    # Cores belong to the name: step times depend on them, and so do oneDNN's scratch buffers.
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        cores = os.cpu_count() or 1
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return f"{model} ({cores} core{'' if cores == 1 else 's'})"
