@@ -173,7 +173,8 @@ def extrapolate(
     Args:
         recorded: of one model and one lever setting. Two batches of the sequence length are
             enough, for layers in blocks the larger of at least two blocks; so are two batches
-            each of two other lengths.
+            each of two other lengths. Batch 1 does not count: its gradients need no sums over
+            examples, so that its step is another.
         seq_len: tokens per example.
         examples_per_block: most examples of a block at a sequence length, for every policy in use
             that has blocks.
@@ -184,6 +185,7 @@ def extrapolate(
         None where the recordings are too few, or do not match.
     """
     batches: dict[int, set[int]] = collections.defaultdict(set)
+    recorded = [one for one in recorded if one.batch > 1]
     for one in recorded:
         batches[one.seq_len].add(one.batch)
     full = {length for length, found in batches.items() if len(found) >= 2}
@@ -230,9 +232,9 @@ def extrapolate(
 
 
 def largest_batch(
-    extrapolation: Extrapolation, region_bytes: Sequence[int], at_most: int
+    extrapolation: Extrapolation, region_bytes: Sequence[int], at_most: int, fitting: int = 0
 ) -> int | None:
-    """Find the largest batch that fits, as all smaller ones do.
+    """Find the largest batch that fits, as all do between a given one and it.
 
     Near the limit the pieces that memory is in may be too small for one batch and not for the next.
     Some batches below the first limit that is found are looked at too.
@@ -241,9 +243,11 @@ def largest_batch(
         extrapolation: what batches ask for.
         region_bytes: pieces of memory that the allocator has.
         at_most: largest batch of interest.
+        fitting: a batch that fits, as a trial has said; smaller ones are not asked about.
 
     Returns:
-        0 if none fits, None if all fit of which something is known, but larger ones may.
+        `fitting` if no larger one does, None if all fit of which something is known, but larger
+        ones may.
     """
     peaks: dict[int, int] = {}
 
@@ -254,7 +258,8 @@ def largest_batch(
         return replayed.fits
 
     known = at_most if extrapolation.largest is None else min(at_most, extrapolation.largest)
-    low, high, batch = 0, known + 1, min(extrapolation.batch, known)
+    low, high = min(fitting, known), known + 1
+    batch = min(max(extrapolation.batch, low + 1), known)
     while low < batch < high:
         low, high = (batch, high) if fits(batch) else (low, batch)
         batch = min(2 * batch, known)
@@ -268,7 +273,7 @@ def largest_batch(
     low = _last_that_fits(fits, low, high, guess)
     if low == known < at_most:
         return None
-    for batch in range(low - 1, max(low - _LOOKED_AT, 0), -1):
+    for batch in range(low - 1, max(low - _LOOKED_AT, fitting), -1):
         if batch not in peaks and not fits(batch):
             low = batch - 1
     return low

@@ -138,9 +138,10 @@ def probe_cell(
         record_allocations(ledger, budget, versions, workload, levers, batch, recording)
 
     def enough() -> bool:
-        # A TPU's memory is laid out by the compiler, before the step.
+        # A TPU's memory is laid out by the compiler, before the step. Batch 1 tells nothing.
         on_tpu = budget.device.kind == "tpu"
-        return on_tpu or sum(one.seq_len == workload.seq_len for one in recorded()) >= 2
+        own = {one.batch for one in recorded() if one.seq_len == workload.seq_len}
+        return on_tpu or len(own - {1}) >= 2
 
     def measure(batches: Sequence[int], fresh: bool) -> list[Trial]:
         on_attempt(batches)
@@ -158,7 +159,7 @@ def probe_cell(
         )
 
     @functools.lru_cache(maxsize=1)
-    def located(number_recorded: int) -> int | None:
+    def located(number_recorded: int, fitting: int) -> int | None:
         for few_blocks in (False, True):
             extrapolation = extrapolate(
                 recorded(),
@@ -168,7 +169,8 @@ def probe_cell(
             )
             if extrapolation is None:
                 return None
-            limit = largest_batch(extrapolation, allocator_regions(budget), LARGEST_BATCH)
+            regions = allocator_regions(budget)
+            limit = largest_batch(extrapolation, regions, LARGEST_BATCH, fitting)
             if limit is None or limit >= extrapolation.batch:
                 break
         return limit
@@ -179,7 +181,7 @@ def probe_cell(
         predict_peak_bytes=lambda batch: (
             predict_footprint(workload, levers, batch, device_kind=budget.device.kind).peak_bytes
         ),
-        locate=lambda: located(len(recorded())),
+        locate=lambda fitting: located(len(recorded()), fitting),
         examples_per_block=max(_examples_per_block(workload, levers, workload.seq_len), default=1),
         budget_bytes=budget.budget_bytes,
         max_batch=max_batch,

@@ -89,7 +89,7 @@ def find_max_batch(
     *,
     known: Sequence[Trial] = (),
     predict_peak_bytes: Callable[[int], int] | None = None,
-    locate: Callable[[], int | None] | None = None,
+    locate: Callable[[int], int | None] | None = None,
     trust_prediction: bool = False,
     examples_per_block: int = 1,
     budget_bytes: int,
@@ -107,8 +107,8 @@ def find_max_batch(
         measure: makes trials. The first batch of a call is taken as measured in a fresh process.
         known: earlier trials of the same question; failed ones are ignored.
         predict_peak_bytes: predicted peak of a batch, rising with it.
-        locate: says where the limit is by what trials in fresh processes have recorded so far; None
-            if they do not tell.
+        locate: says up to where all fits beyond a batch that does, by what trials in fresh
+            processes have recorded so far; None if they do not tell.
         trust_prediction: try the predicted limit at once, without two smaller batches before it.
         examples_per_block: of layers that are computed in blocks. The larger of the first two
             batches then has up to six of them, at least two if it may, of unequal sizes: for
@@ -134,7 +134,7 @@ def find_max_batch(
             break
         if not batches:
             limit = _predicted_limit(predict_peak_bytes, budget_bytes, (high or cap + 1) - 1)
-            located = locate() if locate and len(guesses) < _BELIEVED else None
+            located = locate(low) if locate and len(guesses) < _BELIEVED else None
             if located is not None:
                 batches = [_guess(low, high, cap, located, guesses)]
             elif low == 0 and not (trust_prediction and limit):
@@ -256,8 +256,10 @@ def _first_batches(
     pair: tuple[int, ...] = (2, 4)
     if bound is not None and bound < 2:
         pair = (1,)
-    elif bound is not None and bound < 8:
+    elif bound is not None and bound < 4:
         pair = (1, 2)
+    elif bound == 4:
+        pair = (2, 3)
     elif bound is not None and bound >= 16:
         # Far enough from where the limit is thought to be to fit even if that is twice too much,
         # near enough to extrapolate from.

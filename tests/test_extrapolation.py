@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -301,7 +302,20 @@ def test_a_hole_below_the_limit_is_the_limit() -> None:
         def replay(self, batch: int, region_bytes: Sequence[int]) -> Replay:
             return Replay(batch <= 100 and batch != 97, 7 * batch)
 
-    assert largest_batch(Uneven(), [700], 1 << 16) == 96  # type: ignore[arg-type]
+    uneven: Any = Uneven()
+    assert largest_batch(uneven, [700], 1 << 16) == 96
+    # A trial that fits beyond the hole is believed, and what lies below it is settled.
+    assert largest_batch(uneven, [700], 1 << 16, 98) == 100
+    assert largest_batch(uneven, [700], 1 << 16, 100) == 100
+    assert largest_batch(uneven, [700], 99, 98) == 99
+
+
+def test_a_single_example_tells_nothing() -> None:
+    recorded = [Recorded(32, b, recording(b)) for b in (1, 7)]
+    assert extrapolate(recorded, 32) is None
+    assert extrapolate([*recorded, Recorded(32, 2, recording(2))], 32) is not None
+    others = [Recorded(s, b, at_length(b, s)) for s in (64, 96) for b in (3, 14)]
+    assert extrapolate([Recorded(32, b, at_length(b, 32)) for b in (1, 2)] + others, 32) is not None
 
 
 def test_of_several_recordings_one_with_enough_blocks_is_repeated() -> None:

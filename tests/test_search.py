@@ -348,7 +348,7 @@ def test_what_was_recorded_is_tried_at_once_and_believed_for_a_while(
         device(lambda b: b <= 97, uneven, calls),
         budget_bytes=1100,
         predict_peak_bytes=lambda batch: 95 + 10 * batch,
-        locate=lambda: located if calls else None,
+        locate=lambda fitting: located if calls else None,
     )
     assert_certified(result, 97)
     assert calls[0] == ([12, 33], True)
@@ -374,7 +374,7 @@ def test_layers_in_blocks_have_several_of_them_in_the_larger_of_the_first_two_tr
             affine(100, 10, 1073, calls),
             budget_bytes=1073,
             predict_peak_bytes=lambda batch: 95 + 10 * batch,
-            locate=lambda: 97,
+            locate=lambda fitting: 97,
             examples_per_block=examples_per_block,
         )
         assert calls[0] == ([97], True)
@@ -390,6 +390,26 @@ def test_layers_in_blocks_have_several_of_them_in_the_larger_of_the_first_two_tr
 
 def test_a_recording_that_is_there_already_leaves_two_trials() -> None:
     calls: Calls = []
-    result = find_max_batch(affine(100, 10, 373, calls), budget_bytes=373, locate=lambda: 27)
+    result = find_max_batch(
+        affine(100, 10, 373, calls), budget_bytes=373, locate=lambda fitting: 27
+    )
     assert_certified(result, 27)
     assert calls == [([27], True), ([28], True)]
+
+
+def test_a_hole_below_what_fits_does_not_stop_the_search() -> None:
+    """Nearly full memory has room for some batches and not for smaller ones."""
+    fitting = (1, 2, 4, 5, 6)
+
+    def locate(low: int) -> int | None:
+        return max(b for b in range(low, 7) if all(n in fitting for n in range(low, b + 1)))
+
+    calls: Calls = []
+    result = find_max_batch(
+        device(lambda b: b in fitting, lambda b: 100 + b, calls),
+        budget_bytes=110,
+        predict_peak_bytes=lambda batch: 100 + 2 * batch,
+        locate=lambda low: locate(low) if calls else None,
+    )
+    assert_certified(result, 6)
+    assert calls == [([2, 4], True), ([6], True), ([7], True)]
