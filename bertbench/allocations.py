@@ -10,13 +10,16 @@ from __future__ import annotations
 import base64
 import bisect
 import dataclasses
+import functools
 import json
 import zlib
 from collections.abc import Sequence
 
 from bertbench.bytes import MIB_BYTES
 
-_ROUNDING_BYTES = 256
+CHUNK_BYTES = 256
+"""What the allocator hands out at least; it gives multiples of this."""
+
 _UNSPLIT_BYTES = 128 * MIB_BYTES
 """A free chunk is handed out whole unless it is at least twice as large as what is asked for, or
 leaves at least this much."""
@@ -50,6 +53,26 @@ class Replay:
     peak_bytes: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What an allocator has before a step asks for anything.
+
+    Attributes:
+        region_bytes: sizes of the regions, which are not adjacent.
+        small_chunks: chunks of `CHUNK_BYTES` that were taken first, an odd number. All but the
+            second, fourth, ... are held for good, so that those do not join with anything: they
+            are what small requests get.
+    """
+
+    region_bytes: tuple[int, ...]
+    small_chunks: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All regions together."""
+        return sum(self.region_bytes)
+
+
 class BestFitAllocator:
     """Hands out addresses as TensorFlow's BFC allocator does.
 
@@ -72,11 +95,11 @@ class BestFitAllocator:
         for size in region_bytes:
             self._size[start], self._before[start], self._after[start] = size, None, None
             self._add(start)
-            start += size + _ROUNDING_BYTES
+            start += size + CHUNK_BYTES
 
     def allocate(self, size_bytes: int) -> int | None:
         """Return the address of a chunk, or None if no free chunk is large enough."""
-        wanted = max(-(-size_bytes // _ROUNDING_BYTES), 1) * _ROUNDING_BYTES
+        wanted = max(-(-size_bytes // CHUNK_BYTES), 1) * CHUNK_BYTES
         index = bisect.bisect_left(self._free, (wanted, -1))
         if index == len(self._free):
             return None
@@ -105,6 +128,13 @@ class BestFitAllocator:
             start = before
         self._add(start)
 
+    def copy(self) -> BestFitAllocator:
+        """Another one in the same state."""
+        other = BestFitAllocator(())
+        for name, value in vars(self).items():
+            setattr(other, name, value if isinstance(value, int) else value.copy())
+        return other
+
     def _add(self, start: int) -> None:
         bisect.insort(self._free, (self._size[start], start))
         self._is_free.add(start)
@@ -122,11 +152,21 @@ class BestFitAllocator:
             self._before[after] = start
 
 
-def replay(events: Sequence[int], sizes: Sequence[int], region_bytes: Sequence[int]) -> Replay:
-    """Ask an empty allocator for what was recorded, up to the first request that fails."""
-    allocator = BestFitAllocator(region_bytes)
+@functools.lru_cache(maxsize=4)
+def _prepared(memory: Memory) -> BestFitAllocator:
+    allocator = BestFitAllocator(memory.region_bytes)
+    chunks = [allocator.allocate(1) for _ in range(memory.small_chunks)]
+    for start in chunks[1::2]:
+        if start is not None:
+            allocator.free(start)
+    return allocator
+
+
+def replay(events: Sequence[int], sizes: Sequence[int], memory: Memory) -> Replay:
+    """Ask an allocator for what was recorded, up to the first request that fails."""
+    allocator = _prepared(memory).copy()
     addresses: dict[int, int] = {}
-    peak_bytes = 0
+    peak_bytes = allocator.used_bytes
     for event in events:
         if event < 0:
             allocator.free(addresses.pop(~event))

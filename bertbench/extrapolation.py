@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bertbench.allocations import Recording, Replay, replay
+from bertbench.allocations import Memory, Recording, Replay, replay
 from bertbench.repetition import (
     SMALL_BYTES,
     Loop,
@@ -93,9 +93,9 @@ class Extrapolation:
     examples_per_block: tuple[int, ...]
     largest: int | None
 
-    def replay(self, batch: int, region_bytes: Sequence[int]) -> Replay:
+    def replay(self, batch: int, memory: Memory) -> Replay:
         """Replay the requests of a batch."""
-        return replay(*self.requests(batch), region_bytes)
+        return replay(*self.requests(batch), memory)
 
     def requests(self, batch: int) -> tuple[list[int], list[int]]:
         """Events and sizes of a batch; more blocks are added, but none are taken away."""
@@ -232,7 +232,7 @@ def extrapolate(
 
 
 def largest_batch(
-    extrapolation: Extrapolation, region_bytes: Sequence[int], at_most: int, fitting: int = 0
+    extrapolation: Extrapolation, memory: Memory, at_most: int, fitting: int = 0
 ) -> int | None:
     """Find the largest batch that fits, as all do between a given one and it.
 
@@ -241,7 +241,7 @@ def largest_batch(
 
     Args:
         extrapolation: what batches ask for.
-        region_bytes: pieces of memory that the allocator has.
+        memory: what the allocator has.
         at_most: largest batch of interest.
         fitting: a batch that fits, as a trial has said; smaller ones are not asked about.
 
@@ -252,7 +252,7 @@ def largest_batch(
     peaks: dict[int, int] = {}
 
     def fits(batch: int) -> bool:
-        replayed = extrapolation.replay(batch, region_bytes)
+        replayed = extrapolation.replay(batch, memory)
         if replayed.fits:
             peaks[batch] = replayed.peak_bytes
         return replayed.fits
@@ -267,7 +267,7 @@ def largest_batch(
     if len(peaks) >= 2:
         # A line through the last two; further back the peak may be another moment's.
         (first, first_bytes), (second, second_bytes) = sorted(peaks.items())[-2:]
-        rest_bytes = sum(region_bytes) - second_bytes
+        rest_bytes = memory.total_bytes - second_bytes
         if second_bytes > first_bytes:
             guess = second + rest_bytes * (second - first) // (second_bytes - first_bytes)
     low = _last_that_fits(fits, low, high, guess)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bertbench.allocations import Recording
-from bertbench.allocator_limit import allocator_regions
+from bertbench.allocator_limit import empty_memory
 from bertbench.cost import device_rates, predict_step_seconds
 from bertbench.devices import Budget
 from bertbench.extrapolation import extrapolate, largest_batch
@@ -169,8 +169,7 @@ def probe_cell(
             )
             if extrapolation is None:
                 return None
-            regions = allocator_regions(budget)
-            limit = largest_batch(extrapolation, regions, LARGEST_BATCH, fitting)
+            limit = largest_batch(extrapolation, empty_memory(budget), LARGEST_BATCH, fitting)
             if limit is None or limit >= extrapolation.batch:
                 break
         return limit

@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 from bertbench.allocations import (
     BestFitAllocator,
+    Memory,
     Recording,
+    Replay,
     recording_from_text,
     recording_to_text,
+    replay,
 )
 from bertbench.bytes import MIB_BYTES
 
@@ -71,6 +74,16 @@ def test_chunks_do_not_overlap_and_nothing_is_lost(requests: list[tuple[int, boo
         allocator.free(start)
     assert allocator.used_bytes == 0
     assert allocator.allocate(total) == 0
+
+
+def test_small_chunks_that_are_set_aside_keep_scalars_out_of_the_way() -> None:
+    """A scalar that outlives its step would halve the room for the next one."""
+    events, sizes = (0, 1, ~0, 2, ~2), (5000, 4, 9000)
+    assert not replay(events, sizes, Memory((10_240,))).fits
+    assert replay(events, sizes, Memory((10_240 + 3 * 256,), 3)) == Replay(True, 11_008)
+    # The second scalar has a place there only if there are two.
+    assert replay((0, 1, 2, ~1, 3), (4, 5000, 4, 9000), Memory((10_240 + 1280,), 5)).fits
+    assert not replay((0, 1, 2, ~1, 3), (4, 5000, 4, 9000), Memory((10_240 + 768,), 3)).fits
 
 
 RECORDING = Recording((0, 1, ~0, 2, ~1, ~2), (300, 98, 700), ("a", "b", "c"))

@@ -13,7 +13,8 @@ import pynvml
 import pytest
 
 from bertbench import hostmemory
-from bertbench.allocator_limit import apply_budget, child_environment
+from bertbench.allocations import CHUNK_BYTES
+from bertbench.allocator_limit import apply_budget, child_environment, empty_memory
 from bertbench.attached import list_devices, resolve_device, visible_gpus
 from bertbench.bytes import GIB_BYTES, MIB_BYTES
 from bertbench.devices import (
@@ -147,7 +148,8 @@ def test_a_budget_without_its_environment_is_refused(monkeypatch: pytest.MonkeyP
 
 APPLY = """
 import sys
-from bertbench.allocator_limit import apply_budget
+from bertbench.allocations import CHUNK_BYTES
+from bertbench.allocator_limit import empty_memory, apply_budget
 from bertbench.attached import list_devices
 from bertbench.devices import make_budget
 assert "tensorflow" not in sys.modules, "listing devices needs no TensorFlow"
@@ -159,6 +161,8 @@ if {early}:
     tf.ones([1])
     os.environ.update(zip(names, values))
 print(apply_budget(budget))
+import tensorflow as tf
+print(tf.config.experimental.get_memory_info("CPU:0")["current"])
 """
 
 
@@ -175,7 +179,10 @@ def test_apply_budget_notices_an_allocator_without_limit(early: bool) -> None:
     if early:
         assert "before the budget's environment was set" in result.stderr
     else:
-        assert result.stdout == "CPU:0\n", result.stderr
+        # What is set aside for scalars, and nothing else, is in use.
+        chunks = empty_memory(budget).small_chunks
+        assert result.stdout == f"CPU:0\n{(chunks + 1) // 2 * CHUNK_BYTES}\n", result.stderr
+        assert chunks * CHUNK_BYTES < 0.02 * budget.budget_bytes
 
 
 def test_this_machine_has_a_cpu() -> None:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertbench.allocations import Recording, Replay, replay
-from bertbench.allocator_limit import allocator_regions
+from bertbench.allocations import Memory, Recording, Replay, replay
+from bertbench.allocator_limit import empty_memory
 from bertbench.attached import resolve_device
 from bertbench.bytes import MIB_BYTES
 from bertbench.devices import make_budget
@@ -26,6 +26,8 @@ from bertbench.repetition import Recorded
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, published_workload
 from finetune.checkpointing import examples_per_block, parse_checkpointing
+
+PLENTY, LITTLE = Memory((10**7,)), Memory((50_000,))
 
 
 def recording(batch: int) -> Recording:
@@ -42,15 +44,15 @@ def test_sizes_between_and_beyond_two_recordings() -> None:
     found = at_one_length((2, recording(2)), (7, recording(7)))
     assert found is not None
     for batch in (1, 2, 5, 7, 19):
-        expected = replay(recording(batch).events, recording(batch).sizes, [10_000])
-        assert found.replay(batch, [10_000]) == expected
-    limit = largest_batch(found, [10_000], 1 << 16)
+        expected = replay(recording(batch).events, recording(batch).sizes, Memory((10_000,)))
+        assert found.replay(batch, Memory((10_000,))) == expected
+    limit = largest_batch(found, Memory((10_000,)), 1 << 16)
     assert limit is not None
     assert limit > 20
-    assert found.replay(limit, [10_000]).fits
-    assert not found.replay(limit + 1, [10_000]).fits
-    assert largest_batch(found, [10_000], 20) == 20
-    assert largest_batch(found, [256], 20) == 0
+    assert found.replay(limit, Memory((10_000,))).fits
+    assert not found.replay(limit + 1, Memory((10_000,))).fits
+    assert largest_batch(found, Memory((10_000,)), 20) == 20
+    assert largest_batch(found, Memory((256,)), 20) == 0
 
 
 def at_length(batch: int, seq_len: int) -> Recording:
@@ -105,14 +107,14 @@ def test_small_things_may_happen_more_often_in_one_of_them() -> None:
     def more_often(made: Recording) -> Recording:
         return Recording((*made.events, 3, ~3), (*made.sizes, 8), (*made.operations, "b"))
 
-    expected = replay(recording(40).events, recording(40).sizes, [10_000])
+    expected = replay(recording(40).events, recording(40).sizes, Memory((10_000,)))
     for small, large in (
         (recording(2), more_often(recording(7))),
         (more_often(recording(2)), recording(7)),
     ):
         found = at_one_length((2, small), (7, large))
         assert found is not None
-        assert found.replay(40, [10_000]) == expected
+        assert found.replay(40, Memory((10_000,))) == expected
 
 
 class Recorder:
@@ -198,8 +200,8 @@ def test_blocks_are_repeated(most: int, blocks: int, small: int, more: int) -> N
     assert found is not None
     expected = in_blocks(large + more, most)
     for region_bytes in (10**7, 60_000 + 3000 * (large + more), 40_000):
-        told = found.replay(large + more, [region_bytes])
-        assert told == replay(expected.events, expected.sizes, [region_bytes])
+        told = found.replay(large + more, Memory((region_bytes,)))
+        assert told == replay(expected.events, expected.sizes, Memory((region_bytes,)))
 
 
 def most_alive(events: Sequence[int]) -> int:
@@ -222,11 +224,11 @@ def test_a_single_block_tells_of_no_second_one() -> None:
     found = at_one_length((2, in_blocks(2, 6)), (5, in_blocks(5, 6)), most=[6])
     assert found is not None
     expected = in_blocks(6, 6)
-    assert found.replay(6, [10**7]) == replay(expected.events, expected.sizes, [10**7])
-    fitting = [b for b in range(1, 7) if replay(*requests(in_blocks(b, 6)), [50_000]).fits]
-    assert largest_batch(found, [50_000], 100) == max(fitting) < 6
-    assert largest_batch(found, [10**7], 100) is None
-    assert largest_batch(found, [10**7], 5) == 5
+    assert found.replay(6, PLENTY) == replay(expected.events, expected.sizes, PLENTY)
+    fitting = [b for b in range(1, 7) if replay(*requests(in_blocks(b, 6)), LITTLE).fits]
+    assert largest_batch(found, LITTLE, 100) == max(fitting) < 6
+    assert largest_batch(found, PLENTY, 100) is None
+    assert largest_batch(found, PLENTY, 5) == 5
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,7 @@ def test_a_real_step_needs_what_two_others_say(policy: str, batches: tuple[int, 
     workload = published_workload("bert-tiny", 32)
     checkpointing = parse_checkpointing(policy)
     budget = make_budget(resolve_device("cpu"), 192 * MIB_BYTES)
-    regions = allocator_regions(budget)
+    memory = empty_memory(budget)
     recordings: dict[int, Recording] = {}
 
     def measure(*batches: int) -> list[Trial]:
@@ -262,16 +264,16 @@ def test_a_real_step_needs_what_two_others_say(policy: str, batches: tuple[int, 
         lambda seq_len: [examples_per_block(policy.partition(":")[0], seq_len) or 1],
     )
     assert found is not None
-    limit = largest_batch(found, regions, 1 << 16)
+    limit = largest_batch(found, memory, 1 << 16)
     assert limit is not None
     assert limit > max(batches)
-    assert not found.replay(limit + 1, regions).fits
+    assert not found.replay(limit + 1, memory).fits
     trials += measure(limit)
     for trial in trials[1:]:
         assert trial.outcome == "fits"
         assert trial.peak_bytes is not None
         # A counter of 256 bytes may be alive a moment longer in one process than in another.
-        assert abs(found.replay(trial.batch, regions).peak_bytes - trial.peak_bytes) <= 4096
+        assert abs(found.replay(trial.batch, memory).peak_bytes - trial.peak_bytes) <= 1024
 
 
 @given(limit=st.integers(0, 70_000), guess=st.integers(-5, 80_000), low=st.integers(0, 300))
@@ -299,15 +301,15 @@ def test_a_hole_below_the_limit_is_the_limit() -> None:
         batch: int = 10
         largest: int | None = None
 
-        def replay(self, batch: int, region_bytes: Sequence[int]) -> Replay:
+        def replay(self, batch: int, memory: Memory) -> Replay:
             return Replay(batch <= 100 and batch != 97, 7 * batch)
 
     uneven: Any = Uneven()
-    assert largest_batch(uneven, [700], 1 << 16) == 96
+    assert largest_batch(uneven, Memory((700,)), 1 << 16) == 96
     # A trial that fits beyond the hole is believed, and what lies below it is settled.
-    assert largest_batch(uneven, [700], 1 << 16, 98) == 100
-    assert largest_batch(uneven, [700], 1 << 16, 100) == 100
-    assert largest_batch(uneven, [700], 99, 98) == 99
+    assert largest_batch(uneven, Memory((700,)), 1 << 16, 98) == 100
+    assert largest_batch(uneven, Memory((700,)), 1 << 16, 100) == 100
+    assert largest_batch(uneven, Memory((700,)), 99, 98) == 99
 
 
 def test_a_single_example_tells_nothing() -> None:
@@ -327,4 +329,4 @@ def test_of_several_recordings_one_with_enough_blocks_is_repeated() -> None:
     assert few is not None
     assert (many.batch, few.batch) == (23, 9)
     expected = in_blocks(12, 4)
-    assert few.replay(12, [10**7]) == replay(expected.events, expected.sizes, [10**7])
+    assert few.replay(12, PLENTY) == replay(expected.events, expected.sizes, PLENTY)

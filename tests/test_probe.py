@@ -21,7 +21,7 @@ def probe(tmp_path: Path, *more: str) -> tuple[dict[str, object], str]:
     path = tmp_path / "p.json"
     result = subprocess.run(
         [sys.executable, "-m", "bertbench", "probe", "--models", "bert-tiny", "--seq-lens", "64",
-         "--memory", "256MiB", "--device", "cpu", "--json", str(path), *more],
+         "--memory", "128MiB", "--device", "cpu", "--json", str(path), *more],
         capture_output=True, text=True, check=True, timeout=580,
         env={**os.environ, "BERTBENCH_LEDGER": str(tmp_path / "ledger.sqlite")},
     )  # fmt: skip
@@ -31,10 +31,10 @@ def probe(tmp_path: Path, *more: str) -> tuple[dict[str, object], str]:
 def test_certified_cell_is_measured_once(tmp_path: Path) -> None:
     first, shown = probe(tmp_path, "--checkpointing", "selective")
     (cell,) = first["cells"]
-    assert first["device"]["budget_bytes"] == 256 << 20
+    assert first["device"]["budget_bytes"] == 128 << 20
     certificate = cell["certificate"]
     assert certificate["fits"]["batch"] == cell["max_batch"] > 4
-    assert certificate["fits"]["peak_bytes"] <= 256 << 20
+    assert certificate["fits"]["peak_bytes"] <= 128 << 20
     assert certificate["oom"]["batch"] == cell["max_batch"] + 1
     assert certificate["oom"]["outcome"] == "oom"
     assert certificate["fits"]["fresh"]
@@ -49,7 +49,7 @@ def test_certified_cell_is_measured_once(tmp_path: Path) -> None:
     assert again["cells"][0]["measured"] == 0
     assert again["cells"][0]["certificate"] == certificate
     # What the first two trials asked for tells where the limit of another budget is.
-    other, _ = probe(tmp_path, "--checkpointing", "selective", "--memory", "200MiB")
+    other, _ = probe(tmp_path, "--checkpointing", "selective", "--memory", "112MiB")
     (cell,) = other["cells"]
     assert cell["measured"] == 2
     assert cell["certificate"]["fits"]["batch"] == cell["max_batch"] < certificate["fits"]["batch"]
