@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -231,8 +232,23 @@ def extrapolate(
     )
 
 
+class KnownStep(Protocol):
+    """A step of which it is known what it asks for at any batch."""
+
+    @property
+    def batch(self) -> int:
+        """Where to begin to look for a limit."""
+
+    @property
+    def largest(self) -> int | None:
+        """Batch above which nothing is known; None if there is none."""
+
+    def replay(self, batch: int, memory: Memory) -> Replay:
+        """Replay the requests of a batch."""
+
+
 def largest_batch(
-    extrapolation: Extrapolation, memory: Memory, at_most: int, fitting: int = 0
+    extrapolation: KnownStep, memory: Memory, at_most: int, fitting: int = 0
 ) -> int | None:
     """Find the largest batch that fits, as all do between a given one and it.
 

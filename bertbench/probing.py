@@ -24,6 +24,7 @@ from bertbench.ledger import (
 )
 from bertbench.repetition import Recorded
 from bertbench.search import LARGEST_BATCH, SearchResult, find_max_batch
+from bertbench.step_traces import TracedStep, step_requests
 from bertbench.trial import TIMEOUT_SECONDS, Trial, measure_batches
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import examples_per_block
@@ -159,7 +160,11 @@ def probe_cell(
         )
 
     @functools.lru_cache(maxsize=1)
-    def located(number_recorded: int, fitting: int) -> int | None:
+    def traced(number_measured: int, fitting: int) -> int | None:
+        return _traced_limit(budget, workload, levers, measured, fitting)
+
+    @functools.lru_cache(maxsize=1)
+    def extrapolated(number_recorded: int, fitting: int) -> int | None:
         for few_blocks in (False, True):
             extrapolation = extrapolate(
                 recorded(),
@@ -174,19 +179,40 @@ def probe_cell(
                 break
         return limit
 
+    def locate(fitting: int) -> int | None:
+        limit = traced(len(measured), fitting)
+        return extrapolated(len(recorded()), fitting) if limit is None else limit
+
     result = find_max_batch(
         measure,
         known=known,
         predict_peak_bytes=lambda batch: (
             predict_footprint(workload, levers, batch, device_kind=budget.device.kind).peak_bytes
         ),
-        locate=lambda fitting: located(len(recorded()), fitting),
+        locate=locate,
         examples_per_block=max(_examples_per_block(workload, levers, workload.seq_len), default=1),
         budget_bytes=budget.budget_bytes,
         max_batch=max_batch,
         certify=certify,
     )
     return Cell(workload, levers, result, time.monotonic() - began, budget.device.replicas)
+
+
+def _traced_limit(
+    budget: Budget, workload: Workload, levers: Levers, trials: Sequence[Trial], fitting: int
+) -> int | None:
+    """Largest batch by the step traces; None without one, or if a trial has refuted it."""
+    # Another device's kernels have other workspaces.
+    if budget.device.kind != "cpu" or step_requests(workload, levers, 1) is None:
+        return None
+    predicted = max_micro_batch(workload, levers, budget.budget_bytes)
+    step, memory = TracedStep(workload, levers, max(predicted, 1)), empty_memory(budget)
+    for trial in trials:
+        if trial.outcome == "failed":
+            continue
+        if step.replay(trial.batch, memory).fits is not (trial.outcome == "fits"):
+            return None
+    return largest_batch(step, memory, LARGEST_BATCH, fitting)
 
 
 def predict_cell_seconds(

@@ -1,0 +1,159 @@
+"""Record what steps of small models ask of the allocator, and make the package's step traces.
+
+    python benchmarks/record_step_traces.py [--quick] [--patterns TEXT ...] [--out FILE]
+
+About 45 seconds for each of 32 patterns (two heads, eight combinations of policies, one micro-batch
+or several). To be run again when `finetune` or TensorFlow changes what a step does;
+`benchmarks/footprint.py` tells whether the traces still say what a real step needs. `--quick` makes
+one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+from bertbench.allocations import Recording
+from bertbench.attached import resolve_device
+from bertbench.bytes import GIB_BYTES
+from bertbench.devices import Budget, make_budget
+from bertbench.step_traces import (
+    LAYERS,
+    OTHER_LAYERS,
+    pattern_of,
+    traces_from_bytes,
+    traces_to_bytes,
+)
+from bertbench.trace_building import build_trace
+from bertbench.trace_samples import Sample
+from bertbench.trial import measure_batches
+from bertbench.workload import Levers, Workload
+from finetune.checkpointing import parse_checkpointing
+from finetune.config import BertConfig, preset
+
+_POLICIES = ("none", "selective", "full", "nested")
+_MIXED = (("selective", "none"), ("full", "none"), ("nested", "none"), ("nested", "selective"))
+_LAYERS = 5
+# More than 64 examples, so that what is a number for each of them is not small. Blocks of the same
+# number of examples, and as many of them at the other length. Lengths are multiples of 16, for of
+# others TensorFlow cannot take some rows without copying them.
+_EXAMPLES = 66
+_SEQ_LEN = 128
+
+# Each another value of one dimension, with the same number of blocks.
+_VARIED = {
+    "n": 65,
+    "s": 112,
+    "h": 144,
+    "a": 6,
+    "f": 512,
+    "v": 1500,
+    "p": 640,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one pattern")
+    parser.add_argument("--patterns", nargs="+", help="only those that contain one of the texts")
+    parser.add_argument("--out", type=Path, help="file of traces; others in it stay")
+    arguments = parser.parse_args()
+    traces = {}
+    if arguments.out and arguments.out.exists():
+        traces = traces_from_bytes(arguments.out.read_bytes())
+    budget = make_budget(resolve_device("cpu"), 3 * GIB_BYTES)
+    for head, policies, accumulation in itertools.product(
+        ("squad", "classifier"), (*((policy,) for policy in _POLICIES), *_MIXED), (1, 2)
+    ):
+        text = policies[0] if len(policies) == 1 else f"{policies[0]}:{_LAYERS}"
+        text += "" if policies[-1] in (policies[0], "none") else f"+{policies[-1]}"
+        levers = Levers(parse_checkpointing(text), accumulation)
+        workload = Workload("sample", _config(_LAYERS * len(policies)), head, _SEQ_LEN)
+        pattern = pattern_of(workload, levers)
+        if arguments.patterns and not any(text in pattern for text in arguments.patterns):
+            continue
+        began = time.monotonic()
+        base = _record(budget, workload, levers, _EXAMPLES)
+        more = {LAYERS: _one_more(budget, base, len(policies) > 1)}
+        if len(policies) > 1:
+            larger = dataclasses.replace(workload, config=_config(2 * _LAYERS + 1))
+            more[OTHER_LAYERS] = _record(budget, larger, levers, _EXAMPLES)
+        varied = {name: _another(budget, base, name, value) for name, value in _VARIED.items()}
+        traces[pattern] = build_trace(base, more, varied)
+        data = traces_to_bytes(traces)
+        if arguments.out:
+            arguments.out.write_bytes(data)
+        print(
+            f"{pattern}: {len(traces[pattern].items)} items, {len(traces[pattern].sizes)} sizes; "
+            f"{len(data):,} bytes in all; {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+        if arguments.quick:
+            break
+
+
+def _config(layers: int) -> BertConfig:
+    return dataclasses.replace(
+        preset("bert-tiny"),
+        vocab_size=1009,
+        hidden_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=3,
+        intermediate_size=416,
+    )
+
+
+def _one_more(budget: Budget, base: Sample, mixed: bool) -> Sample:
+    """One layer more with the first policy, and as many with the other."""
+    workload = dataclasses.replace(
+        base.workload, config=_config(base.workload.config.num_hidden_layers + 1)
+    )
+    levers = base.levers
+    if mixed:
+        policy = dataclasses.replace(levers.checkpointing, layers=_LAYERS + 1)
+        levers = dataclasses.replace(levers, checkpointing=policy)
+    return _record(budget, workload, levers, base.micro_batch)
+
+
+def _another(budget: Budget, base: Sample, name: str, value: int) -> Sample:
+    workload, examples = base.workload, base.micro_batch
+    fields: dict[str, str] = {
+        "h": "hidden_size",
+        "a": "num_attention_heads",
+        "f": "intermediate_size",
+        "v": "vocab_size",
+        "p": "max_position_embeddings",
+    }
+    if name == "n":
+        examples = value
+    elif name == "s":
+        workload = dataclasses.replace(workload, seq_len=value)
+    else:
+        values: dict[str, Any] = {fields[name]: value}
+        config = dataclasses.replace(workload.config, **values)
+        workload = dataclasses.replace(workload, config=config)
+    return _record(budget, workload, base.levers, examples)
+
+
+def _record(budget: Budget, workload: Workload, levers: Levers, examples: int) -> Sample:
+    recordings: list[Recording] = []
+    (trial,) = measure_batches(
+        workload,
+        levers,
+        budget,
+        [examples],
+        steps=1,
+        fresh=True,
+        on_recording=lambda _, recording: recordings.append(recording),
+    )
+    if trial.outcome != "fits" or not recordings:
+        raise SystemExit(f"{pattern_of(workload, levers)}: {trial.message or 'no recording'}")
+    return Sample(workload, levers, examples, recordings[0])
+
+
+if __name__ == "__main__":
+    main()

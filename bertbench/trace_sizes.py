@@ -1,0 +1,105 @@
+"""Find the symbols of recorded sizes: products of a model's and a batch's dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from bertbench.repetition import examples_of_block
+from bertbench.step_traces import Size, dimensions_of
+from bertbench.trace_samples import Sample, StepItem, Steps, UnlikeError
+
+
+def find_sizes(
+    base: Sample, steps: Steps, items: Sequence[StepItem], varied: Mapping[str, Sample]
+) -> tuple[tuple[Size, ...], list[int]]:
+    """Find the symbols of all allocations' sizes.
+
+    Returns:
+        The different ones, and which one each allocation has.
+    """
+    others = {name: Steps(sample) for name, sample in varied.items()}
+    for name, other in others.items():
+        if other.operations[-len(steps.made_at) :] != steps.operations[-len(steps.made_at) :]:
+            raise UnlikeError(f"another {name} makes other operations")
+    block_of: dict[int, tuple[int, int]] = {}
+    for item in items:
+        if item.policy is not None:
+            for place in item.places:
+                blocks = len(item.places) // item.length
+                block_of[steps.events[place]] = (place - item.places[0]) // item.length, blocks
+    numbers: dict[Size, int] = {}
+    size_of = [-1] * len(steps.sizes)
+    for allocation in steps.made_at:
+        found = _size(
+            steps.sizes[allocation],
+            {name: other.sizes[allocation - len(steps.sizes)] for name, other in others.items()},
+            base,
+            varied,
+            block_of.get(allocation),
+            in_loop="while" in steps.operations[allocation],
+        )
+        size_of[allocation] = numbers.setdefault(found, len(numbers))
+    return tuple(numbers), size_of
+
+
+def _size(
+    size_bytes: int,
+    others: Mapping[str, int],
+    base: Sample,
+    varied: Mapping[str, Sample],
+    block: tuple[int, int] | None,
+    *,
+    in_loop: bool,
+) -> Size:
+    def dimensions(sample: Sample) -> dict[str, int]:
+        values = dimensions_of(sample.workload, sample.levers, sample.micro_batch)
+        if block is not None:
+            values["e"] = examples_of_block(sample.micro_batch, block[1], block[0])
+        return values
+
+    here = dimensions(base)
+    powers: dict[str, int] = {}
+    regular = True
+    for name, other_bytes in others.items():
+        there = dimensions(varied[name])
+        if name == "n" and block is not None and other_bytes != size_bytes:
+            # Of the block, or of all examples: the blocks are of unequal sizes there.
+            name = "e" if other_bytes * here["e"] == size_bytes * there["e"] else "n"
+        power = _power(other_bytes / size_bytes, there[name] / here[name])
+        regular = regular and power is not None
+        if power:
+            powers[name] = power
+    if not regular:
+        return _irregular(size_bytes, others, here, lambda name: dimensions(varied[name]))
+    if powers.get("n") and base.levers.accumulation_steps > 1 and not in_loop:
+        powers["r"] = powers.pop("n")
+    product = math.prod(here[name] ** power for name, power in powers.items())
+    return Size(0, size_bytes / product, tuple(sorted(powers.items())))
+
+
+def _power(ratio: float, of_dimension: float) -> int | None:
+    """The whole power of a dimension that gives a ratio of sizes."""
+    power = round(math.log(ratio) / math.log(of_dimension))
+    return power if math.isclose(ratio, of_dimension**power, rel_tol=1e-9) else None
+
+
+def _irregular(
+    size_bytes: int,
+    others: Mapping[str, int],
+    here: Mapping[str, int],
+    dimensions: Callable[[str], Mapping[str, int]],
+) -> Size:
+    """Workspace of a kernel: a constant and something for each token, or of the size of a head."""
+    for name, powers in (("s", (("s", 1),)), ("h", (("a", -1), ("h", 1)))):
+        there = dimensions(name)
+
+        def product(
+            values: Mapping[str, int], powers: tuple[tuple[str, int], ...] = powers
+        ) -> float:
+            return math.prod(values[name] ** power for name, power in powers)
+
+        factor = (others[name] - size_bytes) / (product(there) - product(here))
+        if others[name] != size_bytes:
+            return Size(size_bytes - factor * product(here), factor, powers)
+    return Size(size_bytes, 0, ())

@@ -1,0 +1,324 @@
+"""Step traces: made from recordings of small models, they say what any model's step asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bertbench.allocations import CHUNK_BYTES, Memory, Recording, replay
+from bertbench.allocator_limit import empty_memory
+from bertbench.attached import resolve_device
+from bertbench.bytes import GIB_BYTES, MIB_BYTES
+from bertbench.devices import make_budget
+from bertbench.step_traces import (
+    LAYERS,
+    OTHER_LAYERS,
+    Repeated,
+    TracedStep,
+    dimensions_of,
+    layers_of,
+    pattern_of,
+    read_traces,
+    state_requests,
+    step_requests,
+    traces_from_bytes,
+    traces_to_bytes,
+)
+from bertbench.trace_building import build_trace
+from bertbench.trace_samples import Sample, UnlikeError
+from bertbench.trial import measure_batches
+from bertbench.workload import Levers, Workload, published_workload
+from finetune.checkpointing import examples_per_block, parse_checkpointing
+from finetune.config import preset
+
+
+class Toy:
+    """Makes recordings of a step that is like ours: layers, blocks, gradients, an update."""
+
+    def __init__(self, workload: Workload, levers: Levers, batch: int) -> None:
+        self.workload, self.levers, self.batch = workload, levers, batch
+        self.events, self.sizes = state_requests(workload, levers.optimizer)
+        self.operations = ["Fill"] * len(self.sizes)
+        self.loops = 0
+
+    def ask(self, name: str, size_bytes: int) -> int:
+        self.events.append(len(self.sizes))
+        self.sizes.append(size_bytes)
+        self.operations.append(name)
+        return self.events[-1]
+
+    def end(self, *allocations: int) -> None:
+        self.events += [~allocation for allocation in allocations]
+
+    def recording(self) -> Recording:
+        config, tokens = self.workload.config, self.batch * self.workload.seq_len
+        hidden = 4 * tokens * config.hidden_size
+        for _ in range(2):
+            rows = self.ask("DecodeRaw", 4 * tokens * self.levers.accumulation_steps)
+            before = self.ask("GatherV2", hidden)
+            kept: list[tuple[list[int], int]] = []
+            for index in range(config.num_hidden_layers):
+                policy = self.levers.checkpointing.of_layer(index)
+                forward = self.blocks if policy in ("selective", "nested") else self.at_once
+                kept.append((forward(index, policy), before))
+                before = self.ask(f"concat_{index}", hidden)
+            gradient = self.ask("gradient_tape/head", hidden)
+            gradients = []
+            for index, (its, inputs) in reversed(list(enumerate(kept))):
+                work = self.ask(f"MatMul_{index}", 4 * tokens * config.intermediate_size)
+                if len(its) > 1 and index % 2:
+                    its = its[::-1]  # ends that follow each other are the same in any order
+                self.end(before, *its, work)
+                gradients += [self.ask(f"MatMul_{index}_1", 4 * config.hidden_size**2)]
+                gradients += [self.ask(f"BiasAddGrad_{index}", 4 * config.hidden_size)]
+                more = self.ask(f"sub_{index}", hidden)
+                self.end(gradient)
+                gradient, before = more, inputs
+            self.end(gradient, before)
+            for first, second in zip(gradients[::2], gradients[1::2], strict=True):
+                decay = self.ask("mul_9", 4 * config.hidden_size**2)
+                self.end(first, decay, second)
+            self.end(rows)
+        return Recording(tuple(self.events), tuple(self.sizes), tuple(self.operations))
+
+    def at_once(self, index: int, policy: str) -> list[int]:
+        config, length = self.workload.config, self.workload.seq_len
+        scores = self.ask(
+            f"MatMul_{index}_2", 4 * self.batch * config.num_attention_heads * length**2
+        )
+        space = self.ask(
+            f"MatMul_{index}_2", 1536 + 256 * config.hidden_size // config.num_attention_heads
+        )
+        self.end(space)
+        mask = self.ask(f"GreaterEqual_{index}", self.batch * length * config.hidden_size)
+        if policy == "full":
+            self.end(scores)
+            return [mask]
+        return [scores, mask]
+
+    def blocks(self, index: int, policy: str) -> list[int]:
+        length = self.workload.seq_len
+        blocks = -(-self.batch // (examples_per_block(policy, length) or self.batch))
+        self.loops += 1
+        name = f"while_{self.loops}"
+        kept = []
+        asked = self.ask(f"{name}/cond/_{index}/{name}/Less", 1)
+        for block in range(blocks):
+            self.end(asked)
+            counter = self.ask(f"{name}/body/_{index}/{name}/add", 4)
+            examples = (block + 1) * self.batch // blocks - block * self.batch // blocks
+            size_bytes = 4 * examples * length * self.workload.config.hidden_size
+            work = self.ask(f"{name}/body/_{index}/{name}/MatMul", 3 * size_bytes)
+            kept.append(self.ask(f"{name}/body/_{index}/{name}/mul", size_bytes))
+            self.end(work, counter)
+            asked = self.ask(f"{name}/cond/_{index}/{name}/Less", 1)
+        self.end(asked)
+        return kept
+
+
+def toy_sample(
+    policy: str, layers: int, batch: int = 66, seq_len: int = 128, **config: int
+) -> Sample:
+    values = {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 416}
+    small = dataclasses.replace(
+        preset("bert-tiny"), num_hidden_layers=layers, vocab_size=1009, **{**values, **config}
+    )  # type: ignore[arg-type]
+    workload = Workload("toy", small, "squad", seq_len)
+    levers = Levers(parse_checkpointing(policy))
+    return Sample(workload, levers, batch, Toy(workload, levers, batch).recording())
+
+
+VARIED = {
+    "n": {"batch": 65},
+    "s": {"seq_len": 112},
+    "h": {"hidden_size": 144},
+    "a": {"num_attention_heads": 6},
+    "f": {"intermediate_size": 512},
+}
+
+
+def toy_samples(policy: str) -> tuple[Sample, dict[str, Sample], dict[str, Sample]]:
+    first, _, others = policy.partition("+")
+    name, _, count = first.partition(":")
+    layers = 2 * int(count) if count else 5
+    more = {LAYERS: toy_sample(policy, layers + 1)}
+    if count:
+        longer = f"{name}:{int(count) + 1}" + (f"+{others}" if others else "")
+        more = {
+            LAYERS: toy_sample(longer, layers + 1),
+            OTHER_LAYERS: toy_sample(policy, layers + 1),
+        }
+    varied = {key: toy_sample(policy, layers, **change) for key, change in VARIED.items()}
+    return toy_sample(policy, layers), more, varied
+
+
+TOYS = {
+    policy: build_trace(*toy_samples(policy))
+    for policy in ("none", "full", "selective", "nested", "full:5", "nested:5+selective")
+}
+
+
+def large(events: Sequence[int], sizes: Sequence[int]) -> list[object]:
+    """Requests above what has a place of its own; ends that follow each other in any order."""
+    number: dict[int, int] = {}
+    result: list[object] = []
+    for event in events:
+        allocation = max(event, ~event)
+        if sizes[allocation] <= CHUNK_BYTES:
+            continue
+        if event >= 0:
+            number[allocation] = len(number)
+            result.append(sizes[allocation])
+        elif result and isinstance(result[-1], frozenset):
+            result[-1] |= {number[allocation]}
+        else:
+            result.append(frozenset({number[allocation]}))
+    return result
+
+
+def written(policy: str, sample: Sample) -> list[object]:
+    told = TOYS[policy].write_out(
+        dimensions_of(sample.workload, sample.levers, sample.micro_batch),
+        layers_of(sample.workload, sample.levers),
+        sample.workload.seq_len,
+    )
+    assert told is not None
+    before_events, before_sizes = state_requests(sample.workload, sample.levers.optimizer)
+    shift = len(before_sizes)
+    events = [event + shift if event >= 0 else event - shift for event in told[0]]
+    return large([*before_events, *events], [*before_sizes, *told[1]])
+
+
+@settings(max_examples=40)
+@given(
+    policy=st.sampled_from(["none", "full", "selective", "nested"]),
+    layers=st.integers(2, 14),
+    batch=st.integers(65, 200),
+    seq_len=st.sampled_from([16, 48, 64, 128, 256, 512]),
+    heads=st.sampled_from([2, 4, 8]),
+    head_size=st.sampled_from([32, 48, 64]),
+    intermediate=st.integers(100, 900),
+)
+def test_a_trace_says_what_another_model_and_batch_ask_for(
+    policy: str,
+    layers: int,
+    batch: int,
+    seq_len: int,
+    heads: int,
+    head_size: int,
+    intermediate: int,
+) -> None:
+    sample = toy_sample(
+        policy, layers, batch, seq_len, num_attention_heads=heads,
+        hidden_size=heads * head_size, intermediate_size=intermediate,
+    )  # fmt: skip
+    assert written(policy, sample) == large(sample.recording.events, sample.recording.sizes)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "policy", "layers"),
+    [
+        ("full:5", "full:3", 12),
+        ("full:5", "full:11", 12),
+        ("nested:5+selective", "nested:4+selective", 6),
+        ("nested:5+selective", "nested:2+selective", 24),
+    ],
+)
+def test_layers_of_two_policies(pattern: str, policy: str, layers: int) -> None:
+    sample = toy_sample(policy, layers, 70)
+    assert written(pattern, sample) == large(sample.recording.events, sample.recording.sizes)
+
+
+def test_a_layer_is_written_once() -> None:
+    repeated = [item for item in TOYS["nested"].items if isinstance(item, Repeated)]
+    assert len(repeated) >= 4  # forwards, backwards, of two steps
+    short, long = (toy_sample("nested", layers) for layers in (5, 24))
+    assert len(TOYS["nested"].items) < len(short.recording.events)
+    assert len(written("nested", long)) > 2 * len(written("nested", short))
+
+
+def test_too_few_layers_are_not_written_out() -> None:
+    sample = toy_sample("none", 2)
+    dimensions = dimensions_of(sample.workload, sample.levers, 66)
+    layers = layers_of(sample.workload, sample.levers)
+    assert TOYS["none"].write_out(dimensions, layers, 128) is not None
+    none = dict.fromkeys(layers, 0)
+    assert TOYS["none"].write_out(dimensions, none, 128) is None
+
+
+def test_recordings_that_are_not_alike_make_no_trace() -> None:
+    base, more, varied = toy_samples("none")
+    other = toy_sample("full", 6)
+    with pytest.raises(UnlikeError, match="is not a layer's"):
+        build_trace(base, {LAYERS: other}, varied)
+    with pytest.raises(UnlikeError, match="another n makes other operations"):
+        build_trace(base, more, {**varied, "n": other})
+
+
+def test_traces_survive_writing() -> None:
+    assert traces_from_bytes(traces_to_bytes(TOYS)) == TOYS
+
+
+@pytest.mark.parametrize(
+    ("policy", "accumulation", "batch"),
+    [
+        ("none", 1, 7),
+        pytest.param("selective", 1, 70, marks=pytest.mark.slow),
+        pytest.param("full", 1, 9, marks=pytest.mark.slow),
+        pytest.param("nested", 1, 33, marks=pytest.mark.slow),
+    ],
+)
+def test_a_real_step_asks_for_what_the_trace_says(
+    policy: str, accumulation: int, batch: int
+) -> None:
+    """The traces were made from models of other sizes, and hold what this one does to the byte."""
+    workload = published_workload("bert-mini", 64)
+    levers = Levers(parse_checkpointing(policy), accumulation)
+    budget = make_budget(resolve_device("cpu"), GIB_BYTES)
+    recordings: list[Recording] = []
+    (trial,) = measure_batches(
+        workload, levers, budget, [batch], steps=1, fresh=True,
+        on_recording=lambda _, recording: recordings.append(recording),
+    )  # fmt: skip
+    requests = step_requests(workload, levers, batch)
+    assert requests is not None
+    memory = empty_memory(budget)
+    told, measured = replay(*requests, memory), trial.peak_bytes
+    assert measured is not None
+    # What has a place of its own is not in the trace.
+    assert 0 <= measured - told.peak_bytes <= memory.small_chunks // 2 * CHUNK_BYTES
+    (recording,) = recordings
+    without_small = replay(recording.events, recording.sizes, memory)
+    assert without_small.peak_bytes == pytest.approx(measured, abs=1024)
+    own, its = (
+        [e for e in large(*what) if not isinstance(e, frozenset) and e > 65_536]
+        for what in (requests, (recording.events, recording.sizes))
+    )
+    assert own == its
+
+
+def test_every_published_model_has_its_traces() -> None:
+    names = {name for name in read_traces() if name.startswith("squad")}
+    for policy, accumulation in itertools.product(("none", "selective", "full", "nested"), (1,)):
+        levers = Levers(parse_checkpointing(policy), accumulation)
+        for model in ("bert-tiny", "bert-base", "bert-large"):
+            workload = published_workload(model, 384)
+            assert pattern_of(workload, levers) in names
+            assert step_requests(workload, levers, 3) is not None
+    assert step_requests(workload, dataclasses.replace(levers, precision="bf16"), 3) is None
+
+
+def test_memory_that_is_in_pieces_is_not_enough() -> None:
+    """Of BERT-Small less fits in three than in four examples: where, the trace says."""
+    workload = published_workload("bert-small", 128)
+    step = TracedStep(workload, Levers(), 4)
+    budget = make_budget(resolve_device("cpu"), 512 * MIB_BYTES)
+    peaks = {n: step.replay(n, Memory((4 * GIB_BYTES,))).peak_bytes for n in (3, 4)}
+    fits = {n: step.replay(n, empty_memory(budget)).fits for n in (3, 4)}
+    assert peaks[3] < peaks[4] < budget.budget_bytes
+    assert fits[4]
