@@ -51,7 +51,7 @@ _VARIED = {
     "h": 144,
     "a": 6,
     "f": 512,
-    "v": 1500,
+    "v": 32003,
     "p": 640,
 }
 
@@ -99,7 +99,7 @@ def main() -> None:
 def _config(layers: int) -> BertConfig:
     return dataclasses.replace(
         preset("bert-tiny"),
-        vocab_size=1009,
+        vocab_size=30011,
         hidden_size=96,
         num_hidden_layers=layers,
         num_attention_heads=3,

@@ -202,8 +202,7 @@ def _traced_limit(
     budget: Budget, workload: Workload, levers: Levers, trials: Sequence[Trial], fitting: int
 ) -> int | None:
     """Largest batch by the step traces; None without one, or if a trial has refuted it."""
-    # Another device's kernels have other workspaces.
-    if budget.device.kind != "cpu" or step_requests(workload, levers, 1) is None:
+    if not _has_trace(budget, workload, levers):
         return None
     predicted = max_micro_batch(workload, levers, budget.budget_bytes)
     step, memory = TracedStep(workload, levers, max(predicted, 1)), empty_memory(budget)
@@ -215,16 +214,22 @@ def _traced_limit(
     return largest_batch(step, memory, LARGEST_BATCH, fitting)
 
 
+def _has_trace(budget: Budget, workload: Workload, levers: Levers) -> bool:
+    # Another device's kernels have other workspaces.
+    return budget.device.kind == "cpu" and step_requests(workload, levers, 1) is not None
+
+
 def predict_cell_seconds(
     budget: Budget, workload: Workload, levers: Levers, steps: int = 3
 ) -> float:
-    """Guess how long a cell takes: two small batches, the limit, and one that does not fit."""
+    """Guess how long a cell takes: the limit, and one that does not fit; two small ones before."""
     limit = max_micro_batch(workload, levers, budget.budget_bytes, device_kind=budget.device.kind)
     rates = device_rates(budget.device)
     seconds = _ALLOCATOR_WAITS_SECONDS
-    for batch, its_steps in (
-        (limit // 8, steps + 2), (limit // 3, steps + 2), (limit, steps), (limit + 1, 1),
-    ):  # fmt: skip
+    batches = [(limit, steps), (limit + 1, 1)]
+    if not _has_trace(budget, workload, levers):
+        batches += [(limit // 8, steps + 2), (limit // 3, steps + 2)]
+    for batch, its_steps in batches:
         step_seconds = predict_step_seconds(workload, levers, max(batch, 1), rates)
         seconds += _START_SECONDS + its_steps * step_seconds
     return seconds

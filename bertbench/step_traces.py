@@ -40,6 +40,8 @@ DIMENSIONS = {
     "a": "attention heads",
     "f": "intermediate size",
     "v": "vocabulary",
+    "u": "different words in the first micro-batch",
+    "w": "different words in the second",
     "p": "positions",
 }
 """What sizes are products of."""
@@ -237,10 +239,22 @@ def state_requests(workload: Workload, optimizer: str) -> tuple[list[int], list[
     return events, sizes
 
 
+def different_words(workload: Workload, micro_batch: int) -> int:
+    """How many different words the examples of a micro-batch have.
+
+    The gradient of the word embeddings is summed for each word. This many are expected of random
+    ones, as `bertbench.trial_step.random_batch` draws them; text has fewer.
+    """
+    words = workload.config.vocab_size
+    return round(-words * math.expm1(micro_batch * workload.seq_len * math.log1p(-1 / words)))
+
+
 def dimensions_of(workload: Workload, levers: Levers, micro_batch: int) -> dict[str, int]:
     """Values of the `DIMENSIONS`, but for the examples of a block."""
     config = workload.config
     return {
+        "u": different_words(workload, micro_batch),
+        "w": different_words(workload, micro_batch),
         "n": micro_batch,
         "r": micro_batch * levers.accumulation_steps,
         "s": workload.seq_len,

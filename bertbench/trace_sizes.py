@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from bertbench.repetition import examples_of_block
 from bertbench.step_traces import Size, dimensions_of
 from bertbench.trace_samples import Sample, StepItem, Steps, UnlikeError
@@ -28,12 +30,14 @@ def find_sizes(
             for place in item.places:
                 blocks = len(item.places) // item.length
                 block_of[steps.events[place]] = (place - item.places[0]) // item.length, blocks
+    words = {name: [_words(sample)[name] for sample in (base, *varied.values())] for name in "uw"}
     numbers: dict[Size, int] = {}
     size_of = [-1] * len(steps.sizes)
     for allocation in steps.made_at:
-        found = _size(
+        its = {name: other.sizes[allocation - len(steps.sizes)] for name, other in others.items()}
+        found = _of_words([steps.sizes[allocation], *its.values()], words, base, varied) or _size(
             steps.sizes[allocation],
-            {name: other.sizes[allocation - len(steps.sizes)] for name, other in others.items()},
+            its,
             base,
             varied,
             block_of.get(allocation),
@@ -41,6 +45,34 @@ def find_sizes(
         )
         size_of[allocation] = numbers.setdefault(found, len(numbers))
     return tuple(numbers), size_of
+
+
+def _words(sample: Sample) -> dict[str, int]:
+    """Different words of the first two micro-batches, as a trial draws them."""
+    workload, batch = sample.workload, sample.micro_batch
+    shape = (batch * sample.levers.accumulation_steps, workload.seq_len)
+    generator = np.random.default_rng(0)
+    words = generator.integers(0, workload.config.vocab_size, shape, np.int32)
+    return {
+        name: len(np.unique(words[number * batch : (number + 1) * batch]))
+        for number, name in enumerate("uw")
+    }
+
+
+def _of_words(
+    sizes: Sequence[int],
+    words: Mapping[str, Sequence[int]],
+    base: Sample,
+    varied: Mapping[str, Sample],
+) -> Size | None:
+    """Sizes of a number, or of an embedding, for each different word."""
+    hidden = [sample.workload.config.hidden_size for sample in (base, *varied.values())]
+    for name, counts in words.items():
+        for power in (0, 1):
+            products = [c * h**power for c, h in zip(counts, hidden, strict=True)]
+            if [4 * product for product in products] == list(sizes):
+                return Size(0, 4.0, (("h", power), (name, 1))[not power :])
+    return None
 
 
 def _size(

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from bertbench import attached, checking, probing
+from bertbench.allocator_limit import empty_memory
 from bertbench.attached import resolve_device
 from bertbench.bytes import MIB_BYTES
 from bertbench.cli import ledger as ledger_cli
@@ -23,11 +24,13 @@ from bertbench.cli import probe as probe_cli
 from bertbench.cli.probe_view import View, build_table, shown
 from bertbench.devices import GPU_CONTEXT_RESERVE_BYTES, Device, check_alone, make_budget
 from bertbench.errors import WorkError
+from bertbench.extrapolation import largest_batch
 from bertbench.ledger import read_rows
 from bertbench.ledger_file import open_ledger
 from bertbench.locking import lock_path, locked
-from bertbench.probing import Cell, plenty_seconds, predict_cell_seconds
+from bertbench.probing import Cell, plenty_seconds, predict_cell_seconds, probe_cell
 from bertbench.search import Certificate, SearchResult
+from bertbench.step_traces import TracedStep
 from bertbench.trial import TIMEOUT_SECONDS, Trial
 from bertbench.workers import share_out
 from bertbench.workload import Levers, published_workload
@@ -466,3 +469,37 @@ def test_the_ledger_is_listed_exported_and_pruned(tmp_path: Path, limits: dict[i
     assert f"took {len(rows)} trials" in ledger(tmp_path, "prune", "--all", "--yes").output
     with open_ledger(tmp_path / "l.sqlite") as open_:
         assert read_rows(open_) == []
+
+
+@pytest.mark.parametrize(("off", "most"), [(0, 2), (3, 12), (-3, 12)])
+def test_an_unknown_cell_takes_two_trials_where_a_trace_tells_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: int, most: int
+) -> None:
+    """And is found all the same where the trace is wrong."""
+    budget = make_budget(resolve_device("cpu"), 128 * MIB_BYTES)
+    workload = published_workload("bert-tiny", 64)
+    step = TracedStep(workload, Levers(), 1)
+    limit = largest_batch(step, empty_memory(budget), 1000)
+    assert limit is not None
+    assert limit > 10
+
+    def measure(
+        workload: Any, levers: Any, budget: Any, batches: Sequence[int], *,
+        on_trial: Callable[[Trial], None], **other: Any,
+    ) -> list[Trial]:  # fmt: skip
+        found = [
+            Trial(b, "fits", 80 * MIB_BYTES + b * MIB_BYTES // 2, 0.1, fresh=True)
+            if b <= limit + off
+            else Trial(b, "oom", fresh=True)
+            for b in batches
+        ]
+        for trial in found:
+            on_trial(trial)
+        return found[:1] if found[0].outcome == "oom" else found
+
+    monkeypatch.setattr(probing, "measure_batches", measure)
+    with open_ledger(tmp_path / "l.sqlite") as ledger:
+        cell = probe_cell(ledger, budget, workload, Levers())
+    assert cell.result.max_batch == limit + off
+    assert cell.result.certificate is not None
+    assert cell.result.measured <= most
