@@ -271,12 +271,19 @@ def test_traces_survive_writing() -> None:
         pytest.param("selective", 1, 70, marks=pytest.mark.slow),
         pytest.param("full", 1, 9, marks=pytest.mark.slow),
         pytest.param("nested", 1, 33, marks=pytest.mark.slow),
+        pytest.param("none", 2, 9, marks=pytest.mark.slow),
+        pytest.param("selective", 2, 30, marks=pytest.mark.slow),
+        pytest.param("full", 2, 9, marks=pytest.mark.slow),
+        pytest.param("nested", 2, 33, marks=pytest.mark.slow),
     ],
 )
 def test_a_real_step_asks_for_what_the_trace_says(
     policy: str, accumulation: int, batch: int
 ) -> None:
-    """The traces were made from models of other sizes, and hold what this one does to the byte."""
+    """The traces were made from models of other sizes, and hold what this one does to the byte.
+
+    All but the number of different words, which is only expected.
+    """
     workload = published_workload("bert-mini", 64)
     levers = Levers(parse_checkpointing(policy), accumulation)
     budget = make_budget(resolve_device("cpu"), GIB_BYTES)
@@ -299,12 +306,14 @@ def test_a_real_step_asks_for_what_the_trace_says(
         [e for e in large(*what) if not isinstance(e, frozenset) and e > 65_536]
         for what in (requests, (recording.events, recording.sizes))
     )
-    assert own == its
+    if accumulation == 1:
+        assert own == its
+    assert own == pytest.approx(its, rel=0.03)
 
 
 def test_every_published_model_has_its_traces() -> None:
     names = {name for name in read_traces() if name.startswith("squad")}
-    for policy, accumulation in itertools.product(("none", "selective", "full", "nested"), (1,)):
+    for policy, accumulation in itertools.product(("none", "selective", "full", "nested"), (1, 3)):
         levers = Levers(parse_checkpointing(policy), accumulation)
         for model in ("bert-tiny", "bert-base", "bert-large"):
             workload = published_workload(model, 384)
