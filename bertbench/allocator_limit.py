@@ -100,8 +100,8 @@ def empty_memory(budget: Budget) -> Memory:
     pairs = min(_LEAST_PAIRS + budget.budget_bytes // _BYTES_A_PAIR, _MOST_PAIRS)
     chunks = 2 * min(pairs, budget.budget_bytes // _LEAST_BYTES_A_PAIR) + 1
     if budget.device.kind == "cpu":
-        rest_bytes = budget.budget_bytes - _FIRST_REGION_BYTES
-        return Memory((_FIRST_REGION_BYTES, rest_bytes), chunks)
+        first_bytes = min(_FIRST_REGION_BYTES, budget.budget_bytes)
+        return Memory((first_bytes, budget.budget_bytes - first_bytes), chunks)
     return Memory((budget.budget_bytes,), chunks)
 
 

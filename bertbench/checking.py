@@ -146,7 +146,8 @@ def check_claim(
                 budget,
                 [batch],
                 steps=steps,
-                timeout_seconds=timeout_seconds or plenty_seconds(known, batch, steps),
+                timeout_seconds=timeout_seconds
+                or plenty_seconds(budget, claim.workload, claim.levers, known, batch, steps),
                 on_trial=keep,
             )
     return Check(claim, tuple(trials))

@@ -82,9 +82,10 @@ class Device:
 
     def key(self) -> str:
         """Canonical text for the ledger: equal for devices that need the same memory."""
-        return json.dumps(
-            {"kind": self.kind, "name": self.name, "driver": self.driver}, sort_keys=True
-        )
+        values = {"kind": self.kind, "name": self.name, "driver": self.driver}
+        if self.tpu is not None:
+            values["tpu"] = f"{self.tpu.zone} {self.tpu.project}"
+        return json.dumps(values, sort_keys=True)
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON."""
@@ -124,12 +125,7 @@ class Budget:
 
     def key(self) -> str:
         """Canonical text for the ledger: equal where the same trial has the same outcome."""
-        values = {
-            "kind": self.device.kind,
-            "name": self.device.name,
-            "driver": self.device.driver,
-            "budget_bytes": self.budget_bytes,
-        }
+        values = {**json.loads(self.device.key()), "budget_bytes": self.budget_bytes}
         return json.dumps(values, sort_keys=True)
 
     def to_json(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bertbench.allocations import Recording
+from bertbench.allocations import Memory, Recording, Replay
 from bertbench.allocator_limit import empty_memory
 from bertbench.cost import device_rates, predict_step_seconds
 from bertbench.devices import Budget
@@ -152,16 +152,28 @@ def probe_cell(
             budget,
             batches,
             steps=steps,
-            timeout_seconds=timeout_seconds or plenty_seconds(measured, max(batches), steps),
+            timeout_seconds=timeout_seconds
+            or plenty_seconds(budget, workload, levers, measured, max(batches), steps),
             fresh=fresh,
             on_trial=keep,
             check=check,
             on_recording=keep_recording if fresh and len(batches) > 1 and not enough() else None,
         )
 
+    step = _traced_step(budget, workload, levers)
+
+    @functools.cache  # several seconds where there are thousands of blocks
+    def replayed(batch: int) -> Replay:
+        check()
+        assert step is not None
+        return step.replay(batch, empty_memory(budget))
+
     @functools.lru_cache(maxsize=1)
     def traced(number_measured: int, fitting: int) -> int | None:
-        return _traced_limit(budget, workload, levers, measured, fitting)
+        if step is None:
+            return None
+        known_step = _Remembered(step.batch, replayed)
+        return _traced_limit(budget, known_step, measured, fitting, max_batch or LARGEST_BATCH)
 
     @functools.lru_cache(maxsize=1)
     def extrapolated(number_recorded: int, fitting: int) -> int | None:
@@ -198,25 +210,36 @@ def probe_cell(
     return Cell(workload, levers, result, time.monotonic() - began, budget.device.replicas)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Remembered:
+    """A traced step under one budget, whose replays are not repeated."""
+
+    batch: int
+    replayed: Callable[[int], Replay]
+    largest: int | None = None
+
+    def replay(self, batch: int, memory: Memory) -> Replay:
+        return self.replayed(batch)
+
+
 def _traced_limit(
-    budget: Budget, workload: Workload, levers: Levers, trials: Sequence[Trial], fitting: int
+    budget: Budget, step: _Remembered, trials: Sequence[Trial], fitting: int, at_most: int
 ) -> int | None:
-    """Largest batch by the step traces; None without one, or if a trial has refuted it."""
-    if not _has_trace(budget, workload, levers):
-        return None
-    predicted = max_micro_batch(workload, levers, budget.budget_bytes)
-    step, memory = TracedStep(workload, levers, max(predicted, 1)), empty_memory(budget)
-    for trial in trials:
-        if trial.outcome == "failed":
-            continue
-        if step.replay(trial.batch, memory).fits is not (trial.outcome == "fits"):
+    """Largest batch by the step traces; None if a trial has refuted it."""
+    fits = max((t.batch for t in trials if t.outcome == "fits"), default=None)
+    oom = min((t.batch for t in trials if t.outcome == "oom"), default=None)
+    for batch, expected in ((fits, True), (oom, False)):
+        if batch is not None and step.replayed(batch).fits is not expected:
             return None
-    return largest_batch(step, memory, LARGEST_BATCH, fitting)
+    return largest_batch(step, empty_memory(budget), at_most, fitting)
 
 
-def _has_trace(budget: Budget, workload: Workload, levers: Levers) -> bool:
-    # Another device's kernels have other workspaces.
-    return budget.device.kind == "cpu" and step_requests(workload, levers, 1) is not None
+def _traced_step(budget: Budget, workload: Workload, levers: Levers) -> TracedStep | None:
+    """The step by its trace, if there is one; another device's kernels have other workspaces."""
+    if budget.device.kind != "cpu" or step_requests(workload, levers, 1) is None:
+        return None
+    begin = max_micro_batch(workload, levers, budget.budget_bytes)
+    return TracedStep(workload, levers, max(begin, 1))
 
 
 def predict_cell_seconds(
@@ -227,7 +250,7 @@ def predict_cell_seconds(
     rates = device_rates(budget.device)
     seconds = _ALLOCATOR_WAITS_SECONDS
     batches = [(limit, steps), (limit + 1, 1)]
-    if not _has_trace(budget, workload, levers):
+    if _traced_step(budget, workload, levers) is None:
         batches += [(limit // 8, steps + 2), (limit // 3, steps + 2)]
     for batch, its_steps in batches:
         step_seconds = predict_step_seconds(workload, levers, max(batch, 1), rates)
@@ -235,13 +258,22 @@ def predict_cell_seconds(
     return seconds
 
 
-def plenty_seconds(trials: Sequence[Trial], batch: int, steps: int) -> float:
-    """Time after which a trial of a batch must be hanging, by what others took."""
-    seconds_an_example = max(
-        (t.step_seconds / t.batch for t in trials if t.step_seconds is not None), default=0.0
-    )
+def plenty_seconds(
+    budget: Budget,
+    workload: Workload,
+    levers: Levers,
+    trials: Sequence[Trial],
+    batch: int,
+    steps: int,
+) -> float:
+    """Time after which a trial of a batch must be hanging: ten times what others let expect."""
+    timed = [t.step_seconds / t.batch for t in trials if t.step_seconds is not None]
+    if timed:
+        step_seconds = max(timed) * batch
+    else:
+        step_seconds = predict_step_seconds(workload, levers, batch, device_rates(budget.device))
     # A first step takes longer than the others, and recording repeats it.
-    return max(TIMEOUT_SECONDS, _PLENTY * seconds_an_example * batch * (steps + 3))
+    return max(TIMEOUT_SECONDS, _PLENTY * step_seconds * (steps + 3))
 
 
 def _examples_per_block(workload: Workload, levers: Levers, seq_len: int) -> list[int]:

@@ -21,8 +21,8 @@ _ALLOCATION, _END = b"MemoryAllocation", b"MemoryDeallocation"
 def recorded_allocations(device: str) -> Iterator[list[Recording]]:
     """Record a device's allocations in the block; afterwards the list has the recording.
 
-    The allocator must hold nothing when it begins. The list stays empty when something ended that
-    had not begun, or the profiler gave nothing.
+    What the allocator holds when the block begins must not end in it: the list stays empty when
+    something ended that had not begun, or the profiler gave nothing.
 
     Args:
         device: TensorFlow's name of it, `CPU:0` or `GPU:0`.

@@ -1,10 +1,11 @@
 """Find the largest batch that fits with few trials, and certify it. Pure: it starts nothing.
 
-Two small batches tell where the limit should be, by a replay of what they asked of the allocator
-(`bertbench.allocations`) or, where there is none, because the peak is close to affine in the batch
-once activations outweigh the optimizer's temporaries. A trial there and one beside it are usually
-all that is left. The cost to keep low is that of trials that do not fit: TensorFlow's allocator
-waits 10 seconds, sometimes several times, before it gives up.
+Where the limit should be is known before the first trial, by a trace of the step
+(`bertbench.step_traces`); or two small batches tell it, by a replay of what they asked of the
+allocator (`bertbench.allocations`) or, where there is none, because the peak is close to affine in
+the batch once activations outweigh the optimizer's temporaries. A trial there and one beside it are
+usually all that is left. The cost to keep low is that of trials that do not fit: TensorFlow's
+allocator waits 10 seconds, sometimes several times, before it gives up.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def find_max_batch(
         measure: makes trials. The first batch of a call is taken as measured in a fresh process.
         known: earlier trials of the same question; failed ones are ignored.
         predict_peak_bytes: predicted peak of a batch, rising with it.
-        locate: says up to where all fits beyond a batch that does, by what trials in fresh
-            processes have recorded so far; None if they do not tell.
+        locate: says up to where all fits beyond a batch that does, by a trace of the step or by
+            what trials in fresh processes have recorded so far; None if nothing tells.
         trust_prediction: try the predicted limit at once, without two smaller batches before it.
         examples_per_block: of layers that are computed in blocks. The larger of the first two
             batches then has up to six of them, at least two if it may, of unequal sizes: for

@@ -16,6 +16,8 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BERTBENCH_CACHE", str(folder))
+        # The lock of a device is beside the ledger: do not wait for the user's own probes.
+        patch.setenv("BERTBENCH_LEDGER", str(folder / "ledger.sqlite"))
         yield folder
 
 

@@ -22,6 +22,7 @@ from bertbench.bytes import MIB_BYTES
 from bertbench.cli import ledger as ledger_cli
 from bertbench.cli import probe as probe_cli
 from bertbench.cli.probe_view import View, build_table, shown
+from bertbench.cost import device_rates, predict_step_seconds
 from bertbench.devices import GPU_CONTEXT_RESERVE_BYTES, Device, check_alone, make_budget
 from bertbench.errors import WorkError
 from bertbench.extrapolation import largest_batch
@@ -34,6 +35,7 @@ from bertbench.step_traces import TracedStep
 from bertbench.trial import TIMEOUT_SECONDS, Trial
 from bertbench.workers import share_out
 from bertbench.workload import Levers, published_workload
+from finetune.checkpointing import parse_checkpointing
 from finetune.errors import InputError
 
 LIMIT = 21
@@ -282,9 +284,15 @@ def test_a_busy_gpu_is_refused() -> None:
 
 def test_a_trial_may_take_ten_times_what_the_others_took() -> None:
     trials = [Trial(8, "fits", 1, 4.0, 10.0), Trial(9, "oom")]
-    assert plenty_seconds([], 500, 3) == TIMEOUT_SECONDS
-    assert plenty_seconds(trials, 16, 3) == TIMEOUT_SECONDS
-    assert plenty_seconds(trials, 538, 3) == pytest.approx(10 * 0.5 * 538 * 6)
+    budget = make_budget(resolve_device("cpu"), 256 * MIB_BYTES)
+    question = budget, published_workload("bert-tiny", 64), Levers()
+    assert plenty_seconds(*question, [], 50, 3) == TIMEOUT_SECONDS
+    assert plenty_seconds(*question, trials, 16, 3) == TIMEOUT_SECONDS
+    assert plenty_seconds(*question, trials, 538, 3) == pytest.approx(10 * 0.5 * 538 * 6)
+    # The first trial of a cell may be the limit itself, whose step takes minutes.
+    large = budget, published_workload("bert-large", 384), Levers(parse_checkpointing("nested"))
+    seconds = predict_step_seconds(*large[1:], 120, device_rates(budget.device))
+    assert plenty_seconds(*large, [], 120, 3) == pytest.approx(10 * seconds * 6) > 5000
 
 
 def finished(batch: int, seq_len: int, seconds: float = 40.0) -> Cell:

@@ -36,7 +36,7 @@ def test_the_limit_of_a_core_is_certified_and_checked(tmp_path: Path) -> None:
          "--json", str(path)],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "8,192 MiB on TPU stand-in, 2 cores" in result.output
+    assert "all memory of a core on TPU stand-in, 2 cores" in result.output
     values = json.loads(path.read_text())
     assert values["device"]["kind"] == "tpu"
     assert values["device"]["budget_bytes"] == TPU_CORE_BYTES
@@ -54,6 +54,19 @@ def test_the_limit_of_a_core_is_certified_and_checked(tmp_path: Path) -> None:
     result = CliRunner().invoke(probe_cli.command, ["--check", str(path)])
     assert result.exit_code == 0, result.output
     assert "holds" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "tpu:x", "--memory", "4GiB"], "leave --memory"),
+        (["--device", "tpu:x,tpu:y"], "probed alone"),
+        (["--device", "cpu", "--tpu-zone", "z"], "do not go with --device cpu"),
+    ],
+)
+def test_what_does_not_go_with_a_tpu(arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(probe_cli.command, arguments)
+    assert words in str(result.exception)
 
 
 def test_other_verbs_say_how_they_name_a_tpu() -> None:

@@ -194,7 +194,7 @@ def written(policy: str, sample: Sample) -> list[object]:
     return large([*before_events, *events], [*before_sizes, *told[1]])
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     policy=st.sampled_from(["none", "full", "selective", "nested"]),
     layers=st.integers(2, 14),
@@ -319,15 +319,19 @@ def test_every_published_model_has_its_traces() -> None:
             workload = published_workload(model, 384)
             assert pattern_of(workload, levers) in names
             assert step_requests(workload, levers, 3) is not None
-    assert step_requests(workload, dataclasses.replace(levers, precision="bf16"), 3) is None
 
 
 def test_memory_that_is_in_pieces_is_not_enough() -> None:
-    """Of BERT-Small less fits in three than in four examples: where, the trace says."""
-    workload = published_workload("bert-small", 128)
-    step = TracedStep(workload, Levers(), 4)
+    """Seven examples of BERT-Small need 478 MiB if memory is plenty, and 512 MiB are too little."""
+    step = TracedStep(published_workload("bert-small", 128), Levers(), 4)
     budget = make_budget(resolve_device("cpu"), 512 * MIB_BYTES)
-    peaks = {n: step.replay(n, Memory((4 * GIB_BYTES,))).peak_bytes for n in (3, 4)}
-    fits = {n: step.replay(n, empty_memory(budget)).fits for n in (3, 4)}
-    assert peaks[3] < peaks[4] < budget.budget_bytes
-    assert fits[4]
+    assert step.replay(7, Memory((4 * GIB_BYTES,))).peak_bytes < 0.95 * budget.budget_bytes
+    assert step.replay(6, empty_memory(budget)).fits
+    assert not step.replay(7, empty_memory(budget)).fits
+
+
+def test_other_updates_have_no_trace() -> None:
+    workload = published_workload("bert-tiny", 64)
+    assert step_requests(workload, Levers(), 3) is not None
+    for change in ({"optimizer": "lion"}, {"precision": "bf16"}, {"xla": True}):
+        assert step_requests(workload, dataclasses.replace(Levers(), **change), 3) is None

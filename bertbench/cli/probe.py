@@ -26,7 +26,6 @@ from bertbench.cli.common import (
 )
 from bertbench.cli.probe_view import build_check_table, build_table, describe, headline, shown
 from bertbench.devices import (
-    TPU_CORE_BYTES,
     Budget,
     Device,
     TpuSettings,
@@ -163,8 +162,18 @@ def command(
         return
     named = [resolve_device(name) for name in _items(device)]
     if named[0].tpu is not None:
+        if memory is not None or len(named) > 1:
+            raise InputError(
+                f"--device {device}: a TPU is probed alone, and with all memory of a core",
+                hint="leave --memory and other devices out",
+            )
         tpu = TpuSettings(named[0].tpu.name, tpu_zone, gcp_project, num_tpu_cores)
-        named[0] = tpu_device(tpu, memory or TPU_CORE_BYTES)
+        named[0] = tpu_device(tpu)
+    elif tpu_zone or gcp_project:
+        raise InputError(
+            f"--tpu-zone and --gcp-project do not go with --device {device}",
+            hint="name the TPU with --device tpu:NAME",
+        )
     on_cpu = named[0].kind == "cpu"
     names = _items(models or (_CPU_MODELS if on_cpu else _PAPER_MODELS))
     lengths = [

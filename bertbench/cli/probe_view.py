@@ -185,10 +185,10 @@ def describe(trial: Trial) -> str:
 
 def headline(budget: Budget, levers: Levers) -> str:
     """Say what was measured where."""
-    return (
-        f"largest batch, {format_bytes(budget.budget_bytes)} on {budget.device.name}, "
-        f"checkpointing {levers.describe()}"
-    )
+    size = format_bytes(budget.budget_bytes)
+    if budget.device.kind == "tpu":
+        size = "all memory of a core"  # which cannot be asked for
+    return f"largest batch, {size} on {budget.device.name}, checkpointing {levers.describe()}"
 
 
 def build_table(cells: Mapping[int, Cell], workloads: Sequence[Workload]) -> Table:
