@@ -292,7 +292,8 @@ def test_a_trial_may_take_ten_times_what_the_others_took() -> None:
     # The first trial of a cell may be the limit itself, whose step takes minutes.
     large = budget, published_workload("bert-large", 384), Levers(parse_checkpointing("nested"))
     seconds = predict_step_seconds(*large[1:], 120, device_rates(budget.device))
-    assert plenty_seconds(*large, [], 120, 3) == pytest.approx(10 * seconds * 6) > 5000
+    assert seconds > 100
+    assert plenty_seconds(*large, [], 120, 3) == pytest.approx(10 * seconds * 6)
 
 
 def finished(batch: int, seq_len: int, seconds: float = 40.0) -> Cell:
