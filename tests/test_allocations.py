@@ -81,6 +81,8 @@ def test_small_chunks_that_are_set_aside_keep_scalars_out_of_the_way() -> None:
     events, sizes = (0, 1, ~0, 2, ~2), (5000, 4, 9000)
     assert not replay(events, sizes, Memory((10_240,))).fits
     assert replay(events, sizes, Memory((10_240 + 3 * 256,), 3)) == Replay(True, 11_008)
+    # The last of them is held, and does not join with the rest.
+    assert not replay((0,), (300,), Memory((1024,), 3)).fits
     # The second scalar has a place there only if there are two.
     assert replay((0, 1, 2, ~1, 3), (4, 5000, 4, 9000), Memory((10_240 + 1280,), 5)).fits
     assert not replay((0, 1, 2, ~1, 3), (4, 5000, 4, 9000), Memory((10_240 + 768,), 3)).fits

@@ -47,6 +47,8 @@ class Toy:
         self.loops = 0
 
     def ask(self, name: str, size_bytes: int) -> int:
+        if self.levers.accumulation_steps > 1 and name != "DecodeRaw":
+            name = f"while/body/_1/while/{name}"
         self.events.append(len(self.sizes))
         self.sizes.append(size_bytes)
         self.operations.append(name)
@@ -71,6 +73,9 @@ class Toy:
             gradients = []
             for index, (its, inputs) in reversed(list(enumerate(kept))):
                 work = self.ask(f"MatMul_{index}", 4 * tokens * config.intermediate_size)
+                if self.levers.checkpointing.of_layer(index) == "selective":
+                    self.blocks(index, "selective", its)
+                    its = []
                 if len(its) > 1 and index % 2:
                     its = its[::-1]  # ends that follow each other are the same in any order
                 self.end(before, *its, work)
@@ -101,7 +106,8 @@ class Toy:
             return [mask]
         return [scores, mask]
 
-    def blocks(self, index: int, policy: str) -> list[int]:
+    def blocks(self, index: int, policy: str, taken: Sequence[int] = ()) -> list[int]:
+        """A loop forwards that keeps something of each block, or one backwards that takes it."""
         length = self.workload.seq_len
         blocks = -(-self.batch // (examples_per_block(policy, length) or self.batch))
         self.loops += 1
@@ -114,7 +120,12 @@ class Toy:
             examples = (block + 1) * self.batch // blocks - block * self.batch // blocks
             size_bytes = 4 * examples * length * self.workload.config.hidden_size
             work = self.ask(f"{name}/body/_{index}/{name}/MatMul", 3 * size_bytes)
-            kept.append(self.ask(f"{name}/body/_{index}/{name}/mul", size_bytes))
+            if taken:
+                self.end(taken[block])
+                gradient = self.ask(f"{name}/body/_{index}/{name}/sub", size_bytes)
+                self.end(gradient)
+            else:
+                kept.append(self.ask(f"{name}/body/_{index}/{name}/mul", size_bytes))
             self.end(work, counter)
             asked = self.ask(f"{name}/cond/_{index}/{name}/Less", 1)
         self.end(asked)
@@ -122,14 +133,14 @@ class Toy:
 
 
 def toy_sample(
-    policy: str, layers: int, batch: int = 66, seq_len: int = 128, **config: int
+    policy: str, layers: int, batch: int = 66, seq_len: int = 128, *, steps: int = 1, **config: int
 ) -> Sample:
     values = {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 416}
     small = dataclasses.replace(
         preset("bert-tiny"), num_hidden_layers=layers, vocab_size=1009, **{**values, **config}
     )  # type: ignore[arg-type]
     workload = Workload("toy", small, "squad", seq_len)
-    levers = Levers(parse_checkpointing(policy))
+    levers = Levers(parse_checkpointing(policy), steps)
     return Sample(workload, levers, batch, Toy(workload, levers, batch).recording())
 
 
@@ -232,6 +243,20 @@ def test_a_trace_says_what_another_model_and_batch_ask_for(
 def test_layers_of_two_policies(pattern: str, policy: str, layers: int) -> None:
     sample = toy_sample(policy, layers, 70)
     assert written(pattern, sample) == large(sample.recording.events, sample.recording.sizes)
+
+
+def test_inputs_are_of_all_micro_batches() -> None:
+    samples = [toy_sample("none", layers, steps=2) for layers in (5, 6)]
+    varied = {key: toy_sample("none", 5, steps=2, **change) for key, change in VARIED.items()}
+    trace = build_trace(samples[0], {LAYERS: samples[1]}, varied)
+    larger = toy_sample("none", 7, 70, steps=4)
+    dimensions = dimensions_of(larger.workload, larger.levers, 70)
+    told = trace.write_out(dimensions, layers_of(larger.workload, larger.levers), 128)
+    assert told is not None
+    state = len(state_requests(larger.workload, "adamw")[1])
+    assert [size for size in told[1] if size > CHUNK_BYTES] == [
+        size for size in larger.recording.sizes[state:] if size > CHUNK_BYTES
+    ]
 
 
 def test_a_layer_is_written_once() -> None:
