@@ -2,8 +2,8 @@
 
     python benchmarks/record_step_traces.py [--quick] [--patterns TEXT ...] [--out FILE]
 
-About 45 seconds for each of 32 patterns (two heads, eight combinations of policies, one micro-batch
-or several). To be run again when `finetune` or TensorFlow changes what a step does:
+One to four minutes for each of 32 patterns (two heads, eight combinations of policies, one
+micro-batch or several). To be run again when `finetune` or TensorFlow changes what a step does:
 `pytest -m slow tests/test_step_traces.py` tells whether the traces still say what a real step asks
 for. `--quick` makes one.
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.attached import resolve_device, tpu_device
-from bertbench.devices import Budget, TpuSettings, make_budget
+from bertbench.devices import Budget, device_from_json, make_budget
 from bertbench.ledger import find, record, versions_key
 from bertbench.probing import plenty_seconds
 from bertbench.trial import Trial, measure_batches
@@ -83,10 +83,9 @@ def read_claims(path: Path) -> tuple[Budget, list[Claim], int]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        device, budget_bytes = values["device"], int(values["device"]["budget_bytes"])
-        kind, name, uuid = device["kind"], device["name"], device["uuid"]
-        driver, tpu = device["driver"], device.get("tpu")
-        settings = TpuSettings(**tpu) if tpu else None
+        named = dict(values["device"])
+        budget_bytes = int(named.pop("budget_bytes"))
+        claimed = device_from_json(named)
         cells = [cell for cell in values["cells"] if cell["certificate"]]
         claims = [
             Claim(
@@ -106,14 +105,14 @@ def read_claims(path: Path) -> tuple[Budget, list[Claim], int]:
         raise InputError(
             "not a probe's result", path=path, hint="give a file of `bertbench probe --json`"
         ) from error
-    if settings is not None:
-        found = tpu_device(settings, device["total_bytes"])
+    if claimed.tpu is not None:
+        found = tpu_device(claimed.tpu, claimed.total_bytes)
     else:
-        found = resolve_device(f"gpu:{uuid or device['index']}" if kind == "gpu" else kind)
-    if (found.name, found.driver) != (name, driver):
+        found = resolve_device(f"gpu:{claimed.uuid}" if claimed.uuid else claimed.label)
+    if (found.name, found.driver) != (claimed.name, claimed.driver):
         raise InputError(
-            f"measured on {name} with driver {driver}, and {found.label} here is {found.name} "
-            f"with driver {found.driver}",
+            f"measured on {claimed.name} with driver {claimed.driver}, and {found.label} here is "
+            f"{found.name} with driver {found.driver}",
             path=path,
             hint="certificates hold for the device that they were measured on; probe this one",
         )

@@ -82,10 +82,14 @@ class Device:
 
     def key(self) -> str:
         """Canonical text for the ledger: equal for devices that need the same memory."""
+        return json.dumps(self.key_values(), sort_keys=True)
+
+    def key_values(self) -> dict[str, Any]:
+        """What `key` is the text of."""
         values = {"kind": self.kind, "name": self.name, "driver": self.driver}
         if self.tpu is not None:
             values["tpu"] = f"{self.tpu.zone} {self.tpu.project}"
-        return json.dumps(values, sort_keys=True)
+        return values
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON."""
@@ -125,7 +129,7 @@ class Budget:
 
     def key(self) -> str:
         """Canonical text for the ledger: equal where the same trial has the same outcome."""
-        values = {**json.loads(self.device.key()), "budget_bytes": self.budget_bytes}
+        values = {**self.device.key_values(), "budget_bytes": self.budget_bytes}
         return json.dumps(values, sort_keys=True)
 
     def to_json(self) -> dict[str, Any]:

@@ -169,13 +169,6 @@ def probe_cell(
         return step.replay(batch, empty_memory(budget))
 
     @functools.lru_cache(maxsize=1)
-    def traced(number_measured: int, fitting: int) -> int | None:
-        if step is None:
-            return None
-        known_step = _Remembered(step.batch, replayed)
-        return _traced_limit(budget, known_step, measured, fitting, max_batch or LARGEST_BATCH)
-
-    @functools.lru_cache(maxsize=1)
     def extrapolated(number_recorded: int, fitting: int) -> int | None:
         for few_blocks in (False, True):
             extrapolation = extrapolate(
@@ -192,7 +185,11 @@ def probe_cell(
         return limit
 
     def locate(fitting: int) -> int | None:
-        limit = traced(len(measured), fitting)
+        limit = None
+        if step is not None:
+            known_step = _Remembered(step.batch, replayed)
+            at_most = max_batch or LARGEST_BATCH
+            limit = _traced_limit(budget, known_step, measured, fitting, at_most)
         return extrapolated(len(recorded()), fitting) if limit is None else limit
 
     result = find_max_batch(
@@ -278,6 +275,5 @@ def plenty_seconds(
 
 def _examples_per_block(workload: Workload, levers: Levers, seq_len: int) -> list[int]:
     """Most examples of a block, for every policy in use that has blocks."""
-    policies = {levers.checkpointing.of_layer(n) for n in range(workload.config.num_hidden_layers)}
-    found = (examples_per_block(policy, seq_len) for policy in sorted(policies))
-    return [most for most in found if most is not None]
+    policies = levers.checkpointing.in_blocks(workload.config.num_hidden_layers)
+    return [examples_per_block(policy, seq_len) or 1 for policy in policies]

@@ -252,10 +252,10 @@ def different_words(workload: Workload, micro_batch: int) -> int:
 
 def dimensions_of(workload: Workload, levers: Levers, micro_batch: int) -> dict[str, int]:
     """Values of the `DIMENSIONS`, but for the examples of a block."""
-    config = workload.config
+    config, words = workload.config, different_words(workload, micro_batch)
     return {
-        "u": different_words(workload, micro_batch),
-        "w": different_words(workload, micro_batch),
+        "u": words,
+        "w": words,
         "n": micro_batch,
         "r": micro_batch * levers.accumulation_steps,
         "s": workload.seq_len,

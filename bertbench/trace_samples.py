@@ -11,7 +11,7 @@ from bertbench.allocations import CHUNK_BYTES, Recording
 from bertbench.repetition import Recorded, loops_and_places
 from bertbench.step_traces import state_requests
 from bertbench.workload import Levers, Workload
-from finetune.checkpointing import BLOCK_TOKENS, examples_per_block
+from finetune.checkpointing import examples_per_block
 
 
 class UnlikeError(ValueError):
@@ -48,7 +48,8 @@ class Steps:
 
     def __init__(self, sample: Sample) -> None:
         recording = sample.recording
-        state = sum(size > CHUNK_BYTES for size in _state_sizes(sample))
+        _, state_sizes = state_requests(sample.workload, sample.levers.optimizer)
+        state = sum(size > CHUNK_BYTES for size in state_sizes)
         borders = self._borders(sample)
         number: dict[int, int] = {}
         kept: list[tuple[int, int]] = []
@@ -65,11 +66,10 @@ class Steps:
             kept.append((position, number[allocation] if event >= 0 else ~number[allocation]))
         first = next(i for i, (_, event) in enumerate(kept) if event >= state)
         positions = [position for position, _ in kept[first:]]
-        self.loops = sorted(
+        self.loops = [
             (policy, tuple(bisect.bisect_left(positions, border) for border in its))
             for policy, its in borders
-        )
-        self.loops.sort(key=lambda loop: loop[1])
+        ]
         at_border = {place for _, its in self.loops for place in its}
         self.events: list[int] = []
         part: list[int] = []
@@ -92,9 +92,8 @@ class Steps:
 
     @staticmethod
     def _borders(sample: Sample) -> list[tuple[str, tuple[int, ...]]]:
-        layers = range(sample.workload.config.num_hidden_layers)
-        used = {sample.levers.checkpointing.of_layer(index) for index in layers}
-        policies = sorted(used & BLOCK_TOKENS.keys())
+        layers = sample.workload.config.num_hidden_layers
+        policies = sample.levers.checkpointing.in_blocks(layers)
         if not policies:
             return []
         length, batch = sample.workload.seq_len, sample.micro_batch
@@ -104,10 +103,6 @@ class Steps:
         return [
             (policies[loop.policy], starts) for loop in loops.values() for starts in loop.starts
         ]
-
-
-def _state_sizes(sample: Sample) -> list[int]:
-    return state_requests(sample.workload, sample.levers.optimizer)[1]
 
 
 @dataclasses.dataclass(frozen=True)

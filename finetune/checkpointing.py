@@ -66,6 +66,10 @@ class Checkpointing:
         """Policy of one layer, counted from 0 at the embeddings."""
         return self.policy if self.layers is None or index < self.layers else self.others
 
+    def in_blocks(self, num_layers: int) -> list[str]:
+        """Policies of a model's layers that work in blocks of examples, by name."""
+        return sorted({self.of_layer(index) for index in range(num_layers)} & BLOCK_TOKENS.keys())
+
 
 NO_CHECKPOINTING = Checkpointing()
 """Every layer keeps what its backward pass reads."""
