@@ -20,9 +20,13 @@ from bertbench.bytes import MIB_BYTES
 CHUNK_BYTES = 256
 """What the allocator hands out at least; it gives multiples of this."""
 
-_UNSPLIT_BYTES = 128 * MIB_BYTES
+_UNSPLIT_CHUNKS = 128 * MIB_BYTES // CHUNK_BYTES
 """A free chunk is handed out whole unless it is at least twice as large as what is asked for, or
 leaves at least this much."""
+
+_ADDRESS_BITS = 36  # 16 TiB in chunks
+_ADDRESS_MASK = (1 << _ADDRESS_BITS) - 1
+_CHUNK_KEY = 1 << _ADDRESS_BITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Memory:
     """What an allocator has before a step asks for anything.
 
     Attributes:
-        region_bytes: sizes of the regions, which are not adjacent.
+        region_bytes: sizes of the regions, which are not adjacent; none smaller than the one before
+            it.
         small_chunks: chunks of `CHUNK_BYTES` that were taken first, an odd number. All but the
             second, fourth, ... are held for good, so that those do not join with anything: they
             are what small requests get.
@@ -77,105 +82,106 @@ class BestFitAllocator:
     """Hands out addresses as TensorFlow's BFC allocator does.
 
     Of the free chunks that are large enough the smallest is taken, of equal ones that with the
-    lowest address.
+    lowest address. Inside, sizes and addresses are counted in `CHUNK_BYTES`.
 
     Args:
-        region_bytes: sizes of the regions that it has, which are not adjacent.
+        memory: what it has, with its small chunks set aside.
     """
 
-    def __init__(self, region_bytes: Sequence[int]) -> None:
+    def __init__(self, memory: Memory) -> None:
         self.used_bytes = 0
         self._size: dict[int, int] = {}
-        self._before: dict[int, int | None] = {}
-        self._after: dict[int, int | None] = {}
-        # (size, address), in order. TensorFlow keeps them in bins of sizes, in the same order.
-        self._free: list[tuple[int, int]] = []
-        self._is_free: set[int] = set()
-        start = 0
-        for size in region_bytes:
-            self._size[start], self._before[start], self._after[start] = size, None, None
-            self._add(start)
-            start += size + CHUNK_BYTES
+        # TensorFlow keeps free chunks in bins of sizes, in the same order as here: by size, then
+        # address, both in one number.
+        self._free: list[int] = []
+        self._free_size: dict[int, int] = {}
+        self._free_start_by_end: dict[int, int] = {}
+        start, small = 0, memory.small_chunks
+        for region_bytes in memory.region_bytes:
+            end = start + region_bytes // CHUNK_BYTES
+            taken = min(small, end - start)
+            # Laid out at once, as if they had been asked for and every other one given back.
+            free = range(start + (memory.small_chunks - small + 1) % 2, start + taken, 2)
+            self._free += [_CHUNK_KEY | chunk for chunk in free]
+            self._free_size |= dict.fromkeys(free, 1)
+            self._free_start_by_end |= {chunk + 1: chunk for chunk in free}
+            self.used_bytes += (taken - len(free)) * CHUNK_BYTES
+            if start + taken < end:
+                self._add(start + taken, end - start - taken)
+            small -= taken
+            start = end + 1  # not adjacent to the next
 
     def allocate(self, size_bytes: int) -> int | None:
-        """Return the address of a chunk, or None if no free chunk is large enough."""
-        wanted = max(-(-size_bytes // CHUNK_BYTES), 1) * CHUNK_BYTES
-        index = bisect.bisect_left(self._free, (wanted, -1))
+        """Return the number of the chunk that a request gets, or None if none is large enough."""
+        wanted = -(-size_bytes // CHUNK_BYTES) or 1
+        index = bisect.bisect_left(self._free, wanted << _ADDRESS_BITS)
         if index == len(self._free):
             return None
-        size, start = self._free.pop(index)
-        self._is_free.discard(start)
-        if size >= 2 * wanted or size - wanted >= _UNSPLIT_BYTES:
-            rest, after = start + wanted, self._after[start]
-            self._size[start], self._size[rest] = wanted, size - wanted
-            self._after[start], self._before[rest], self._after[rest] = rest, start, after
-            if after is not None:
-                self._before[after] = rest
-            self._add(rest)
-        self.used_bytes += self._size[start]
+        key = self._free.pop(index)
+        size, start = key >> _ADDRESS_BITS, key & _ADDRESS_MASK
+        del self._free_size[start]
+        rest = size - wanted
+        if rest >= wanted or rest >= _UNSPLIT_CHUNKS:
+            size = wanted
+            self._add(start + wanted, rest)
+        else:
+            del self._free_start_by_end[start + size]
+        self._size[start] = size
+        self.used_bytes += size * CHUNK_BYTES
         return start
 
     def free(self, start: int) -> None:
         """Take a chunk back, and join it with free neighbours."""
-        self.used_bytes -= self._size[start]
-        after, before = self._after[start], self._before[start]
-        if after in self._is_free:
-            self._remove(after)
-            self._join(start, after)
-        if before in self._is_free:
-            self._remove(before)
-            self._join(before, start)
-            start = before
-        self._add(start)
+        size = self._size.pop(start)
+        self.used_bytes -= size * CHUNK_BYTES
+        after = self._free_size.pop(start + size, 0)
+        if after:
+            self._forget(start + size, after)
+            size += after
+        before = self._free_start_by_end.pop(start, None)
+        if before is not None:
+            before_size = self._free_size.pop(before)
+            self._forget(before, before_size)
+            start, size = before, before_size + size
+        self._add(start, size)
 
     def copy(self) -> BestFitAllocator:
         """Another one in the same state."""
-        other = BestFitAllocator(())
+        other = BestFitAllocator(Memory(()))
         for name, value in vars(self).items():
             setattr(other, name, value if isinstance(value, int) else value.copy())
         return other
 
-    def _add(self, start: int) -> None:
-        bisect.insort(self._free, (self._size[start], start))
-        self._is_free.add(start)
+    def _add(self, start: int, size: int) -> None:
+        bisect.insort(self._free, size << _ADDRESS_BITS | start)
+        self._free_size[start] = size
+        self._free_start_by_end[start + size] = start
 
-    def _remove(self, start: int) -> None:
-        del self._free[bisect.bisect_left(self._free, (self._size[start], start))]
-        self._is_free.discard(start)
-
-    def _join(self, start: int, next_: int) -> None:
-        self._size[start] += self._size.pop(next_)
-        after = self._after.pop(next_)
-        del self._before[next_]
-        self._after[start] = after
-        if after is not None:
-            self._before[after] = start
+    def _forget(self, start: int, size: int) -> None:
+        del self._free[bisect.bisect_left(self._free, size << _ADDRESS_BITS | start)]
 
 
 @functools.lru_cache(maxsize=4)
 def _prepared(memory: Memory) -> BestFitAllocator:
-    allocator = BestFitAllocator(memory.region_bytes)
-    chunks = [allocator.allocate(1) for _ in range(memory.small_chunks)]
-    for start in chunks[1::2]:
-        if start is not None:
-            allocator.free(start)
-    return allocator
+    return BestFitAllocator(memory)
 
 
 def replay(events: Sequence[int], sizes: Sequence[int], memory: Memory) -> Replay:
     """Ask an allocator for what was recorded, up to the first request that fails."""
     allocator = _prepared(memory).copy()
-    addresses: dict[int, int] = {}
+    allocate, free = allocator.allocate, allocator.free
+    starts: dict[int, int] = {}
     peak_bytes = allocator.used_bytes
     for event in events:
         if event < 0:
-            allocator.free(addresses.pop(~event))
+            free(starts.pop(~event))
             continue
-        address = allocator.allocate(sizes[event])
-        if address is None:
+        start = allocate(sizes[event])
+        if start is None:
             return Replay(False, peak_bytes)
-        addresses[event] = address
-        peak_bytes = max(peak_bytes, allocator.used_bytes)
+        starts[event] = start
+        if allocator.used_bytes > peak_bytes:
+            peak_bytes = allocator.used_bytes
     return Replay(True, peak_bytes)
 
 

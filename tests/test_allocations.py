@@ -18,30 +18,43 @@ from bertbench.allocations import (
 from bertbench.bytes import MIB_BYTES
 
 
+def allocator_of(*region_bytes: int) -> BestFitAllocator:
+    return BestFitAllocator(Memory(region_bytes))
+
+
 def test_the_smallest_chunk_that_is_large_enough_is_taken() -> None:
-    allocator = BestFitAllocator([10_240])
+    allocator = allocator_of(10_240)
     starts = [allocator.allocate(size) for size in (2048, 256, 1024, 256, 1)]
-    assert starts == [0, 2048, 2304, 3328, 3584]
+    assert starts == [0, 8, 9, 13, 14]
     allocator.free(0)
-    allocator.free(2304)
-    assert allocator.allocate(1000) == 2304
+    allocator.free(9)
+    assert allocator.allocate(1000) == 9
     assert allocator.allocate(1025) == 0
     assert allocator.used_bytes == 1024 + 256 + 256 + 256 + 2048
 
 
 def test_a_chunk_is_split_only_if_it_is_twice_as_large_or_leaves_much() -> None:
-    allocator = BestFitAllocator([1023, 300 * MIB_BYTES])
+    allocator = allocator_of(768, 300 * MIB_BYTES)
     assert allocator.allocate(512) == 0
-    assert allocator.used_bytes == 1023
+    assert allocator.used_bytes == 768
     assert allocator.allocate(172 * MIB_BYTES) is not None
-    assert allocator.used_bytes == 1023 + 172 * MIB_BYTES
-    allocator = BestFitAllocator([300 * MIB_BYTES])
+    assert allocator.used_bytes == 768 + 172 * MIB_BYTES
+    allocator = allocator_of(300 * MIB_BYTES)
     assert allocator.allocate(172 * MIB_BYTES + 256) == 0
     assert allocator.used_bytes == 300 * MIB_BYTES
 
 
+def test_of_equal_chunks_that_with_the_lowest_address_is_taken() -> None:
+    allocator = allocator_of(2560)
+    starts = [allocator.allocate(512) for _ in range(5)]
+    assert starts == [0, 2, 4, 6, 8]
+    for start in (6, 2):
+        allocator.free(start)
+    assert allocator.allocate(300) == 2
+
+
 def test_what_is_given_back_joins_its_neighbours_but_not_another_region() -> None:
-    allocator = BestFitAllocator([768, 768])
+    allocator = allocator_of(768, 768)
     starts = [allocator.allocate(256) for _ in range(6)]
     assert None not in starts
     assert allocator.allocate(1) is None
@@ -57,15 +70,15 @@ def test_what_is_given_back_joins_its_neighbours_but_not_another_region() -> Non
 @given(st.lists(st.tuples(st.integers(1, 5000), st.booleans()), max_size=60))
 def test_chunks_do_not_overlap_and_nothing_is_lost(requests: list[tuple[int, bool]]) -> None:
     total = 40 * 256
-    allocator = BestFitAllocator([total])
+    allocator = allocator_of(total)
     alive: dict[int, int] = {}
     for size, ends in requests:
         start = allocator.allocate(size)
         if start is not None:
-            assert start % 256 == 0
-            assert start + size <= total
-            assert all(start + size <= s or s + n <= start for s, n in alive.items())
-            alive[start] = size
+            assert 256 * start + size <= total
+            chunks = -(-size // 256)
+            assert all(start + chunks <= s or s + n <= start for s, n in alive.items())
+            alive[start] = chunks
         if ends and alive:
             first = next(iter(alive))
             allocator.free(first)
@@ -74,6 +87,26 @@ def test_chunks_do_not_overlap_and_nothing_is_lost(requests: list[tuple[int, boo
         allocator.free(start)
     assert allocator.used_bytes == 0
     assert allocator.allocate(total) == 0
+
+
+@given(
+    st.integers(0, 6).map(lambda pairs: 2 * pairs + 1),
+    st.integers(1, 30),
+    st.integers(13, 40),
+    st.lists(st.integers(1, 3000), max_size=30),
+)
+def test_small_chunks_are_laid_out_as_if_they_had_been_asked_for(
+    small: int, first: int, second: int, sizes: list[int]
+) -> None:
+    regions = 256 * first, 256 * (first + second)
+    made = BestFitAllocator(Memory(regions, small))
+    asked = allocator_of(*regions)
+    for chunk in [asked.allocate(1) for _ in range(small)][1::2]:
+        assert chunk is not None
+        asked.free(chunk)
+    for size in sizes:
+        assert made.used_bytes == asked.used_bytes
+        assert made.allocate(size) == asked.allocate(size)
 
 
 def test_small_chunks_that_are_set_aside_keep_scalars_out_of_the_way() -> None:
