@@ -21,22 +21,19 @@ from bertbench.allocations import Recording
 from bertbench.attached import resolve_device
 from bertbench.bytes import GIB_BYTES
 from bertbench.devices import Budget, make_budget
-from bertbench.step_traces import (
-    LAYERS,
-    OTHER_LAYERS,
-    pattern_of,
-    traces_from_bytes,
-    traces_to_bytes,
-)
+from bertbench.step_traces import LAYERS, OTHER_LAYERS, traces_from_bytes, traces_to_bytes
 from bertbench.trace_building import build_trace
+from bertbench.trace_moments import keep_highest
 from bertbench.trace_samples import Sample
+from bertbench.traced_steps import pattern_of
 from bertbench.trial import measure_batches
-from bertbench.workload import Levers, Workload
+from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import parse_checkpointing
-from finetune.config import BertConfig, preset
+from finetune.config import PRESETS, BertConfig, preset
 
 _POLICIES = ("none", "selective", "full", "nested")
 _MIXED = (("selective", "none"), ("full", "none"), ("nested", "none"), ("nested", "selective"))
+_SEQ_LENS = (64, 128, 256, 384, 512)
 _LAYERS = 5
 # More than 64 examples, so that what is a number for each of them is not small. Blocks of the same
 # number of examples, and as many of them at the other length. Lengths are multiples of 16, for of
@@ -83,7 +80,8 @@ def main() -> None:
             larger = dataclasses.replace(workload, config=_config(2 * _LAYERS + 1))
             more[OTHER_LAYERS] = _record(budget, larger, levers, _EXAMPLES)
         varied = {name: _another(budget, base, name, value) for name, value in _VARIED.items()}
-        traces[pattern] = build_trace(base, more, varied)
+        published = [published_workload(m, s, head) for m in PRESETS for s in _SEQ_LENS]
+        traces[pattern] = keep_highest(build_trace(base, more, varied), published)
         data = traces_to_bytes(traces)
         if arguments.out:
             arguments.out.write_bytes(data)

@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -232,23 +231,14 @@ def extrapolate(
     )
 
 
-class KnownStep(Protocol):
-    """A step of which it is known what it asks for at any batch."""
-
-    @property
-    def batch(self) -> int:
-        """Where to begin to look for a limit."""
-
-    @property
-    def largest(self) -> int | None:
-        """Batch above which nothing is known; None if there is none."""
-
-    def replay(self, batch: int, memory: Memory) -> Replay:
-        """Replay the requests of a batch."""
-
-
 def largest_batch(
-    extrapolation: KnownStep, memory: Memory, at_most: int, fitting: int = 0
+    replayed: Callable[[int], Replay],
+    memory_bytes: int,
+    *,
+    begin: int,
+    at_most: int,
+    fitting: int = 0,
+    known_up_to: int | None = None,
 ) -> int | None:
     """Find the largest batch that fits, as all do between a given one and it.
 
@@ -256,10 +246,12 @@ def largest_batch(
     Some batches below the first limit that is found are looked at too.
 
     Args:
-        extrapolation: what batches ask for.
-        memory: what the allocator has.
+        replayed: how a batch ends.
+        memory_bytes: what the allocator has.
+        begin: batch to look at first.
         at_most: largest batch of interest.
         fitting: a batch that fits, as a trial has said; smaller ones are not asked about.
+        known_up_to: batch above which nothing is known; None if there is none.
 
     Returns:
         `fitting` if no larger one does, None if all fit of which something is known, but larger
@@ -268,14 +260,14 @@ def largest_batch(
     peaks: dict[int, int] = {}
 
     def fits(batch: int) -> bool:
-        replayed = extrapolation.replay(batch, memory)
-        if replayed.fits:
-            peaks[batch] = replayed.peak_bytes
-        return replayed.fits
+        ending = replayed(batch)
+        if ending.fits:
+            peaks[batch] = ending.peak_bytes
+        return ending.fits
 
-    known = at_most if extrapolation.largest is None else min(at_most, extrapolation.largest)
+    known = at_most if known_up_to is None else min(at_most, known_up_to)
     low, high = min(fitting, known), known + 1
-    batch = min(max(extrapolation.batch, low + 1), known)
+    batch = min(max(begin, low + 1), known)
     while low < batch < high:
         low, high = (batch, high) if fits(batch) else (low, batch)
         batch = min(2 * batch, known)
@@ -283,7 +275,7 @@ def largest_batch(
     if len(peaks) >= 2:
         # A line through the last two; further back the peak may be another moment's.
         (first, first_bytes), (second, second_bytes) = sorted(peaks.items())[-2:]
-        rest_bytes = memory.total_bytes - second_bytes
+        rest_bytes = memory_bytes - second_bytes
         if second_bytes > first_bytes:
             guess = second + rest_bytes * (second - first) // (second_bytes - first_bytes)
     low = _last_that_fits(fits, low, high, guess)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bertbench.allocations import Memory, Recording, Replay
+from bertbench.allocations import Recording, Replay
 from bertbench.allocator_limit import empty_memory
 from bertbench.cost import device_rates, predict_step_seconds
 from bertbench.devices import Budget
@@ -24,7 +24,7 @@ from bertbench.ledger import (
 )
 from bertbench.repetition import Recorded
 from bertbench.search import LARGEST_BATCH, SearchResult, find_max_batch
-from bertbench.step_traces import TracedStep, step_requests
+from bertbench.traced_steps import replay_step, trace_of
 from bertbench.trial import TIMEOUT_SECONDS, Trial, measure_batches
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import examples_per_block
@@ -160,13 +160,11 @@ def probe_cell(
             on_recording=keep_recording if fresh and len(batches) > 1 and not enough() else None,
         )
 
-    step = _traced_step(budget, workload, levers)
+    memory = empty_memory(budget)
 
-    @functools.cache  # several seconds where there are thousands of blocks
     def replayed(batch: int) -> Replay:
         check()
-        assert step is not None
-        return step.replay(batch, empty_memory(budget))
+        return replay_step(workload, levers, batch, memory)
 
     @functools.lru_cache(maxsize=1)
     def extrapolated(number_recorded: int, fitting: int) -> int | None:
@@ -179,17 +177,28 @@ def probe_cell(
             )
             if extrapolation is None:
                 return None
-            limit = largest_batch(extrapolation, empty_memory(budget), LARGEST_BATCH, fitting)
+            limit = largest_batch(
+                functools.partial(extrapolation.replay, memory=memory),
+                memory.total_bytes,
+                begin=extrapolation.batch,
+                at_most=LARGEST_BATCH,
+                fitting=fitting,
+                known_up_to=extrapolation.largest,
+            )
             if limit is None or limit >= extrapolation.batch:
                 break
         return limit
 
     def locate(fitting: int) -> int | None:
         limit = None
-        if step is not None:
-            known_step = _Remembered(step.batch, replayed)
-            at_most = max_batch or LARGEST_BATCH
-            limit = _traced_limit(budget, known_step, measured, fitting, at_most)
+        if _is_traced(budget, workload, levers) and not _refuted(replayed, measured):
+            limit = largest_batch(
+                replayed,
+                memory.total_bytes,
+                begin=max(max_micro_batch(workload, levers, budget.budget_bytes), 1),
+                at_most=max_batch or LARGEST_BATCH,
+                fitting=fitting,
+            )
         return extrapolated(len(recorded()), fitting) if limit is None else limit
 
     result = find_max_batch(
@@ -207,36 +216,19 @@ def probe_cell(
     return Cell(workload, levers, result, time.monotonic() - began, budget.device.replicas)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Remembered:
-    """A traced step under one budget, whose replays are not repeated."""
-
-    batch: int
-    replayed: Callable[[int], Replay]
-    largest: int | None = None
-
-    def replay(self, batch: int, memory: Memory) -> Replay:
-        return self.replayed(batch)
-
-
-def _traced_limit(
-    budget: Budget, step: _Remembered, trials: Sequence[Trial], fitting: int, at_most: int
-) -> int | None:
-    """Largest batch by the step traces; None if a trial has refuted it."""
+def _refuted(replayed: Callable[[int], Replay], trials: Sequence[Trial]) -> bool:
+    """Whether a trial has ended otherwise than the step's trace says."""
     fits = max((t.batch for t in trials if t.outcome == "fits"), default=None)
     oom = min((t.batch for t in trials if t.outcome == "oom"), default=None)
-    for batch, expected in ((fits, True), (oom, False)):
-        if batch is not None and step.replayed(batch).fits is not expected:
-            return None
-    return largest_batch(step, empty_memory(budget), at_most, fitting)
+    return any(
+        batch is not None and replayed(batch).fits is not expected
+        for batch, expected in ((fits, True), (oom, False))
+    )
 
 
-def _traced_step(budget: Budget, workload: Workload, levers: Levers) -> TracedStep | None:
-    """The step by its trace, if there is one; another device's kernels have other workspaces."""
-    if budget.device.kind != "cpu" or step_requests(workload, levers, 1) is None:
-        return None
-    begin = max_micro_batch(workload, levers, budget.budget_bytes)
-    return TracedStep(workload, levers, max(begin, 1))
+def _is_traced(budget: Budget, workload: Workload, levers: Levers) -> bool:
+    """Whether there is a trace of the step; another device's kernels have other workspaces."""
+    return budget.device.kind == "cpu" and trace_of(workload, levers) is not None
 
 
 def predict_cell_seconds(
@@ -247,7 +239,7 @@ def predict_cell_seconds(
     rates = device_rates(budget.device)
     seconds = _ALLOCATOR_WAITS_SECONDS
     batches = [(limit, steps), (limit + 1, 1)]
-    if _traced_step(budget, workload, levers) is None:
+    if not _is_traced(budget, workload, levers):
         batches += [(limit // 8, steps + 2), (limit // 3, steps + 2)]
     for batch, its_steps in batches:
         step_seconds = predict_step_seconds(workload, levers, max(batch, 1), rates)

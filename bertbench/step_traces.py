@@ -1,10 +1,9 @@
-"""What a step of any model and batch asks of TensorFlow's allocator, known before it runs.
+"""Step traces: what a step asks of TensorFlow's allocator, written down once for all models.
 
 A *step trace* is the list of requests of the first two optimizer steps, with symbols for sizes and
 with what is repeated for every layer and every block of examples written once. Traces are made from
-recordings of small models (`bertbench.trace_building`, `benchmarks/record_step_traces.py`); written
-out for a model and a batch, and replayed through a model of the allocator
-(`bertbench.allocations`), they tell where the step would run out of memory, fragmentation included.
+recordings of small models (`bertbench.trace_building`, `benchmarks/record_step_traces.py`) and
+written out for a model and a batch by `bertbench.traced_steps`.
 
 Requests of up to 256 bytes are left out: `bertbench.allocator_limit` gives those a place of their
 own. The workspaces of some matrix products, which come and go at once, depend on the number of
@@ -16,21 +15,15 @@ This module does not import TensorFlow.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
+import io
 import json
 import math
-import zlib
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
-
-from bertbench.allocations import Memory, Replay, replay
-from bertbench.repetition import examples_of_block
-from bertbench.workload import Levers, Workload
-from finetune.checkpointing import examples_per_block
-from finetune.optimizers import slot_shapes
 
 DIMENSIONS = {
     "n": "examples of the micro-batch",
@@ -55,7 +48,14 @@ LAST, OLDEST, OLDEST_OF_LAYER = "last", "oldest", "oldest of the last layer"
 """Which allocation of a role ends: the newest one, the oldest one, or the oldest of those that the
 layer made that was at work last."""
 
-_FILE = "step_traces.bin"
+FIRST, SECOND, FINAL = 0, 1, -1
+"""Which layer of a run, or block of a loop, a moment is in: what lies between grows or shrinks
+evenly, so that nothing is highest there."""
+
+LEAST = {FIRST: 1, SECOND: 3, FINAL: 2}
+"""How many there must be for another one to be in such a place."""
+
+_FILE = "step_traces.zip"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +115,37 @@ Item = Ask | End | Blocks | Repeated
 
 
 @dataclasses.dataclass(frozen=True)
+class Term:
+    """How often allocations of a size are alive at a moment, as a function of layers and blocks.
+
+    Attributes:
+        size: number of the size.
+        policy: in whose blocks they were made; empty outside of blocks.
+        counts: how many there are, and how many for every block: whatever the number of layers,
+            for each layer of the first policy, and for each of the others.
+    """
+
+    size: int
+    policy: str
+    counts: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """What is alive when a request has been met, and the next thing to happen is an end.
+
+    Attributes:
+        least_layers: with fewer layers there is no such moment.
+        block: policy and position (`FIRST`, `SECOND`, `FINAL`) of the block that it is in.
+        terms: everything that is alive, but for the model and the optimizer's state.
+    """
+
+    least_layers: tuple[tuple[str, int], ...]
+    block: tuple[str, int] | None
+    terms: tuple[Term, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class StepTrace:
     """Two optimizer steps in symbols.
 
@@ -122,245 +153,70 @@ class StepTrace:
         sizes: by number.
         ends: for each role which of its allocations ends first.
         items: in order.
+        moments: those at which most may be alive.
     """
 
     sizes: tuple[Size, ...]
     ends: tuple[str, ...]
     items: tuple[Item, ...]
+    moments: tuple[Moment, ...] = ()
 
-    def write_out(
-        self, dimensions: Mapping[str, int], layers: Mapping[str, int], seq_len: int
-    ) -> tuple[list[int], list[int]] | None:
-        """Requests of a model and a batch.
-
-        Args:
-            dimensions: values of all `DIMENSIONS` but the examples of a block.
-            layers: how many there are of each kind, see `layers_of`.
-            seq_len: tokens per example.
-
-        Returns:
-            Events and sizes as `bertbench.allocations.replay` takes them; None if there are fewer
-            layers than the trace can be written out for.
-        """
-        if any(layers[i.over] + i.more < 0 for i in self.items if isinstance(i, Repeated)):
-            return None
-        return _Writer(self, dimensions, seq_len).write(layers)
-
-
-class _Writer:
-    def __init__(self, trace: StepTrace, dimensions: Mapping[str, int], seq_len: int) -> None:
-        self._trace, self._seq_len = trace, seq_len
-        self._dimensions = dict(dimensions)
-        # Those of a block are worked out for each.
-        self._fixed = [
-            None if any(name == "e" for name, _ in size.powers) else size.size_bytes(dimensions)
-            for size in trace.sizes
-        ]
-        self._alive: list[collections.deque[tuple[int, int]]] = [
-            collections.deque() for _ in trace.ends
-        ]
-        self._layer = 0
-        self._events: list[int] = []
-        self._sizes: list[int] = []
-
-    def write(self, layers: Mapping[str, int]) -> tuple[list[int], list[int]]:
-        for item in self._trace.items:
-            if isinstance(item, Repeated):
-                for _ in range(layers[item.over] + item.more):
-                    self._layer += 1
-                    self._body(item.body)
-                self._layer += 1
-            else:
-                self._body((item,))
-        return self._events, self._sizes
-
-    def _body(self, items: Sequence[Ask | End | Blocks]) -> None:
-        for item in items:
-            if isinstance(item, Blocks):
-                batch = self._dimensions["n"]
-                blocks = -(-batch // (examples_per_block(item.policy, self._seq_len) or batch))
-                for block in range(blocks):
-                    self._dimensions["e"] = examples_of_block(batch, blocks, block)
-                    self._body(item.body)
-            elif isinstance(item, Ask):
-                size_bytes = self._fixed[item.size]
-                if size_bytes is None:
-                    size_bytes = self._trace.sizes[item.size].size_bytes(self._dimensions)
-                self._alive[item.role].append((self._layer, len(self._sizes)))
-                self._events.append(len(self._sizes))
-                self._sizes.append(size_bytes)
-            else:
-                self._end(item)
-
-    def _end(self, item: End) -> None:
-        alive = self._alive[item.role]
-        layer = alive[-1][0]
-        if item.all_of_layer:
-            while alive and alive[-1][0] == layer:
-                self._events.append(~alive.pop()[1])
-            return
-        ends = self._trace.ends[item.role]
-        if ends == LAST:
-            self._events.append(~alive.pop()[1])
-        elif ends == OLDEST:
-            self._events.append(~alive.popleft()[1])
-        else:
-            index = next(i for i, (its_layer, _) in enumerate(alive) if its_layer == layer)
-            self._events.append(~alive[index][1])
-            del alive[index]
-
-
-def state_requests(workload: Workload, optimizer: str) -> tuple[list[int], list[int]]:
-    """What is asked for before the first step: the model's variables and the optimizer's slots.
-
-    In the order of `finetune.modeling.create_variables`: the largest first, then random values for
-    each; then the slots, variable by variable.
-    """
-    shapes = workload.parameters
-    events: list[int] = []
-    sizes: list[int] = []
-
-    def ask(shape: Sequence[int]) -> int:
-        sizes.append(4 * math.prod(shape))
-        events.append(len(sizes) - 1)
-        return len(sizes) - 1
-
-    for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
-        ask(shapes[name])
-    for name, shape in shapes.items():
-        if name.endswith("gamma"):
-            events.append(~ask(shape))
-        elif not name.endswith(("bias", "beta")):
-            drawn, scaled, moved = ask(shape), ask(shape), ask(shape)
-            events.extend((~scaled, ~drawn, ~moved))
-    for name, shape in shapes.items():
-        if workload.trained(name):
-            for slot in slot_shapes(optimizer, shape).values():
-                ask(slot)
-    return events, sizes
-
-
-def different_words(workload: Workload, micro_batch: int) -> int:
-    """How many different words the examples of a micro-batch have.
-
-    The gradient of the word embeddings is summed for each word. This many are expected of random
-    ones, as `bertbench.trial_step.random_batch` draws them; text has fewer.
-    """
-    words = workload.config.vocab_size
-    return round(-words * math.expm1(micro_batch * workload.seq_len * math.log1p(-1 / words)))
-
-
-def dimensions_of(workload: Workload, levers: Levers, micro_batch: int) -> dict[str, int]:
-    """Values of the `DIMENSIONS`, but for the examples of a block."""
-    config, words = workload.config, different_words(workload, micro_batch)
-    return {
-        "u": words,
-        "w": words,
-        "n": micro_batch,
-        "r": micro_batch * levers.accumulation_steps,
-        "s": workload.seq_len,
-        "h": config.hidden_size,
-        "a": config.num_attention_heads,
-        "f": config.intermediate_size,
-        "v": config.vocab_size,
-        "p": config.max_position_embeddings,
-    }
-
-
-def layers_of(workload: Workload, levers: Levers) -> dict[str, int]:
-    """How many layers have the first policy, the other one, and any."""
-    count, most = levers.checkpointing.layers, workload.config.num_hidden_layers
-    first = most if count is None else min(count, most)
-    return {LAYERS: first, OTHER_LAYERS: most - first, ALL_LAYERS: most}
-
-
-def pattern_of(workload: Workload, levers: Levers) -> str:
-    """Name of the trace: head, policies, and whether there are several micro-batches."""
-    layers = layers_of(workload, levers)
-    policies = [levers.checkpointing.policy] * bool(layers[LAYERS])
-    if layers[OTHER_LAYERS] and levers.checkpointing.others not in policies:
-        policies.append(levers.checkpointing.others)
-    accumulated = "accumulated" if levers.accumulation_steps > 1 else "at once"
-    return f"{workload.head} {'+'.join(policies)} {accumulated}"
-
-
-def step_requests(
-    workload: Workload, levers: Levers, micro_batch: int
-) -> tuple[list[int], list[int]] | None:
-    """Everything that a trial asks for, from its first variable to the end of its second step.
-
-    Returns:
-        Events and sizes; None for levers or models that there is no trace of.
-    """
-    known = Levers(levers.checkpointing, levers.accumulation_steps)
-    if levers != known:
-        return None
-    trace = read_traces().get(pattern_of(workload, levers))
-    if trace is None or workload.config.hidden_act != "gelu_tanh":
-        return None
-    layers = layers_of(workload, levers)
-    written = trace.write_out(
-        dimensions_of(workload, levers, micro_batch), layers, workload.seq_len
-    )
-    if written is None:
-        return None
-    events, sizes = state_requests(workload, levers.optimizer)
-    before = len(sizes)
-    events += [event + before if event >= 0 else event - before for event in written[0]]
-    return events, sizes + written[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class TracedStep:
-    """A step of a workload at any batch, for `bertbench.extrapolation.largest_batch`.
-
-    Attributes:
-        workload: what is trained.
-        levers: lever settings that there is a trace for.
-        batch: where to begin.
-        largest: there is no batch above which nothing is known.
-    """
-
-    workload: Workload
-    levers: Levers
-    batch: int
-    largest: int | None = None
-
-    def replay(self, batch: int, memory: Memory) -> Replay:
-        """Replay the requests of a batch.
-
-        Raises:
-            KeyError: there is no trace.
-        """
-        requests = step_requests(self.workload, self.levers, batch)
-        if requests is None:
-            raise KeyError(pattern_of(self.workload, self.levers))
-        return replay(*requests, memory)
+    def policies(self) -> list[str]:
+        """Policies that work in blocks, by name."""
+        bodies = [item.body if isinstance(item, Repeated) else (item,) for item in self.items]
+        inner = (one for body in bodies for one in body)
+        return sorted({one.policy for one in inner if isinstance(one, Blocks)})
 
 
 def traces_to_bytes(traces: Mapping[str, StepTrace]) -> bytes:
-    """Write traces, compressed."""
-    values = {name: _trace_values(trace) for name, trace in sorted(traces.items())}
-    return zlib.compress(json.dumps(values, separators=(",", ":")).encode(), 9)
+    """Write traces: an archive with a file for each, so that one is read without the others."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, trace in sorted(traces.items()):
+            text = json.dumps(_trace_values(trace), separators=(",", ":"))
+            archive.writestr(zipfile.ZipInfo(f"{name}.json"), text, zipfile.ZIP_DEFLATED, 9)
+    return written.getvalue()
 
 
 def traces_from_bytes(data: bytes) -> dict[str, StepTrace]:
     """Read what `traces_to_bytes` wrote."""
-    return {
-        name: StepTrace(
-            tuple(Size(a, b, tuple(sorted(powers.items()))) for a, b, powers in values["sizes"]),
-            tuple(values["ends"]),
-            tuple(_items(values["items"])),
-        )
-        for name, values in json.loads(zlib.decompress(data)).items()
-    }
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return {
+            name.removesuffix(".json"): _trace(json.loads(archive.read(name)))
+            for name in archive.namelist()
+        }
 
 
 @functools.cache
-def read_traces() -> dict[str, StepTrace]:
-    """The traces that come with this package, by `pattern_of`."""
+def _archive() -> zipfile.ZipFile:
     path = resources.files("bertbench").joinpath(_FILE)
-    return traces_from_bytes(path.read_bytes())
+    return zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+
+
+@functools.cache
+def read_trace(pattern: str) -> StepTrace | None:
+    """One of the traces that come with this package, by `bertbench.traced_steps.pattern_of`."""
+    name = f"{pattern}.json"
+    return _trace(json.loads(_archive().read(name))) if name in _archive().namelist() else None
+
+
+def _trace(values: Mapping[str, Any]) -> StepTrace:
+    return StepTrace(
+        tuple(Size(a, b, tuple(sorted(powers.items()))) for a, b, powers in values["sizes"]),
+        tuple(values["ends"]),
+        tuple(_items(values["items"])),
+        tuple(
+            Moment(
+                tuple((over, count) for over, count in least),
+                None if block is None else (block[0], block[1]),
+                tuple(
+                    Term(size, policy, ((a, b), (c, d), (e, f)))
+                    for size, policy, a, b, c, d, e, f in terms
+                ),
+            )
+            for least, block, terms in values["moments"]
+        ),
+    )
 
 
 def _trace_values(trace: StepTrace) -> dict[str, Any]:
@@ -368,6 +224,14 @@ def _trace_values(trace: StepTrace) -> dict[str, Any]:
         "sizes": [[s.constant_bytes, s.factor, dict(s.powers)] for s in trace.sizes],
         "ends": trace.ends,
         "items": [_item_values(item) for item in trace.items],
+        "moments": [
+            [
+                moment.least_layers,
+                moment.block,
+                [[t.size, t.policy, *(n for pair in t.counts for n in pair)] for t in moment.terms],
+            ]
+            for moment in trace.moments
+        ],
     }
 
 

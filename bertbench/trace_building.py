@@ -25,10 +25,11 @@ from bertbench.step_traces import (
     End,
     Repeated,
     StepTrace,
-    layers_of,
 )
+from bertbench.trace_moments import find_moments
 from bertbench.trace_samples import Sample, StepItem, Steps, UnlikeError, step_items
 from bertbench.trace_sizes import find_sizes
+from bertbench.traced_steps import layers_of
 
 Place = tuple[int, int]
 """Number of an item, and position in its block."""
@@ -270,7 +271,8 @@ def build_trace(
         body = tuple(map(item_of, items[index : index + run.length]))
         result.append(Repeated(run.over, run.periods - run.count, body))
         index += run.periods * run.length
-    return StepTrace(sizes, tuple(roles.ends.values()), tuple(result))
+    trace = StepTrace(sizes, tuple(roles.ends.values()), tuple(result))
+    return dataclasses.replace(trace, moments=find_moments(trace))
 
 
 def _layers(sample: Sample, over: str) -> int:

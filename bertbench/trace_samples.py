@@ -9,7 +9,7 @@ import re
 
 from bertbench.allocations import CHUNK_BYTES, Recording
 from bertbench.repetition import Recorded, loops_and_places
-from bertbench.step_traces import state_requests
+from bertbench.traced_steps import state_requests
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import examples_per_block
 
@@ -75,13 +75,13 @@ class Steps:
         part: list[int] = []
         for place, (_, event) in enumerate(kept[first:]):
             if event >= 0 or place in at_border:
-                self.events += sorted(part)
+                self.events += sorted(part, key=self._order)
                 part = []
             if event >= 0:
                 self.events.append(event)
             else:
                 part.append(event)
-        self.events += sorted(part)
+        self.events += sorted(part, key=self._order)
         self.made_at = {event: place for place, event in enumerate(self.events) if event >= 0}
 
     def token(self, place: int) -> tuple[bool, str, int]:
@@ -89,6 +89,9 @@ class Steps:
         event = self.events[place]
         allocation = max(event, ~event)
         return event >= 0, self.operations[allocation], self.sizes[allocation]
+
+    def _order(self, end: int) -> tuple[str, int, int]:
+        return self.operations[~end], self.sizes[~end], end
 
     @staticmethod
     def _borders(sample: Sample) -> list[tuple[str, tuple[int, ...]]]:

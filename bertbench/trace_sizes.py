@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from bertbench.repetition import examples_of_block
-from bertbench.step_traces import Size, dimensions_of
+from bertbench.step_traces import Size
 from bertbench.trace_samples import Sample, StepItem, Steps, UnlikeError
+from bertbench.traced_steps import dimensions_of
 
 
 def find_sizes(

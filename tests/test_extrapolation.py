@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -30,6 +28,16 @@ from finetune.checkpointing import examples_per_block, parse_checkpointing
 PLENTY, LITTLE = Memory((10**7,)), Memory((50_000,))
 
 
+def limit_of(found: Extrapolation, memory: Memory, at_most: int) -> int | None:
+    return largest_batch(
+        lambda batch: found.replay(batch, memory),
+        memory.total_bytes,
+        begin=found.batch,
+        at_most=at_most,
+        known_up_to=found.largest,
+    )
+
+
 def recording(batch: int) -> Recording:
     """Two buffers that grow, the first of which is gone when a constant one comes."""
     return Recording((0, 1, ~0, 2, ~1, ~2), (100 * batch, 30 * batch + 8, 700), ("a", "b", "c"))
@@ -46,13 +54,13 @@ def test_sizes_between_and_beyond_two_recordings() -> None:
     for batch in (1, 2, 5, 7, 19):
         expected = replay(recording(batch).events, recording(batch).sizes, Memory((10_000,)))
         assert found.replay(batch, Memory((10_000,))) == expected
-    limit = largest_batch(found, Memory((10_000,)), 1 << 16)
+    limit = limit_of(found, Memory((10_000,)), 1 << 16)
     assert limit is not None
     assert limit > 20
     assert found.replay(limit, Memory((10_000,))).fits
     assert not found.replay(limit + 1, Memory((10_000,))).fits
-    assert largest_batch(found, Memory((10_000,)), 20) == 20
-    assert largest_batch(found, Memory((256,)), 20) == 0
+    assert limit_of(found, Memory((10_000,)), 20) == 20
+    assert limit_of(found, Memory((256,)), 20) == 0
 
 
 def at_length(batch: int, seq_len: int) -> Recording:
@@ -226,9 +234,9 @@ def test_a_single_block_tells_of_no_second_one() -> None:
     expected = in_blocks(6, 6)
     assert found.replay(6, PLENTY) == replay(expected.events, expected.sizes, PLENTY)
     fitting = [b for b in range(1, 7) if replay(*requests(in_blocks(b, 6)), LITTLE).fits]
-    assert largest_batch(found, LITTLE, 100) == max(fitting) < 6
-    assert largest_batch(found, PLENTY, 100) is None
-    assert largest_batch(found, PLENTY, 5) == 5
+    assert limit_of(found, LITTLE, 100) == max(fitting) < 6
+    assert limit_of(found, PLENTY, 100) is None
+    assert limit_of(found, PLENTY, 5) == 5
 
 
 @pytest.mark.parametrize(
@@ -264,7 +272,7 @@ def test_a_real_step_needs_what_two_others_say(policy: str, batches: tuple[int, 
         lambda seq_len: [examples_per_block(policy.partition(":")[0], seq_len) or 1],
     )
     assert found is not None
-    limit = largest_batch(found, memory, 1 << 16)
+    limit = limit_of(found, memory, 1 << 16)
     assert limit is not None
     assert limit > max(batches)
     assert not found.replay(limit + 1, memory).fits
@@ -296,20 +304,20 @@ def test_a_limit_is_found_near_its_guess_with_few_replays(limit: int, guess: int
 def test_a_hole_below_the_limit_is_the_limit() -> None:
     """In what a device can hold there may be holes; the first one counts."""
 
-    @dataclasses.dataclass(frozen=True)
-    class Uneven:
-        batch: int = 10
-        largest: int | None = None
+    def limit(at_most: int = 1 << 16, fitting: int = 0) -> int | None:
+        return largest_batch(
+            lambda batch: Replay(batch <= 100 and batch != 97, 7 * batch),
+            700,
+            begin=10,
+            at_most=at_most,
+            fitting=fitting,
+        )
 
-        def replay(self, batch: int, memory: Memory) -> Replay:
-            return Replay(batch <= 100 and batch != 97, 7 * batch)
-
-    uneven: Any = Uneven()
-    assert largest_batch(uneven, Memory((700,)), 1 << 16) == 96
+    assert limit() == 96
     # A trial that fits beyond the hole is believed, and what lies below it is settled.
-    assert largest_batch(uneven, Memory((700,)), 1 << 16, 98) == 100
-    assert largest_batch(uneven, Memory((700,)), 1 << 16, 100) == 100
-    assert largest_batch(uneven, Memory((700,)), 99, 98) == 99
+    assert limit(fitting=98) == 100
+    assert limit(fitting=100) == 100
+    assert limit(99, 98) == 99
 
 
 def test_a_single_example_tells_nothing() -> None:

@@ -31,7 +31,7 @@ from bertbench.ledger_file import open_ledger
 from bertbench.locking import lock_path, locked
 from bertbench.probing import Cell, plenty_seconds, predict_cell_seconds, probe_cell
 from bertbench.search import Certificate, SearchResult
-from bertbench.step_traces import TracedStep
+from bertbench.traced_steps import replay_step
 from bertbench.trial import TIMEOUT_SECONDS, Trial
 from bertbench.workers import share_out
 from bertbench.workload import Levers, published_workload
@@ -487,8 +487,13 @@ def test_an_unknown_cell_takes_two_trials_where_a_trace_tells_its_limit(
     """And is found all the same where the trace is wrong."""
     budget = make_budget(resolve_device("cpu"), 128 * MIB_BYTES)
     workload = published_workload("bert-tiny", 64)
-    step = TracedStep(workload, Levers(), 1)
-    limit = largest_batch(step, empty_memory(budget), 1000)
+    memory = empty_memory(budget)
+    limit = largest_batch(
+        lambda batch: replay_step(workload, Levers(), batch, memory),
+        memory.total_bytes,
+        begin=1,
+        at_most=1000,
+    )
     assert limit is not None
     assert limit > 10
 

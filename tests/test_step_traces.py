@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bertbench import traced_steps
 from bertbench.allocations import CHUNK_BYTES, Memory, Recording, replay
 from bertbench.allocator_limit import empty_memory
 from bertbench.attached import resolve_device
@@ -19,18 +20,22 @@ from bertbench.step_traces import (
     LAYERS,
     OTHER_LAYERS,
     Repeated,
-    TracedStep,
-    dimensions_of,
-    layers_of,
-    pattern_of,
-    read_traces,
-    state_requests,
-    step_requests,
     traces_from_bytes,
     traces_to_bytes,
 )
 from bertbench.trace_building import build_trace
 from bertbench.trace_samples import Sample, UnlikeError
+from bertbench.traced_steps import (
+    chunk_bytes,
+    highest,
+    layers_of,
+    moment_bytes,
+    replay_step,
+    state_requests,
+    step_requests,
+    trace_of,
+    write_out,
+)
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import examples_per_block, parse_checkpointing
@@ -193,16 +198,11 @@ def large(events: Sequence[int], sizes: Sequence[int]) -> list[object]:
 
 
 def written(policy: str, sample: Sample) -> list[object]:
-    told = TOYS[policy].write_out(
-        dimensions_of(sample.workload, sample.levers, sample.micro_batch),
-        layers_of(sample.workload, sample.levers),
-        sample.workload.seq_len,
-    )
-    assert told is not None
+    told = write_out(TOYS[policy], sample.workload, sample.levers, sample.micro_batch)
     before_events, before_sizes = state_requests(sample.workload, sample.levers.optimizer)
     shift = len(before_sizes)
-    events = [event + shift if event >= 0 else event - shift for event in told[0]]
-    return large([*before_events, *events], [*before_sizes, *told[1]])
+    events = [event + shift if event >= 0 else event - shift for event in told.events]
+    return large([*before_events, *events], [*before_sizes, *told.sizes])
 
 
 @settings(max_examples=40, deadline=None)
@@ -250,11 +250,9 @@ def test_inputs_are_of_all_micro_batches() -> None:
     varied = {key: toy_sample("none", 5, steps=2, **change) for key, change in VARIED.items()}
     trace = build_trace(samples[0], {LAYERS: samples[1]}, varied)
     larger = toy_sample("none", 7, 70, steps=4)
-    dimensions = dimensions_of(larger.workload, larger.levers, 70)
-    told = trace.write_out(dimensions, layers_of(larger.workload, larger.levers), 128)
-    assert told is not None
+    told = write_out(trace, larger.workload, larger.levers, 70)
     state = len(state_requests(larger.workload, "adamw")[1])
-    assert [size for size in told[1] if size > CHUNK_BYTES] == [
+    assert [size for size in told.sizes if size > CHUNK_BYTES] == [
         size for size in larger.recording.sizes[state:] if size > CHUNK_BYTES
     ]
 
@@ -267,13 +265,53 @@ def test_a_layer_is_written_once() -> None:
     assert len(written("nested", long)) > 2 * len(written("nested", short))
 
 
-def test_too_few_layers_are_not_written_out() -> None:
-    sample = toy_sample("none", 2)
-    dimensions = dimensions_of(sample.workload, sample.levers, 66)
-    layers = layers_of(sample.workload, sample.levers)
-    assert TOYS["none"].write_out(dimensions, layers, 128) is not None
-    none = dict.fromkeys(layers, 0)
-    assert TOYS["none"].write_out(dimensions, none, 128) is None
+def test_too_few_layers_are_not_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one layer more of each kind than a real trace has, two are too few."""
+    workload = published_workload("bert-tiny", 64)
+    trace = trace_of(workload, Levers())
+    assert trace is not None
+    items = [
+        dataclasses.replace(item, more=-3) if isinstance(item, Repeated) else item
+        for item in trace.items
+    ]
+    needs_three = dataclasses.replace(trace, items=tuple(items))
+    monkeypatch.setattr(traced_steps, "read_trace", lambda pattern: needs_three)
+    assert trace_of(workload, Levers()) is None
+    assert trace_of(published_workload("bert-mini", 64), Levers()) is needs_three
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    policy=st.sampled_from(
+        ["none", "full", "selective", "nested", "full:1", "full:4", "nested:3+selective"]
+    ),
+    layers=st.integers(2, 14),
+    batch=st.integers(1, 200),
+    seq_len=st.sampled_from([16, 64, 128, 256, 512]),
+    heads=st.sampled_from([2, 4]),
+    intermediate=st.integers(100, 900),
+)
+def test_moments_tell_how_much_is_alive(
+    policy: str, layers: int, batch: int, seq_len: int, heads: int, intermediate: int
+) -> None:
+    """As much as all requests, written out and added up one after the other."""
+    first, _, others = policy.partition("+")
+    name, _, count = first.partition(":")
+    layers = max(layers, int(count or 0) + 1)
+    trace = TOYS[policy if not count else f"{name}:5" + (f"+{others}" if others else "")]
+    sample = toy_sample(policy, layers, batch, seq_len, num_attention_heads=heads,
+                        hidden_size=heads * 32, intermediate_size=intermediate)  # fmt: skip
+    told = write_out(trace, sample.workload, sample.levers, batch)
+    alive_bytes = most_bytes = 0
+    for event in told.events:
+        size_bytes = chunk_bytes(told.sizes[max(event, ~event)])
+        alive_bytes += size_bytes if event >= 0 else -size_bytes
+        most_bytes = max(most_bytes, alive_bytes)
+    moments = moment_bytes(trace, sample.workload, 1, batch)
+    found_bytes, _ = highest(moments, layers_of(sample.workload, sample.levers))
+    # Blocks may be of two sizes, and the largest of the second size is not looked at.
+    blocks = batch > (examples_per_block("nested", seq_len) or 1)
+    assert found_bytes == pytest.approx(most_bytes, rel=0.02 if blocks else 1e-9)
 
 
 def test_recordings_that_are_not_alike_make_no_trace() -> None:
@@ -337,22 +375,21 @@ def test_a_real_step_asks_for_what_the_trace_says(
 
 
 def test_every_published_model_has_its_traces() -> None:
-    names = {name for name in read_traces() if name.startswith("squad")}
     for policy, accumulation in itertools.product(("none", "selective", "full", "nested"), (1, 3)):
         levers = Levers(parse_checkpointing(policy), accumulation)
         for model in ("bert-tiny", "bert-base", "bert-large"):
             workload = published_workload(model, 384)
-            assert pattern_of(workload, levers) in names
             assert step_requests(workload, levers, 3) is not None
 
 
 def test_memory_that_is_in_pieces_is_not_enough() -> None:
     """Seven examples of BERT-Small need 478 MiB if memory is plenty, and 512 MiB are too little."""
-    step = TracedStep(published_workload("bert-small", 128), Levers(), 4)
+    workload = published_workload("bert-small", 128)
     budget = make_budget(resolve_device("cpu"), 512 * MIB_BYTES)
-    assert step.replay(7, Memory((4 * GIB_BYTES,))).peak_bytes < 0.95 * budget.budget_bytes
-    assert step.replay(6, empty_memory(budget)).fits
-    assert not step.replay(7, empty_memory(budget)).fits
+    plenty = replay_step(workload, Levers(), 7, Memory((4 * GIB_BYTES,)))
+    assert plenty.peak_bytes < 0.95 * budget.budget_bytes
+    assert replay_step(workload, Levers(), 6, empty_memory(budget)).fits
+    assert not replay_step(workload, Levers(), 7, empty_memory(budget)).fits
 
 
 def test_other_updates_have_no_trace() -> None:

@@ -1,0 +1,221 @@
+"""Find the moments of a step trace at which most may be alive, whatever the model and the batch.
+
+Between one layer and the next, and between one block and the next, what is alive grows or shrinks
+evenly, and so it does with the number of layers and of blocks. So a few small numbers of them, with
+symbols for sizes, tell how much is alive at each moment for all others; and only the first layers
+and blocks and the last ones can be where it is most.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+from bertbench.step_traces import (
+    ALL_LAYERS,
+    FINAL,
+    FIRST,
+    LAYERS,
+    LEAST,
+    OTHER_LAYERS,
+    SECOND,
+    Moment,
+    Repeated,
+    StepTrace,
+    Term,
+)
+from bertbench.trace_writing import Section, Written
+from bertbench.traced_steps import highest, moment_bytes
+from bertbench.workload import Workload
+
+_BLOCKS = 4
+"""Enough for first, second and final ones to be different ones."""
+
+_MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 16, 22, 32, 48, 64, 96, 128, 256, 512)
+
+_Symbol = tuple[int, str]
+"""Number of a size, and the policy in whose blocks it was asked for."""
+
+_Key = tuple[int, int | None, tuple[str, int] | None, int, int]
+"""Item, place of the layer, policy and place of the block, part, request: the same for all numbers
+of layers and blocks."""
+
+
+def find_moments(trace: StepTrace) -> tuple[Moment, ...]:
+    """Find the moments of a trace, without those at which no more is alive than at another.
+
+    Args:
+        trace: any `moments` that it has are ignored.
+
+    Returns:
+        Moments in the order in which they come first.
+    """
+    runs = [item for item in trace.items if isinstance(item, Repeated)]
+    least = max([3, *(3 - run.more for run in runs)])
+    mixed = any(run.over == OTHER_LAYERS for run in runs)
+    layers = {"": (least, least if mixed else 0)}
+    layers[LAYERS] = layers[""][0] + 1, layers[""][1]
+    if mixed:
+        layers[OTHER_LAYERS] = least, least + 1
+    samples = {
+        (over, policy): _alive(trace, first, others, policy)
+        for over, (first, others) in layers.items()
+        for policy in ("", *trace.policies())
+    }
+    found: dict[Moment, None] = {}
+    for key in samples["", ""]:
+        alive = {sample: moments[key] for sample, moments in samples.items()}
+        terms = [
+            term
+            for symbol in sorted({symbol for counts in alive.values() for symbol in counts})
+            if (term := _term(symbol, alive, layers[""])) is not None
+        ]
+        found[_moment(trace, key, terms)] = None
+    return _highest(found)
+
+
+def keep_highest(trace: StepTrace, workloads: Iterable[Workload]) -> StepTrace:
+    """Keep the moments that are the highest for some of many workloads, batches and layers.
+
+    A few out of hundreds. Another model, of unusual proportions, may be highest elsewhere; what is
+    worked out is then too low.
+    """
+    found: set[int] = set()
+    mixed = any(isinstance(item, Repeated) and item.over == OTHER_LAYERS for item in trace.items)
+    for workload, micro_batch, steps in itertools.product(workloads, _MICRO_BATCHES, (1, 2, 4)):
+        moments = moment_bytes(trace, workload, steps, micro_batch)
+        most = workload.config.num_hidden_layers
+        for first in range(1, most) if mixed else (most,):
+            layers = {LAYERS: first, OTHER_LAYERS: most - first, ALL_LAYERS: most}
+            found.add(highest(moments, layers)[1])
+    return dataclasses.replace(
+        trace, moments=tuple(trace.moments[index] for index in sorted(found))
+    )
+
+
+def _alive(
+    trace: StepTrace, first: int, others: int, more_blocks: str
+) -> dict[_Key, Mapping[_Symbol, int]]:
+    """How often each symbol is alive at the moments of a small number of layers and blocks."""
+    blocks = {policy: _BLOCKS + (policy == more_blocks) for policy in trace.policies()}
+    layers = {LAYERS: first, OTHER_LAYERS: others, ALL_LAYERS: first + others}
+    numbers = range(len(trace.sizes))
+    written = Written(
+        trace, layers, blocks, lambda policy, _: [(number, policy) for number in numbers]
+    )
+    ends = [section.event for section in written.sections[1:]] + [len(written.events)]
+    alive: collections.Counter[_Symbol] = collections.Counter()
+    moments: dict[_Key, Mapping[_Symbol, int]] = {}
+    for section, end in zip(written.sections, ends, strict=True):
+        key = _key(section)
+        for place in range(section.event, end):
+            event = written.events[place]
+            alive[written.sizes[max(event, ~event)]] += 1 if event >= 0 else -1
+            last = place + 1 == end or written.events[place + 1] < 0
+            if key is not None and event >= 0 and last:
+                here = (*key, place - section.event)
+                moments[here] = dict(alive)
+    return moments
+
+
+def _key(section: Section) -> tuple[int, int | None, tuple[str, int] | None, int] | None:
+    """Where a section is; None if it is between the second and the final one."""
+
+    def place(index: int, count: int) -> int | None:
+        places = {FIRST: FIRST, SECOND: SECOND, count - 1: FINAL}
+        return places.get(index)
+
+    layer, block = FIRST, None
+    if section.layer[1] > 1:
+        found = place(*section.layer)
+        if found is None:
+            return None
+        layer = found
+    if section.block is not None:
+        found = place(*section.block[1:])
+        if found is None:
+            return None
+        block = section.block[0], found
+    return section.item, layer, block, section.part
+
+
+def _term(
+    symbol: _Symbol,
+    alive: Mapping[tuple[str, str], Mapping[_Symbol, int]],
+    layers: tuple[int, int],
+) -> Term | None:
+    """Work out how a count depends on layers and blocks; None if it is always 0."""
+    size, policy = symbol
+
+    def of_blocks(over: str) -> tuple[int, int]:
+        """Count, and count for each block, with some number of layers."""
+        count = alive[over, ""].get(symbol, 0)
+        each = alive[over, policy].get(symbol, 0) - count if policy else 0
+        return count - _BLOCKS * each, each
+
+    base = of_blocks("")
+    slopes = []
+    for over in (LAYERS, OTHER_LAYERS):
+        more = of_blocks(over) if (over, "") in alive else base
+        slopes.append((more[0] - base[0], more[1] - base[1]))
+    (first, first_each), (other, other_each) = slopes
+    constant = (
+        base[0] - layers[0] * first - layers[1] * other,
+        base[1] - layers[0] * first_each - layers[1] * other_each,
+    )
+    counts = constant, slopes[0], slopes[1]
+    return Term(size, policy, counts) if any(itertools.chain(*counts)) else None
+
+
+def _moment(trace: StepTrace, key: _Key, terms: Sequence[Term]) -> Moment:
+    item_number, layer, block, _, _ = key
+    item = trace.items[item_number]
+    least: tuple[tuple[str, int], ...] = ()
+    if isinstance(item, Repeated) and layer is not None:
+        least = ((item.over, LEAST[layer] - item.more),)
+    return Moment(least, block, tuple(terms))
+
+
+def _highest(moments: Iterable[Moment]) -> tuple[Moment, ...]:
+    """Leave out moments of which another tells that as much is alive, at least."""
+    kept: list[Moment] = []
+    for moment in moments:
+        if not any(_covers(other, moment) for other in kept):
+            kept = [other for other in kept if not _covers(moment, other)] + [moment]
+    return tuple(kept)
+
+
+def _after(block: tuple[str, int]) -> list[tuple[str, int]]:
+    """Blocks that there are only if there is this one, and that are not larger."""
+    policy, place = block
+    return [(policy, SECOND), (policy, FINAL)] if place == FIRST else []
+
+
+def _covers(one: Moment, other: Moment) -> bool:
+    """Whether there is `one` whenever there is `other`, and as much is alive then.
+
+    There is a layer of each kind that is counted, and the blocks together are not smaller than one.
+    """
+    least = dict(other.least_layers)
+    if any(count > max(least.get(over, 0), 1) for over, count in one.least_layers):
+        return False
+    if one.block is not None and other.block not in (one.block, *_after(one.block)):
+        return False
+    counts = {(term.size, term.policy): term.counts for term in one.terms}
+    nothing = ((0, 0),) * 3
+    for term in other.terms:
+        counts.setdefault((term.size, term.policy), nothing)
+    its_counts = {(term.size, term.policy): term.counts for term in other.terms}
+    for symbol, (constant, first, others) in counts.items():
+        lower = its_counts.get(symbol, nothing)
+        slopes = [(a - c, b - d) for (a, b), (c, d) in zip((first, others), lower[1:], strict=True)]
+        # With one layer of the first policy, and for each more.
+        at_one = (
+            constant[0] - lower[0][0] + slopes[0][0],
+            constant[1] - lower[0][1] + slopes[0][1],
+        )
+        if any(each < 0 or alone + each < 0 for alone, each in (*slopes, at_one)):
+            return False
+    return True

@@ -1,0 +1,295 @@
+"""Steps of any model and batch by their traces: what they ask for, and what they hold.
+
+Nothing is run, and TensorFlow is not imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from bertbench.allocations import CHUNK_BYTES, Memory, Replay, replay
+from bertbench.repetition import examples_of_block
+from bertbench.step_traces import (
+    ALL_LAYERS,
+    FINAL,
+    FIRST,
+    LAYERS,
+    LEAST,
+    OTHER_LAYERS,
+    Repeated,
+    StepTrace,
+    read_trace,
+)
+from bertbench.trace_writing import Written
+from bertbench.workload import Levers, Workload
+from finetune.checkpointing import examples_per_block
+from finetune.optimizers import slot_shapes
+
+KNOWN_ACTIVATION = "gelu_tanh"
+
+
+def state_requests(workload: Workload, optimizer: str) -> tuple[list[int], list[int]]:
+    """What is asked for before the first step: the model's variables and the optimizer's slots.
+
+    In the order of `finetune.modeling.create_variables`: the largest first, then random values for
+    each; then the slots, variable by variable.
+    """
+    shapes = workload.parameters
+    events: list[int] = []
+    sizes: list[int] = []
+
+    def ask(shape: Sequence[int]) -> int:
+        sizes.append(4 * math.prod(shape))
+        events.append(len(sizes) - 1)
+        return len(sizes) - 1
+
+    for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
+        ask(shapes[name])
+    for name, shape in shapes.items():
+        if name.endswith("gamma"):
+            events.append(~ask(shape))
+        elif not name.endswith(("bias", "beta")):
+            drawn, scaled, moved = ask(shape), ask(shape), ask(shape)
+            events.extend((~scaled, ~drawn, ~moved))
+    for name, shape in shapes.items():
+        if workload.trained(name):
+            for slot in slot_shapes(optimizer, shape).values():
+                ask(slot)
+    return events, sizes
+
+
+def different_words(workload: Workload, micro_batch: int) -> int:
+    """How many different words the examples of a micro-batch have.
+
+    The gradient of the word embeddings is summed for each word. This many are expected of random
+    ones, as `bertbench.trial_step.random_batch` draws them; text has fewer.
+    """
+    words = workload.config.vocab_size
+    return round(-words * math.expm1(micro_batch * workload.seq_len * math.log1p(-1 / words)))
+
+
+def dimensions_of(workload: Workload, levers: Levers, micro_batch: int) -> dict[str, int]:
+    """Values of the `DIMENSIONS`, but for the examples of a block."""
+    config, words = workload.config, different_words(workload, micro_batch)
+    return {
+        "u": words,
+        "w": words,
+        "n": micro_batch,
+        "r": micro_batch * levers.accumulation_steps,
+        "s": workload.seq_len,
+        "h": config.hidden_size,
+        "a": config.num_attention_heads,
+        "f": config.intermediate_size,
+        "v": config.vocab_size,
+        "p": config.max_position_embeddings,
+    }
+
+
+def layers_of(workload: Workload, levers: Levers) -> dict[str, int]:
+    """How many layers have the first policy, the other one, and any."""
+    count, most = levers.checkpointing.layers, workload.config.num_hidden_layers
+    first = most if count is None else min(count, most)
+    return {LAYERS: first, OTHER_LAYERS: most - first, ALL_LAYERS: most}
+
+
+def pattern_of(workload: Workload, levers: Levers) -> str:
+    """Name of the trace: head, policies, and whether there are several micro-batches."""
+    layers = layers_of(workload, levers)
+    policies = [levers.checkpointing.policy] * bool(layers[LAYERS])
+    if layers[OTHER_LAYERS] and levers.checkpointing.others not in policies:
+        policies.append(levers.checkpointing.others)
+    accumulated = "accumulated" if levers.accumulation_steps > 1 else "at once"
+    return f"{workload.head} {'+'.join(policies)} {accumulated}"
+
+
+def trace_of(workload: Workload, levers: Levers) -> StepTrace | None:
+    """The trace of a step; None for levers or models that there is none of."""
+    known = Levers(levers.checkpointing, levers.accumulation_steps)
+    if levers != known or workload.config.hidden_act != KNOWN_ACTIVATION:
+        return None
+    trace = read_trace(pattern_of(workload, levers))
+    layers = layers_of(workload, levers)
+    if trace is None or any(
+        layers[item.over] + item.more < 0 for item in trace.items if isinstance(item, Repeated)
+    ):
+        return None
+    return trace
+
+
+def blocks_of(policies: Sequence[str], seq_len: int, micro_batch: int) -> dict[str, list[int]]:
+    """Examples of every block, by policy."""
+    result = {}
+    for policy in policies:
+        count = -(-micro_batch // (examples_per_block(policy, seq_len) or micro_batch))
+        result[policy] = [examples_of_block(micro_batch, count, index) for index in range(count)]
+    return result
+
+
+def _sizes(
+    trace: StepTrace, workload: Workload, levers: Levers, micro_batch: int
+) -> Callable[[int], list[int]]:
+    """Bytes of all sizes, for blocks of some examples; with 0 those of blocks are 0."""
+    dimensions = dimensions_of(workload, levers, micro_batch)
+    of_blocks = [any(name == "e" for name, _ in size.powers) for size in trace.sizes]
+    outside = [
+        0 if of_block else size.size_bytes(dimensions)
+        for size, of_block in zip(trace.sizes, of_blocks, strict=True)
+    ]
+
+    @functools.cache
+    def sizes(examples: int) -> list[int]:
+        if not examples:
+            return outside
+        dimensions["e"] = examples
+        return [
+            size.size_bytes(dimensions) if of_block else its_bytes
+            for size, of_block, its_bytes in zip(trace.sizes, of_blocks, outside, strict=True)
+        ]
+
+    return sizes
+
+
+def write_out(
+    trace: StepTrace, workload: Workload, levers: Levers, micro_batch: int
+) -> Written[int]:
+    """Requests of two optimizer steps, in bytes."""
+    sizes = _sizes(trace, workload, levers, micro_batch)
+    blocks = blocks_of(trace.policies(), workload.seq_len, micro_batch)
+    return Written(
+        trace,
+        layers_of(workload, levers),
+        {policy: len(its) for policy, its in blocks.items()},
+        lambda policy, block: sizes(blocks[policy][block] if policy else 0),
+    )
+
+
+def step_requests(
+    workload: Workload, levers: Levers, micro_batch: int
+) -> tuple[list[int], list[int]] | None:
+    """Everything that a trial asks for, from its first variable to the end of its second step.
+
+    Returns:
+        Events and sizes as `bertbench.allocations.replay` takes them; None if there is no trace.
+    """
+    trace = trace_of(workload, levers)
+    if trace is None:
+        return None
+    written = write_out(trace, workload, levers, micro_batch)
+    events, sizes = state_requests(workload, levers.optimizer)
+    before = len(sizes)
+    events += [event + before if event >= 0 else event - before for event in written.events]
+    return events, sizes + written.sizes
+
+
+@functools.lru_cache(maxsize=4096)
+def replay_step(workload: Workload, levers: Levers, micro_batch: int, memory: Memory) -> Replay:
+    """See whether a step of a batch fits in an allocator's memory.
+
+    Raises:
+        KeyError: there is no trace of it.
+    """
+    requests = step_requests(workload, levers, micro_batch)
+    if requests is None:
+        raise KeyError(pattern_of(workload, levers))
+    return replay(*requests, memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentBytes:
+    """Bytes alive at a moment of a step, as a function of the numbers of layers.
+
+    Attributes:
+        number: of the moment, in its trace.
+        least_layers: see `bertbench.step_traces.Moment`.
+        constant: whatever the number of layers.
+        each: for each layer of the first policy.
+        each_other: for each of the others.
+    """
+
+    number: int
+    least_layers: tuple[tuple[str, int], ...]
+    constant: int
+    each: int
+    each_other: int
+
+
+@functools.lru_cache(maxsize=1024)
+def moment_bytes(
+    trace: StepTrace, workload: Workload, accumulation_steps: int, micro_batch: int
+) -> list[MomentBytes]:
+    """Work out a trace's moments for a model, a batch and any number of layers.
+
+    The model and the optimizer's state come on top, and so does what is lost in chunks that are
+    handed out whole, and between chunks, which only a replay tells.
+    """
+    sizes = _sizes(trace, workload, Levers(accumulation_steps=accumulation_steps), micro_batch)
+    blocks = blocks_of(trace.policies(), workload.seq_len, micro_batch)
+
+    @functools.cache
+    def chunks(examples: int) -> list[int]:
+        return [chunk_bytes(size) for size in sizes(examples)]
+
+    @functools.cache
+    def together(policy: str) -> list[int]:
+        return [sum(its) for its in zip(*map(chunks, blocks[policy]), strict=True)]
+
+    result = []
+    for number, moment in enumerate(trace.moments):
+        policy, place = moment.block or ("", FIRST)
+        if policy and len(blocks[policy]) < LEAST[place]:
+            continue
+        totals = [0, 0, 0]
+        for term in moment.terms:
+            one, all_ = chunks(0)[term.size], 0
+            if term.policy:
+                its = blocks[term.policy]
+                # The last two, for what is left of the one before is alive too.
+                final = policy == term.policy and place == FINAL
+                one = chunks(max(its[-2:]) if final else its[0])[term.size]
+                all_ = together(term.policy)[term.size]
+            for index, (alone, each) in enumerate(term.counts):
+                totals[index] += alone * one + each * all_
+        result.append(MomentBytes(number, moment.least_layers, *totals))
+    return result
+
+
+def highest(moments: Sequence[MomentBytes], layers: Mapping[str, int]) -> tuple[int, int]:
+    """Most bytes alive, and the number of the moment."""
+    return max(
+        (m.constant + m.each * layers[LAYERS] + m.each_other * layers[OTHER_LAYERS], m.number)
+        for m in moments
+        if all(layers[over] >= count for over, count in m.least_layers)
+    )
+
+
+def chunk_bytes(size_bytes: int) -> int:
+    """Bytes of the chunk for a request; 0 for those that have a place of their own."""
+    return -(-size_bytes // CHUNK_BYTES) * CHUNK_BYTES if size_bytes > CHUNK_BYTES else 0
+
+
+@functools.lru_cache(maxsize=256)
+def state_bytes(workload: Workload, optimizer: str) -> int:
+    """Chunks of the model and the optimizer's state."""
+    events, sizes = state_requests(workload, optimizer)
+    gone = {~event for event in events if event < 0}
+    return sum(chunk_bytes(size) for number, size in enumerate(sizes) if number not in gone)
+
+
+def traced_peak_bytes(workload: Workload, levers: Levers, micro_batch: int) -> int | None:
+    """Most bytes alive at once in a step, model and optimizer's state included.
+
+    What the allocator loses comes on top: what it hands out too much, and what lies between chunks
+    in pieces that are too small.
+
+    Returns:
+        None if there is no trace.
+    """
+    trace = trace_of(workload, levers)
+    if trace is None:
+        return None
+    moments = moment_bytes(trace, workload, levers.accumulation_steps, micro_batch)
+    most = highest(moments, layers_of(workload, levers))[0]
+    return most + state_bytes(workload, levers.optimizer)
