@@ -51,10 +51,12 @@ class Replay:
     Attributes:
         fits: no request failed.
         peak_bytes: largest sum of the chunks in use, as the allocator counts it.
+        peak_at: number of the event after which it was; -1 if it was before the first.
     """
 
     fits: bool
     peak_bytes: int
+    peak_at: int = dataclasses.field(default=-1, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,11 @@ class Memory:
     def total_bytes(self) -> int:
         """All regions together."""
         return sum(self.region_bytes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Small chunks that are held for good."""
+        return (self.small_chunks + 1) // 2 * CHUNK_BYTES
 
 
 class BestFitAllocator:
@@ -171,18 +178,18 @@ def replay(events: Sequence[int], sizes: Sequence[int], memory: Memory) -> Repla
     allocator = _prepared(memory).copy()
     allocate, free = allocator.allocate, allocator.free
     starts: dict[int, int] = {}
-    peak_bytes = allocator.used_bytes
-    for event in events:
+    peak_bytes, peak_at = allocator.used_bytes, -1
+    for number, event in enumerate(events):
         if event < 0:
             free(starts.pop(~event))
             continue
         start = allocate(sizes[event])
         if start is None:
-            return Replay(False, peak_bytes)
+            return Replay(False, peak_bytes, peak_at)
         starts[event] = start
         if allocator.used_bytes > peak_bytes:
-            peak_bytes = allocator.used_bytes
-    return Replay(True, peak_bytes)
+            peak_bytes, peak_at = allocator.used_bytes, number
+    return Replay(True, peak_bytes, peak_at)
 
 
 def recording_to_text(recording: Recording) -> str:

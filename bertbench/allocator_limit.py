@@ -97,12 +97,17 @@ def apply_budget(budget: Budget) -> str:
 
 def empty_memory(budget: Budget) -> Memory:
     """What TensorFlow's allocator has under a budget when `apply_budget` is done."""
-    pairs = min(_LEAST_PAIRS + budget.budget_bytes // _BYTES_A_PAIR, _MOST_PAIRS)
-    chunks = 2 * min(pairs, budget.budget_bytes // _LEAST_BYTES_A_PAIR) + 1
-    if budget.device.kind == "cpu":
-        first_bytes = min(_FIRST_REGION_BYTES, budget.budget_bytes)
-        return Memory((first_bytes, budget.budget_bytes - first_bytes), chunks)
-    return Memory((budget.budget_bytes,), chunks)
+    return memory_of(budget.device.kind, budget.budget_bytes)
+
+
+def memory_of(device_kind: str, budget_bytes: int) -> Memory:
+    """The same, of a device that need not be attached: `cpu` or `gpu`."""
+    pairs = min(_LEAST_PAIRS + budget_bytes // _BYTES_A_PAIR, _MOST_PAIRS)
+    chunks = 2 * min(pairs, budget_bytes // _LEAST_BYTES_A_PAIR) + 1
+    if device_kind == "cpu":
+        first_bytes = min(_FIRST_REGION_BYTES, budget_bytes)
+        return Memory((first_bytes, budget_bytes - first_bytes), chunks)
+    return Memory((budget_bytes,), chunks)
 
 
 def _counts_small_tensors(tf: Any) -> bool:

@@ -173,6 +173,7 @@ class _StateSizes:
     slots: int
     of_layer: tuple[int, ...]
     largest: int
+    second: int
     embeddings: int
 
 
@@ -196,6 +197,7 @@ def _state_sizes(workload: Workload, optimizer: str) -> _StateSizes:
         ),
         of_layer=tuple(of_layer),
         largest=max(trained.values()),
+        second=max(size for name, size in trained.items() if not name.endswith("word_embeddings")),
         embeddings=sum(size for name, size in trained.items() if "/embeddings/" in name),
     )
 
@@ -271,11 +273,6 @@ def _moments(workload: Workload, levers: Levers, micro_batch: int) -> list[Footp
         )
         gradients += of_layer[index]
     gradients += embeddings
-    second = max(
-        _variable_bytes(shape)
-        for name, shape in workload.parameters.items()
-        if workload.trained(name) and not name.endswith("word_embeddings")
-    )
 
     def update(name: str, held: int, variable: int) -> Footprint:
         return Footprint(
@@ -304,7 +301,7 @@ def _moments(workload: Workload, levers: Levers, micro_batch: int) -> list[Footp
             },
             "backward of embeddings",
         ),
-        update("update", gradients, second),
+        update("update", gradients, state.second),
         # Last, when all other gradients are gone.
         update("update of the word embeddings", largest, largest),
     ]

@@ -8,17 +8,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertbench.bytes import format_bytes
+from bertbench.bytes import MIB_BYTES, format_bytes
 from bertbench.cost import Rates, predict_step_seconds
-from bertbench.footprint import SAFETY_MARGIN, Footprint, max_micro_batch, predict_footprint
+from bertbench.fitting import (
+    Room,
+    fits,
+    footprint_in,
+    least_budget_bytes,
+    least_peak_bytes,
+    usable_bytes,
+)
+from bertbench.footprint import Footprint
 from bertbench.workload import Levers, Workload, levers_from_json
 from finetune.checkpointing import NO_CHECKPOINTING, POLICIES, Checkpointing
 from finetune.errors import InputError
 from finetune.optimizers import OPTIMIZERS
+
+_MOST_REJECTIONS = 20
+_LOOKED_AT = 4
+"""Settings that are replayed for a message."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +93,7 @@ class Plan:
         chosen: the fastest setting that fits.
         alternatives: slower settings that need less, each at least a tenth less than the one
             before it.
-        rejected: settings that are faster but do not fit.
+        rejected: settings that are faster but do not fit, those first that miss least.
     """
 
     workload: Workload
@@ -107,15 +119,11 @@ class Plan:
         }
 
 
-def usable_for_plan(budget_bytes: int) -> int:
-    """Bytes of a budget that a prediction may fill: the rest covers the prediction's error."""
-    return int(budget_bytes / (1 + SAFETY_MARGIN))
-
-
 def all_policies(layers: int) -> list[Checkpointing]:
     """Checkpointing to choose from: no policy, one, or two next to each other in bytes.
 
-    Layers are alike, so that only the number under each policy matters.
+    Layers are alike, so that only the number under each policy matters. Of a single layer under the
+    first policy there are no step traces.
     """
     return [
         NO_CHECKPOINTING,
@@ -128,7 +136,7 @@ def all_policies(layers: int) -> list[Checkpointing]:
                 ("nested", "none"),
                 ("nested", "selective"),
             )
-            for count in range(1, layers)
+            for count in range(2, layers)
         ),
     ]
 
@@ -145,7 +153,10 @@ def make_plan(
     allowed: Sequence[Levers] = (Levers(),),
     host_if_needed: bool = True,
 ) -> Plan:
-    """Choose the fastest setting whose predicted peak, with its margin, is within the budget.
+    """Choose the fastest setting that is predicted to fit.
+
+    All settings are put in order of their predicted seconds, and the first that fits is taken, see
+    `bertbench.fitting.fits`.
 
     Args:
         workload: what is trained.
@@ -166,150 +177,223 @@ def make_plan(
     """
     if target_batch < 1:
         raise InputError(f"target batch {target_batch} is not positive")
-    if policies is None:
-        policies = all_policies(workload.config.num_hidden_layers)
-    usable_bytes = usable_for_plan(budget_bytes)
-    settings = [
-        dataclasses.replace(levers, checkpointing=policy)
-        for levers in allowed
-        for policy in policies
-    ]
-
-    def fitting_entries() -> list[PlanEntry]:
-        entries = [
-            PlanEntry(
-                micro_batch,
-                levers,
-                predict_footprint(workload, levers, micro_batch, device_kind=device_kind),
-                predict_step_seconds(workload, levers, micro_batch, rates),
-            )
-            for setting in settings
-            for micro_batch, levers in _cuts(workload, setting, target_batch, usable_bytes)
-        ]
-        # More steps have more rows as input than the two that `_cuts` has asked about.
-        return [entry for entry in entries if entry.footprint.peak_bytes <= usable_bytes]
-
-    fitting = fitting_entries()
-    if not fitting and host_if_needed and device_kind == "gpu":
+    room = Room(device_kind, budget_bytes)
+    settings = _settings(workload, policies, allowed)
+    found = _choose(_candidates(workload, settings, target_batch, rates, room), room)
+    if found is None and host_if_needed and device_kind == "gpu":
         # The last resort, because what it costs depends on the host as well.
-        settings = [dataclasses.replace(setting, placement="host") for setting in settings]
-        fitting = fitting_entries()
-    if not fitting:
-        raise _nothing_fits(workload, target_batch, budget_bytes, settings, device_kind)
-    # Equal seconds: prefer the published update, then fewer bytes.
-    fitting.sort(
-        key=lambda entry: (
-            entry.predicted_step_seconds,
-            not entry.levers.exact,
-            entry.footprint.peak_bytes,
-        )
-    )
-    chosen = fitting[0]
+        allowed = [dataclasses.replace(levers, placement="host") for levers in allowed]
+        settings = _settings(workload, policies, allowed)
+        found = _choose(_candidates(workload, settings, target_batch, rates, room), room)
+    if found is None:
+        raise _nothing_fits(workload, target_batch, policies, allowed, room)
+    chosen, alternatives, rejected = found
     return Plan(
         workload,
         target_batch,
         budget_bytes,
         device,
-        chosen,
-        tuple(_alternatives(fitting, chosen)),
-        tuple(
-            _rejections(workload, settings, target_batch, chosen, rates, usable_bytes, device_kind)
-        ),
+        _entry(chosen, room, replayed=True),
+        tuple(_entry(candidate, room, replayed=False) for candidate in alternatives),
+        tuple(rejected),
     )
 
 
-def _cuts(
-    workload: Workload, whole: Levers, target_batch: int, usable_bytes: int
-) -> Iterator[tuple[int, Levers]]:
-    """Cuts of the target into micro-batches that fit: the fewest, and somewhat more.
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """A lever setting with its predicted seconds and the least that it needs."""
 
-    More micro-batches than needed can still win by padding fewer rows: 32 as 4 x 8 has none,
-    3 x 11 has one.
+    workload: Workload
+    levers: Levers
+    micro_batch: int
+    seconds: float
+    peak_bytes: int
+
+
+def _candidates(
+    workload: Workload, settings: Sequence[Levers], target_batch: int, rates: Rates, room: Room
+) -> list[_Candidate]:
+    """All settings with all cuts of the target, the fastest first.
+
+    Of equal seconds first what gives the published update, then what needs fewer bytes.
     """
-    if max_micro_batch(workload, whole, usable_bytes) >= target_batch:
-        yield target_batch, whole
-        return
-    largest = max_micro_batch(
-        workload, dataclasses.replace(whole, accumulation_steps=2), usable_bytes
-    )
-    if largest < 1:
-        return
-    fewest = max(2, math.ceil(target_batch / largest))
-    seen = set()
-    for steps in range(fewest, min(fewest + 8, target_batch) + 1):
-        micro_batch = math.ceil(target_batch / steps)
-        steps = math.ceil(target_batch / micro_batch)
-        if (micro_batch, steps) not in seen and steps > 1:
-            seen.add((micro_batch, steps))
-            yield micro_batch, dataclasses.replace(whole, accumulation_steps=steps)
+    candidates = [
+        _Candidate(
+            workload,
+            levers,
+            micro_batch,
+            predict_step_seconds(workload, levers, micro_batch, rates),
+            least_peak_bytes(workload, levers, micro_batch, room),
+        )
+        for setting in settings
+        for micro_batch, steps in cuts(target_batch)
+        for levers in (dataclasses.replace(setting, accumulation_steps=steps),)
+    ]
+    return sorted(candidates, key=lambda c: (c.seconds, not c.levers.exact, c.peak_bytes))
 
 
-def _alternatives(fitting: Sequence[PlanEntry], chosen: PlanEntry) -> list[PlanEntry]:
-    """Settings that need clearly fewer bytes than any faster one: the steps of the front."""
+def cuts(target_batch: int) -> list[tuple[int, int]]:
+    """Micro-batches and their numbers that reach a target, without needless rows.
+
+    They need not divide it: 32 may run as 3 x 11, with one row that pads.
+    """
+    micro_batches = {math.ceil(target_batch / steps) for steps in range(1, target_batch + 1)}
+    return [(size, math.ceil(target_batch / size)) for size in sorted(micro_batches, reverse=True)]
+
+
+def _choose(
+    candidates: Sequence[_Candidate], room: Room
+) -> tuple[_Candidate, list[_Candidate], list[Rejection]] | None:
+    """Take the first that fits.
+
+    Returns:
+        It, the slower ones that need clearly less than any faster one, and of the faster ones
+        those that miss least; None if nothing fits.
+    """
+    rejected: list[tuple[int, Rejection]] = []
+    for number, candidate in enumerate(candidates):
+        missing_bytes = candidate.peak_bytes - usable_bytes(
+            candidate.workload, candidate.levers, room
+        )
+        if missing_bytes <= 0 and fits(
+            candidate.workload, candidate.levers, candidate.micro_batch, room
+        ):
+            rejected.sort(key=lambda pair: pair[0])
+            nearest = [rejection for _, rejection in rejected[:_MOST_REJECTIONS]]
+            return candidate, _front(candidates[number:]), nearest
+        why = f"needs {format_bytes(candidate.peak_bytes)}, "
+        if missing_bytes > 0:
+            why += f"{format_bytes(missing_bytes)} too much"
+        else:
+            why += "and what is free is in pieces that are too small"
+        rejected.append((missing_bytes, Rejection(candidate.micro_batch, candidate.levers, why)))
+    return None
+
+
+def _front(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Settings that need clearly fewer bytes than any faster one, from the first on."""
     front = []
-    least_bytes = chosen.footprint.peak_bytes
-    for entry in fitting[1:]:
-        if entry.footprint.peak_bytes < 0.9 * least_bytes:
-            least_bytes = entry.footprint.peak_bytes
-            front.append(entry)
+    least_bytes = candidates[0].peak_bytes
+    for candidate in candidates[1:]:
+        if candidate.peak_bytes < 0.9 * least_bytes:
+            least_bytes = candidate.peak_bytes
+            front.append(candidate)
     return front
 
 
-def _rejections(
+def _entry(candidate: _Candidate, room: Room, *, replayed: bool) -> PlanEntry:
+    footprint = footprint_in(
+        candidate.workload, candidate.levers, candidate.micro_batch, room, replayed=replayed
+    )
+    return PlanEntry(candidate.micro_batch, candidate.levers, footprint, candidate.seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeastMemory:
+    """The smallest budget for a target batch.
+
+    Attributes:
+        workload: what is trained.
+        levers: those that need least.
+        micro_batch: likewise.
+        budget_bytes: whole MiB.
+    """
+
+    workload: Workload
+    levers: Levers
+    micro_batch: int
+    budget_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Values for JSON."""
+        return {
+            "model": self.workload.model,
+            "head": self.workload.head,
+            "seq_len": self.workload.seq_len,
+            "min_memory_bytes": self.budget_bytes,
+            "micro_batch": self.micro_batch,
+            **self.levers.to_json(),
+        }
+
+
+def find_least_memory(
     workload: Workload,
-    settings: Sequence[Levers],
     target_batch: int,
-    chosen: PlanEntry,
-    rates: Rates,
-    usable_bytes: int,
+    policies: Sequence[Checkpointing] | None,
+    allowed: Sequence[Levers],
     device_kind: str,
-) -> Iterator[Rejection]:
-    """Settings that would be faster, if they fitted: less checkpointing, fewer micro-batches."""
-    for setting in settings:
-        for steps in range(1, min(chosen.levers.accumulation_steps, 4) + 1):
-            levers = dataclasses.replace(setting, accumulation_steps=steps)
-            micro_batch = math.ceil(target_batch / steps)
-            seconds = predict_step_seconds(workload, levers, micro_batch, rates)
-            if seconds >= chosen.predicted_step_seconds:
+    *,
+    looked_at: int | None = None,
+) -> LeastMemory:
+    """Find the smallest budget for a target.
+
+    Args:
+        workload: what is trained.
+        target_batch: effective batch.
+        policies: checkpointing to choose from; None for one policy for all layers, for a mixture of
+            two does not need less than both of them.
+        allowed: the other levers; the number of micro-batches is free.
+        device_kind: `cpu` or `gpu`.
+        looked_at: how many of the settings that hold least are replayed; None for all.
+    """
+    settings = _settings(workload, policies or [*map(Checkpointing, POLICIES)], allowed)
+    room = Room(device_kind, 0)
+    least = sorted(
+        (
+            (least_peak_bytes(workload, levers, micro_batch, room), micro_batch, levers)
+            for setting in settings
+            for micro_batch, steps in cuts(target_batch)
+            for levers in (dataclasses.replace(setting, accumulation_steps=steps),)
+        ),
+        key=lambda one: one[0],
+    )
+    best: LeastMemory | None = None
+    for peak_bytes, micro_batch, levers in least[:looked_at]:
+        if best is not None:
+            below = Room(device_kind, best.budget_bytes - MIB_BYTES)
+            if peak_bytes > below.budget_bytes or not fits(workload, levers, micro_batch, below):
                 continue
-            peak_bytes = predict_footprint(
-                workload, levers, micro_batch, device_kind=device_kind
-            ).peak_bytes
-            if peak_bytes > usable_bytes:
-                missing = format_bytes(peak_bytes - usable_bytes)
-                yield Rejection(
-                    micro_batch, levers, f"needs {format_bytes(peak_bytes)}, {missing} too much"
-                )
+        needed = least_budget_bytes(workload, levers, micro_batch, device_kind)
+        best = LeastMemory(workload, levers, micro_batch, needed)
+    assert best is not None
+    return best
+
+
+def _settings(
+    workload: Workload, policies: Sequence[Checkpointing] | None, allowed: Sequence[Levers]
+) -> list[Levers]:
+    """All combinations, with one micro-batch."""
+    if policies is None:
+        policies = all_policies(workload.config.num_hidden_layers)
+    return [
+        dataclasses.replace(levers, checkpointing=policy)
+        for levers in allowed
+        for policy in policies
+    ]
 
 
 def _nothing_fits(
     workload: Workload,
     target_batch: int,
-    budget_bytes: int,
-    settings: Sequence[Levers],
-    device_kind: str,
+    policies: Sequence[Checkpointing] | None,
+    allowed: Sequence[Levers],
+    room: Room,
 ) -> InputError:
-    def least_needed(settings: Sequence[Levers]) -> int:
-        least_bytes = min(
-            predict_footprint(
-                workload,
-                dataclasses.replace(setting, accumulation_steps=min(2, target_batch)),
-                1,
-                device_kind=device_kind,
-            ).peak_bytes
-            for setting in settings
+    def least_needed(allowed: Sequence[Levers]) -> LeastMemory:
+        return find_least_memory(
+            workload, target_batch, policies, allowed, room.device_kind, looked_at=_LOOKED_AT
         )
-        return math.ceil(least_bytes * (1 + SAFETY_MARGIN))
 
-    needed = least_needed(settings)
+    least = least_needed(allowed)
     hint = "use more memory, a shorter sequence or a smaller model"
-    lightest = [dataclasses.replace(setting, optimizer=OPTIMIZERS[-1]) for setting in settings]
-    if least_needed(lightest) <= budget_bytes:
+    lightest = [dataclasses.replace(levers, optimizer=OPTIMIZERS[-1]) for levers in allowed]
+    if least_needed(lightest).budget_bytes <= room.budget_bytes:
         hint = f"allow another update than AdamW's with --allow {OPTIMIZERS[-1]}, or {hint}"
+    needed = least.budget_bytes
     return InputError(
         f"{workload.model} at sequence length {workload.seq_len} does not fit in "
-        f"{format_bytes(budget_bytes)}: even micro-batch 1 needs {format_bytes(needed)}, "
-        f"{format_bytes(needed - budget_bytes)} more",
+        f"{format_bytes(room.budget_bytes)}: even micro-batch {least.micro_batch} needs "
+        f"{format_bytes(needed)}, {format_bytes(needed - room.budget_bytes)} more",
         hint=hint,
     )
 

@@ -55,6 +55,14 @@ evenly, so that nothing is highest there."""
 LEAST = {FIRST: 1, SECOND: 3, FINAL: 2}
 """How many there must be for another one to be in such a place."""
 
+PHASES = FORWARD, TURN, BACKWARD, EMBEDDINGS, UPDATE = (
+    "forward pass",
+    "end of the forward pass",
+    "backward pass",
+    "gradient of the embeddings",
+    "update",
+)
+
 _FILE = "step_traces.zip"
 
 
@@ -71,6 +79,21 @@ class Size:
     constant_bytes: float
     factor: float
     powers: tuple[tuple[str, int], ...]
+
+    @functools.cached_property
+    def of_examples(self) -> bool:
+        """Whether it grows with the examples of a micro-batch or of a block."""
+        return any(name in "ne" for name, _ in self.powers)
+
+    @functools.cached_property
+    def of_block(self) -> bool:
+        """Whether it grows with the examples of a block."""
+        return any(name == "e" for name, _ in self.powers)
+
+    @functools.cached_property
+    def of_layers(self) -> bool:
+        """Whether it is as wide as something in a layer."""
+        return any(name in "haf" for name, _ in self.powers)
 
     def size_bytes(self, dimensions: Mapping[str, int]) -> int:
         """Size for values of the dimensions."""
@@ -135,11 +158,13 @@ class Moment:
     """What is alive when a request has been met, and the next thing to happen is an end.
 
     Attributes:
+        phase: of the step, one of `PHASES`.
         least_layers: with fewer layers there is no such moment.
         block: policy and position (`FIRST`, `SECOND`, `FINAL`) of the block that it is in.
         terms: everything that is alive, but for the model and the optimizer's state.
     """
 
+    phase: str
     least_layers: tuple[tuple[str, int], ...]
     block: tuple[str, int] | None
     terms: tuple[Term, ...]
@@ -161,6 +186,16 @@ class StepTrace:
     items: tuple[Item, ...]
     moments: tuple[Moment, ...] = ()
 
+    @functools.cached_property
+    def least_layers(self) -> dict[str, int]:
+        """How many layers of each kind there must be to write it out."""
+        runs = [item for item in self.items if isinstance(item, Repeated)]
+        return {
+            over: max((-run.more for run in runs if run.over == over), default=0)
+            for over in (LAYERS, OTHER_LAYERS, ALL_LAYERS)
+        }
+
+    @functools.cached_property
     def policies(self) -> list[str]:
         """Policies that work in blocks, by name."""
         bodies = [item.body if isinstance(item, Repeated) else (item,) for item in self.items]
@@ -207,6 +242,7 @@ def _trace(values: Mapping[str, Any]) -> StepTrace:
         tuple(_items(values["items"])),
         tuple(
             Moment(
+                phase,
                 tuple((over, count) for over, count in least),
                 None if block is None else (block[0], block[1]),
                 tuple(
@@ -214,7 +250,7 @@ def _trace(values: Mapping[str, Any]) -> StepTrace:
                     for size, policy, a, b, c, d, e, f in terms
                 ),
             )
-            for least, block, terms in values["moments"]
+            for phase, least, block, terms in values["moments"]
         ),
     )
 
@@ -226,6 +262,7 @@ def _trace_values(trace: StepTrace) -> dict[str, Any]:
         "items": [_item_values(item) for item in trace.items],
         "moments": [
             [
+                moment.phase,
                 moment.least_layers,
                 moment.block,
                 [[t.size, t.policy, *(n for pair in t.counts for n in pair)] for t in moment.terms],

@@ -15,12 +15,17 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from bertbench.step_traces import (
     ALL_LAYERS,
+    BACKWARD,
+    EMBEDDINGS,
     FINAL,
     FIRST,
+    FORWARD,
     LAYERS,
     LEAST,
     OTHER_LAYERS,
     SECOND,
+    TURN,
+    UPDATE,
     Moment,
     Repeated,
     StepTrace,
@@ -62,8 +67,9 @@ def find_moments(trace: StepTrace) -> tuple[Moment, ...]:
     samples = {
         (over, policy): _alive(trace, first, others, policy)
         for over, (first, others) in layers.items()
-        for policy in ("", *trace.policies())
+        for policy in ("", *trace.policies)
     }
+    directions = _directions(trace, samples["", ""])
     found: dict[Moment, None] = {}
     for key in samples["", ""]:
         alive = {sample: moments[key] for sample, moments in samples.items()}
@@ -72,8 +78,40 @@ def find_moments(trace: StepTrace) -> tuple[Moment, ...]:
             for symbol in sorted({symbol for counts in alive.values() for symbol in counts})
             if (term := _term(symbol, alive, layers[""])) is not None
         ]
-        found[_moment(trace, key, terms)] = None
+        activations = any(
+            trace.sizes[term.size].of_examples and trace.sizes[term.size].of_layers
+            for term in terms
+        )
+        phase = _phase(key[0], directions) if activations else UPDATE
+        found[_moment(trace, phase, key, terms)] = None
     return _highest(found)
+
+
+def _directions(
+    trace: StepTrace, moments: Mapping[_Key, Mapping[_Symbol, int]]
+) -> list[tuple[int, bool]]:
+    """Which items are layers of a forward pass (True) or of a backward pass.
+
+    In a forward pass more is alive in the second layer than in the first.
+    """
+
+    def activations(alive: Mapping[_Symbol, int]) -> int:
+        return sum(count for (size, _), count in alive.items() if trace.sizes[size].of_examples)
+
+    found: dict[int, int] = {}
+    for (item, layer, block, part, place), alive in moments.items():
+        later = moments.get((item, SECOND, block, part, place))
+        if layer == FIRST and later is not None and isinstance(trace.items[item], Repeated):
+            found.setdefault(item, activations(later) - activations(alive))
+    return [(item, more > 0) for item, more in sorted(found.items()) if more]
+
+
+def _phase(item: int, directions: Sequence[tuple[int, bool]]) -> str:
+    before = [forward for number, forward in directions if number <= item]
+    after = [forward for number, forward in directions if number >= item]
+    if not before or before[-1]:
+        return TURN if before and after and not after[0] else FORWARD
+    return BACKWARD if after and not after[0] else EMBEDDINGS
 
 
 def keep_highest(trace: StepTrace, workloads: Iterable[Workload]) -> StepTrace:
@@ -99,7 +137,7 @@ def _alive(
     trace: StepTrace, first: int, others: int, more_blocks: str
 ) -> dict[_Key, Mapping[_Symbol, int]]:
     """How often each symbol is alive at the moments of a small number of layers and blocks."""
-    blocks = {policy: _BLOCKS + (policy == more_blocks) for policy in trace.policies()}
+    blocks = {policy: _BLOCKS + (policy == more_blocks) for policy in trace.policies}
     layers = {LAYERS: first, OTHER_LAYERS: others, ALL_LAYERS: first + others}
     numbers = range(len(trace.sizes))
     written = Written(
@@ -169,13 +207,13 @@ def _term(
     return Term(size, policy, counts) if any(itertools.chain(*counts)) else None
 
 
-def _moment(trace: StepTrace, key: _Key, terms: Sequence[Term]) -> Moment:
+def _moment(trace: StepTrace, phase: str, key: _Key, terms: Sequence[Term]) -> Moment:
     item_number, layer, block, _, _ = key
     item = trace.items[item_number]
     least: tuple[tuple[str, int], ...] = ()
     if isinstance(item, Repeated) and layer is not None:
         least = ((item.over, LEAST[layer] - item.more),)
-    return Moment(least, block, tuple(terms))
+    return Moment(phase, least, block, tuple(terms))
 
 
 def _highest(moments: Iterable[Moment]) -> tuple[Moment, ...]:

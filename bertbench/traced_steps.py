@@ -19,8 +19,9 @@ from bertbench.step_traces import (
     LAYERS,
     LEAST,
     OTHER_LAYERS,
-    Repeated,
+    Moment,
     StepTrace,
+    Term,
     read_trace,
 )
 from bertbench.trace_writing import Written
@@ -31,7 +32,8 @@ from finetune.optimizers import slot_shapes
 KNOWN_ACTIVATION = "gelu_tanh"
 
 
-def state_requests(workload: Workload, optimizer: str) -> tuple[list[int], list[int]]:
+@functools.lru_cache(maxsize=64)
+def state_requests(workload: Workload, optimizer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What is asked for before the first step: the model's variables and the optimizer's slots.
 
     In the order of `finetune.modeling.create_variables`: the largest first, then random values for
@@ -58,7 +60,7 @@ def state_requests(workload: Workload, optimizer: str) -> tuple[list[int], list[
         if workload.trained(name):
             for slot in slot_shapes(optimizer, shape).values():
                 ask(slot)
-    return events, sizes
+    return tuple(events), tuple(sizes)
 
 
 def different_words(workload: Workload, micro_batch: int) -> int:
@@ -111,12 +113,11 @@ def trace_of(workload: Workload, levers: Levers) -> StepTrace | None:
     if levers != known or workload.config.hidden_act != KNOWN_ACTIVATION:
         return None
     trace = read_trace(pattern_of(workload, levers))
-    layers = layers_of(workload, levers)
-    if trace is None or any(
-        layers[item.over] + item.more < 0 for item in trace.items if isinstance(item, Repeated)
-    ):
+    if trace is None:
         return None
-    return trace
+    layers = layers_of(workload, levers)
+    enough = all(layers[over] >= count for over, count in trace.least_layers.items())
+    return trace if enough else None
 
 
 def blocks_of(policies: Sequence[str], seq_len: int, micro_batch: int) -> dict[str, list[int]]:
@@ -133,11 +134,7 @@ def _sizes(
 ) -> Callable[[int], list[int]]:
     """Bytes of all sizes, for blocks of some examples; with 0 those of blocks are 0."""
     dimensions = dimensions_of(workload, levers, micro_batch)
-    of_blocks = [any(name == "e" for name, _ in size.powers) for size in trace.sizes]
-    outside = [
-        0 if of_block else size.size_bytes(dimensions)
-        for size, of_block in zip(trace.sizes, of_blocks, strict=True)
-    ]
+    outside = [0 if size.of_block else size.size_bytes(dimensions) for size in trace.sizes]
 
     @functools.cache
     def sizes(examples: int) -> list[int]:
@@ -145,8 +142,8 @@ def _sizes(
             return outside
         dimensions["e"] = examples
         return [
-            size.size_bytes(dimensions) if of_block else its_bytes
-            for size, of_block, its_bytes in zip(trace.sizes, of_blocks, outside, strict=True)
+            size.size_bytes(dimensions) if size.of_block else its_bytes
+            for size, its_bytes in zip(trace.sizes, outside, strict=True)
         ]
 
     return sizes
@@ -157,7 +154,7 @@ def write_out(
 ) -> Written[int]:
     """Requests of two optimizer steps, in bytes."""
     sizes = _sizes(trace, workload, levers, micro_batch)
-    blocks = blocks_of(trace.policies(), workload.seq_len, micro_batch)
+    blocks = blocks_of(trace.policies, workload.seq_len, micro_batch)
     return Written(
         trace,
         layers_of(workload, levers),
@@ -180,8 +177,8 @@ def step_requests(
     written = write_out(trace, workload, levers, micro_batch)
     events, sizes = state_requests(workload, levers.optimizer)
     before = len(sizes)
-    events += [event + before if event >= 0 else event - before for event in written.events]
-    return events, sizes + written.sizes
+    later = [event + before if event >= 0 else event - before for event in written.events]
+    return [*events, *later], [*sizes, *written.sizes]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -216,7 +213,6 @@ class MomentBytes:
     each_other: int
 
 
-@functools.lru_cache(maxsize=1024)
 def moment_bytes(
     trace: StepTrace, workload: Workload, accumulation_steps: int, micro_batch: int
 ) -> list[MomentBytes]:
@@ -225,8 +221,28 @@ def moment_bytes(
     The model and the optimizer's state come on top, and so does what is lost in chunks that are
     handed out whole, and between chunks, which only a replay tells.
     """
+    value_of = term_values(trace, workload, accumulation_steps, micro_batch)
+    blocks = blocks_of(trace.policies, workload.seq_len, micro_batch)
+    result = []
+    for number, moment in enumerate(trace.moments):
+        policy, place = moment.block or ("", FIRST)
+        if policy and len(blocks[policy]) < LEAST[place]:
+            continue
+        totals = [0, 0, 0]
+        for term in moment.terms:
+            one, all_ = value_of(moment, term)
+            for index, (alone, each) in enumerate(term.counts):
+                totals[index] += alone * one + each * all_
+        result.append(MomentBytes(number, moment.least_layers, *totals))
+    return result
+
+
+def term_values(
+    trace: StepTrace, workload: Workload, accumulation_steps: int, micro_batch: int
+) -> Callable[[Moment, Term], tuple[int, int]]:
+    """How large what a term counts is: bytes of one, and of one for every block."""
     sizes = _sizes(trace, workload, Levers(accumulation_steps=accumulation_steps), micro_batch)
-    blocks = blocks_of(trace.policies(), workload.seq_len, micro_batch)
+    blocks = blocks_of(trace.policies, workload.seq_len, micro_batch)
 
     @functools.cache
     def chunks(examples: int) -> list[int]:
@@ -236,24 +252,15 @@ def moment_bytes(
     def together(policy: str) -> list[int]:
         return [sum(its) for its in zip(*map(chunks, blocks[policy]), strict=True)]
 
-    result = []
-    for number, moment in enumerate(trace.moments):
-        policy, place = moment.block or ("", FIRST)
-        if policy and len(blocks[policy]) < LEAST[place]:
-            continue
-        totals = [0, 0, 0]
-        for term in moment.terms:
-            one, all_ = chunks(0)[term.size], 0
-            if term.policy:
-                its = blocks[term.policy]
-                # The last two, for what is left of the one before is alive too.
-                final = policy == term.policy and place == FINAL
-                one = chunks(max(its[-2:]) if final else its[0])[term.size]
-                all_ = together(term.policy)[term.size]
-            for index, (alone, each) in enumerate(term.counts):
-                totals[index] += alone * one + each * all_
-        result.append(MomentBytes(number, moment.least_layers, *totals))
-    return result
+    def value_of(moment: Moment, term: Term) -> tuple[int, int]:
+        if not term.policy:
+            return chunks(0)[term.size], 0
+        its = blocks[term.policy]
+        # The last two, for what is left of the one before is alive too.
+        examples = max(its[-2:]) if moment.block == (term.policy, FINAL) else its[0]
+        return chunks(examples)[term.size], together(term.policy)[term.size]
+
+    return value_of
 
 
 def highest(moments: Sequence[MomentBytes], layers: Mapping[str, int]) -> tuple[int, int]:
@@ -287,9 +294,19 @@ def traced_peak_bytes(workload: Workload, levers: Levers, micro_batch: int) -> i
     Returns:
         None if there is no trace.
     """
-    trace = trace_of(workload, levers)
-    if trace is None:
+    if trace_of(workload, levers) is None:
         return None
-    moments = moment_bytes(trace, workload, levers.accumulation_steps, micro_batch)
+    pattern = pattern_of(workload, levers)
+    moments = _moments(pattern, workload, levers.accumulation_steps, micro_batch)
     most = highest(moments, layers_of(workload, levers))[0]
     return most + state_bytes(workload, levers.optimizer)
+
+
+@functools.lru_cache(maxsize=4096)
+def _moments(
+    pattern: str, workload: Workload, accumulation_steps: int, micro_batch: int
+) -> list[MomentBytes]:
+    """The same for any number of layers: a plan asks for all of them."""
+    trace = read_trace(pattern)
+    assert trace is not None
+    return moment_bytes(trace, workload, accumulation_steps, micro_batch)

@@ -18,6 +18,7 @@ class Recipe:
         warmup_proportion: part of the steps that the learning rate rises for.
         seq_len: longest sequence.
         source: where this is written.
+        examples: of the training set; 0 where there are several sets.
     """
 
     task: str
@@ -27,13 +28,22 @@ class Recipe:
     seq_len: int
     source: str
     warmup_proportion: float = 0.1
+    examples: int = 0
 
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.task: recipe
     for recipe in (
-        Recipe("squad", 32, 5e-5, 3.0, 384, "Devlin et al. 2019, section 4.2; run_squad.py"),
-        Recipe("squad2", 48, 5e-5, 2.0, 384, "Devlin et al. 2019, section 4.3"),
+        Recipe(
+            "squad",
+            32,
+            5e-5,
+            3.0,
+            384,
+            "Devlin et al. 2019, section 4.2; run_squad.py",
+            examples=87_599,
+        ),
+        Recipe("squad2", 48, 5e-5, 2.0, 384, "Devlin et al. 2019, section 4.3", examples=130_319),
         Recipe("glue", 32, 5e-5, 3.0, 128, "Devlin et al. 2019, section 4.1; run_classifier.py"),
     )
 }

@@ -47,7 +47,7 @@ class Toy:
 
     def __init__(self, workload: Workload, levers: Levers, batch: int) -> None:
         self.workload, self.levers, self.batch = workload, levers, batch
-        self.events, self.sizes = state_requests(workload, levers.optimizer)
+        self.events, self.sizes = map(list, state_requests(workload, levers.optimizer))
         self.operations = ["Fill"] * len(self.sizes)
         self.loops = 0
 

@@ -1,0 +1,121 @@
+"""Do plans fit? Random requests, each plan tried under its budget in a process of its own.
+
+    python benchmarks/plans.py [--quick] [--requests N] [--models ...] [--seed N] [--json FILE]
+
+A request is a model, a head, a sequence length, a target batch and a budget between the smallest
+that any setting fits in and what the whole batch needs without any lever. Two optimizer steps of
+each plan are run. `full` is the measured peak as a part of the budget; where a budget does not
+bind, because the plan uses no lever, it counts as fitting only.
+
+About 40 minutes for 200 requests on two cores; `--quick` makes ten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+from bertbench.attached import resolve_device
+from bertbench.bytes import MIB_BYTES
+from bertbench.cost import device_rates
+from bertbench.devices import make_budget
+from bertbench.fitting import Room, least_peak_bytes
+from bertbench.planner import find_least_memory, make_plan
+from bertbench.trial import measure_batches
+from bertbench.workload import Levers, Workload, published_workload
+
+_MODELS = ("bert-tiny", "bert-mini", "bert-small", "bert-medium")
+_SEQ_LENS = (64, 96, 128, 192, 256, 320, 384, 512)
+_TARGETS = (4, 8, 12, 16, 20, 24, 32, 48, 64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="ten requests")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--models", nargs="+", default=list(_MODELS))
+    parser.add_argument("--heads", nargs="+", default=["squad", "classifier"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    arguments = parser.parse_args()
+    device = resolve_device("cpu")
+    generator = random.Random(arguments.seed)
+    rows: list[dict[str, Any]] = []
+    for _ in range(10 if arguments.quick else arguments.requests):
+        workload = published_workload(
+            generator.choice(arguments.models),
+            generator.choice(_SEQ_LENS),
+            generator.choice(arguments.heads),
+        )
+        target = generator.choice(_TARGETS)
+        least, most = _range_mib(workload, target)
+        budget = make_budget(device, round(generator.uniform(least, most)) * MIB_BYTES)
+        plan = make_plan(
+            workload, target, budget.budget_bytes, device_rates(device), device=device.name
+        )
+        chosen = plan.chosen
+        (trial,) = measure_batches(
+            workload, chosen.levers, budget, [chosen.micro_batch], steps=2, fresh=True
+        )
+        row = {
+            "model": workload.model,
+            "head": workload.head,
+            "seq_len": workload.seq_len,
+            "target_batch": target,
+            "budget_bytes": budget.budget_bytes,
+            "chosen": chosen.to_json(),
+            "binds": (chosen.micro_batch, str(chosen.levers.checkpointing)) != (target, "none"),
+            "outcome": trial.outcome,
+            "peak_bytes": trial.peak_bytes,
+            "message": trial.message,
+        }
+        rows.append(row)
+        _show(row)
+        if arguments.json:
+            text = json.dumps({"requests": rows}, indent=2)
+            arguments.json.write_text(text + "\n", encoding="utf-8")
+    outcomes = [row["outcome"] for row in rows]
+    full = [
+        row["peak_bytes"] / row["budget_bytes"]
+        for row in rows
+        if row["binds"] and row["outcome"] == "fits"
+    ]
+    print(
+        f"{len(rows)} plans: {outcomes.count('fits')} fit, {outcomes.count('oom')} run out of "
+        f"memory, {outcomes.count('failed')} fail"
+    )
+    if full:
+        print(
+            f"{len(full)} where memory binds: measured peak / budget median "
+            f"{statistics.median(full):.3f}, least {min(full):.3f}"
+        )
+
+
+def _range_mib(workload: Workload, target: int) -> tuple[float, float]:
+    """The smallest budget for a target, and one in which no lever is needed."""
+    least = find_least_memory(workload, target, None, [Levers()], "cpu", looked_at=4)
+    least_bytes = least.budget_bytes
+    most_bytes = least_peak_bytes(workload, Levers(), target, Room("cpu", 1 << 40))
+    return least_bytes / MIB_BYTES, max(1.02 * most_bytes, least_bytes) / MIB_BYTES
+
+
+def _show(row: dict[str, Any]) -> None:
+    chosen = row["chosen"]
+    name = f"{row['model']} {row['head']} {row['seq_len']} batch {row['target_batch']}"
+    setting = f"{chosen['accumulation_steps']} x {chosen['micro_batch']} {chosen['checkpointing']}"
+    peak = row["peak_bytes"]
+    full = "" if peak is None else f"{peak / row['budget_bytes']:.3f}"
+    error = "" if peak is None else f"{100 * (chosen['predicted_peak_bytes'] / peak - 1):+.2f}%"
+    print(
+        f"{name:36s} {row['budget_bytes'] // MIB_BYTES:6,d} MiB  {setting:30s} "
+        f"{row['outcome']:6s} {full:>6s} {error:>8s}{'' if row['binds'] else '  no lever'}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""What `bertbench plan` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from bertbench.bytes import GIB_BYTES, format_bytes
+from bertbench.catalogue import ACCELERATORS, Accelerator
+from bertbench.cli.common import terminal
+from bertbench.planner import LeastMemory, Plan, PlanEntry
+from bertbench.workload import Levers, Workload
+from finetune.recipes import RECIPES, train_steps
+
+Cell = Plan | tuple[Workload, str]
+"""A plan, or what there is none for, and why."""
+
+
+class _Marks:
+    """Stars for settings that change the update, and the notes below the table that explain."""
+
+    def __init__(self) -> None:
+        self._stars: dict[tuple[str, ...], str] = {}
+
+    def star(self, levers: Levers) -> str:
+        if levers.exact:
+            return ""
+        return self._stars.setdefault(levers.inexact, "*" * (len(self._stars) + 1))
+
+    def notes(self) -> list[str]:
+        return [
+            f"{star} with {', '.join(names)}: another update than the recipe's"
+            for names, star in self._stars.items()
+        ]
+
+
+def _on_host(levers: Levers) -> str:
+    return " + host" if levers.placement == "host" else ""
+
+
+def _row(entry: PlanEntry, marks: _Marks) -> tuple[str, ...]:
+    steps = entry.levers.accumulation_steps
+    return (
+        str(entry.micro_batch),
+        str(steps),
+        f"{entry.levers.checkpointing}{marks.star(entry.levers)}{_on_host(entry.levers)}",
+        format_bytes(entry.footprint.peak_bytes),
+        f"{entry.predicted_step_seconds:.3g} s",
+    )
+
+
+_TITLES = ("micro-batch", "steps", "checkpointing", "peak", "time/batch")
+
+
+def _table(*first: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in (*first, *_TITLES):
+        left = title in ("model", "checkpointing", "")
+        table.add_column(title, justify="left" if left else "right", no_wrap=True)
+    return table
+
+
+def show_plan(plan: Plan, *, explain: bool = False) -> None:
+    """A plan: what is chosen, what needs less, what would be faster."""
+    console = terminal()
+    console.print(
+        f"{plan.workload.model}, sequence length {plan.workload.seq_len}, effective batch "
+        f"{plan.target_batch}, {format_bytes(plan.budget_bytes)} on {plan.device}",
+        soft_wrap=True,
+    )
+    table, marks = _table(""), _Marks()
+    table.add_row("chosen", *_row(plan.chosen, marks))
+    for entry in plan.alternatives[:6]:
+        table.add_row("smaller", *_row(entry, marks))
+    console.print(table)
+    for note in marks.notes():
+        console.print(note, soft_wrap=True)
+    padding = plan.chosen.rows - plan.target_batch
+    if padding:
+        console.print(f"{padding} of {plan.chosen.rows} rows are padding and weigh nothing.")
+    if plan.chosen.footprint.host_bytes:
+        console.print(
+            f"The optimizer's state is in {format_bytes(plan.chosen.footprint.host_bytes)} of the "
+            "host's memory."
+        )
+    for rejection in plan.rejected[:4]:
+        console.print(
+            f"not {rejection.levers.accumulation_steps} x {rejection.micro_batch} with "
+            f"checkpointing {rejection.levers.describe()}: {rejection.why}",
+            soft_wrap=True,
+        )
+    if explain:
+        show_parts(plan.chosen, plan.budget_bytes)
+    for line in _recipe_lines(plan):
+        console.print(line, soft_wrap=True)
+
+
+def _recipe_lines(plan: Plan) -> list[str]:
+    """The recipe of the task, and how long it takes."""
+    recipe = RECIPES["squad" if plan.workload.head == "squad" else "glue"]
+    lines = [
+        f"recipe: learning rate {recipe.learning_rate:g}, {recipe.epochs:g} epochs, batch "
+        f"{recipe.batch_size} ({recipe.source})"
+    ]
+    if recipe.examples:
+        steps = train_steps(recipe.examples, plan.target_batch, recipe.epochs)
+        lines.append(
+            f"{recipe.examples:,} examples: {steps:,} steps of {plan.target_batch}, about "
+            f"{_duration(steps * plan.chosen.predicted_step_seconds)}"
+        )
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 36_000 else f"{seconds / 3600:,.0f} h"
+
+
+_BAR_COLUMNS = 42
+
+
+def show_parts(entry: PlanEntry, budget_bytes: int) -> None:
+    """The footprint as a bar, one part under the other, from nothing to the budget."""
+    console = terminal()
+    footprint = entry.footprint
+    console.print(
+        f"{format_bytes(footprint.peak_bytes)} of {format_bytes(budget_bytes)} at the peak, in the "
+        f"{footprint.phase}",
+        soft_wrap=True,
+    )
+    below = 0
+    parts: Mapping[str, int] = {**footprint.parts, "free": budget_bytes - footprint.peak_bytes}
+    for name, size_bytes in parts.items():
+        start, end = (
+            round(_BAR_COLUMNS * edge / budget_bytes) for edge in (below, below + size_bytes)
+        )
+        bar = " " * start + ("\u2591" if name == "free" else "\u2588") * (end - start)
+        below += size_bytes
+        if size_bytes:
+            console.print(
+                f"{name.replace('_', ' '):18s} {format_bytes(size_bytes):>10s} "
+                f"{size_bytes / budget_bytes:5.1%} {bar}"
+            )
+
+
+def show_grid(title: str, cells: Sequence[Cell]) -> None:
+    """A plan a line."""
+    console = terminal()
+    console.print(title, soft_wrap=True)
+    table, marks = _table("model", "seq"), _Marks()
+    for cell in cells:
+        if isinstance(cell, Plan):
+            table.add_row(
+                cell.workload.model, str(cell.workload.seq_len), *_row(cell.chosen, marks)
+            )
+        else:
+            workload = cell[0]
+            table.add_row(workload.model, str(workload.seq_len), "-", "-", "does not fit", "-", "-")
+    console.print(table)
+    notes = marks.notes()
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    if any(isinstance(cell, Plan) and _on_host(cell.chosen.levers) for cell in cells):
+        console.print("host: the optimizer's state is in the host's memory")
+    same = "every other" if notes else "every"
+    console.print(f"Peak and time are predicted; {same} setting gives the same update.")
+
+
+def show_cards(title: str, cells: Sequence[tuple[Accelerator, Cell]]) -> None:
+    """A plan for every product of the catalogue that can do it, a line each."""
+    console = terminal()
+    console.print(title, soft_wrap=True)
+    table, marks = Table(box=None, pad_edge=False), _Marks()
+    for title in ("card", "memory", "steps", "checkpointing", "peak", "time/batch"):
+        left = title in ("card", "checkpointing")
+        table.add_column(title, justify="left" if left else "right", no_wrap=True)
+    for product, cell in cells:
+        if isinstance(cell, Plan):
+            size, steps, *rest = _row(cell.chosen, marks)
+            memory = f"{product.memory_bytes // GIB_BYTES} GiB"
+            table.add_row(product.name, memory, f"{steps} x {size}", *rest)
+    console.print(table)
+    none = [product.name for product, cell in cells if not isinstance(cell, Plan)]
+    if none:
+        console.print(f"does not fit: {', '.join(none)}", soft_wrap=True)
+    for note in marks.notes():
+        console.print(note, soft_wrap=True)
+    if any(isinstance(cell, Plan) and _on_host(cell.chosen.levers) for _, cell in cells):
+        console.print("host: the optimizer's state is in the host's memory")
+    console.print("Peak and time are predicted.")
+
+
+def show_least(target_batch: int, found: Sequence[LeastMemory]) -> None:
+    """The smallest memory for a target, a workload a line, and the smallest card."""
+    console = terminal()
+    console.print(f"smallest memory for an effective batch of {target_batch}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for title in ("model", "seq", "memory", "micro-batch", "steps", "checkpointing", "card"):
+        left = title in ("model", "checkpointing", "card")
+        table.add_column(title, justify="left" if left else "right", no_wrap=True)
+    for least in found:
+        cards = cards_of(least.budget_bytes)
+        table.add_row(
+            least.workload.model,
+            str(least.workload.seq_len),
+            format_bytes(least.budget_bytes),
+            str(least.micro_batch),
+            str(least.levers.accumulation_steps),
+            str(least.levers.checkpointing),
+            cards[0].name if cards else "none",
+        )
+    console.print(table)
+
+
+def cards_of(budget_bytes: int) -> list[Accelerator]:
+    """Products of the catalogue with so much usable memory, the smallest first."""
+    large = [card for card in ACCELERATORS.values() if card.usable_bytes >= budget_bytes]
+    return sorted(large, key=lambda card: card.memory_bytes)
+
+
+def show_catalogue(products: Sequence[Accelerator]) -> None:
+    """The catalogue."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("name", "memory", "usable", "float32", "bandwidth"):
+        table.add_column(title, justify="left" if title == "name" else "right")
+    for product in products:
+        table.add_row(
+            product.name,
+            format_bytes(product.memory_bytes),
+            format_bytes(product.usable_bytes),
+            f"{product.flops_per_second / 1e12:.1f} TFLOP/s",
+            f"{product.bytes_per_second / 1e9:,.0f} GB/s",
+        )
+    terminal().print(table)

@@ -1,0 +1,107 @@
+"""Whether a step fits in a budget, predicted: by a replay of its trace, or by its footprint.
+
+A replay of what the step asks for is exact on a CPU, down to the pieces that memory is in. Where
+there is no trace, and on devices that none was recorded on, a margin covers the prediction's error.
+
+This module does not import TensorFlow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from bertbench.allocations import Memory
+from bertbench.allocator_limit import memory_of
+from bertbench.bytes import MIB_BYTES
+from bertbench.footprint import SAFETY_MARGIN, Footprint, predict_footprint
+from bertbench.traced_footprint import traced_footprint
+from bertbench.traced_steps import replay_step, trace_of, traced_peak_bytes
+from bertbench.workload import Levers, Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What a step has to fit in.
+
+    Attributes:
+        device_kind: `cpu` or `gpu`.
+        budget_bytes: what the allocator may use.
+    """
+
+    device_kind: str
+    budget_bytes: int
+
+    def memory(self, margin: float = 0.0) -> Memory:
+        """The allocator's memory, less a margin."""
+        return memory_of(self.device_kind, int(self.budget_bytes / (1 + margin)))
+
+
+def margin_for(workload: Workload, levers: Levers, device_kind: str) -> float:
+    """Part of a prediction to add before it is compared with a budget."""
+    exact = device_kind == "cpu" and trace_of(workload, levers) is not None
+    return 0.0 if exact else SAFETY_MARGIN
+
+
+def least_peak_bytes(workload: Workload, levers: Levers, micro_batch: int, room: Room) -> int:
+    """Predicted peak, in a fraction of a millisecond: never more than what a replay finds.
+
+    What the allocator loses in chunks that it hands out whole, if there is a trace, is not in it.
+    """
+    traced = traced_peak_bytes(workload, levers, micro_batch)
+    if traced is None:
+        predicted = predict_footprint(workload, levers, micro_batch, device_kind=room.device_kind)
+        return predicted.peak_bytes
+    return traced + room.memory().held_bytes
+
+
+def usable_bytes(workload: Workload, levers: Levers, room: Room) -> int:
+    """What a prediction may reach."""
+    return int(room.budget_bytes / (1 + margin_for(workload, levers, room.device_kind)))
+
+
+def fits(workload: Workload, levers: Levers, micro_batch: int, room: Room) -> bool:
+    """Whether a step fits, as far as can be told without running it."""
+    least_bytes = least_peak_bytes(workload, levers, micro_batch, room)
+    if least_bytes > usable_bytes(workload, levers, room):
+        return False
+    if trace_of(workload, levers) is None:
+        return True
+    margin = margin_for(workload, levers, room.device_kind)
+    return replay_step(workload, levers, micro_batch, room.memory(margin)).fits
+
+
+def footprint_in(
+    workload: Workload, levers: Levers, micro_batch: int, room: Room, *, replayed: bool
+) -> Footprint:
+    """Predicted peak by part; with `replayed`, and with a trace, what the allocator loses too."""
+    memory = room.memory(margin_for(workload, levers, room.device_kind))
+    footprint = traced_footprint(workload, levers, micro_batch, memory, replayed=replayed)
+    if footprint is not None:
+        return footprint
+    return predict_footprint(workload, levers, micro_batch, device_kind=room.device_kind)
+
+
+def least_budget_bytes(
+    workload: Workload, levers: Levers, micro_batch: int, device_kind: str
+) -> int:
+    """The smallest budget, in whole MiB, in which a step fits.
+
+    A little more memory may be in pieces that are too small again: below this nothing fits, and
+    from here to 10 % above it not every budget has been looked at.
+    """
+
+    def room(mebibytes: int) -> Room:
+        return Room(device_kind, mebibytes * MIB_BYTES)
+
+    low = least_peak_bytes(workload, levers, micro_batch, room(1)) // MIB_BYTES - 1
+    step = 1
+    while not fits(workload, levers, micro_batch, room(low + step)):
+        low, step = low + step, 2 * step
+    high = low + step
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(workload, levers, micro_batch, room(middle)):
+            high = middle
+        else:
+            low = middle
+    return high * MIB_BYTES

@@ -1,0 +1,113 @@
+"""`bertbench plan` from the outside: cards, the smallest memory, what memory is used for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bertbench.catalogue import ACCELERATORS
+from bertbench.cli.plan import command
+from bertbench.cli.plan_view import cards_of
+from bertbench.fitting import Room, fits
+from bertbench.workload import levers_from_json, published_workload
+from finetune.errors import InputError
+
+BASE = ["--model", "bert-base", "--seq-len", "384", "--target-batch", "24"]
+
+
+def plan(*arguments: str) -> str:
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    tables = [line for line in result.output.splitlines() if "  " in line and "{" not in line]
+    assert all(len(line) <= 80 for line in tables)
+    return result.output
+
+
+def test_every_card_of_the_catalogue_is_told_of(tmp_path: Path) -> None:
+    path = tmp_path / "cards.json"
+    text = plan(*BASE, "--gpu", "all", "--json", str(path))
+    cards = json.loads(path.read_text())["cards"]
+    assert {card["card"] for card in cards} == set(ACCELERATORS)
+    for card in cards:
+        assert card["chosen"] is not None
+        assert card["chosen"]["predicted_peak_bytes"] <= ACCELERATORS[card["card"]].usable_bytes
+        assert card["card"] in text
+    large = [*BASE, "--model", "bert-large", "--placement", "device"]
+    text = plan(*large, "--gpu", "all")
+    assert "does not fit: gtx-1050-ti" in text
+    assert "gtx-1060 " in text
+
+
+def test_the_smallest_memory_and_its_cards() -> None:
+    found = json.loads(plan(*BASE, "--device", "cpu", "--min-memory", "--json", "-"))
+    assert found["target_batch"] == 24
+    (least,) = found["workloads"]
+    workload, levers = published_workload("bert-base", 384), levers_from_json(least)
+    needed = least["min_memory_bytes"]
+    assert least["micro_batch"] * levers.accumulation_steps >= 24
+    assert fits(workload, levers, least["micro_batch"], Room("cpu", needed))
+    assert not fits(workload, levers, least["micro_batch"], Room("cpu", needed - (1 << 20)))
+    assert least["cards"] == [card.name for card in cards_of(needed)]
+    text = plan(*BASE, "--device", "cpu", "--min-memory")
+    assert f"{needed / (1 << 20):,.0f} MiB" in text
+    assert "gtx-1050-ti" in text
+    # A margin covers what no GPU was measured for.
+    on_gpu = json.loads(plan(*BASE, "--gpu", "list-is-not-asked", "--min-memory", "--json", "-"))
+    assert on_gpu["workloads"][0]["min_memory_bytes"] > 1.05 * needed
+
+
+def test_smallest_cards_first() -> None:
+    names = [card.name for card in cards_of(11 << 30)]
+    assert names[0] == "titan-x"
+    assert "gtx-1080-ti" not in names
+    assert names[-1] == "h200"
+    assert cards_of(1 << 50) == []
+
+
+def test_what_memory_is_used_for(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    text = plan(*BASE, "--device", "cpu", "--memory", "4GiB", "--explain", "--json", str(path))
+    chosen = json.loads(path.read_text())["chosen"]
+    lines = {line[:18].strip(): line for line in text.splitlines()}
+    shares = 0.0
+    for part, size_bytes in chosen["footprint"].items():
+        if size_bytes:
+            assert f"{size_bytes / (1 << 20):,.0f} MiB" in lines[part.replace("_", " ")]
+            shares += size_bytes
+    assert shares == chosen["predicted_peak_bytes"]
+    free = (4 << 30) - chosen["predicted_peak_bytes"]
+    assert f"{free / (1 << 20):,.0f} MiB" in lines["free"]
+    # One bar under the other: the first begins at the left, the last ends at the right.
+    columns = 36
+    assert lines["weights"][columns] == "█"
+    assert lines["free"].rstrip()[-1] == "░"
+    assert len(lines["free"].rstrip()) == max(len(line.rstrip()) for line in lines.values()
+                                              if "█" in line or "░" in line)  # fmt: skip
+
+
+def test_hours_of_the_whole_recipe() -> None:
+    text = plan(*BASE, "--gpu", "titan-x")
+    seconds = json.loads(plan(*BASE, "--gpu", "titan-x", "--json", "-"))["chosen"][
+        "predicted_step_seconds"
+    ]
+    # SQuAD 1.1's training set, three times.
+    steps = 87_599 * 3 // 24
+    assert f"{steps:,} steps of 24, about {steps * seconds / 3600:.1f} h" in text
+    assert "examples:" not in plan(*BASE, "--gpu", "titan-x", "--head", "classifier")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--explain"],
+        ["--gpu", "all"],
+        ["--min-memory", "--memory", "4GiB"],
+        [*BASE, "--min-memory", "--explain"],
+    ],
+)
+def test_what_does_not_go_together(arguments: list[str]) -> None:
+    with pytest.raises(InputError, match=r"--model|--min-memory"):
+        CliRunner().invoke(command, arguments, catch_exceptions=False)
