@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 from bertbench.step_traces import (
@@ -29,7 +29,8 @@ from bertbench.step_traces import (
 from bertbench.trace_moments import find_moments
 from bertbench.trace_samples import Sample, StepItem, Steps, UnlikeError, step_items
 from bertbench.trace_sizes import find_sizes
-from bertbench.traced_steps import layers_of
+from bertbench.trace_writing import NothingAliveError
+from bertbench.traced_steps import layers_of, write_out
 
 Place = tuple[int, int]
 """Number of an item, and position in its block."""
@@ -66,18 +67,72 @@ class _Run:
 
 def _runs(fewer: Sequence[StepItem], more: Sequence[StepItem], over: str, count: int) -> list[_Run]:
     """Find what a sample with a layer more has more."""
-    tokens = [item.token for item in fewer]
-    differences = difflib.SequenceMatcher(None, tokens, [i.token for i in more], autojunk=False)
+    tokens, longer = [item.token for item in fewer], [item.token for item in more]
     runs: list[_Run] = []
-    for kind, at, _, begin, end in differences.get_opcodes():
-        if kind == "equal":
-            continue
-        length = end - begin
-        found = _periodic(tokens, at, length) if kind == "insert" else None
+    for at, begin, end in insertions(tokens, longer, over):
+        found = _periodic(tokens, at, longer[begin:end])
         if found is None:
-            raise UnlikeError(f"{over}: {kind} at {at} of {len(tokens)} is not a layer's")
-        runs.append(_Run(over, *found, length, count))
+            raise UnlikeError(f"{over}: what comes at {at} of {len(tokens)} is not a layer's")
+        runs.append(_Run(over, *found, end - begin, count))
     return runs
+
+
+_NEVER = 1 << 30
+_WORDS_ERROR = 0.02
+
+
+def insertions(
+    fewer: Sequence[object], more: Sequence[object], over: str = ""
+) -> list[tuple[int, int, int]]:
+    """Find the fewest stretches that one sequence has more than another.
+
+    Args:
+        fewer: the shorter one.
+        more: the same with stretches inserted.
+        over: for the error.
+
+    Returns:
+        For each stretch the place in `fewer` where it comes, and begin and end in `more`.
+
+    Raises:
+        UnlikeError: no insertions make one of the other.
+    """
+    number: dict[object, int] = {}
+    a, b = ([number.setdefault(token, len(number)) for token in its] for its in (fewer, more))
+    most = len(b) - len(a)
+    if most < 0:
+        raise UnlikeError(f"{over}: fewer items in the larger sample")
+    # From the end: fewest stretches to come at place i of the one and i + ahead of the other,
+    # outside of a stretch and within one.
+    outside = [[_NEVER] * (most + 1) for _ in range(len(a) + 1)]
+    within = [[_NEVER] * (most + 1) for _ in range(len(a) + 1)]
+    outside[-1] = [1] * most + [0]
+    within[-1] = [0] * (most + 1)
+    for i in range(len(a) - 1, -1, -1):
+        after, row, inner = outside[i + 1], outside[i], within[i]
+        for ahead in range(most, -1, -1):
+            match = after[ahead] if a[i] == b[i + ahead] else _NEVER
+            longer = inner[ahead + 1] if ahead < most else _NEVER
+            row[ahead] = min(match, longer + 1)
+            inner[ahead] = min(match, longer)
+    if outside[0][0] >= _NEVER:
+        raise UnlikeError(f"{over}: not only insertions make the larger sample")
+    found: list[tuple[int, int, int]] = []
+    i = ahead = 0
+    while i < len(a) or ahead < most:
+        if i < len(a) and a[i] == b[i + ahead] and outside[i + 1][ahead] == outside[i][ahead]:
+            i += 1
+            continue
+        begin = i + ahead
+        ahead += 1
+        while not (
+            within[i][ahead] == outside[i + 1][ahead] and a[i] == b[i + ahead]
+            if i < len(a)
+            else ahead == most
+        ):
+            ahead += 1
+        found.append((i, begin, i + ahead))
+    return found
 
 
 def _alike(runs: Sequence[_Run], count: int) -> list[_Run]:
@@ -108,15 +163,23 @@ def _apart(runs: Sequence[_Run]) -> list[_Run]:
     return result
 
 
-def _periodic(tokens: Sequence[object], at: int, length: int) -> tuple[int, int] | None:
-    """Find the longest stretch around a place in which every item is like that a period later."""
+def _periodic(
+    tokens: Sequence[object], at: int, inserted: Sequence[object]
+) -> tuple[int, int] | None:
+    """Find the longest stretch around a place in which every item is like that a period later.
+
+    A period has what has been inserted there, in any rotation.
+    """
     best: tuple[int, int] | None = None
+    length, wanted = len(inserted), collections.Counter(inserted)
 
     def same(place: int) -> bool:
         later = place + length
         return place >= 0 and later < len(tokens) and tokens[place] == tokens[later]
 
-    for start in range(at - length, at + 1):
+    for start in range(max(at - length, 0), at + 1):
+        if collections.Counter(tokens[start : start + length]) != wanted:
+            continue
         left = right = start
         while same(right):
             right += 1
@@ -272,7 +335,46 @@ def build_trace(
         result.append(Repeated(run.over, run.periods - run.count, body))
         index += run.periods * run.length
     trace = StepTrace(sizes, tuple(roles.ends.values()), tuple(result))
+    for sample in (base, *more_layers.values()):
+        if not says(trace, sample):
+            number = sample.workload.config.num_hidden_layers
+            raise UnlikeError(f"of {number} layers the trace does not say what was recorded")
     return dataclasses.replace(trace, moments=find_moments(trace))
+
+
+def says(trace: StepTrace, sample: Sample) -> bool:
+    """Whether a trace, written out, is what a sample has recorded.
+
+    To the byte, but for what there is of different words: their number is only expected.
+    """
+    steps = Steps(sample)
+    try:
+        told = write_out(trace, sample.workload, sample.levers, sample.micro_batch)
+    except NothingAliveError:
+        return False
+    its, own = _canonical(told.events, told.sizes), _canonical(steps.events, steps.sizes)
+
+    def alike(one: int | frozenset[int], other: int | frozenset[int]) -> bool:
+        if isinstance(one, int) and isinstance(other, int):
+            return math.isclose(one, other, rel_tol=_WORDS_ERROR)
+        return one == other
+
+    return len(its) == len(own) and all(map(alike, its, own))
+
+
+def _canonical(events: Sequence[int], sizes: Sequence[int]) -> list[int | frozenset[int]]:
+    """Sizes of requests, and sets of the allocations that end with nothing in between."""
+    number: dict[int, int] = {}
+    result: list[int | frozenset[int]] = []
+    for event in events:
+        if event >= 0:
+            number[event] = len(number)
+            result.append(sizes[event])
+        elif result and isinstance(result[-1], frozenset):
+            result[-1] |= {number[~event]}
+        else:
+            result.append(frozenset({number[~event]}))
+    return result
 
 
 def _layers(sample: Sample, over: str) -> int:

@@ -38,7 +38,7 @@ from bertbench.workload import Workload
 _BLOCKS = 4
 """Enough for first, second and final ones to be different ones."""
 
-_MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 16, 22, 32, 48, 64, 96, 128, 256, 512)
+_MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 64, 128, 512)
 
 _Symbol = tuple[int, str]
 """Number of a size, and the policy in whose blocks it was asked for."""
@@ -122,8 +122,9 @@ def keep_highest(trace: StepTrace, workloads: Iterable[Workload]) -> StepTrace:
     """
     found: set[int] = set()
     mixed = any(isinstance(item, Repeated) and item.over == OTHER_LAYERS for item in trace.items)
-    for workload, micro_batch, steps in itertools.product(workloads, _MICRO_BATCHES, (1, 2, 4)):
-        moments = moment_bytes(trace, workload, steps, micro_batch)
+    for workload, micro_batch in itertools.product(workloads, _MICRO_BATCHES):
+        # What is of all micro-batches is small, however many there are.
+        moments = moment_bytes(trace, workload, 2, micro_batch)
         most = workload.config.num_hidden_layers
         for first in range(1, most) if mixed else (most,):
             layers = {LAYERS: first, OTHER_LAYERS: most - first, ALL_LAYERS: most}

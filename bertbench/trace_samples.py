@@ -75,13 +75,13 @@ class Steps:
         part: list[int] = []
         for place, (_, event) in enumerate(kept[first:]):
             if event >= 0 or place in at_border:
-                self.events += sorted(part, key=self._order)
+                self.events += sorted(part)
                 part = []
             if event >= 0:
                 self.events.append(event)
             else:
                 part.append(event)
-        self.events += sorted(part, key=self._order)
+        self.events += sorted(part)
         self.made_at = {event: place for place, event in enumerate(self.events) if event >= 0}
 
     def token(self, place: int) -> tuple[bool, str, int]:
@@ -89,9 +89,6 @@ class Steps:
         event = self.events[place]
         allocation = max(event, ~event)
         return event >= 0, self.operations[allocation], self.sizes[allocation]
-
-    def _order(self, end: int) -> tuple[str, int, int]:
-        return self.operations[~end], self.sizes[~end], end
 
     @staticmethod
     def _borders(sample: Sample) -> list[tuple[str, tuple[int, ...]]]:

@@ -12,6 +12,10 @@ from bertbench.step_traces import LAST, OLDEST, Ask, Blocks, End, Repeated, Step
 T = TypeVar("T")
 
 
+class NothingAliveError(ValueError):
+    """A trace that does not hold for these numbers of layers: something ends that never was."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
     """Where a part of what was written out begins.
@@ -108,6 +112,8 @@ class Written(Generic[T]):
 
     def _end(self, item: End) -> None:
         alive = self._alive[item.role]
+        if not alive:
+            raise NothingAliveError(f"nothing of role {item.role} is alive")
         layer = alive[-1][0]
         if item.all_of_layer:
             while alive and alive[-1][0] == layer:

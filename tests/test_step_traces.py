@@ -23,7 +23,7 @@ from bertbench.step_traces import (
     traces_from_bytes,
     traces_to_bytes,
 )
-from bertbench.trace_building import build_trace
+from bertbench.trace_building import build_trace, insertions, says
 from bertbench.trace_samples import Sample, UnlikeError
 from bertbench.traced_steps import (
     chunk_bytes,
@@ -317,10 +317,50 @@ def test_moments_tell_how_much_is_alive(
 def test_recordings_that_are_not_alike_make_no_trace() -> None:
     base, more, varied = toy_samples("none")
     other = toy_sample("full", 6)
-    with pytest.raises(UnlikeError, match="is not a layer's"):
+    with pytest.raises(UnlikeError, match="not only insertions"):
         build_trace(base, {LAYERS: other}, varied)
     with pytest.raises(UnlikeError, match="another n makes other operations"):
         build_trace(base, more, {**varied, "n": other})
+
+
+def test_a_trace_that_does_not_say_what_was_recorded_is_refused() -> None:
+    base, more, varied = toy_samples("none")
+    assert says(TOYS["none"], more[LAYERS])
+    recording = more[LAYERS].recording
+    last = max(place for place, event in enumerate(recording.events) if event >= 0)
+    sizes = list(recording.sizes)
+    sizes[recording.events[last]] += 4096
+    wrong = dataclasses.replace(
+        more[LAYERS], recording=dataclasses.replace(recording, sizes=tuple(sizes))
+    )
+    assert not says(TOYS["none"], wrong)
+    with pytest.raises(UnlikeError):
+        build_trace(base, {LAYERS: wrong}, varied)
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=12),
+    st.integers(0, 12),
+    st.lists(st.integers(0, 3), min_size=1, max_size=6),
+)
+def test_insertions_make_one_sequence_of_another(
+    fewer: list[int], at: int, inserted: list[int]
+) -> None:
+    at = min(at, len(fewer))
+    more = [*fewer[:at], *inserted, *fewer[at:]]
+    found = insertions(fewer, more)
+    assert len(found) == 1
+    ((place, begin, end),) = found
+    assert [*fewer[:place], *more[begin:end], *fewer[place:]] == more
+    assert end - begin == len(inserted)
+
+
+def test_two_insertions_are_not_cut_into_more() -> None:
+    found = insertions("abcqxyzd", "abcabcqxyzxyzd")
+    assert [end - begin for _, begin, end in found] == [3, 3]
+    for wrong in ("abca", "abdabcd!"):
+        with pytest.raises(UnlikeError):
+            insertions("abcabcd", wrong)
 
 
 def test_traces_survive_writing() -> None:
