@@ -26,14 +26,20 @@ class Room:
     Attributes:
         device_kind: `cpu` or `gpu`.
         budget_bytes: what the allocator may use.
+        spare_bytes: what is to be left free of it.
     """
 
     device_kind: str
     budget_bytes: int
+    spare_bytes: int = 0
 
     def memory(self, margin: float = 0.0) -> Memory:
         """The allocator's memory, less a margin."""
-        return memory_of(self.device_kind, int(self.budget_bytes / (1 + margin)))
+        return memory_of(self.device_kind, self.usable_bytes(margin))
+
+    def usable_bytes(self, margin: float = 0.0) -> int:
+        """What a prediction may reach that has an error."""
+        return int((self.budget_bytes - self.spare_bytes) / (1 + margin))
 
 
 def margin_for(workload: Workload, levers: Levers, device_kind: str) -> float:
@@ -56,7 +62,7 @@ def least_peak_bytes(workload: Workload, levers: Levers, micro_batch: int, room:
 
 def usable_bytes(workload: Workload, levers: Levers, room: Room) -> int:
     """What a prediction may reach."""
-    return int(room.budget_bytes / (1 + margin_for(workload, levers, room.device_kind)))
+    return room.usable_bytes(margin_for(workload, levers, room.device_kind))
 
 
 def fits(workload: Workload, levers: Levers, micro_batch: int, room: Room) -> bool:

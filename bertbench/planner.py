@@ -152,6 +152,7 @@ def make_plan(
     policies: Sequence[Checkpointing] | None = None,
     allowed: Sequence[Levers] = (Levers(),),
     host_if_needed: bool = True,
+    spare_bytes: int = 0,
 ) -> Plan:
     """Choose the fastest setting that is predicted to fit.
 
@@ -168,6 +169,7 @@ def make_plan(
         policies: checkpointing to choose from; all settings by default.
         allowed: the other levers, in all combinations; only exact ones by default.
         host_if_needed: keep the optimizer's state of a GPU on the host if nothing fits otherwise.
+        spare_bytes: what is to be left free of the budget.
 
     Returns:
         The plan.
@@ -177,7 +179,7 @@ def make_plan(
     """
     if target_batch < 1:
         raise InputError(f"target batch {target_batch} is not positive")
-    room = Room(device_kind, budget_bytes)
+    room = Room(device_kind, budget_bytes, spare_bytes)
     settings = _settings(workload, policies, allowed)
     found = _choose(_candidates(workload, settings, target_batch, rates, room), room)
     if found is None and host_if_needed and device_kind == "gpu":
@@ -387,14 +389,23 @@ def _nothing_fits(
     least = least_needed(allowed)
     hint = "use more memory, a shorter sequence or a smaller model"
     lightest = [dataclasses.replace(levers, optimizer=OPTIMIZERS[-1]) for levers in allowed]
-    if least_needed(lightest).budget_bytes <= room.budget_bytes:
+    available = room.budget_bytes - room.spare_bytes
+    if least_needed(lightest).budget_bytes <= available:
         hint = f"allow another update than AdamW's with --allow {OPTIMIZERS[-1]}, or {hint}"
     needed = least.budget_bytes
     return InputError(
         f"{workload.model} at sequence length {workload.seq_len} does not fit in "
-        f"{format_bytes(room.budget_bytes)}: even micro-batch {least.micro_batch} needs "
-        f"{format_bytes(needed)}, {format_bytes(needed - room.budget_bytes)} more",
+        f"{format_bytes(available)}: even micro-batch {least.micro_batch} needs "
+        f"{format_bytes(needed)}, {format_bytes(needed - available)} more",
         hint=hint,
+    )
+
+
+def describe_entry(entry: PlanEntry) -> str:
+    """Write a setting as `3 x 11, checkpointing full`."""
+    return (
+        f"{entry.levers.accumulation_steps} x {entry.micro_batch}, "
+        f"checkpointing {entry.levers.describe()}"
     )
 
 

@@ -14,7 +14,7 @@ from bertbench.catalogue import check_levers
 from bertbench.cloud_storage import RemoteFolder
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, TpuSettings, check_free
-from bertbench.planner import PlanEntry, make_plan, read_plan
+from bertbench.planner import describe_entry, make_plan, read_plan
 from bertbench.progress import say
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import Checkpointing
@@ -249,14 +249,6 @@ def _check_insisted(settings: RunSettings, planned: Levers) -> None:
             path=settings.plan_file,
             hint="make one with `bertbench plan --placement`",
         )
-
-
-def describe_entry(entry: PlanEntry) -> str:
-    """Write a setting as `3 x 11, checkpointing full`."""
-    return (
-        f"{entry.levers.accumulation_steps} x {entry.micro_batch}, "
-        f"checkpointing {entry.levers.describe()}"
-    )
 
 
 def open_device(settings: RunSettings, budget: Budget) -> Any:

@@ -368,26 +368,33 @@ def test_traces_survive_writing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "accumulation", "batch"),
+    ("head", "policy", "accumulation", "batch"),
     [
-        ("none", 1, 7),
-        pytest.param("selective", 1, 70, marks=pytest.mark.slow),
-        pytest.param("full", 1, 9, marks=pytest.mark.slow),
-        pytest.param("nested", 1, 33, marks=pytest.mark.slow),
-        pytest.param("none", 2, 9, marks=pytest.mark.slow),
-        pytest.param("selective", 2, 30, marks=pytest.mark.slow),
-        pytest.param("full", 2, 9, marks=pytest.mark.slow),
-        pytest.param("nested", 2, 33, marks=pytest.mark.slow),
+        ("squad", "none", 1, 7),
+        *(
+            pytest.param(head, policy, accumulation, batch, marks=pytest.mark.slow)
+            for head, accumulation in itertools.product(("squad", "classifier"), (1, 2))
+            for policy, batch in (
+                ("none", 9),
+                ("selective", 70),
+                ("full", 9),
+                ("nested", 33),
+                ("selective:2", 30),
+                ("full:2", 9),
+                ("nested:2", 33),
+                ("nested:2+selective", 33),
+            )
+        ),
     ],
 )
 def test_a_real_step_asks_for_what_the_trace_says(
-    policy: str, accumulation: int, batch: int
+    head: str, policy: str, accumulation: int, batch: int
 ) -> None:
     """The traces were made from models of other sizes, and hold what this one does to the byte.
 
     All but the number of different words, which is only expected.
     """
-    workload = published_workload("bert-mini", 64)
+    workload = published_workload("bert-mini", 64, head)
     levers = Levers(parse_checkpointing(policy), accumulation)
     budget = make_budget(resolve_device("cpu"), GIB_BYTES)
     recordings: list[Recording] = []

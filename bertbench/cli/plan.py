@@ -17,6 +17,7 @@ from bertbench.cli.common import (
     allowed_levers,
     device_options,
     json_option,
+    ledger_option,
     lever_options,
     resolve_budget,
     write_json,
@@ -31,8 +32,12 @@ from bertbench.cli.plan_view import (
     show_plan,
 )
 from bertbench.cost import Rates, device_rates, gpu_rates
+from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
-from bertbench.planner import LeastMemory, Plan, find_least_memory, make_plan
+from bertbench.planner import LeastMemory, Plan, describe_entry, find_least_memory, make_plan
+from bertbench.progress import say
+from bertbench.trial import Trial
+from bertbench.verifying import verify_plan
 from bertbench.workload import Workload, published_workload
 from finetune.checkpointing import parse_checkpointing
 from finetune.config import HEADS
@@ -76,6 +81,8 @@ class _Target:
     is_flag=True,
     help="Ask the other way round: the smallest memory for the target.",
 )
+@click.option("--verify", is_flag=True, help="Run two steps of the plan before it is believed.")
+@ledger_option
 @json_option
 def command(
     target_batch: int,
@@ -92,6 +99,8 @@ def command(
     allow: str | None,
     explain: bool,
     min_memory: bool,
+    verify: bool,
+    ledger_file: Path | None,
     json_file: Path | None,
 ) -> None:  # fmt: skip
     """Fastest micro-batch x accumulation x checkpointing for a target batch.
@@ -115,17 +124,21 @@ def command(
     allowed = allowed_levers(precision, optimizer, placement, allow)
     every_card = gpu is not None and gpu.lower() == "all"
     single = model is not None and seq_len is not None
-    if (every_card or explain) and not single:
-        flag = "--explain" if explain else "--gpu all"
-        raise InputError(f"{flag} is for one workload", hint="give --model and --seq-len")
+    for flag, given in (("--gpu all", every_card), ("--explain", explain), ("--verify", verify)):
+        if given and not single:
+            raise InputError(f"{flag} is for one workload", hint="give --model and --seq-len")
+    if verify and gpu is not None:
+        raise InputError("--verify needs the device itself", hint="leave --gpu out")
     workloads = [
         published_workload(name, length, head)
         for name in (PAPER_MODELS if model is None else (model,))
         for length in (PAPER_SEQ_LENS if seq_len is None else (seq_len,))
     ]
     if min_memory:
-        for flag, value in (("--memory", memory), ("--explain", explain or None)):
-            if value is not None:
+        for flag, given in (
+            ("--memory", memory is not None), ("--explain", explain), ("--verify", verify)
+        ):  # fmt: skip
+            if given:
                 raise InputError(f"--min-memory does not go with {flag}", hint="leave it out")
         kind = "gpu" if gpu is not None else resolve_device(device).kind
         found = [
@@ -140,7 +153,7 @@ def command(
         )
         return
 
-    def plan(workload: Workload, target: _Target) -> Plan:
+    def plan(workload: Workload, target: _Target, spare_bytes: int = 0) -> Plan:
         for levers in allowed:
             check_levers(target.kind, target.name, levers)
         return make_plan(
@@ -153,6 +166,7 @@ def command(
             policies=policies,
             allowed=allowed,
             host_if_needed=placement is None,
+            spare_bytes=spare_bytes,
         )
 
     def plan_or_why(workload: Workload, target: _Target) -> Cell:
@@ -180,9 +194,23 @@ def command(
         return
     target = _target(device, gpu, memory)
     if single:
-        found_plan = plan(workloads[0], target)
+        trials: list[Trial] = []
+        if verify:
+            with open_ledger(ledger_file or default_ledger_path()) as ledger:
+                found_plan, trial, trials = verify_plan(
+                    lambda spare_bytes: plan(workloads[0], target, spare_bytes),
+                    resolve_budget(device, memory),
+                    ledger,
+                    on_attempt=lambda tried: say(f"trying {describe_entry(tried.chosen)}"),
+                )
+            trials = [*trials, trial]
+        else:
+            found_plan = plan(workloads[0], target)
+        plan_json = found_plan.to_json()
+        if trials:
+            plan_json["verified"] = [trial.to_json() for trial in trials]
         _write_or_show(
-            json_file, found_plan.to_json(), lambda: show_plan(found_plan, explain=explain)
+            json_file, plan_json, lambda: show_plan(found_plan, explain=explain, trials=trials)
         )
         return
     for levers in allowed:

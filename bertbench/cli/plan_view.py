@@ -10,6 +10,7 @@ from bertbench.bytes import GIB_BYTES, format_bytes
 from bertbench.catalogue import ACCELERATORS, Accelerator
 from bertbench.cli.common import terminal
 from bertbench.planner import LeastMemory, Plan, PlanEntry
+from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload
 from finetune.recipes import RECIPES, train_steps
 
@@ -61,7 +62,7 @@ def _table(*first: str) -> Table:
     return table
 
 
-def show_plan(plan: Plan, *, explain: bool = False) -> None:
+def show_plan(plan: Plan, *, explain: bool = False, trials: Sequence[Trial] = ()) -> None:
     """A plan: what is chosen, what needs less, what would be faster."""
     console = terminal()
     console.print(
@@ -90,10 +91,25 @@ def show_plan(plan: Plan, *, explain: bool = False) -> None:
             f"checkpointing {rejection.levers.describe()}: {rejection.why}",
             soft_wrap=True,
         )
+    for trial in trials:
+        console.print(_measured(plan, trial), soft_wrap=True)
     if explain:
         show_parts(plan.chosen, plan.budget_bytes)
     for line in _recipe_lines(plan):
         console.print(line, soft_wrap=True)
+
+
+def _measured(plan: Plan, trial: Trial) -> str:
+    """What a trial of a plan has shown; all but the last are of plans that did not fit."""
+    if trial.outcome == "oom":
+        return f"measured: micro-batch {trial.batch} of a larger plan runs out of memory"
+    assert trial.peak_bytes is not None
+    assert trial.step_seconds is not None
+    error = plan.chosen.footprint.peak_bytes / trial.peak_bytes - 1
+    return (
+        f"measured: fits, peak {format_bytes(trial.peak_bytes)} (predicted {error:+.2%}), "
+        f"{trial.step_seconds:.3g} s a batch"
+    )
 
 
 def _recipe_lines(plan: Plan) -> list[str]:

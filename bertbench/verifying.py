@@ -1,0 +1,61 @@
+"""Try a plan before it is believed: one trial of it, and another plan if it does not fit."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+
+from bertbench.devices import Budget
+from bertbench.errors import WorkError
+from bertbench.ledger import record, versions_key
+from bertbench.planner import Plan
+from bertbench.trial import Trial, measure_batches
+
+_PLANS = 4
+_STEP_SHARE = 0.02
+"""Part of the budget that the next plan leaves free, on top of what the last one did."""
+
+
+def verify_plan(
+    make: Callable[[int], Plan],
+    budget: Budget,
+    ledger: sqlite3.Connection,
+    *,
+    on_attempt: Callable[[Plan], None] = lambda plan: None,
+) -> tuple[Plan, Trial, list[Trial]]:
+    """Run two optimizer steps of a plan in a process of its own; plan smaller if they do not fit.
+
+    Args:
+        make: makes a plan that leaves a number of bytes of the budget free.
+        budget: the device, and what may be used of it.
+        ledger: gets the trials.
+        on_attempt: called before every trial.
+
+    Returns:
+        The plan that fits, its trial, and those of the plans that did not.
+
+    Raises:
+        InputError: no plan that leaves so much free fits.
+        WorkError: a trial failed for another reason than memory, or plan after plan ran out.
+    """
+    spare_bytes = 0
+    refuted: list[Trial] = []
+    for _ in range(_PLANS):
+        plan = make(spare_bytes)
+        on_attempt(plan)
+        chosen = plan.chosen
+        (trial,) = measure_batches(
+            plan.workload, chosen.levers, budget, [chosen.micro_batch], steps=2, fresh=True
+        )
+        record(ledger, budget, versions_key(), plan.workload, chosen.levers, trial)
+        if trial.outcome == "fits":
+            return plan, trial, refuted
+        if trial.outcome == "failed":
+            raise WorkError(f"the plan's trial failed: {trial.message}")
+        refuted.append(trial)
+        free_bytes = budget.budget_bytes - chosen.footprint.peak_bytes
+        spare_bytes = max(spare_bytes, free_bytes) + int(_STEP_SHARE * budget.budget_bytes)
+    raise WorkError(
+        f"{_PLANS} plans ran out of memory, the last one leaving {free_bytes:,} bytes free: "
+        "something else uses the device"
+    )
