@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bertbench.allocations import Recording, Replay
+from bertbench.allocations import Memory, Recording, Replay
 from bertbench.allocator_limit import empty_memory
 from bertbench.cost import device_rates, predict_step_seconds
 from bertbench.devices import Budget
@@ -24,12 +24,13 @@ from bertbench.ledger import (
 )
 from bertbench.repetition import Recorded
 from bertbench.search import LARGEST_BATCH, SearchResult, find_max_batch
-from bertbench.traced_steps import replay_step, trace_of
+from bertbench.traced_steps import replay_step, trace_of, traced_peak_bytes
 from bertbench.trial import TIMEOUT_SECONDS, Trial, measure_batches
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import examples_per_block
 
 _PLENTY = 10.0
+_LOOKED_AT_BEYOND = 64
 _START_SECONDS = 5.0
 _ALLOCATOR_WAITS_SECONDS = 10.0
 
@@ -44,6 +45,8 @@ class Cell:
         result: what the search found.
         seconds: time it took now.
         replicas: copies of the model that took a batch each, at the same time.
+        fits_again: batches above one that does not fit for which memory happens to be in larger
+            pieces, by the step's trace; not measured.
     """
 
     workload: Workload
@@ -51,6 +54,7 @@ class Cell:
     result: SearchResult
     seconds: float
     replicas: int = 1
+    fits_again: tuple[int, ...] = ()
 
     def examples_per_second(self, trial: Trial) -> float | None:
         """Rate of a trial of this cell; None if it has not been timed."""
@@ -81,6 +85,7 @@ class Cell:
             "contradictions": [[a.to_json(), b.to_json()] for a, b in result.contradictions],
             "message": result.message,
             "missing_bytes": result.missing_bytes,
+            "fits_again": list(self.fits_again),
             "trials": [trial.to_json() for trial in result.trials],
             "curve": self.curve(),
             "measured": result.measured,
@@ -213,7 +218,31 @@ def probe_cell(
         max_batch=max_batch,
         certify=certify,
     )
-    return Cell(workload, levers, result, time.monotonic() - began, budget.device.replicas)
+    again: tuple[int, ...] = ()
+    if result.stopped_by == "oom" and _is_traced(budget, workload, levers):
+        again = _fits_again(workload, levers, memory, replayed, measured, result.max_batch)
+    return Cell(workload, levers, result, time.monotonic() - began, budget.device.replicas, again)
+
+
+def _fits_again(
+    workload: Workload,
+    levers: Levers,
+    memory: Memory,
+    replayed: Callable[[int], Replay],
+    trials: Sequence[Trial],
+    limit: int,
+) -> tuple[int, ...]:
+    """Larger batches that fit, by a trace that no trial has refuted."""
+    if _refuted(replayed, trials):
+        return ()
+    found = []
+    for batch in range(limit + 2, limit + 2 + _LOOKED_AT_BEYOND):
+        least_bytes = traced_peak_bytes(workload, levers, batch)
+        if least_bytes is None or least_bytes + memory.held_bytes > memory.total_bytes:
+            break
+        if replayed(batch).fits:
+            found.append(batch)
+    return tuple(found)
 
 
 def _refuted(replayed: Callable[[int], Replay], trials: Sequence[Trial]) -> bool:

@@ -21,7 +21,7 @@ from bertbench.attached import resolve_device
 from bertbench.bytes import MIB_BYTES
 from bertbench.cli import ledger as ledger_cli
 from bertbench.cli import probe as probe_cli
-from bertbench.cli.probe_view import View, build_table, shown
+from bertbench.cli.probe_view import View, build_table, fits_again, shown
 from bertbench.cost import device_rates, predict_step_seconds
 from bertbench.devices import GPU_CONTEXT_RESERVE_BYTES, Device, check_alone, make_budget
 from bertbench.errors import WorkError
@@ -35,7 +35,7 @@ from bertbench.traced_steps import replay_step
 from bertbench.trial import TIMEOUT_SECONDS, Trial
 from bertbench.workers import share_out
 from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import parse_checkpointing
+from finetune.checkpointing import Checkpointing, parse_checkpointing
 from finetune.errors import InputError
 
 LIMIT = 21
@@ -517,3 +517,37 @@ def test_an_unknown_cell_takes_two_trials_where_a_trace_tells_its_limit(
     assert cell.result.max_batch == limit + off
     assert cell.result.certificate is not None
     assert cell.result.measured <= most
+    # A trace that was wrong about the limit is not asked what lies beyond.
+    assert off == 0 or cell.fits_again == ()
+
+
+def test_batches_that_fit_beyond_a_hole_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BERT-Mini under 1 GiB: 160 examples fit, 161 do not, and some more do."""
+    budget = make_budget(resolve_device("cpu"), 1024 * MIB_BYTES)
+    workload, levers = published_workload("bert-mini", 128), Levers(Checkpointing("selective"))
+    memory = empty_memory(budget)
+
+    def measure(
+        workload: Any, levers: Any, budget: Any, batches: Sequence[int], *,
+        on_trial: Callable[[Trial], None], **other: Any,
+    ) -> list[Trial]:  # fmt: skip
+        trials = []
+        for batch in batches:
+            replayed = replay_step(workload, levers, batch, memory)
+            outcome: Any = "fits" if replayed.fits else "oom"
+            peak_bytes = replayed.peak_bytes if replayed.fits else None
+            trials.append(Trial(batch, outcome, peak_bytes, 0.1 * batch, fresh=True))
+            on_trial(trials[-1])
+        return trials
+
+    monkeypatch.setattr(probing, "measure_batches", measure)
+    with open_ledger(tmp_path / "l.sqlite") as ledger:
+        cell = probe_cell(ledger, budget, workload, levers)
+    assert cell.result.max_batch == 160
+    assert cell.fits_again
+    assert all(replay_step(workload, levers, b, memory).fits for b in cell.fits_again)
+    assert min(cell.fits_again) > 161
+    assert "mini 128: above 160 these fit again" in fits_again(cell)
+    assert cell.to_json()["fits_again"] == list(cell.fits_again)

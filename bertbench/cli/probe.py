@@ -24,7 +24,14 @@ from bertbench.cli.common import (
     terminal,
     write_json,
 )
-from bertbench.cli.probe_view import build_check_table, build_table, describe, headline, shown
+from bertbench.cli.probe_view import (
+    build_check_table,
+    build_table,
+    describe,
+    fits_again,
+    headline,
+    shown,
+)
 from bertbench.devices import (
     Budget,
     Device,
@@ -235,6 +242,9 @@ def command(
         console.print(headline(budgets[0], levers), soft_wrap=True)
         finished = [workload for index, workload in enumerate(workloads) if index in view.cells]
         console.print(build_table(dict(enumerate(cells)), finished))
+        for cell in cells:
+            if cell.fits_again:
+                console.print(fits_again(cell), soft_wrap=True)
         for index, running in view.running.items():
             fitting = [trial.batch for trial in running.trials if trial.outcome == "fits"]
             console.print(

@@ -214,6 +214,16 @@ def build_table(cells: Mapping[int, Cell], workloads: Sequence[Workload]) -> Tab
     return table
 
 
+def fits_again(cell: Cell) -> str:
+    """Tell of larger batches that fit where smaller ones do not."""
+    batches = cell.fits_again
+    shown = ", ".join(map(str, batches[:6])) + (", ..." if len(batches) > 6 else "")
+    return (
+        f"{cell.workload.model} {cell.workload.seq_len}: above {cell.result.max_batch} these fit "
+        f"again, as memory is in other pieces (predicted, not measured): {shown}"
+    )
+
+
 def _results(cell: Cell) -> list[str]:
     result = cell.result
     best = result.certificate.fits if result.certificate else None
