@@ -18,7 +18,7 @@ from bertbench.catalogue import (
     match_accelerator,
 )
 from bertbench.cost import gpu_rates, predict_step_seconds
-from bertbench.fitting import Room, fits
+from bertbench.fitting import Room, fits, least_peak_bytes, usable_bytes
 from bertbench.planner import Plan, cuts, find_least_memory, make_plan, read_plan
 from bertbench.workload import Levers, levers_from_json, published_workload
 from finetune.checkpointing import parse_checkpointing
@@ -73,6 +73,20 @@ def test_nothing_that_fits_is_faster(
         assert entry.footprint.peak_bytes < chosen.footprint.peak_bytes
     for rejection in plan.rejected:
         assert not fits(workload, rejection.levers, rejection.micro_batch, room)
+
+
+def test_a_step_needs_memory_in_one_piece() -> None:
+    """What is alive at once, 7 examples' activations, would fit; the pieces are too small."""
+    workload, room = published_workload("bert-small", 128), Room("cpu", 512 * MIB_BYTES)
+    assert least_peak_bytes(workload, Levers(), 7, room) < room.budget_bytes
+    assert fits(workload, Levers(), 6, room)
+    assert not fits(workload, Levers(), 7, room)
+    # Without a trace, and on a GPU, a margin takes its place.
+    unknown = Levers(optimizer="lion")
+    assert usable_bytes(workload, unknown, room) < usable_bytes(workload, Levers(), room)
+    on_gpu = Room("gpu", room.budget_bytes)
+    assert usable_bytes(workload, Levers(), on_gpu) == int(room.budget_bytes / 1.08)
+    assert usable_bytes(workload, Levers(), room) == room.budget_bytes
 
 
 @given(st.integers(1, 300))

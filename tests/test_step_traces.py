@@ -16,6 +16,7 @@ from bertbench.allocator_limit import empty_memory
 from bertbench.attached import resolve_device
 from bertbench.bytes import GIB_BYTES, MIB_BYTES
 from bertbench.devices import make_budget
+from bertbench.planner import all_policies
 from bertbench.step_traces import (
     LAYERS,
     OTHER_LAYERS,
@@ -421,12 +422,13 @@ def test_a_real_step_asks_for_what_the_trace_says(
     assert own == pytest.approx(its, rel=0.03)
 
 
-def test_every_published_model_has_its_traces() -> None:
-    for policy, accumulation in itertools.product(("none", "selective", "full", "nested"), (1, 3)):
-        levers = Levers(parse_checkpointing(policy), accumulation)
-        for model in ("bert-tiny", "bert-base", "bert-large"):
-            workload = published_workload(model, 384)
-            assert step_requests(workload, levers, 3) is not None
+@pytest.mark.parametrize("head", ["squad", "classifier"])
+def test_everything_that_is_planned_has_its_trace(head: str) -> None:
+    for model in ("bert-tiny", "bert-base", "bert-large"):
+        workload = published_workload(model, 384, head)
+        for policy in all_policies(workload.config.num_hidden_layers):
+            for steps in (1, 3):
+                assert trace_of(workload, Levers(policy, steps)) is not None
 
 
 def test_memory_that_is_in_pieces_is_not_enough() -> None:
