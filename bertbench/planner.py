@@ -22,7 +22,7 @@ from bertbench.fitting import (
     least_peak_bytes,
     usable_bytes,
 )
-from bertbench.footprint import Footprint
+from bertbench.footprint import SAFETY_MARGIN, Footprint
 from bertbench.workload import Levers, Workload, levers_from_json
 from finetune.checkpointing import NO_CHECKPOINTING, POLICIES, Checkpointing
 from finetune.errors import InputError
@@ -299,12 +299,20 @@ class LeastMemory:
         levers: those that need least.
         micro_batch: likewise.
         budget_bytes: whole MiB.
+        device_kind: that it is for.
     """
 
     workload: Workload
     levers: Levers
     micro_batch: int
     budget_bytes: int
+    device_kind: str
+
+    @property
+    def on_gpu_bytes(self) -> int:
+        """The same on a GPU, where a plan keeps a margin."""
+        margin = 0.0 if self.device_kind == "gpu" else SAFETY_MARGIN
+        return math.ceil(self.budget_bytes * (1 + margin))
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON."""
@@ -356,7 +364,7 @@ def find_least_memory(
             if peak_bytes > below.budget_bytes or not fits(workload, levers, micro_batch, below):
                 continue
         needed = least_budget_bytes(workload, levers, micro_batch, device_kind)
-        best = LeastMemory(workload, levers, micro_batch, needed)
+        best = LeastMemory(workload, levers, micro_batch, needed, device_kind)
     assert best is not None
     return best
 

@@ -79,7 +79,7 @@ class _Target:
 @click.option(
     "--min-memory",
     is_flag=True,
-    help="Ask the other way round: the smallest memory for the target.",
+    help="Ask the other way round: the smallest memory for the target (on a GPU: --gpu all).",
 )
 @click.option("--verify", is_flag=True, help="Run two steps of the plan before it is believed.")
 @ledger_option
@@ -124,7 +124,8 @@ def command(
     allowed = allowed_levers(precision, optimizer, placement, allow)
     every_card = gpu is not None and gpu.lower() == "all"
     single = model is not None and seq_len is not None
-    for flag, given in (("--gpu all", every_card), ("--explain", explain), ("--verify", verify)):
+    all_cards = every_card and not min_memory
+    for flag, given in (("--gpu all", all_cards), ("--explain", explain), ("--verify", verify)):
         if given and not single:
             raise InputError(f"{flag} is for one workload", hint="give --model and --seq-len")
     if verify and gpu is not None:
@@ -140,7 +141,11 @@ def command(
         ):  # fmt: skip
             if given:
                 raise InputError(f"--min-memory does not go with {flag}", hint="leave it out")
-        kind = "gpu" if gpu is not None else resolve_device(device).kind
+        if gpu is not None and not every_card:
+            raise InputError(
+                f"--min-memory does not go with --gpu {gpu}", hint="it tells which cards are enough"
+            )
+        kind = "gpu" if every_card else resolve_device(device).kind
         found = [
             find_least_memory(workload, target_batch, policies, allowed, kind)
             for workload in workloads
@@ -244,7 +249,7 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
 
 
 def _names(least: LeastMemory) -> list[str]:
-    return [card.name for card in cards_of(least.budget_bytes)]
+    return [card.name for card in cards_of(least.on_gpu_bytes)]
 
 
 def _target(device: str, gpu: str | None, memory: int | None) -> _Target:

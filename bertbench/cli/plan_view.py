@@ -200,7 +200,7 @@ def show_cards(title: str, cells: Sequence[tuple[Accelerator, Cell]]) -> None:
     console.print(table)
     none = [product.name for product, cell in cells if not isinstance(cell, Plan)]
     if none:
-        console.print(f"does not fit: {', '.join(none)}", soft_wrap=True)
+        console.print(f"no plan for {', '.join(none)}", soft_wrap=True)
     for note in marks.notes():
         console.print(note, soft_wrap=True)
     if any(isinstance(cell, Plan) and _on_host(cell.chosen.levers) for _, cell in cells):
@@ -217,7 +217,7 @@ def show_least(target_batch: int, found: Sequence[LeastMemory]) -> None:
         left = title in ("model", "checkpointing", "card")
         table.add_column(title, justify="left" if left else "right", no_wrap=True)
     for least in found:
-        cards = cards_of(least.budget_bytes)
+        cards = cards_of(least.on_gpu_bytes)
         table.add_row(
             least.workload.model,
             str(least.workload.seq_len),
