@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bertbench.devices import Budget
+from bertbench.errors import OutOfMemoryError
 from bertbench.output_folder import (
     describe_file,
     hash_arrays,
@@ -22,6 +23,7 @@ from bertbench.output_folder import (
 )
 from bertbench.progress import say
 from bertbench.running import ModelFiles, RunSettings, choose_levers, open_device
+from bertbench.stepping_down import follow, step_down
 from bertbench.training import Predict, Scorer, make_predict, train_model
 from bertbench.workload import Workload
 from finetune.errors import InputError
@@ -91,6 +93,8 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
     Raises:
         InputError: too few examples, nothing fits, the weights do not match, or the output
             folder holds another run.
+        bertbench.errors.SteppedDownError: a step ran out of memory; what was done is saved, and the
+            same call in a fresh process goes on with another plan.
         bertbench.errors.WorkError: training failed.
     """
     if job.train_arrays is None:
@@ -104,6 +108,7 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
         )
     say(f"train: {job.num_examples} examples, {steps} steps of {settings.train_batch_size}")
     micro_batch, levers = choose_levers(job.workload, settings, budget)
+    micro_batch, levers = follow(settings, budget, micro_batch, levers)
     strategy = open_device(settings, budget)
     variables = _create(settings, job.workload, strategy)
     if files.init_checkpoint is not None:
@@ -144,17 +149,20 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
     predict = make_predict(variables, job.workload, predict_batch, strategy)
     scorer = None if job.make_scorer is None else job.make_scorer(predict)
     began = time.monotonic()
-    trained = train_model(
-        variables,
-        job.workload,
-        settings,
-        levers,
-        micro_batch,
-        job.train_arrays,
-        steps,
-        scorer,
-        strategy,
-    )
+    try:
+        trained = train_model(
+            variables,
+            job.workload,
+            settings,
+            levers,
+            micro_batch,
+            job.train_arrays,
+            steps,
+            scorer,
+            strategy,
+        )
+    except OutOfMemoryError as error:
+        step_down(job.workload, settings, budget, micro_batch, levers, error)
     results = {
         "task": job.task,
         **trained,

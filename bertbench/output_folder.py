@@ -164,8 +164,28 @@ def prepare_output(
             "settings": settings_json(settings),
             **extra,
             "invocations": [*(earlier or {}).get("invocations", []), begun],
+            "steps_down": (earlier or {}).get("steps_down", []),
         },
     )
+
+
+def recorded_steps_down(folder: Path) -> list[dict[str, Any]]:
+    """What a folder's run could not go on with, oldest first; see `bertbench.stepping_down`.
+
+    Empty if there is no run, or no readable record; `prepare_output` says what is wrong with it.
+    """
+    try:
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return list(record.get("steps_down", [])) if isinstance(record, dict) else []
+
+
+def add_step_down(settings: RunSettings, values: Mapping[str, Any]) -> None:
+    """Add to the run's record what it could not go on with, and what comes after it."""
+    record = json.loads((settings.output_dir / RUN_FILE).read_text(encoding="utf-8"))
+    steps_down = [*record.get("steps_down", []), dict(values)]
+    _write_record(settings.output_dir, {**record, "steps_down": steps_down})
 
 
 def record_results(settings: RunSettings, results: Mapping[str, Any]) -> None:

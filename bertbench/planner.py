@@ -410,11 +410,13 @@ def _nothing_fits(
 
 
 def describe_entry(entry: PlanEntry) -> str:
+    """Write a plan's setting as `3 x 11, checkpointing full`."""
+    return describe_setting(entry.micro_batch, entry.levers)
+
+
+def describe_setting(micro_batch: int, levers: Levers) -> str:
     """Write a setting as `3 x 11, checkpointing full`."""
-    return (
-        f"{entry.levers.accumulation_steps} x {entry.micro_batch}, "
-        f"checkpointing {entry.levers.describe()}"
-    )
+    return f"{levers.accumulation_steps} x {micro_batch}, checkpointing {levers.describe()}"
 
 
 def read_plan(path: Path) -> tuple[int, int, Levers]:

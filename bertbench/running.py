@@ -14,7 +14,7 @@ from bertbench.catalogue import check_levers
 from bertbench.cloud_storage import RemoteFolder
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, TpuSettings, check_free
-from bertbench.planner import describe_entry, make_plan, read_plan
+from bertbench.planner import Plan, describe_entry, make_plan, read_plan
 from bertbench.progress import say
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import Checkpointing
@@ -105,6 +105,11 @@ class RunSettings:
         """Copies of the model that share the effective batch."""
         return 1 if self.tpu is None else self.tpu.cores
 
+    @property
+    def replica_batch(self) -> int:
+        """What one replica has to do of the effective batch; the last may have padding."""
+        return -(-self.train_batch_size // self.replicas)
+
 
 def find_model_files(
     model_dir: Path | None,
@@ -189,8 +194,7 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
     """
     for levers in settings.allowed:
         check_levers(budget.device.kind, budget.device.name, levers)
-    # What one replica has to do; the last may have rows of padding.
-    target_batch = -(-settings.train_batch_size // settings.replicas)
+    target_batch = settings.replica_batch
     if settings.plan_file is not None:
         planned_batch, micro_batch, levers = read_plan(settings.plan_file)
         if planned_batch != target_batch:
@@ -209,10 +213,31 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
         return micro_batch, dataclasses.replace(
             settings.allowed[0], checkpointing=policy, accumulation_steps=steps
         )
-    plan = make_plan(
+    plan = plan_run(workload, settings, budget, budget.budget_bytes)
+    share = f"{settings.replicas} replicas, each " if settings.replicas > 1 else ""
+    say(
+        f"plan: {share}{describe_entry(plan.chosen)}, predicted peak "
+        f"{format_bytes(plan.chosen.footprint.peak_bytes)} of {format_bytes(budget.budget_bytes)}"
+    )
+    return plan.chosen.micro_batch, plan.chosen.levers
+
+
+def plan_run(workload: Workload, settings: RunSettings, budget: Budget, budget_bytes: int) -> Plan:
+    """Plan what the settings leave open.
+
+    Args:
+        workload: what is trained.
+        settings: what is asked for.
+        budget: the device.
+        budget_bytes: what the allocator may use, no more than the budget.
+
+    Raises:
+        InputError: nothing fits.
+    """
+    return make_plan(
         workload,
-        target_batch,
-        budget.budget_bytes,
+        settings.replica_batch,
+        budget_bytes,
         device_rates(budget.device),
         device=budget.device.name,
         device_kind=budget.device.kind,
@@ -220,12 +245,6 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
         allowed=settings.allowed,
         host_if_needed=not settings.insist_placement,
     )
-    share = f"{settings.replicas} replicas, each " if settings.replicas > 1 else ""
-    say(
-        f"plan: {share}{describe_entry(plan.chosen)}, predicted peak "
-        f"{format_bytes(plan.chosen.footprint.peak_bytes)} of {format_bytes(budget.budget_bytes)}"
-    )
-    return plan.chosen.micro_batch, plan.chosen.levers
 
 
 def _check_insisted(settings: RunSettings, planned: Levers) -> None:

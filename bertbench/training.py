@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from bertbench.errors import StoppedEarlyError, WorkError
+from bertbench.errors import OutOfMemoryError, StoppedEarlyError, WorkError
+from bertbench.outcomes import classify_error
 from bertbench.progress import progress, say
 from bertbench.running import RunSettings
 from bertbench.workload import Levers, Workload
@@ -83,7 +84,8 @@ def train_model(
 
     Raises:
         InputError: the folder's checkpoints cannot be continued from.
-        WorkError: out of memory, a loss that is not finite, or a disk that is full.
+        OutOfMemoryError: a step did not fit.
+        WorkError: a loss that is not finite, or a disk that is full.
         StoppedEarlyError: the user interrupted.
     """
     import tensorflow as tf
@@ -191,11 +193,14 @@ def train_model(
                 evaluation=evaluation,
                 listener=Listener(on_step, on_evaluation, on_save, should_stop),
             )
-        except tf.errors.ResourceExhaustedError as error:
-            raise WorkError(
-                f"out of memory with micro-batch {micro_batch} and checkpointing "
-                f"{levers.checkpointing} ({str(error).splitlines()[0]}); the last checkpoint is "
-                "kept: give a smaller --memory, which plans smaller, and run again"
+        except tf.errors.OpError as error:
+            if classify_error(type(error).__name__, str(error)) != "oom":
+                raise
+            saved = [path.name.rpartition("-")[2] for path in list_checkpoints(folder)]
+            raise OutOfMemoryError(
+                f"out of memory in step {done + 1} with {levers.accumulation_steps} x "
+                f"{micro_batch}, checkpointing {levers.describe()}",
+                int(saved[-1]) if saved else 0,
             ) from error
         except FloatingPointError as error:
             raise WorkError(str(error)) from error

@@ -172,13 +172,15 @@ def apply_gradients(
     trained: Sequence[tf.Variable],
     gradients: Sequence[tf.Tensor],
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Clip, decay, update all variables in place, and count the step.
+    """Clip, count the step, decay, and update all variables in place.
 
     Every replica makes the same update of its own copy, so nothing but handles is used: what
     assigns through a variable would be synchronised once more between replicas.
 
     Variables are updated one after another, so that the temporaries of only one of them exist at
-    a time; the largest, the word embeddings, come last, when most gradients are gone.
+    a time; the largest, the word embeddings, come last, when most gradients are gone. The step is
+    counted before any of them: as long as it is not counted, weights and slots are as they were,
+    whatever goes wrong.
 
     The global norm is that of dense gradients: `tf.clip_by_global_norm` would take the un-merged
     rows of a sparse gradient, and so depend on how a batch was cut.
@@ -226,7 +228,10 @@ def _update_all(
     scale = settings.clip_norm / tf.maximum(norm, settings.clip_norm)
     scale = tf.where(tf.math.is_finite(norm), scale, float("nan")) / loss_scale
     updates_done = tf.cast(state.step + 1, tf.float32)
-    before: list[Any] = [norm]
+    with tf.control_dependencies([norm, rate, updates_done]):
+        one = tf.ones([], tf.int64)
+        counted = tf.raw_ops.AssignAddVariableOp(resource=state.step.handle, value=one)
+    before: list[Any] = [counted]
     for variable, slots, gradient in reversed(
         list(zip(trained, state.slots, gradients, strict=True))
     ):
@@ -246,9 +251,6 @@ def _update_all(
                 before = optimize(variable.handle, clipped)
             else:
                 before = [_on_host(optimize, state.change.handle, variable, clipped)]
-    with tf.control_dependencies(before):
-        one = tf.ones([], tf.int64)
-        tf.raw_ops.AssignAddVariableOp(resource=state.step.handle, value=one)
 
 
 _Handles = Mapping[str, tf.Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import json
@@ -158,7 +159,8 @@ def train(
 
     Every step appends a line to `train_log.jsonl`. A checkpoint is written at the set intervals,
     at the end, and when asked to stop, so an interruption with notice loses nothing and a kill
-    loses the steps since the last checkpoint, which are then repeated identically.
+    loses the steps since the last checkpoint, which are then repeated identically. An operation
+    that fails, as when memory runs out, loses nothing either unless the update had begun.
 
     Args:
         trainer: model, optimizer and compiled step; changed.
@@ -175,7 +177,8 @@ def train(
         InputError: there is no data.
         FloatingPointError: the loss or the gradient is not finite; the last checkpoint stays.
         OSError: a checkpoint or log could not be written.
-        tensorflow.errors.ResourceExhaustedError: a step does not fit in memory.
+        tensorflow.errors.OpError: an operation failed; `ResourceExhaustedError` if a step does not
+            fit in memory.
     """
     listener = listener or Listener()
     if not len(next(iter(data.values()))):
@@ -211,10 +214,26 @@ def train(
                 saved_at, saved_step = time.monotonic(), step
             if ending is not None:
                 return ending
-            record = _one_step(trainer, data, schedule, step)
+            try:
+                record = _one_step(trainer, data, schedule, step)
+            except tf.errors.OpError:
+                if step > saved_step and not _update_began(trainer, step):
+                    # What went wrong is to be known even if this goes wrong too.
+                    with contextlib.suppress(tf.errors.OpError, OSError):
+                        save_state(output_dir, trainer.variables, trainer.state)
+                        listener.on_save()
+                raise
             step = record.step
             log.write(json.dumps(dataclasses.asdict(record)) + "\n")
             listener.on_step(record)
+
+
+def _update_began(trainer: Trainer, step: int) -> bool:
+    """Whether a step that failed may have changed the model."""
+    if isinstance(trainer.state.step, tf.distribute.DistributedValues):
+        # Another replica may be further than the one that is asked.
+        return True
+    return int(trainer.state.step.numpy()) != step
 
 
 def _evaluation_due(

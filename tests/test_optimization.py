@@ -10,6 +10,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune import optimization
 from finetune.errors import InputError
 from finetune.optimization import (
     OptimizerSettings,
@@ -351,3 +352,32 @@ def test_what_reads_slots_on_the_host_runs_there(optimizer: str) -> None:
             reached.add(op)
     sized = [op for op in reached if any(t.shape.rank for t in op.outputs)]
     assert all(op.device.endswith("CPU:0") for op in [*moments, *sized])
+
+
+@pytest.mark.parametrize("broken", [*range(len(NAMES)), None])
+def test_weights_that_may_have_changed_belong_to_a_step_that_is_counted(
+    broken: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an error, as when memory runs out, the step tells whether the weights are whole."""
+    weights = [tf.Variable(tf.ones(shape), name=n) for n, shape in zip(NAMES, SHAPES, strict=True)]
+    state = create_state(weights)
+    adam, calls, updating = optimization._adam, [], broken is not None
+
+    def failing(*arguments: object) -> list[tf.Operation]:
+        calls.append(arguments)
+        if len(calls) - 1 == broken:
+            raise RuntimeError
+        return adam(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(optimization._OPTIMIZERS, "adamw", failing)
+    if broken is None:
+        # Before the update: the norm of all gradients.
+        monkeypatch.setattr(tf.nn, "l2_loss", lambda gradient: failing())
+        broken = 0
+    with pytest.raises(RuntimeError):
+        apply_gradients(
+            OptimizerSettings(0.1, 10), state, weights, [tf.ones(shape) for shape in SHAPES]
+        )
+    changed = any((variable.numpy() != 1).any() for variable in weights)
+    assert int(state.step.numpy()) == updating
+    assert not changed or updating

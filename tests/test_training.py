@@ -203,3 +203,55 @@ def test_a_step_that_is_not_finite_is_never_saved(
     with pytest.raises(FloatingPointError, match=r"at step 3; use a smaller learning rate"):
         train(broken, data, schedule, tmp_path)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["model.ckpt-1", "model.ckpt-2"]
+
+
+@pytest.mark.parametrize("update_began", [False, True])
+def test_a_step_that_runs_out_of_memory_loses_nothing_unless_its_update_began(
+    tmp_path: Path, data: dict[str, np.ndarray], update_began: bool
+) -> None:
+    trainer = tiny_trainer("squad", SEQ_LEN)
+    schedule = dataclasses.replace(SCHEDULE, save_checkpoints_steps=2)
+    saved: list[int] = []
+
+    def exhausted(batch: object) -> StepResult:
+        if int(trainer.state.step.numpy()) == 3:
+            if update_began:
+                word_embeddings = next(iter(trainer.variables.values()))
+                word_embeddings.assign(2.0 * word_embeddings)
+                trainer.state.step.assign_add(1)
+            raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+        return trainer.step(batch)
+
+    broken = Trainer(trainer.variables, trainer.state, exhausted)
+    listener = Listener(on_save=lambda: saved.append(int(trainer.state.step.numpy())))
+    with pytest.raises(tf.errors.ResourceExhaustedError):
+        train(broken, data, schedule, tmp_path, listener=listener)
+    assert saved == ([2] if update_began else [2, 3])
+
+    again = tiny_trainer("squad", SEQ_LEN)
+    assert resume(again, tmp_path) == saved[-1]
+    train(again, data, schedule, tmp_path)
+    undisturbed, whole = tiny_trainer("squad", SEQ_LEN), tmp_path / "whole"
+    whole.mkdir()
+    train(undisturbed, data, schedule, whole)
+    for name, value in values_of(undisturbed).items():
+        np.testing.assert_array_equal(values_of(again)[name], value)
+    assert [r.step for r in read_log(tmp_path / LOG_NAME)] == [*range(1, 9)]
+
+
+def test_a_failed_step_is_told_even_if_it_cannot_be_saved(
+    tmp_path: Path, data: dict[str, np.ndarray]
+) -> None:
+    trainer = tiny_trainer("squad", SEQ_LEN)
+
+    def exhausted(batch: object) -> StepResult:
+        if int(trainer.state.step.numpy()) == 3:
+            raise tf.errors.InternalError(None, None, "CUBLAS_STATUS_ALLOC_FAILED")
+        return trainer.step(batch)
+
+    def full() -> None:
+        raise OSError("no space left")
+
+    broken = Trainer(trainer.variables, trainer.state, exhausted)
+    with pytest.raises(tf.errors.InternalError, match="CUBLAS"):
+        train(broken, data, SCHEDULE, tmp_path, listener=Listener(on_save=full))

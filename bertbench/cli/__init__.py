@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from bertbench.cli.common import CONTEXT
-from bertbench.errors import StoppedEarlyError, WorkError
+from bertbench.cli.common import CONTEXT, GO_ON_VARIABLE
+from bertbench.errors import SteppedDownError, StoppedEarlyError, WorkError
 from finetune.errors import InputError
 
 _VERBS = {
@@ -60,7 +60,12 @@ def main(arguments: list[str] | None = None) -> Any:
     """Run the command line.
 
     Exits with code 0 on success, 2 for wrong input, 1 for work that failed, 130 when interrupted.
+
+    Args:
+        arguments: None takes those of the process, which is then replaced by a fresh one where a
+            run has to go on in one.
     """
+    environment = dict(os.environ)
     try:
         cli.main(args=arguments, prog_name="bertbench", standalone_mode=False)
     except click.exceptions.Exit as finished:
@@ -69,6 +74,10 @@ def main(arguments: list[str] | None = None) -> Any:
         _fail(error.format_message(), 2)
     except InputError as error:
         _fail(str(error), 2)
+    except SteppedDownError as error:
+        if arguments is not None:
+            _fail(f"{error}: the same command goes on", 1)
+        _go_on(error, environment)
     except StoppedEarlyError as error:
         _fail(str(error), 130)
     except WorkError as error:
@@ -83,6 +92,14 @@ def main(arguments: list[str] | None = None) -> Any:
         where = "" if error.filename is None else f"{error.filename}: "
         _fail(f"{where}{error.strerror or error}; choose another place, or make room there", 1)
     sys.exit(0)
+
+
+def _go_on(error: SteppedDownError, environment: dict[str, str]) -> NoReturn:
+    """Become a fresh process that runs the same command, in the same output folder."""
+    print(f"bertbench: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    environment[GO_ON_VARIABLE] = str(error.output_dir)
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def _fail(message: str, code: int) -> None:

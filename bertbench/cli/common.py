@@ -26,6 +26,9 @@ CONTEXT = {
     "max_content_width": 80,
 }
 
+GO_ON_VARIABLE = "BERTBENCH_GO_ON_IN"
+"""Set for a process that goes on with an interrupted run; names the run's output folder."""
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 

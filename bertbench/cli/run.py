@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 from bertbench.attached import tpu_device
 from bertbench.cli.common import (
     CONTEXT,
+    GO_ON_VARIABLE,
     allowed_levers,
     device_options,
     json_option,
@@ -129,11 +131,27 @@ def squad(context: click.Context, **flags: Any) -> None:
         --train_file train-v1.1.json --predict_file dev-v1.1.json \\
         --target-batch 32 --memory 12GiB --output_dir squad_out
     """
+    goes_on = _go_on(flags)
     with local_files(flags):
-        _run_squad(context, flags)
+        _run_squad(context, flags, goes_on)
 
 
-def _run_squad(context: click.Context, flags: dict[str, Any]) -> None:
+def _go_on(flags: dict[str, Any]) -> bool:
+    """Whether this process goes on with what the same command has begun in another; see there.
+
+    Then it is to take what is in the output folder, whatever the flags say, and to make do with
+    what is free.
+    """
+    folder = os.environ.pop(GO_ON_VARIABLE, None)
+    if folder is None:
+        return False
+    flags["overwrite_output_dir"], flags["resume"] = False, True
+    if flags["output_dir"] is None:
+        flags["output_dir"] = Path(folder)
+    return True
+
+
+def _run_squad(context: click.Context, flags: dict[str, Any], goes_on: bool) -> None:
     from bertbench.run_squad import SquadSettings, run_squad
 
     asked = flags["do_train"] or flags["do_predict"]
@@ -161,7 +179,7 @@ def _run_squad(context: click.Context, flags: dict[str, Any]) -> None:
             if field.name not in ("train_file", "predict_file")
         },
     )
-    budget = _budget(flags, settings)
+    budget = _budget(flags, settings, goes_on)
     _report(run_squad(files, settings, squad_settings, budget), flags)
 
 
@@ -202,11 +220,12 @@ def classifier(context: click.Context, **flags: Any) -> None:
         --model uncased_L-12_H-768_A-12 --do_train --do_eval \\
         --train_batch_size 32 --learning_rate 2e-5 --output_dir mrpc_out
     """
+    goes_on = _go_on(flags)
     with local_files(flags):
-        _run_classifier(context, flags)
+        _run_classifier(context, flags, goes_on)
 
 
-def _run_classifier(context: click.Context, flags: dict[str, Any]) -> None:
+def _run_classifier(context: click.Context, flags: dict[str, Any], goes_on: bool) -> None:
     from bertbench.run_classifier import ClassifierSettings, run_classifier
 
     tables = {split: flags[f"{split}_file"] for split in ("train", "dev", "test")}
@@ -239,7 +258,7 @@ def _run_classifier(context: click.Context, flags: dict[str, Any]) -> None:
         do_predict=do["test"],
         max_train_examples=flags["max_train_examples"],
     )
-    budget = _budget(flags, settings)
+    budget = _budget(flags, settings, goes_on)
     _report(run_classifier(files, settings, what, budget), flags)
 
 
@@ -337,10 +356,14 @@ def _tpu(flags: dict[str, Any]) -> TpuSettings | None:
     )
 
 
-def _budget(flags: dict[str, Any], settings: RunSettings) -> Budget:
+def _budget(flags: dict[str, Any], settings: RunSettings, goes_on: bool) -> Budget:
     if settings.tpu is not None:
         return make_budget(tpu_device(settings.tpu, flags["memory"] or TPU_CORE_BYTES))
-    return resolve_budget(flags["device"], flags["memory"])
+    budget = resolve_budget(flags["device"], flags["memory"])
+    if goes_on and budget.budget_bytes > budget.device.free_bytes:
+        # Somebody else has taken the memory that the run was promised.
+        budget = make_budget(budget.device)
+    return budget
 
 
 def _report(results: dict[str, Any], flags: dict[str, Any]) -> None:

@@ -1,0 +1,191 @@
+"""A run that runs out of memory goes on with a plan that needs less.
+
+A prediction may be wrong, and another process may take memory of the same device. The run then
+notes in `run.json` what did not fit and what is tried next, and begins again in a fresh process,
+because memory is in pieces after such an error. Whatever chooses the same setting again under the
+same budget, there or in a later run of the same command, is led to the next one.
+
+This module does not import TensorFlow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bertbench.bytes import format_bytes
+from bertbench.devices import Budget
+from bertbench.errors import OutOfMemoryError, SteppedDownError, WorkError
+from bertbench.fitting import Room, least_peak_bytes, margin_for
+from bertbench.output_folder import add_step_down, recorded_steps_down
+from bertbench.planner import PlanEntry, describe_setting
+from bertbench.progress import say
+from bertbench.running import RunSettings, plan_run
+from bertbench.workload import Levers, Workload, levers_from_json
+from finetune.errors import InputError
+
+_NEXT_SHARE = 0.9
+"""Predicted peak of the next plan, at most, as a part of that of the one that did not fit."""
+
+_SAME_BUDGET = 1.05
+"""A budget larger by more than this is worth another try of what did not fit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepDown:
+    """One setting that did not fit, and the one after it.
+
+    Attributes:
+        at: date and time.
+        step: optimizer steps that were done and saved.
+        budget_bytes: what the allocator could use.
+        micro_batch: of what did not fit.
+        levers: likewise.
+        next_micro_batch: of what comes after it.
+        next_levers: likewise.
+        message: what happened.
+    """
+
+    at: str
+    step: int
+    budget_bytes: int
+    micro_batch: int
+    levers: Levers
+    next_micro_batch: int
+    next_levers: Levers
+    message: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Values for `run.json`."""
+        return {
+            "at": self.at,
+            "step": self.step,
+            "budget_bytes": self.budget_bytes,
+            "from": {"micro_batch": self.micro_batch, **self.levers.to_json()},
+            "to": {"micro_batch": self.next_micro_batch, **self.next_levers.to_json()},
+            "message": self.message,
+        }
+
+
+def step_down_from_json(values: dict[str, Any]) -> StepDown:
+    """Read what `StepDown.to_json` wrote."""
+    before, after = values["from"], values["to"]
+    return StepDown(
+        values["at"],
+        values["step"],
+        values["budget_bytes"],
+        before["micro_batch"],
+        levers_from_json(before),
+        after["micro_batch"],
+        levers_from_json(after),
+        values["message"],
+    )
+
+
+def follow(
+    settings: RunSettings, budget: Budget, micro_batch: int, levers: Levers
+) -> tuple[int, Levers]:
+    """Replace a setting that the run in the output folder could not go on with.
+
+    Args:
+        settings: name the folder.
+        budget: of now.
+        micro_batch: of what has been chosen.
+        levers: likewise.
+
+    Returns:
+        Micro-batch and levers to go on with: those chosen unless they are known not to fit.
+
+    Raises:
+        InputError: the folder's record cannot be read.
+    """
+    if settings.overwrite or settings.micro_batch is not None:
+        return micro_batch, levers
+    chosen = micro_batch, levers
+    for values in recorded_steps_down(settings.output_dir):
+        try:
+            down = step_down_from_json(values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"not the record of a run ({error!r})",
+                path=settings.output_dir,
+                hint="choose another --output_dir, or --overwrite_output_dir to start again",
+            ) from error
+        same = (down.micro_batch, down.levers) == (micro_batch, levers)
+        if same and budget.budget_bytes <= _SAME_BUDGET * down.budget_bytes:
+            micro_batch, levers = down.next_micro_batch, down.next_levers
+    if (micro_batch, levers) != chosen:
+        say(
+            f"{describe_setting(*chosen)} ran out of memory before: going on with "
+            f"{describe_setting(micro_batch, levers)}"
+        )
+    return micro_batch, levers
+
+
+def step_down(
+    workload: Workload,
+    settings: RunSettings,
+    budget: Budget,
+    micro_batch: int,
+    levers: Levers,
+    error: OutOfMemoryError,
+) -> NoReturn:
+    """Note in the run's record what is tried next.
+
+    Args:
+        workload: what is trained.
+        settings: what was asked for; name the folder.
+        budget: what the run had.
+        micro_batch: of what did not fit.
+        levers: likewise.
+        error: what happened.
+
+    Raises:
+        SteppedDownError: always, unless
+        WorkError: the user insists on the micro-batch, or nothing needs less.
+    """
+    if settings.micro_batch is not None:
+        raise WorkError(
+            f"{error}; step {error.step} is saved: give a smaller --micro_batch, or none, and the "
+            "same command goes on"
+        ) from error
+    after = _next_plan(workload, settings, budget, micro_batch, levers)
+    if after is None:
+        raise WorkError(
+            f"{error}, and no setting needs a tenth less; step {error.step} is saved: with more "
+            "memory the same command goes on"
+        ) from error
+    down = StepDown(
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        error.step,
+        budget.budget_bytes,
+        micro_batch,
+        levers,
+        after.micro_batch,
+        after.levers,
+        str(error),
+    )
+    add_step_down(settings, down.to_json())
+    raise SteppedDownError(
+        f"{error}; going on from step {error.step} with "
+        f"{describe_setting(after.micro_batch, after.levers)}, predicted peak "
+        f"{format_bytes(after.footprint.peak_bytes)}",
+        Path(settings.output_dir),
+    ) from error
+
+
+def _next_plan(
+    workload: Workload, settings: RunSettings, budget: Budget, micro_batch: int, levers: Levers
+) -> PlanEntry | None:
+    kind = budget.device.kind
+    peak_bytes = least_peak_bytes(workload, levers, micro_batch, Room(kind, budget.budget_bytes))
+    most_bytes = int(_NEXT_SHARE * peak_bytes * (1 + margin_for(workload, levers, kind)))
+    # The update must stay the same one, so only the levers that do not change it are free.
+    kept = dataclasses.replace(settings, allowed=(levers,))
+    try:
+        plan = plan_run(workload, kept, budget, min(budget.budget_bytes, most_bytes))
+    except InputError:
+        return None
+    return plan.chosen

@@ -1,0 +1,181 @@
+"""A run that runs out of memory goes on with a plan that needs less."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from bertbench.attached import resolve_device
+from bertbench.bytes import MIB_BYTES
+from bertbench.cli import main
+from bertbench.devices import Budget, make_budget
+from bertbench.errors import OutOfMemoryError, SteppedDownError, WorkError
+from bertbench.fitting import Room, least_peak_bytes
+from bertbench.output_folder import RUN_FILE
+from bertbench.running import RunSettings, choose_levers
+from bertbench.stepping_down import follow, step_down
+from bertbench.workload import Levers, published_workload
+from finetune.checkpointing import Checkpointing
+from finetune.checkpoints import list_checkpoints
+from finetune.errors import InputError
+from finetune.training import read_log
+
+TESTS = Path(__file__).parent
+WORKLOAD = published_workload("bert-mini", 128)
+DEVICE = resolve_device("cpu")
+BUDGET = make_budget(DEVICE, 400 * MIB_BYTES)
+ERROR = OutOfMemoryError("out of memory in step 8 with something", 7)
+
+
+def settings(folder: Path, **more: Any) -> RunSettings:
+    (folder / RUN_FILE).write_text("{}") if not (folder / RUN_FILE).exists() else None
+    return RunSettings(
+        **{
+            "output_dir": folder, "max_seq_length": 128, "do_lower_case": True,
+            "train_batch_size": 16, "predict_batch_size": 8, "learning_rate": 1e-4,
+            "num_train_epochs": 1.0, "warmup_proportion": 0.1, "save_checkpoints_steps": 100,
+            "seed": 1, **more,
+        }
+    )  # fmt: skip
+
+
+def after(asked: RunSettings, micro_batch: int, levers: Levers) -> tuple[int, Levers]:
+    """What the run goes on with after a setting that did not fit."""
+    with pytest.raises(SteppedDownError, match=r"in step 8 .*going on from step 7 with"):
+        step_down(WORKLOAD, asked, BUDGET, micro_batch, levers, ERROR)
+    return follow(asked, BUDGET, micro_batch, levers)
+
+
+def test_every_step_down_needs_clearly_less_until_nothing_does(tmp_path: Path) -> None:
+    asked = settings(tmp_path)
+    first = choose_levers(WORKLOAD, asked, BUDGET)
+    assert follow(asked, BUDGET, *first) == first
+    room = Room("cpu", BUDGET.budget_bytes)
+    chain = [first]
+    for _ in range(100):
+        with pytest.raises(WorkError) as error:
+            step_down(WORKLOAD, asked, BUDGET, *chain[-1], ERROR)
+        if not isinstance(error.value, SteppedDownError):
+            break
+        # From the first choice the whole chain is gone through.
+        chain.append(follow(asked, BUDGET, *first))
+    assert "no setting needs a tenth less; step 7 is saved" in str(error.value)
+    peaks = [least_peak_bytes(WORKLOAD, levers, batch, room) for batch, levers in chain]
+    assert len(chain) >= 3
+    assert all(more <= 0.9 * peak for peak, more in itertools.pairwise(peaks))
+    assert all(batch * levers.accumulation_steps >= 16 for batch, levers in chain)
+    recorded = json.loads((tmp_path / RUN_FILE).read_text())["steps_down"]
+    assert [down["step"] for down in recorded] == [7] * (len(chain) - 1)
+
+
+def test_a_plan_for_much_more_memory_steps_down_to_the_budget(tmp_path: Path) -> None:
+    batch, levers = after(settings(tmp_path), 400, Levers())
+    assert least_peak_bytes(WORKLOAD, levers, batch, Room("cpu", 0)) <= BUDGET.budget_bytes
+
+
+def test_what_the_user_asks_for_is_kept(tmp_path: Path) -> None:
+    asked = settings(tmp_path, checkpointing=Checkpointing("full"), train_batch_size=64)
+    levers = Levers(Checkpointing("full"), optimizer="lion")
+    batch, smaller = after(asked, 64, levers)
+    assert batch < 64
+    assert dataclasses.replace(smaller, accumulation_steps=1) == levers
+
+    insisted = dataclasses.replace(asked, micro_batch=16)
+    with pytest.raises(WorkError, match="step 7 is saved: give a smaller --micro_batch"):
+        step_down(WORKLOAD, insisted, BUDGET, 16, levers, ERROR)
+    assert follow(insisted, BUDGET, 16, levers) == (16, levers)
+
+
+def test_more_memory_or_a_new_beginning_is_another_try(tmp_path: Path) -> None:
+    asked, chosen = settings(tmp_path), (16, Levers())
+    smaller = after(asked, *chosen)
+    assert smaller != chosen
+
+    def under(mebibytes: int) -> Budget:
+        return make_budget(DEVICE, mebibytes * MIB_BYTES)
+
+    assert follow(asked, under(410), *chosen) == smaller
+    assert follow(asked, under(300), *chosen) == smaller
+    assert follow(asked, under(500), *chosen) == chosen
+    assert follow(dataclasses.replace(asked, overwrite=True), BUDGET, *chosen) == chosen
+    other = 8, Levers(accumulation_steps=2)
+    assert follow(asked, BUDGET, *other) == other
+
+
+@pytest.mark.parametrize("record", ["", "[]", '{"steps_down": [{"step": 3}]}'])
+def test_a_damaged_record(tmp_path: Path, record: str) -> None:
+    asked = settings(tmp_path)
+    (tmp_path / RUN_FILE).write_text(record)
+    if "step" in record:
+        with pytest.raises(InputError, match="not the record of a run"):
+            follow(asked, BUDGET, 16, Levers())
+    else:
+        # The folder is looked at more closely when it is prepared.
+        assert follow(asked, BUDGET, 16, Levers()) == (16, Levers())
+
+
+def demo(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(script), "run", "squad", "--demo", "--memory=400MiB",
+         "--num_train_epochs=1.5", *arguments],
+        capture_output=True, text=True, check=False, timeout=240,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
+    )  # fmt: skip
+
+
+def test_a_run_goes_on_by_itself_and_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """Even with flags that would begin again, which are those of the first process alone."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = demo(TESTS.parent / "bertbench" / "__main__.py", f"--output_dir={one}")
+    assert result.returncode == 0, result.stderr
+    two.mkdir()
+    (two / RUN_FILE).write_text("{}")
+    result = demo(TESTS / "step_down_run.py", f"--output_dir={two}", "--overwrite_output_dir")
+    assert result.returncode == 0, result.stderr
+    assert "out of memory in step 4 with 1 x 8, checkpointing none" in result.stderr
+    assert "going on from step 3 with 1 x 8, checkpointing" in result.stderr
+    assert "continuing at step 3" in result.stderr
+
+    logs = [read_log(folder / "train_log.jsonl") for folder in (one, two)]
+    assert [record.step for record in logs[1]] == [*range(1, len(logs[0]) + 1)]
+    losses = [[record.loss for record in log] for log in logs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    (prefix,) = {list_checkpoints(folder)[-1].name for folder in (one, two)}
+    weights = [tf.train.load_checkpoint(str(folder / prefix)) for folder in (one, two)]
+    for name in weights[0].get_variable_to_shape_map():
+        np.testing.assert_allclose(*(w.get_tensor(name) for w in weights), rtol=1e-4, atol=1e-5)
+    record = json.loads((two / RUN_FILE).read_text())
+    (down,) = record["steps_down"]
+    assert (down["step"], down["from"]["checkpointing"]) == (3, "none")
+    assert down["to"]["checkpointing"] != "none"
+    assert record["results"]["levers"]["checkpointing"] == down["to"]["checkpointing"]
+    assert len(record["invocations"]) == 2
+
+
+def test_the_folder_of_a_demo_without_one_is_kept() -> None:
+    result = demo(TESTS / "step_down_run.py")
+    assert result.returncode == 0, result.stderr
+    assert "continuing at step 3" in result.stderr
+
+
+def test_in_another_program_nothing_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: Any) -> None:
+        raise SteppedDownError("out of memory; going on from step 3 with less", tmp_path)
+
+    monkeypatch.setattr("bertbench.cli.run._run_squad", run)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "squad", "--demo"])
+    assert ended.value.code == 1
+    assert "with less: the same command goes on" in capsys.readouterr().err
