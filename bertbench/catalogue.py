@@ -1,7 +1,8 @@
 """Accelerators that a plan can be made for without having one: memory and rates, from data sheets.
 
 Sources: NVIDIA's data sheets and architecture white papers of each product (memory, bandwidth,
-peak single-precision rate without tensor cores, compute capability).
+peak single-precision rate without tensor cores, compute capability); Google Cloud's pages on TPU
+v2, v3, v4 and v5e (memory, bandwidth and peak bfloat16 rate of a chip, cores of a chip).
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ class Accelerator:
         memory_bytes: nominal memory.
         usable_bytes: what a training step's allocator can expect when nobody else uses the card:
             nominal memory less the driver's reservation, the CUDA context and library workspaces.
-        flops_per_second: peak float32 rate, without tensor cores.
+        flops_per_second: peak float32 rate, without tensor cores; of a TPU its only one, bfloat16.
         bytes_per_second: memory bandwidth.
         compute_capability: of a GPU, as CUDA counts.
+        replicas: devices in it; all other numbers are those of one of them.
     """
 
     name: str
@@ -32,10 +34,19 @@ class Accelerator:
     flops_per_second: float
     bytes_per_second: float
     compute_capability: float | None = None
+    replicas: int = 1
+
+    @property
+    def kind(self) -> str:
+        """`gpu` or `tpu`."""
+        return "tpu" if self.name.startswith("tpu-") else "gpu"
 
     @property
     def usable_bytes(self) -> int:
-        """Nominal memory less 7 %, as the 11,430 MiB that TensorFlow gets of a 12 GiB Titan X."""
+        """Nominal memory less 7 %, as the 11,430 MiB that TensorFlow gets of a 12 GiB Titan X.
+
+        XLA's messages tell of 7.48 GiB of the 8 of a core of a TPU v2, which is as much.
+        """
         return int(self.memory_bytes * 0.93) // MIB_BYTES * MIB_BYTES
 
 
@@ -71,9 +82,23 @@ _ROWS = (
     ("h200", 141, 67.0, 4800, 9.0),
 )
 
+_TPU_ROWS = (
+    # name, devices that TensorFlow sees, and of each GiB, TFLOP/s, GB/s
+    ("tpu-v2-8", 8, 8, 22.5, 350),
+    ("tpu-v3-8", 8, 16, 61.5, 450),
+    ("tpu-v4-8", 4, 32, 275.0, 1200),
+    ("tpu-v5e-8", 8, 16, 197.0, 819),
+)
+
 ACCELERATORS = {
-    name: Accelerator(name, gib * GIB_BYTES, tera * 1e12, giga * 1e9, capability)
-    for name, gib, tera, giga, capability in _ROWS
+    **{
+        name: Accelerator(name, gib * GIB_BYTES, tera * 1e12, giga * 1e9, capability)
+        for name, gib, tera, giga, capability in _ROWS
+    },
+    **{
+        name: Accelerator(name, gib * GIB_BYTES, tera * 1e12, giga * 1e9, replicas=replicas)
+        for name, replicas, gib, tera, giga in _TPU_ROWS
+    },
 }
 
 

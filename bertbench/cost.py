@@ -12,10 +12,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from bertbench.catalogue import Accelerator, match_accelerator
+from bertbench.catalogue import ACCELERATORS, Accelerator, match_accelerator
 from bertbench.devices import Device
 from bertbench.workload import Levers, Workload
 from finetune.config import parameter_count
+
+_LINK_BYTES_PER_SECOND = {"cpu": 5e9, "gpu": 1e10, "tpu": 5e10}
+"""Between two devices that train together. Guesses: host memory, PCIe 3 with 16 lanes, and the
+TPUs' own links."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Rates:
         half_rate_tokens: tokens of a micro-batch at which half the rate is reached.
         launch_seconds: fixed cost of a layer's kernels, forward and backward.
         speedups: rate of a precision over that of float32, where it is another.
+        link_bytes_per_second: rate of sums over replicas.
     """
 
     flops_per_second: float
@@ -35,6 +40,7 @@ class Rates:
     half_rate_tokens: float
     launch_seconds: float
     speedups: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    link_bytes_per_second: float = _LINK_BYTES_PER_SECOND["cpu"]
 
 
 _RECOMPUTED = {"none": 0.0, "selective": 0.36, "full": 0.96, "nested": 1.0}
@@ -61,7 +67,8 @@ _CPU_FP16_SPEEDUP = 0.8
 
 def gpu_rates(accelerator: Accelerator) -> Rates:
     """Rates of a product of the catalogue: half of the data sheet's."""
-    speedups = dict(_GPU_SPEEDUPS)
+    # A TPU multiplies in bfloat16 whatever the type of the numbers is.
+    speedups = dict(_GPU_SPEEDUPS) if accelerator.kind == "gpu" else {}
     if (accelerator.compute_capability or _TENSOR_CORES_CAPABILITY) < _TENSOR_CORES_CAPABILITY:
         speedups["fp16"] = 1.0
     return Rates(
@@ -70,6 +77,7 @@ def gpu_rates(accelerator: Accelerator) -> Rates:
         half_rate_tokens=256,
         launch_seconds=5e-4,
         speedups=speedups,
+        link_bytes_per_second=_LINK_BYTES_PER_SECOND[accelerator.kind],
     )
 
 
@@ -83,8 +91,8 @@ def device_rates(device: Device) -> Rates:
         }
         return Rates(_CPU_FLOPS_PER_CORE * cores, 1e10, 32, 2e-3, speedups)
     if device.kind == "tpu":
-        # A core of a Cloud TPU v2: half a chip's 45 TFLOP/s and 700 GB/s (Google Cloud's pages).
-        return gpu_rates(Accelerator("tpu-v2", device.total_bytes, 22.5e12, 350e9))
+        # The smallest; which one it is cannot be asked before connecting.
+        return gpu_rates(ACCELERATORS["tpu-v2-8"])
     accelerator = match_accelerator(device.name) or match_accelerator("t4")
     assert accelerator is not None
     return gpu_rates(accelerator)
@@ -120,15 +128,16 @@ def _parameters(workload: Workload) -> int:
 
 
 def predict_step_seconds(
-    workload: Workload, levers: Levers, micro_batch: int, rates: Rates
+    workload: Workload, levers: Levers, micro_batch: int, rates: Rates, *, replicas: int = 1
 ) -> float:
-    """Seconds of one optimizer step: all its micro-batches and the update.
+    """Seconds of one optimizer step: all its micro-batches, the sum over replicas and the update.
 
     Args:
         workload: what is trained.
         levers: lever settings with the number of micro-batches.
-        micro_batch: rows of each, padding rows among them.
+        micro_batch: rows of each on one replica, padding rows among them.
         rates: the device's.
+        replicas: devices that do the same at the same time.
     """
     layers = workload.config.num_hidden_layers
     policies = [levers.checkpointing.of_layer(index) for index in range(layers)]
@@ -150,4 +159,7 @@ def predict_step_seconds(
     if levers.placement == "host":
         # Gradient and change cross the bus; the host reads and writes the moments and the change.
         update_seconds += (8 + 28) * parameters / _HOST_UPDATE_BYTES_PER_SECOND
-    return levers.accumulation_steps * micro_seconds + update_seconds
+    # A ring sends and receives each gradient twice, but for one part in as many as there are.
+    passes = 2 * (replicas - 1) / replicas
+    sum_seconds = passes * 4 * parameters / rates.link_bytes_per_second
+    return levers.accumulation_steps * micro_seconds + sum_seconds + update_seconds

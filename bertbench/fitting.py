@@ -13,7 +13,12 @@ import dataclasses
 from bertbench.allocations import Memory
 from bertbench.allocator_limit import memory_of
 from bertbench.bytes import MIB_BYTES
-from bertbench.footprint import SAFETY_MARGIN, Footprint, predict_footprint
+from bertbench.footprint import (
+    SAFETY_MARGIN,
+    Footprint,
+    all_reduce_footprint,
+    predict_footprint,
+)
 from bertbench.traced_footprint import traced_footprint
 from bertbench.traced_steps import replay_step, trace_of, traced_peak_bytes
 from bertbench.workload import Levers, Workload
@@ -24,14 +29,16 @@ class Room:
     """What a step has to fit in.
 
     Attributes:
-        device_kind: `cpu` or `gpu`.
-        budget_bytes: what the allocator may use.
+        device_kind: `cpu`, `gpu` or `tpu`.
+        budget_bytes: what the allocator of one device may use.
         spare_bytes: what is to be left free of it.
+        replicas: devices that share the effective batch, and so add up their gradients.
     """
 
     device_kind: str
     budget_bytes: int
     spare_bytes: int = 0
+    replicas: int = 1
 
     def memory(self, margin: float = 0.0) -> Memory:
         """The allocator's memory, less a margin."""
@@ -53,11 +60,16 @@ def least_peak_bytes(workload: Workload, levers: Levers, micro_batch: int, room:
 
     What the allocator loses in chunks that it hands out whole, if there is a trace, is not in it.
     """
-    traced = traced_peak_bytes(workload, levers, micro_batch)
+    together_bytes = 0
+    if room.replicas > 1:
+        together_bytes = _all_reduce(workload, levers, micro_batch, room).peak_bytes
+    traced = None
+    if _has_trace(workload, levers, room.device_kind):
+        traced = traced_peak_bytes(workload, levers, micro_batch)
     if traced is None:
         predicted = predict_footprint(workload, levers, micro_batch, device_kind=room.device_kind)
-        return predicted.peak_bytes
-    return traced + room.memory().held_bytes
+        return max(predicted.peak_bytes, together_bytes)
+    return max(traced + room.memory().held_bytes, together_bytes)
 
 
 def usable_bytes(workload: Workload, levers: Levers, room: Room) -> int:
@@ -70,7 +82,7 @@ def fits(workload: Workload, levers: Levers, micro_batch: int, room: Room) -> bo
     least_bytes = least_peak_bytes(workload, levers, micro_batch, room)
     if least_bytes > usable_bytes(workload, levers, room):
         return False
-    if trace_of(workload, levers) is None:
+    if not _has_trace(workload, levers, room.device_kind):
         return True
     margin = margin_for(workload, levers, room.device_kind)
     return replay_step(workload, levers, micro_batch, room.memory(margin)).fits
@@ -80,15 +92,30 @@ def footprint_in(
     workload: Workload, levers: Levers, micro_batch: int, room: Room, *, replayed: bool
 ) -> Footprint:
     """Predicted peak by part; with `replayed`, and with a trace, what the allocator loses too."""
-    memory = room.memory(margin_for(workload, levers, room.device_kind))
-    footprint = traced_footprint(workload, levers, micro_batch, memory, replayed=replayed)
-    if footprint is not None:
-        return footprint
-    return predict_footprint(workload, levers, micro_batch, device_kind=room.device_kind)
+    footprint = None
+    if _has_trace(workload, levers, room.device_kind):
+        memory = room.memory(margin_for(workload, levers, room.device_kind))
+        footprint = traced_footprint(workload, levers, micro_batch, memory, replayed=replayed)
+    if footprint is None:
+        footprint = predict_footprint(workload, levers, micro_batch, device_kind=room.device_kind)
+    if room.replicas > 1:
+        together = _all_reduce(workload, levers, micro_batch, room)
+        if together.peak_bytes > footprint.peak_bytes:
+            return together
+    return footprint
+
+
+def _has_trace(workload: Workload, levers: Levers, device_kind: str) -> bool:
+    # What XLA makes of a step, as for every TPU, is in another order.
+    return device_kind != "tpu" and trace_of(workload, levers) is not None
+
+
+def _all_reduce(workload: Workload, levers: Levers, micro_batch: int, room: Room) -> Footprint:
+    return all_reduce_footprint(workload, levers, micro_batch, device_kind=room.device_kind)
 
 
 def least_budget_bytes(
-    workload: Workload, levers: Levers, micro_batch: int, device_kind: str
+    workload: Workload, levers: Levers, micro_batch: int, device_kind: str, *, replicas: int = 1
 ) -> int:
     """The smallest budget, in whole MiB, in which a step fits.
 
@@ -97,7 +124,7 @@ def least_budget_bytes(
     """
 
     def room(mebibytes: int) -> Room:
-        return Room(device_kind, mebibytes * MIB_BYTES)
+        return Room(device_kind, mebibytes * MIB_BYTES, replicas=replicas)
 
     low = least_peak_bytes(workload, levers, micro_batch, room(1)) // MIB_BYTES - 1
     step = 1

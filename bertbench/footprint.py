@@ -24,8 +24,9 @@ predicted; the next is -7.0 %) and +10.8 % (BERT-Mini, `nested`, batch 128).
 With bfloat16 and float16 (BERT-Mini, `none` and `selective`) predictions are between -6.1 % and
 0 %; with Lion and Adafactor (`nested`, BERT-Small and BERT-Base) between -1.4 % and 0 %.
 
-A step compiled by XLA needs more, see `benchmarks/memory.py --part xla`. GPUs have not been
-measured.
+A step compiled by XLA needs more: what grows with the batch is multiplied by what was measured on
+the CPU (`benchmarks/memory.py --part xla`), and so it is for TPUs, which compile with XLA. GPUs and
+TPUs have not been measured.
 
 This module does not import TensorFlow.
 """
@@ -80,6 +81,14 @@ _UPDATE_COPIES = {"adamw": 1, "lion": 2, "adafactor": 1}
 Adafactor's squared gradient. Gradients are clipped in place and given back when they have been
 applied."""
 
+_XLA_FACTORS = {"none": 1.4, "selective": 1.0, "full": 2.1, "nested": 2.7}
+"""Bytes an example of a step that XLA has compiled, in those of TensorFlow's own kernels;
+`selective` needs less, 0.86. BERT-Small, sequence length 128, CPU, 2026-11-24."""
+
+_ALL_REDUCE_COPIES = {"cpu": 2, "gpu": 2, "tpu": 1}
+"""Copies of all gradients while replicas add them up. From TensorFlow's sources, not measured:
+NcclAllReduce packs them into one tensor and reduces it to another; XLA reduces to another."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
@@ -114,7 +123,7 @@ def predict_footprint(
         workload: model, head and sequence length.
         levers: lever settings.
         micro_batch: examples of one forward and backward pass, at least 1.
-        device_kind: `cpu` or `gpu`; both are predicted alike so far.
+        device_kind: `cpu`, `gpu` or `tpu`; the first two are predicted alike so far.
 
     Returns:
         The parts at the moment with the highest peak.
@@ -124,13 +133,34 @@ def predict_footprint(
     """
     if micro_batch < 1:
         raise ValueError(f"micro_batch is {micro_batch}, below 1")
-    moments = _moments(workload, levers, micro_batch)
+    moments = _moments(workload, levers, micro_batch, compiled=levers.xla or device_kind == "tpu")
     highest = max(moments, key=lambda footprint: footprint.peak_bytes)
     if levers.placement != "host":
         return highest
     state = _state_sizes(workload, levers.optimizer)
     # A gradient on its way to the host, and the change on its way back.
     return dataclasses.replace(highest, host_bytes=state.slots + 2 * state.largest)
+
+
+def all_reduce_footprint(
+    workload: Workload, levers: Levers, micro_batch: int, *, device_kind: str
+) -> Footprint:
+    """Predict what is alive while the replicas of a step add up their gradients.
+
+    Args:
+        workload: model, head and sequence length.
+        levers: lever settings.
+        micro_batch: examples of one forward and backward pass on each replica.
+        device_kind: `cpu`, `gpu` or `tpu`.
+    """
+    always, state = _always(workload, levers, micro_batch)
+    parts = {
+        **always,
+        "accumulators": 0,
+        "gradients": state.trained,
+        "all_reduce": _ALL_REDUCE_COPIES[device_kind] * state.trained,
+    }
+    return Footprint(parts, "sum over the replicas")
 
 
 def max_micro_batch(
@@ -215,20 +245,30 @@ def _sizes(config: BertConfig, seq_len: int, micro_batch: int, precision: str) -
     )
 
 
-def _moments(workload: Workload, levers: Levers, micro_batch: int) -> list[Footprint]:
-    config, layers = workload.config, workload.config.num_hidden_layers
-    sizes = _sizes(config, workload.seq_len, micro_batch, levers.precision)
-    accumulated = levers.accumulation_steps > 1
+def _always(
+    workload: Workload, levers: Levers, micro_batch: int
+) -> tuple[dict[str, int], _StateSizes]:
+    """What is alive from the first micro-batch on, and the sizes of the state."""
     state = _state_sizes(workload, levers.optimizer)
-    of_layer, largest, embeddings = state.of_layer, state.largest, state.embeddings
     rows = micro_batch * levers.accumulation_steps
     always = {
         "weights": state.weights,
         "optimizer_state": 0 if levers.placement == "host" else state.slots,
-        "accumulators": state.trained if accumulated else 0,
+        "accumulators": state.trained if levers.accumulation_steps > 1 else 0,
         # Three int32 [rows, s]; targets and weights are a few numbers a row.
         "inputs": 3 * _rounded(4 * rows * workload.seq_len),
     }
+    return always, state
+
+
+def _moments(
+    workload: Workload, levers: Levers, micro_batch: int, *, compiled: bool
+) -> list[Footprint]:
+    config, layers = workload.config, workload.config.num_hidden_layers
+    sizes = _sizes(config, workload.seq_len, micro_batch, levers.precision)
+    accumulated = levers.accumulation_steps > 1
+    always, state = _always(workload, levers, micro_batch)
+    of_layer, largest, embeddings = state.of_layer, state.largest, state.embeddings
     saved = [
         _saved_bytes(levers.checkpointing.of_layer(index), config, sizes) for index in range(layers)
     ]
@@ -255,6 +295,12 @@ def _moments(workload: Workload, levers: Levers, micro_batch: int) -> list[Footp
             + (0 if accumulated else max(of_layer))
             + _variable_bytes([config.hidden_size, config.intermediate_size])
         )
+    if compiled:
+        policies = [levers.checkpointing.of_layer(index) for index in range(layers)]
+        saved = [
+            int(_XLA_FACTORS[policy] * size) for policy, size in zip(policies, saved, strict=True)
+        ]
+        working = {policy: int(_XLA_FACTORS[policy] * size) for policy, size in working.items()}
     moments = []
     gradients = state.trained - sum(of_layer) - embeddings
     for index in reversed(range(layers)):

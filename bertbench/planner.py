@@ -38,28 +38,30 @@ class PlanEntry:
     """One lever setting for a target batch, with what is predicted of it.
 
     Attributes:
-        micro_batch: rows of one forward and backward pass.
+        micro_batch: rows of one forward and backward pass on each replica.
         levers: the other settings, `accumulation_steps` among them.
-        footprint: predicted peak by part.
+        footprint: predicted peak of each replica by part.
         predicted_step_seconds: of one effective batch.
+        replicas: devices that share the effective batch.
     """
 
     micro_batch: int
     levers: Levers
     footprint: Footprint
     predicted_step_seconds: float
+    replicas: int = 1
 
     @property
     def rows(self) -> int:
-        """Rows of an optimizer step, padding included."""
-        return self.micro_batch * self.levers.accumulation_steps
+        """Rows of an optimizer step on all replicas, padding included."""
+        return self.micro_batch * self.levers.accumulation_steps * self.replicas
 
     def to_json(self) -> dict[str, Any]:
         """Values under the keys of a plan file."""
         return {
             "micro_batch": self.micro_batch,
             **self.levers.to_json(),
-            "replicas": 1,
+            "replicas": self.replicas,
             "exact": self.levers.exact,
             "predicted_peak_bytes": self.footprint.peak_bytes,
             "predicted_host_bytes": self.footprint.host_bytes,
@@ -90,6 +92,7 @@ class Plan:
         target_batch: effective batch.
         budget_bytes: what the allocator may use.
         device: name of the device.
+        device_kind: `cpu`, `gpu` or `tpu`.
         chosen: the fastest setting that fits.
         alternatives: slower settings that need less, each at least a tenth less than the one
             before it.
@@ -100,6 +103,7 @@ class Plan:
     target_batch: int
     budget_bytes: int
     device: str
+    device_kind: str
     chosen: PlanEntry
     alternatives: tuple[PlanEntry, ...]
     rejected: tuple[Rejection, ...]
@@ -113,6 +117,7 @@ class Plan:
             "seq_len": self.workload.seq_len,
             "budget_bytes": self.budget_bytes,
             "device": self.device,
+            "device_kind": self.device_kind,
             "chosen": self.chosen.to_json(),
             "alternatives": [entry.to_json() for entry in self.alternatives],
             "rejected": [rejection.to_json() for rejection in self.rejected],
@@ -153,6 +158,7 @@ def make_plan(
     allowed: Sequence[Levers] = (Levers(),),
     host_if_needed: bool = True,
     spare_bytes: int = 0,
+    replicas: int = 1,
 ) -> Plan:
     """Choose the fastest setting that is predicted to fit.
 
@@ -162,14 +168,17 @@ def make_plan(
     Args:
         workload: what is trained.
         target_batch: effective batch, at least 1.
-        budget_bytes: what the allocator may use.
+        budget_bytes: what the allocator of one device may use.
         rates: the device's, for comparing settings.
         device: name of the device, for people.
-        device_kind: `cpu` or `gpu`.
+        device_kind: `cpu`, `gpu` or `tpu`.
         policies: checkpointing to choose from; all settings by default.
         allowed: the other levers, in all combinations; only exact ones by default.
-        host_if_needed: keep the optimizer's state of a GPU on the host if nothing fits otherwise.
+        host_if_needed: keep the optimizer's state of a single GPU on the host if nothing fits
+            otherwise.
         spare_bytes: what is to be left free of the budget.
+        replicas: devices that share the effective batch; each has its part of it, and the last
+            may have padding.
 
     Returns:
         The plan.
@@ -179,22 +188,24 @@ def make_plan(
     """
     if target_batch < 1:
         raise InputError(f"target batch {target_batch} is not positive")
-    room = Room(device_kind, budget_bytes, spare_bytes)
+    room = Room(device_kind, budget_bytes, spare_bytes, replicas)
+    share = math.ceil(target_batch / replicas)
     settings = _settings(workload, policies, allowed)
-    found = _choose(_candidates(workload, settings, target_batch, rates, room), room)
-    if found is None and host_if_needed and device_kind == "gpu":
+    found = _choose(_candidates(workload, settings, share, rates, room), room)
+    if found is None and host_if_needed and device_kind == "gpu" and replicas == 1:
         # The last resort, because what it costs depends on the host as well.
         allowed = [dataclasses.replace(levers, placement="host") for levers in allowed]
         settings = _settings(workload, policies, allowed)
-        found = _choose(_candidates(workload, settings, target_batch, rates, room), room)
+        found = _choose(_candidates(workload, settings, share, rates, room), room)
     if found is None:
-        raise _nothing_fits(workload, target_batch, policies, allowed, room)
+        raise _nothing_fits(workload, share, policies, allowed, room)
     chosen, alternatives, rejected = found
     return Plan(
         workload,
         target_batch,
         budget_bytes,
         device,
+        device_kind,
         _entry(chosen, room, replayed=True),
         tuple(_entry(candidate, room, replayed=False) for candidate in alternatives),
         tuple(rejected),
@@ -213,9 +224,9 @@ class _Candidate:
 
 
 def _candidates(
-    workload: Workload, settings: Sequence[Levers], target_batch: int, rates: Rates, room: Room
+    workload: Workload, settings: Sequence[Levers], share: int, rates: Rates, room: Room
 ) -> list[_Candidate]:
-    """All settings with all cuts of the target, the fastest first.
+    """All settings with all cuts of a replica's share of the target, the fastest first.
 
     Of equal seconds first what gives the published update, then what needs fewer bytes.
     """
@@ -224,11 +235,11 @@ def _candidates(
             workload,
             levers,
             micro_batch,
-            predict_step_seconds(workload, levers, micro_batch, rates),
+            predict_step_seconds(workload, levers, micro_batch, rates, replicas=room.replicas),
             least_peak_bytes(workload, levers, micro_batch, room),
         )
         for setting in settings
-        for micro_batch, steps in cuts(target_batch)
+        for micro_batch, steps in cuts(share)
         for levers in (dataclasses.replace(setting, accumulation_steps=steps),)
     ]
     return sorted(candidates, key=lambda c: (c.seconds, not c.levers.exact, c.peak_bytes))
@@ -287,7 +298,9 @@ def _entry(candidate: _Candidate, room: Room, *, replayed: bool) -> PlanEntry:
     footprint = footprint_in(
         candidate.workload, candidate.levers, candidate.micro_batch, room, replayed=replayed
     )
-    return PlanEntry(candidate.micro_batch, candidate.levers, footprint, candidate.seconds)
+    return PlanEntry(
+        candidate.micro_batch, candidate.levers, footprint, candidate.seconds, room.replicas
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,6 +347,7 @@ def find_least_memory(
     device_kind: str,
     *,
     looked_at: int | None = None,
+    replicas: int = 1,
 ) -> LeastMemory:
     """Find the smallest budget for a target.
 
@@ -343,16 +357,17 @@ def find_least_memory(
         policies: checkpointing to choose from; None for one policy for all layers, for a mixture of
             two does not need less than both of them.
         allowed: the other levers; the number of micro-batches is free.
-        device_kind: `cpu` or `gpu`.
+        device_kind: `cpu`, `gpu` or `tpu`.
         looked_at: how many of the settings that hold least are replayed; None for all.
+        replicas: devices that share the target; the budget is that of each.
     """
     settings = _settings(workload, policies or [*map(Checkpointing, POLICIES)], allowed)
-    room = Room(device_kind, 0)
+    room = Room(device_kind, 0, replicas=replicas)
     least = sorted(
         (
             (least_peak_bytes(workload, levers, micro_batch, room), micro_batch, levers)
             for setting in settings
-            for micro_batch, steps in cuts(target_batch)
+            for micro_batch, steps in cuts(math.ceil(target_batch / replicas))
             for levers in (dataclasses.replace(setting, accumulation_steps=steps),)
         ),
         key=lambda one: one[0],
@@ -360,10 +375,10 @@ def find_least_memory(
     best: LeastMemory | None = None
     for peak_bytes, micro_batch, levers in least[:looked_at]:
         if best is not None:
-            below = Room(device_kind, best.budget_bytes - MIB_BYTES)
+            below = Room(device_kind, best.budget_bytes - MIB_BYTES, replicas=replicas)
             if peak_bytes > below.budget_bytes or not fits(workload, levers, micro_batch, below):
                 continue
-        needed = least_budget_bytes(workload, levers, micro_batch, device_kind)
+        needed = least_budget_bytes(workload, levers, micro_batch, device_kind, replicas=replicas)
         best = LeastMemory(workload, levers, micro_batch, needed, device_kind)
     assert best is not None
     return best
@@ -384,14 +399,22 @@ def _settings(
 
 def _nothing_fits(
     workload: Workload,
-    target_batch: int,
+    share: int,
     policies: Sequence[Checkpointing] | None,
     allowed: Sequence[Levers],
     room: Room,
 ) -> InputError:
     def least_needed(allowed: Sequence[Levers]) -> LeastMemory:
+        # Of one replica's share: what the sum over the replicas needs is in its footprint.
+        target_batch = share * room.replicas
         return find_least_memory(
-            workload, target_batch, policies, allowed, room.device_kind, looked_at=_LOOKED_AT
+            workload,
+            target_batch,
+            policies,
+            allowed,
+            room.device_kind,
+            looked_at=_LOOKED_AT,
+            replicas=room.replicas,
         )
 
     least = least_needed(allowed)
@@ -400,6 +423,8 @@ def _nothing_fits(
     available = room.budget_bytes - room.spare_bytes
     if least_needed(lightest).budget_bytes <= available:
         hint = f"allow another update than AdamW's with --allow {OPTIMIZERS[-1]}, or {hint}"
+    if room.replicas > 1:
+        hint = f"train on one device, which adds up no gradients with others, {hint}"
     needed = least.budget_bytes
     return InputError(
         f"{workload.model} at sequence length {workload.seq_len} does not fit in "
@@ -410,8 +435,9 @@ def _nothing_fits(
 
 
 def describe_entry(entry: PlanEntry) -> str:
-    """Write a plan's setting as `3 x 11, checkpointing full`."""
-    return describe_setting(entry.micro_batch, entry.levers)
+    """Write a plan's setting as `3 x 11, checkpointing full`, and its replicas."""
+    share = f"{entry.replicas} replicas, each " if entry.replicas > 1 else ""
+    return share + describe_setting(entry.micro_batch, entry.levers)
 
 
 def describe_setting(micro_batch: int, levers: Levers) -> str:
@@ -419,11 +445,18 @@ def describe_setting(micro_batch: int, levers: Levers) -> str:
     return f"{levers.accumulation_steps} x {micro_batch}, checkpointing {levers.describe()}"
 
 
-def read_plan(path: Path) -> tuple[int, int, Levers]:
-    """Read what `run` needs from a plan file.
+@dataclasses.dataclass(frozen=True)
+class PlannedSetting:
+    """What `run` needs of a plan file; see `Plan` and `PlanEntry`."""
 
-    Returns:
-        Target batch, micro-batch, and levers.
+    target_batch: int
+    micro_batch: int
+    levers: Levers
+    replicas: int
+
+
+def read_plan(path: Path) -> PlannedSetting:
+    """Read a plan file.
 
     Raises:
         InputError: the file is missing or is no plan.
@@ -431,8 +464,12 @@ def read_plan(path: Path) -> tuple[int, int, Levers]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         chosen = values["chosen"]
-        target_batch, micro_batch = int(values["target_batch"]), int(chosen["micro_batch"])
-        levers = levers_from_json(chosen)
+        planned = PlannedSetting(
+            int(values["target_batch"]),
+            int(chosen["micro_batch"]),
+            levers_from_json(chosen),
+            int(chosen.get("replicas", 1)),
+        )
     except OSError as error:
         raise InputError(f"cannot read the plan ({error.strerror})", path=path) from error
     except json.JSONDecodeError as error:
@@ -441,6 +478,7 @@ def read_plan(path: Path) -> tuple[int, int, Levers]:
         raise InputError(
             f"not a plan ({error!r})", path=path, hint="make one with `bertbench plan --json FILE`"
         ) from error
-    if micro_batch < 1 or micro_batch * levers.accumulation_steps < target_batch:
+    rows = planned.micro_batch * planned.levers.accumulation_steps * planned.replicas
+    if min(planned.micro_batch, planned.replicas) < 1 or rows < planned.target_batch:
         raise InputError("the plan's micro-batches do not reach its target batch", path=path)
-    return target_batch, micro_batch, levers
+    return planned

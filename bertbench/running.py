@@ -105,11 +105,6 @@ class RunSettings:
         """Copies of the model that share the effective batch."""
         return 1 if self.tpu is None else self.tpu.cores
 
-    @property
-    def replica_batch(self) -> int:
-        """What one replica has to do of the effective batch; the last may have padding."""
-        return -(-self.train_batch_size // self.replicas)
-
 
 def find_model_files(
     model_dir: Path | None,
@@ -194,29 +189,32 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
     """
     for levers in settings.allowed:
         check_levers(budget.device.kind, budget.device.name, levers)
-    target_batch = settings.replica_batch
     if settings.plan_file is not None:
-        planned_batch, micro_batch, levers = read_plan(settings.plan_file)
-        if planned_batch != target_batch:
-            raise InputError(
-                f"the plan is for an effective batch of {planned_batch}, not {target_batch}",
-                path=settings.plan_file,
-                hint=f"make one with `bertbench plan --target-batch {target_batch}`",
-            )
-        check_levers(budget.device.kind, budget.device.name, levers)
-        _check_insisted(settings, levers)
-        return micro_batch, levers
+        planned = read_plan(settings.plan_file)
+        for what, is_for, wanted, flag in (
+            ("an effective batch", planned.target_batch, settings.train_batch_size, "target-batch"),
+            ("a number of replicas", planned.replicas, settings.replicas, "replicas"),
+        ):
+            if is_for != wanted:
+                raise InputError(
+                    f"the plan is for {what} of {is_for}, not {wanted}",
+                    path=settings.plan_file,
+                    hint=f"make one with `bertbench plan --{flag} {wanted}`",
+                )
+        check_levers(budget.device.kind, budget.device.name, planned.levers)
+        _check_insisted(settings, planned.levers)
+        return planned.micro_batch, planned.levers
     if settings.micro_batch is not None:
-        micro_batch = min(settings.micro_batch, target_batch)
-        steps = -(-target_batch // micro_batch)
+        share = -(-settings.train_batch_size // settings.replicas)
+        micro_batch = min(settings.micro_batch, share)
+        steps = -(-share // micro_batch)
         policy = settings.checkpointing or Checkpointing()
         return micro_batch, dataclasses.replace(
             settings.allowed[0], checkpointing=policy, accumulation_steps=steps
         )
     plan = plan_run(workload, settings, budget, budget.budget_bytes)
-    share = f"{settings.replicas} replicas, each " if settings.replicas > 1 else ""
     say(
-        f"plan: {share}{describe_entry(plan.chosen)}, predicted peak "
+        f"plan: {describe_entry(plan.chosen)}, predicted peak "
         f"{format_bytes(plan.chosen.footprint.peak_bytes)} of {format_bytes(budget.budget_bytes)}"
     )
     return plan.chosen.micro_batch, plan.chosen.levers
@@ -236,7 +234,7 @@ def plan_run(workload: Workload, settings: RunSettings, budget: Budget, budget_b
     """
     return make_plan(
         workload,
-        settings.replica_batch,
+        settings.train_batch_size,
         budget_bytes,
         device_rates(budget.device),
         device=budget.device.name,
@@ -244,6 +242,7 @@ def plan_run(workload: Workload, settings: RunSettings, budget: Budget, budget_b
         policies=None if settings.checkpointing is None else [settings.checkpointing],
         allowed=settings.allowed,
         host_if_needed=not settings.insist_placement,
+        replicas=settings.replicas,
     )
 
 

@@ -180,7 +180,8 @@ def _next_plan(
     workload: Workload, settings: RunSettings, budget: Budget, micro_batch: int, levers: Levers
 ) -> PlanEntry | None:
     kind = budget.device.kind
-    peak_bytes = least_peak_bytes(workload, levers, micro_batch, Room(kind, budget.budget_bytes))
+    room = Room(kind, budget.budget_bytes, replicas=settings.replicas)
+    peak_bytes = least_peak_bytes(workload, levers, micro_batch, room)
     most_bytes = int(_NEXT_SHARE * peak_bytes * (1 + margin_for(workload, levers, kind)))
     # The update must stay the same one, so only the levers that do not change it are free.
     kept = dataclasses.replace(settings, allowed=(levers,))

@@ -113,3 +113,19 @@ def test_hours_of_the_whole_recipe() -> None:
 def test_what_does_not_go_together(arguments: list[str]) -> None:
     with pytest.raises(InputError, match=r"--model|--min-memory"):
         CliRunner().invoke(command, arguments, catch_exceptions=False)
+
+
+def test_replicas() -> None:
+    text = plan(*BASE, "--gpu", "tpu-v2-8", "--target-batch", "12")
+    assert "on each of 8 replicas on tpu-v2-8" in text
+    assert "4 of 16 rows are padding" in text
+    assert "predicted from XLA on a CPU" in text
+    values = json.loads(plan(*BASE, "--gpu", "v100", "--replicas", "4", "--json", "-"))
+    assert (values["target_batch"], values["chosen"]["replicas"]) == (24, 4)
+    assert values["chosen"]["micro_batch"] * values["chosen"]["accumulation_steps"] == 6
+    for arguments, words in (
+        (["--gpu", "tpu-v2-8", "--replicas", "2"], "tpu-v2-8 has 8 devices"),
+        (["--verify", "--replicas", "2"], "--verify needs the device itself"),
+    ):
+        with pytest.raises(InputError, match=words):
+            CliRunner().invoke(command, [*BASE, *arguments], catch_exceptions=False)

@@ -19,7 +19,14 @@ from bertbench.catalogue import (
 )
 from bertbench.cost import gpu_rates, predict_step_seconds
 from bertbench.fitting import Room, fits, least_peak_bytes, usable_bytes
-from bertbench.planner import Plan, cuts, find_least_memory, make_plan, read_plan
+from bertbench.planner import (
+    Plan,
+    PlannedSetting,
+    cuts,
+    find_least_memory,
+    make_plan,
+    read_plan,
+)
 from bertbench.workload import Levers, levers_from_json, published_workload
 from finetune.checkpointing import parse_checkpointing
 from finetune.errors import InputError
@@ -161,7 +168,17 @@ def test_plan_file_round_trip(tmp_path: Path) -> None:
     plan = plan_for("bert-base", 384, 32, 8 * GIB_BYTES)
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan.to_json()))
-    assert read_plan(path) == (32, plan.chosen.micro_batch, plan.chosen.levers)
+    chosen = plan.chosen
+    assert read_plan(path) == PlannedSetting(32, chosen.micro_batch, chosen.levers, 1)
+    values = plan.to_json()
+    for replicas, reached in ((2, True), (1, False), (0, False)):
+        values["target_batch"], values["chosen"]["replicas"] = 64, replicas
+        path.write_text(json.dumps(values))
+        if reached:
+            assert read_plan(path).replicas == 2
+        else:
+            with pytest.raises(InputError, match="do not reach"):
+                read_plan(path)
     values = plan.to_json()
     values["chosen"]["accumulation_steps"] = 1
     path.write_text(json.dumps(values))
@@ -274,3 +291,66 @@ def test_only_a_gpu_has_a_host() -> None:
     assert levers_from_json(levers.to_json()) == levers
     with pytest.raises(InputError, match="moon"):
         levers_from_json({"placement": "moon"})
+
+
+@pytest.mark.parametrize(
+    ("target", "micro_batch", "padding"),
+    [(32, 4, 0), (24, 3, 0), (12, 2, 4), (48, 6, 0), (3, 1, 5)],
+)
+def test_eight_cores_share_an_effective_batch(target: int, micro_batch: int, padding: int) -> None:
+    """The original's Cloud TPU v2: 8 cores with 8 GiB each."""
+    tpu = find_accelerator("TPU-v2-8")
+    assert (tpu.kind, tpu.replicas, tpu.memory_bytes) == ("tpu", 8, 8 * GIB_BYTES)
+    plan = make_plan(
+        published_workload("bert-base", 128), target, tpu.usable_bytes, gpu_rates(tpu),
+        device=tpu.name, device_kind=tpu.kind, replicas=tpu.replicas,
+    )  # fmt: skip
+    chosen = plan.chosen
+    assert (chosen.micro_batch, chosen.levers.accumulation_steps) == (micro_batch, 1)
+    assert (chosen.replicas, chosen.rows - target) == (8, padding)
+    assert (plan.target_batch, chosen.to_json()["replicas"]) == (target, 8)
+
+
+@pytest.mark.parametrize("kind", ["gpu", "tpu"])
+def test_gradients_are_added_up_over_replicas(kind: str) -> None:
+    """Which needs memory when activations are gone, and time, on top of what one replica needs."""
+    workload, rates = published_workload("bert-base", 64), gpu_rates(ACCELERATORS["v100"])
+
+    def plan(target: int, replicas: int, gibibytes: float = 8) -> Plan:
+        return make_plan(
+            workload, target, int(gibibytes * GIB_BYTES), rates, device="some",
+            device_kind=kind, replicas=replicas,
+        )  # fmt: skip
+
+    one, four = plan(2, 1), plan(8, 4)
+    assert (one.chosen.micro_batch, one.chosen.levers) == (
+        four.chosen.micro_batch,
+        four.chosen.levers,
+    )
+    parts = four.chosen.footprint.parts
+    copies = {"gpu": 2, "tpu": 1}[kind]
+    assert parts["all_reduce"] == copies * parts["gradients"]
+    assert four.chosen.footprint.peak_bytes > one.chosen.footprint.peak_bytes
+    more_seconds = four.chosen.predicted_step_seconds - one.chosen.predicted_step_seconds
+    assert more_seconds == pytest.approx(
+        1.5 * parts["gradients"] / rates.link_bytes_per_second, 0.01
+    )
+    # With many examples it is the activations that count.
+    parts = plan(4 * 32, 4).chosen.footprint.parts
+    assert "all_reduce" not in parts
+    # On one device this would fit.
+    needed = four.chosen.footprint.peak_bytes / GIB_BYTES
+    with pytest.raises(InputError, match="train on one device"):
+        plan(8, 4, needed)
+    assert plan(2, 1, needed).chosen.footprint.peak_bytes < needed * GIB_BYTES
+    least = find_least_memory(workload, 8, None, [Levers()], kind, replicas=4)
+    alone = find_least_memory(workload, 2, None, [Levers()], kind)
+    assert alone.budget_bytes < least.budget_bytes
+
+
+def test_the_optimizers_state_does_not_leave_replicas() -> None:
+    with pytest.raises(InputError, match="does not fit"):
+        make_plan(
+            published_workload("bert-large", 384), 24, int(3.5 * GIB_BYTES), RATES, device="a card",
+            device_kind="gpu", replicas=2,
+        )  # fmt: skip

@@ -18,10 +18,12 @@ import tensorflow as tf
 from bertbench.attached import resolve_device
 from bertbench.bytes import MIB_BYTES
 from bertbench.cli import main
+from bertbench.cost import device_rates
 from bertbench.devices import Budget, make_budget
 from bertbench.errors import OutOfMemoryError, SteppedDownError, WorkError
 from bertbench.fitting import Room, least_peak_bytes
 from bertbench.output_folder import RUN_FILE
+from bertbench.planner import make_plan
 from bertbench.running import RunSettings, choose_levers
 from bertbench.stepping_down import follow, step_down
 from bertbench.workload import Levers, published_workload
@@ -110,6 +112,21 @@ def test_more_memory_or_a_new_beginning_is_another_try(tmp_path: Path) -> None:
     assert follow(dataclasses.replace(asked, overwrite=True), BUDGET, *chosen) == chosen
     other = 8, Levers(accumulation_steps=2)
     assert follow(asked, BUDGET, *other) == other
+
+
+def test_a_plan_for_other_replicas_is_refused(tmp_path: Path) -> None:
+    plan = make_plan(WORKLOAD, 16, BUDGET.budget_bytes, device_rates(DEVICE), device="some")
+    path = tmp_path / "plan.json"
+    values = plan.to_json()
+    path.write_text(json.dumps(values))
+    asked = settings(tmp_path, plan_file=path)
+    assert choose_levers(WORKLOAD, asked, BUDGET)[0] == plan.chosen.micro_batch
+    values["chosen"]["replicas"] = 2
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"replicas of 2, not 1.*--replicas 1"):
+        choose_levers(WORKLOAD, asked, BUDGET)
+    with pytest.raises(InputError, match=r"batch of 16, not 32.*--target-batch 32"):
+        choose_levers(WORKLOAD, dataclasses.replace(asked, train_batch_size=32), BUDGET)
 
 
 @pytest.mark.parametrize("record", ["", "[]", '{"steps_down": [{"step": 3}]}'])

@@ -52,6 +52,7 @@ class _Target:
     kind: str
     budget_bytes: int
     rates: Rates
+    replicas: int
 
 
 @click.command(context_settings=CONTEXT)
@@ -68,7 +69,12 @@ class _Target:
 @device_options
 @click.option(
     "--gpu",
-    help="Plan for a product of the catalogue; `list` shows it, `all` plans for each.",
+    help="Plan for a product of the catalogue, GPU or TPU; `list` shows it, `all` plans for each.",
+)
+@click.option(
+    "--replicas",
+    type=click.IntRange(1),
+    help="Devices, all alike, that share the effective batch. Default: 1, or a TPU's.",
 )
 @click.option(
     "--checkpointing",
@@ -91,6 +97,7 @@ def command(
     head: str,
     device: str,
     gpu: str | None,
+    replicas: int | None,
     memory: int | None,
     checkpointing: str | None,
     precision: str | None,
@@ -128,8 +135,10 @@ def command(
     for flag, given in (("--gpu all", all_cards), ("--explain", explain), ("--verify", verify)):
         if given and not single:
             raise InputError(f"{flag} is for one workload", hint="give --model and --seq-len")
-    if verify and gpu is not None:
-        raise InputError("--verify needs the device itself", hint="leave --gpu out")
+    if verify and (gpu is not None or replicas not in (None, 1)):
+        raise InputError(
+            "--verify needs the device itself, and one alone", hint="leave --gpu and --replicas out"
+        )
     workloads = [
         published_workload(name, length, head)
         for name in (PAPER_MODELS if model is None else (model,))
@@ -147,7 +156,9 @@ def command(
             )
         kind = "gpu" if every_card else resolve_device(device).kind
         found = [
-            find_least_memory(workload, target_batch, policies, allowed, kind)
+            find_least_memory(
+                workload, target_batch, policies, allowed, kind, replicas=replicas or 1
+            )
             for workload in workloads
         ]
         values = [{**least.to_json(), "cards": _names(least)} for least in found]
@@ -172,6 +183,7 @@ def command(
             allowed=allowed,
             host_if_needed=placement is None,
             spare_bytes=spare_bytes,
+            replicas=target.replicas,
         )
 
     def plan_or_why(workload: Workload, target: _Target) -> Cell:
@@ -183,7 +195,7 @@ def command(
     if every_card:
         (workload,) = workloads
         cards = [
-            (card, plan_or_why(workload, _target(device, card.name, memory)))
+            (card, plan_or_why(workload, _target(device, card.name, memory, replicas)))
             for card in sorted(ACCELERATORS.values(), key=lambda card: card.memory_bytes)
             if memory is None or memory <= card.memory_bytes
         ]
@@ -197,7 +209,7 @@ def command(
             lambda: show_cards(title, cards),
         )  # fmt: skip
         return
-    target = _target(device, gpu, memory)
+    target = _target(device, gpu, memory, replicas)
     if single:
         trials: list[Trial] = []
         if verify:
@@ -221,7 +233,9 @@ def command(
     for levers in allowed:
         check_levers(target.kind, target.name, levers)
     cells = [plan_or_why(workload, target) for workload in workloads]
-    title = f"effective batch {target_batch}, {format_bytes(target.budget_bytes)} on {target.name}"
+    where = f"each of {target.replicas} replicas on " if target.replicas > 1 else ""
+    where += target.name
+    title = f"effective batch {target_batch}, {format_bytes(target.budget_bytes)} on {where}"
     _write_or_show(
         json_file,
         {
@@ -252,7 +266,7 @@ def _names(least: LeastMemory) -> list[str]:
     return [card.name for card in cards_of(least.on_gpu_bytes)]
 
 
-def _target(device: str, gpu: str | None, memory: int | None) -> _Target:
+def _target(device: str, gpu: str | None, memory: int | None, replicas: int | None) -> _Target:
     if gpu is not None:
         accelerator = find_accelerator(gpu)
         if memory is not None and memory > accelerator.memory_bytes:
@@ -260,9 +274,24 @@ def _target(device: str, gpu: str | None, memory: int | None) -> _Target:
                 f"--memory {format_bytes(memory)} is more than the "
                 f"{format_bytes(accelerator.memory_bytes)} of {accelerator.name}"
             )
+        if replicas is not None and accelerator.kind == "tpu":
+            raise InputError(
+                f"{accelerator.name} has {accelerator.replicas} devices",
+                hint="leave --replicas out",
+            )
         budget_bytes = accelerator.usable_bytes if memory is None else memory
-        return _Target(accelerator.name, "gpu", budget_bytes, gpu_rates(accelerator))
+        return _Target(
+            accelerator.name,
+            accelerator.kind,
+            budget_bytes,
+            gpu_rates(accelerator),
+            replicas or accelerator.replicas,
+        )
     budget = resolve_budget(device, memory)
     return _Target(
-        budget.device.name, budget.device.kind, budget.budget_bytes, device_rates(budget.device)
+        budget.device.name,
+        budget.device.kind,
+        budget.budget_bytes,
+        device_rates(budget.device),
+        replicas or 1,
     )

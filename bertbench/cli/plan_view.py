@@ -36,6 +36,13 @@ class _Marks:
         ]
 
 
+def _unmeasured(cells: Sequence[Cell]) -> list[str]:
+    """What a reader should know of plans that nothing has been measured for."""
+    if any(isinstance(cell, Plan) and cell.device_kind == "tpu" for cell in cells):
+        return ["tpu: predicted from XLA on a CPU; it multiplies in bfloat16"]
+    return []
+
+
 def _on_host(levers: Levers) -> str:
     return " + host" if levers.placement == "host" else ""
 
@@ -65,9 +72,11 @@ def _table(*first: str) -> Table:
 def show_plan(plan: Plan, *, explain: bool = False, trials: Sequence[Trial] = ()) -> None:
     """A plan: what is chosen, what needs less, what would be faster."""
     console = terminal()
+    replicas = plan.chosen.replicas
+    each = f"each of {replicas} replicas on " if replicas > 1 else ""
     console.print(
         f"{plan.workload.model}, sequence length {plan.workload.seq_len}, effective batch "
-        f"{plan.target_batch}, {format_bytes(plan.budget_bytes)} on {plan.device}",
+        f"{plan.target_batch}, {format_bytes(plan.budget_bytes)} on {each}{plan.device}",
         soft_wrap=True,
     )
     table, marks = _table(""), _Marks()
@@ -75,7 +84,7 @@ def show_plan(plan: Plan, *, explain: bool = False, trials: Sequence[Trial] = ()
     for entry in plan.alternatives[:6]:
         table.add_row("smaller", *_row(entry, marks))
     console.print(table)
-    for note in marks.notes():
+    for note in (*marks.notes(), *_unmeasured([plan])):
         console.print(note, soft_wrap=True)
     padding = plan.chosen.rows - plan.target_batch
     if padding:
@@ -176,7 +185,7 @@ def show_grid(title: str, cells: Sequence[Cell]) -> None:
             table.add_row(workload.model, str(workload.seq_len), "-", "-", "does not fit", "-", "-")
     console.print(table)
     notes = marks.notes()
-    for note in notes:
+    for note in (*notes, *_unmeasured(cells)):
         console.print(note, soft_wrap=True)
     if any(isinstance(cell, Plan) and _on_host(cell.chosen.levers) for cell in cells):
         console.print("host: the optimizer's state is in the host's memory")
@@ -188,24 +197,25 @@ def show_cards(title: str, cells: Sequence[tuple[Accelerator, Cell]]) -> None:
     """A plan for every product of the catalogue that can do it, a line each."""
     console = terminal()
     console.print(title, soft_wrap=True)
-    table, marks = Table(box=None, pad_edge=False), _Marks()
-    for title in ("card", "memory", "steps", "checkpointing", "peak", "time/batch"):
+    table, marks = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0)), _Marks()
+    for title in ("card", "memory", "steps", "checkpointing", "peak", "time"):
         left = title in ("card", "checkpointing")
         table.add_column(title, justify="left" if left else "right", no_wrap=True)
     for product, cell in cells:
         if isinstance(cell, Plan):
             size, steps, *rest = _row(cell.chosen, marks)
             memory = f"{product.memory_bytes // GIB_BYTES} GiB"
-            table.add_row(product.name, memory, f"{steps} x {size}", *rest)
+            many = f"{cell.chosen.replicas} x " if cell.chosen.replicas > 1 else ""
+            table.add_row(product.name, many + memory, f"{steps} x {size}", *rest)
     console.print(table)
     none = [product.name for product, cell in cells if not isinstance(cell, Plan)]
     if none:
         console.print(f"no plan for {', '.join(none)}", soft_wrap=True)
-    for note in marks.notes():
+    for note in (*marks.notes(), *_unmeasured([cell for _, cell in cells])):
         console.print(note, soft_wrap=True)
     if any(isinstance(cell, Plan) and _on_host(cell.chosen.levers) for _, cell in cells):
         console.print("host: the optimizer's state is in the host's memory")
-    console.print("Peak and time are predicted.")
+    console.print("Peak and time, of a batch, are predicted.")
 
 
 def show_least(target_batch: int, found: Sequence[LeastMemory]) -> None:
@@ -231,19 +241,21 @@ def show_least(target_batch: int, found: Sequence[LeastMemory]) -> None:
 
 
 def cards_of(budget_bytes: int) -> list[Accelerator]:
-    """Products of the catalogue with so much usable memory, the smallest first."""
-    large = [card for card in ACCELERATORS.values() if card.usable_bytes >= budget_bytes]
+    """GPUs of the catalogue with so much usable memory, the smallest first."""
+    cards = [card for card in ACCELERATORS.values() if card.kind == "gpu"]
+    large = [card for card in cards if card.usable_bytes >= budget_bytes]
     return sorted(large, key=lambda card: card.memory_bytes)
 
 
 def show_catalogue(products: Sequence[Accelerator]) -> None:
     """The catalogue."""
     table = Table(box=None, pad_edge=False)
-    for title in ("name", "memory", "usable", "float32", "bandwidth"):
+    for title in ("name", "devices", "memory", "usable", "float32", "bandwidth"):
         table.add_column(title, justify="left" if title == "name" else "right")
     for product in products:
         table.add_row(
             product.name,
+            str(product.replicas),
             format_bytes(product.memory_bytes),
             format_bytes(product.usable_bytes),
             f"{product.flops_per_second / 1e12:.1f} TFLOP/s",
