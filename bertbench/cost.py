@@ -1,4 +1,4 @@
-"""Predicted seconds of an optimizer step: operations over rates.
+"""Predicted seconds of an optimizer step: what it does, counted, times the seconds of each.
 
 Good for comparing lever settings with one another; on a device that nothing was measured on, the
 absolute number is a rough one.
@@ -6,8 +6,10 @@ absolute number is a rough one.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 from bertbench.catalogue import ACCELERATORS, Accelerator, match_accelerator
 from bertbench.devices import Device
 from bertbench.workload import Levers, Workload
+from finetune.checkpointing import examples_per_block
 from finetune.config import parameter_count
 
 _LINK_BYTES_PER_SECOND = {"cpu": 5e9, "gpu": 1e10, "tpu": 5e10}
@@ -23,37 +26,110 @@ TPUs' own links."""
 
 
 @dataclasses.dataclass(frozen=True)
+class Work:
+    """What an optimizer step does on one replica, counted; or the seconds of one of each.
+
+    Attributes:
+        products: operations of matrix products, forward, backward and recomputed.
+        weights: numbers of weight matrices, times the passes over them: what a product costs
+            however few the tokens are.
+        scores: elements `[b, a, s, s]` of attention, forward and backward.
+        scores_again: the same, recomputed.
+        hidden: elements `[b * s, h]` of layers, forward and backward; the intermediate sublayer's
+            are in proportion.
+        hidden_again: the same, recomputed.
+        small_scores: those of all these in tensors of less than `_SMALL_ELEMENTS`.
+        small_hidden: likewise.
+        embedded: elements `[b * s, h]` of the embeddings and their gradient.
+        layers: layers, times micro-batches: what kernels cost however small they are.
+        layers_again: the same, recomputed.
+        blocks: blocks of examples that layers are recomputed in.
+        summed: accumulators' numbers, times micro-batches.
+        micro_batches: their number.
+        updated: trained numbers.
+    """
+
+    products: float = 0.0
+    weights: float = 0.0
+    scores: float = 0.0
+    scores_again: float = 0.0
+    hidden: float = 0.0
+    hidden_again: float = 0.0
+    small_scores: float = 0.0
+    small_hidden: float = 0.0
+    embedded: float = 0.0
+    layers: float = 0.0
+    layers_again: float = 0.0
+    blocks: float = 0.0
+    summed: float = 0.0
+    micro_batches: float = 0.0
+    updated: float = 0.0
+
+    def times(self, factor: float) -> Work:
+        """Each number times a factor."""
+        return Work(**{name: value * factor for name, value in dataclasses.asdict(self).items()})
+
+
+_OF_ACTIVATIONS = (
+    "products", "weights", "scores", "scores_again", "hidden", "hidden_again",
+    "small_scores", "small_hidden",
+)  # fmt: skip
+"""What a precision makes faster."""
+
+_SMALL_ELEMENTS = 100_000
+"""TensorFlow computes a smaller tensor on one core. Between 98,304 (slow) and 131,072, two cores,
+2026-11-26."""
+
+_AGAIN_SHARE = 0.4
+"""Operations of a recomputed forward pass, in those of a forward and a backward pass."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Rates:
     """What a device delivers on this work.
 
     Attributes:
-        flops_per_second: rate of large float32 matrix products and what surrounds them.
-        bytes_per_second: memory bandwidth of the update.
-        half_rate_tokens: tokens of a micro-batch at which half the rate is reached.
-        launch_seconds: fixed cost of a layer's kernels, forward and backward.
+        unit_seconds: of one of each.
         speedups: rate of a precision over that of float32, where it is another.
         link_bytes_per_second: rate of sums over replicas.
     """
 
-    flops_per_second: float
-    bytes_per_second: float
-    half_rate_tokens: float
-    launch_seconds: float
+    unit_seconds: Work
     speedups: Mapping[str, float] = dataclasses.field(default_factory=dict)
     link_bytes_per_second: float = _LINK_BYTES_PER_SECOND["cpu"]
 
-
-_RECOMPUTED = {"none": 0.0, "selective": 0.36, "full": 0.96, "nested": 1.0}
-"""Time of the second forward pass of a layer, in that of the first, of which the whole backward
-pass takes two. BERT-Base on two cores, sequence length 384, batch 8, 2026-11-25. The layer's last
-matrix product is never recomputed; drawing the masks again is."""
 
 _HOST_UPDATE_BYTES_PER_SECOND = 4e9
 """Of an optimizer's state on the host: the bus and the host's memory together. A guess for PCIe 3
 and two memory channels."""
 
-_CPU_FLOPS_PER_CORE = 6e10
+_CPU_CORES = 2
+_CPU_UNIT_SECONDS = Work(
+    products=6.57e-12,
+    weights=1.03e-10,
+    scores=1.36e-09,
+    scores_again=2.94e-09,
+    hidden=5.01e-10,
+    hidden_again=1.80e-08,
+    small_scores=7.69e-09,
+    small_hidden=2.17e-08,
+    embedded=8.13e-08,
+    layers=1.86e-03,
+    layers_again=8.2e-05,
+    blocks=6.33e-04,
+    summed=6.74e-10,
+)
+"""Two cores of an AMD EPYC, float32. Fitted on 2026-11-26 by `benchmarks/fit_cost.py` to the steps
+of all 240 lever settings of four workloads of BERT-Tiny, -Mini and -Small: nine in ten of the
+predictions are between -8 % and +7 % of the measurement. What is small beside the rest in such
+models, as the update, is not told apart from it."""
+
 _GPU_EFFICIENCY = 0.5
+_GPU_HALF_RATE_TOKENS = 256
+"""Tokens of a micro-batch at which half the rate is reached."""
+_GPU_PASSES = {"scores": 44, "scores_again": 24, "hidden": 200, "hidden_again": 80}
+"""Times that an element is read or written, counted in the operations that are not products, each
+of which TensorFlow makes a kernel of. Not measured."""
 _GPU_SPEEDUPS = {"tf32": 1.5, "bf16": 2.0, "fp16": 2.0}
 """Guesses on the low side: tensor cores are 4 to 16 times as fast, but what surrounds the matrix
 products is bound by memory bandwidth."""
@@ -67,29 +143,38 @@ _CPU_FP16_SPEEDUP = 0.8
 
 def gpu_rates(accelerator: Accelerator) -> Rates:
     """Rates of a product of the catalogue: half of the data sheet's."""
+    flops_per_second = accelerator.flops_per_second * _GPU_EFFICIENCY
+    element_seconds = 4 / (accelerator.bytes_per_second * _GPU_EFFICIENCY)
     # A TPU multiplies in bfloat16 whatever the type of the numbers is.
     speedups = dict(_GPU_SPEEDUPS) if accelerator.kind == "gpu" else {}
     if (accelerator.compute_capability or _TENSOR_CORES_CAPABILITY) < _TENSOR_CORES_CAPABILITY:
         speedups["fp16"] = 1.0
     return Rates(
-        accelerator.flops_per_second * _GPU_EFFICIENCY,
-        accelerator.bytes_per_second * _GPU_EFFICIENCY,
-        half_rate_tokens=256,
-        launch_seconds=5e-4,
-        speedups=speedups,
-        link_bytes_per_second=_LINK_BYTES_PER_SECOND[accelerator.kind],
+        Work(
+            products=1 / flops_per_second,
+            weights=2 * _GPU_HALF_RATE_TOKENS / flops_per_second,
+            **{name: passes * element_seconds for name, passes in _GPU_PASSES.items()},
+            layers=1e-3,
+            layers_again=4e-4,
+            blocks=2e-3,
+            # An accumulator is read, added to and written.
+            summed=3 * element_seconds,
+            # Norm, clipping, decay and Adam read and write weights, gradients and moments.
+            updated=11 * element_seconds,
+        ),
+        speedups,
+        _LINK_BYTES_PER_SECOND[accelerator.kind],
     )
 
 
 def device_rates(device: Device) -> Rates:
     """Rates of an attached device; a GPU that is not in the catalogue counts as a T4."""
     if device.kind == "cpu":
-        cores = usable_cores()
         speedups = {
             "bf16": _CPU_BF16_SPEEDUPS[_multiplies_bfloat16()],
             "fp16": _CPU_FP16_SPEEDUP,
         }
-        return Rates(_CPU_FLOPS_PER_CORE * cores, 1e10, 32, 2e-3, speedups)
+        return Rates(_CPU_UNIT_SECONDS.times(_CPU_CORES / usable_cores()), speedups)
     if device.kind == "tpu":
         # The smallest; which one it is cannot be asked before connecting.
         return gpu_rates(ACCELERATORS["tpu-v2-8"])
@@ -114,17 +199,59 @@ def _multiplies_bfloat16() -> bool:
     return "avx512_bf16" in text or "amx_bf16" in text
 
 
-def forward_flops(workload: Workload) -> int:
-    """Operations of one example's forward pass through the layers, two per multiply-add."""
-    config, s = workload.config, workload.seq_len
-    h, f = config.hidden_size, config.intermediate_size
-    layer = 2 * s * (4 * h * h + 2 * h * f) + 4 * s * s * h
-    return config.num_hidden_layers * layer
-
-
 @functools.lru_cache(maxsize=256)
 def _parameters(workload: Workload) -> int:
     return parameter_count(workload.config, workload.head, workload.num_labels)
+
+
+def work_of(workload: Workload, levers: Levers, micro_batch: int) -> Work:
+    """Count what an optimizer step does on one replica.
+
+    Args:
+        workload: what is trained.
+        levers: lever settings with the number of micro-batches.
+        micro_batch: rows of each, padding rows among them.
+    """
+    config, s, b = workload.config, workload.seq_len, micro_batch
+    h, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    steps = levers.accumulation_steps
+    tokens = b * s
+    of_weights = 4 * h * h + 2 * h * f
+    scores, hidden = b * config.num_attention_heads * s * s, tokens * h
+    attention = 4 * scores * config.head_size  # two products
+    counted: collections.defaultdict[str, float] = collections.defaultdict(float)
+    for policy, count in _counted(levers, layers):
+        again = policy != "none"
+        counted["products"] += count * 3 * (2 * tokens * of_weights + attention)
+        counted["weights"] += count * 3 * of_weights
+        if again:
+            counted["products"] += count * attention
+            counted["scores_again"] += count * scores
+            counted["hidden_again"] += count * hidden
+            counted["layers_again"] += count
+        if policy not in ("none", "selective"):
+            # All products but the last, which no gradient reads.
+            counted["products"] += count * 2 * tokens * (of_weights - h * f)
+            counted["weights"] += count * (of_weights - h * f)
+        per_block = examples_per_block(policy, s)
+        blocks = 1 if per_block is None else math.ceil(b / per_block)
+        counted["blocks"] += 0 if per_block is None else count * blocks
+        for name, elements in (("scores", scores), ("hidden", hidden)):
+            if elements < blocks * _SMALL_ELEMENTS:
+                counted[f"small_{name}"] += count * elements * (1 + again * _AGAIN_SHARE)
+    parameters = _parameters(workload)
+    counted["scores"], counted["hidden"] = layers * scores, layers * hidden
+    counted["embedded"], counted["layers"], counted["micro_batches"] = hidden, layers, 1
+    # Rows of the word embeddings are added one by one.
+    counted["summed"] = parameters - config.vocab_size * h if steps > 1 else 0
+    each_micro_batch = {name: float(steps * count) for name, count in counted.items()}
+    return Work(**each_micro_batch, updated=parameters)
+
+
+def _counted(levers: Levers, layers: int) -> list[tuple[str, int]]:
+    """Policies and the numbers of layers under them; layers are alike."""
+    counts = collections.Counter(levers.checkpointing.of_layer(index) for index in range(layers))
+    return list(counts.items())
 
 
 def predict_step_seconds(
@@ -139,27 +266,18 @@ def predict_step_seconds(
         rates: the device's.
         replicas: devices that do the same at the same time.
     """
-    layers = workload.config.num_hidden_layers
-    policies = [levers.checkpointing.of_layer(index) for index in range(layers)]
-    recomputed = sum(_RECOMPUTED[policy] for policy in policies) / layers
-    # Forward once, backward twice as much, and what is recomputed.
-    flops = forward_flops(workload) * micro_batch * (3 + recomputed)
-    tokens = micro_batch * workload.seq_len
-    efficiency = tokens / (tokens + rates.half_rate_tokens)
+    work, each = work_of(workload, levers, micro_batch), rates.unit_seconds
     speedup = rates.speedups.get(levers.precision, 1.0)
-    parameters = _parameters(workload)
-    micro_seconds = (
-        flops / (rates.flops_per_second * speedup * efficiency)
-        + rates.launch_seconds * layers * (1 + recomputed / 3)
-        # An accumulator is read, added to and written.
-        + (12 * parameters / rates.bytes_per_second if levers.accumulation_steps > 1 else 0)
+    seconds = sum(
+        getattr(work, field.name)
+        * getattr(each, field.name)
+        / (speedup if field.name in _OF_ACTIVATIONS else 1.0)
+        for field in dataclasses.fields(Work)
     )
-    # Norm, clipping, decay and Adam read and write weights, gradients and moments.
-    update_seconds = 44 * parameters / rates.bytes_per_second
+    parameters = _parameters(workload)
     if levers.placement == "host":
         # Gradient and change cross the bus; the host reads and writes the moments and the change.
-        update_seconds += (8 + 28) * parameters / _HOST_UPDATE_BYTES_PER_SECOND
+        seconds += (8 + 28) * parameters / _HOST_UPDATE_BYTES_PER_SECOND
     # A ring sends and receives each gradient twice, but for one part in as many as there are.
     passes = 2 * (replicas - 1) / replicas
-    sum_seconds = passes * 4 * parameters / rates.link_bytes_per_second
-    return levers.accumulation_steps * micro_seconds + sum_seconds + update_seconds
+    return seconds + passes * 4 * parameters / rates.link_bytes_per_second

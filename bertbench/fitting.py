@@ -33,12 +33,15 @@ class Room:
         budget_bytes: what the allocator of one device may use.
         spare_bytes: what is to be left free of it.
         replicas: devices that share the effective batch, and so add up their gradients.
+        margin: part of a prediction with a trace to add, where one is kept; None takes
+            `SAFETY_MARGIN`.
     """
 
     device_kind: str
     budget_bytes: int
     spare_bytes: int = 0
     replicas: int = 1
+    margin: float | None = None
 
     def memory(self, margin: float = 0.0) -> Memory:
         """The allocator's memory, less a margin."""
@@ -49,10 +52,13 @@ class Room:
         return int((self.budget_bytes - self.spare_bytes) / (1 + margin))
 
 
-def margin_for(workload: Workload, levers: Levers, device_kind: str) -> float:
+def margin_for(workload: Workload, levers: Levers, room: Room) -> float:
     """Part of a prediction to add before it is compared with a budget."""
-    exact = device_kind == "cpu" and trace_of(workload, levers) is not None
-    return 0.0 if exact else SAFETY_MARGIN
+    if not _has_trace(workload, levers, room.device_kind):
+        return SAFETY_MARGIN
+    if room.device_kind == "cpu":
+        return 0.0
+    return SAFETY_MARGIN if room.margin is None else room.margin
 
 
 def least_peak_bytes(workload: Workload, levers: Levers, micro_batch: int, room: Room) -> int:
@@ -74,7 +80,7 @@ def least_peak_bytes(workload: Workload, levers: Levers, micro_batch: int, room:
 
 def usable_bytes(workload: Workload, levers: Levers, room: Room) -> int:
     """What a prediction may reach."""
-    return room.usable_bytes(margin_for(workload, levers, room.device_kind))
+    return room.usable_bytes(margin_for(workload, levers, room))
 
 
 def fits(workload: Workload, levers: Levers, micro_batch: int, room: Room) -> bool:
@@ -84,7 +90,7 @@ def fits(workload: Workload, levers: Levers, micro_batch: int, room: Room) -> bo
         return False
     if not _has_trace(workload, levers, room.device_kind):
         return True
-    margin = margin_for(workload, levers, room.device_kind)
+    margin = margin_for(workload, levers, room)
     return replay_step(workload, levers, micro_batch, room.memory(margin)).fits
 
 
@@ -94,7 +100,7 @@ def footprint_in(
     """Predicted peak by part; with `replayed`, and with a trace, what the allocator loses too."""
     footprint = None
     if _has_trace(workload, levers, room.device_kind):
-        memory = room.memory(margin_for(workload, levers, room.device_kind))
+        memory = room.memory(margin_for(workload, levers, room))
         footprint = traced_footprint(workload, levers, micro_batch, memory, replayed=replayed)
     if footprint is None:
         footprint = predict_footprint(workload, levers, micro_batch, device_kind=room.device_kind)

@@ -17,7 +17,7 @@ from importlib import metadata
 from typing import Any
 
 from bertbench.allocations import Recording, recording_from_text, recording_to_text
-from bertbench.devices import Budget
+from bertbench.devices import Budget, Device
 from bertbench.ledger_file import explained
 from bertbench.repetition import Recorded
 from bertbench.trial import Trial
@@ -27,6 +27,11 @@ _NEAREST_LENGTHS = 3
 
 _TRIAL_COLUMNS = (
     "batch, outcome, peak_bytes, step_seconds, seconds, message, fresh, process_peak_bytes"
+)
+
+_SELECT_ROWS = (
+    "SELECT id, time_utc, device, budget_bytes, model, head, seq_len, levers_key, "
+    f"versions_key, budget_key, workload_key, {_TRIAL_COLUMNS} FROM trials"
 )
 
 
@@ -175,11 +180,21 @@ def find_allocations(
 def read_rows(ledger: sqlite3.Connection) -> list[LedgerRow]:
     """All trials, failed ones too, in the order of recording."""
     with explained(ledger):
-        rows = ledger.execute(
-            "SELECT id, time_utc, device, budget_bytes, model, head, seq_len, levers_key, "
-            f"versions_key, budget_key, workload_key, {_TRIAL_COLUMNS} FROM trials ORDER BY id"
-        ).fetchall()
+        rows = ledger.execute(f"{_SELECT_ROWS} ORDER BY id").fetchall()
     return [_row(row) for row in rows]
+
+
+def read_device_rows(
+    ledger: sqlite3.Connection, device: Device, versions: str, most: int
+) -> list[LedgerRow]:
+    """The newest trials on a device, under any budget, that fitted or ran out of memory."""
+    with explained(ledger):
+        rows = ledger.execute(
+            f"{_SELECT_ROWS} WHERE device = ? AND versions_key = ? "
+            "AND outcome IN ('fits', 'oom') ORDER BY id DESC LIMIT ?",
+            (device.name, versions, most),
+        ).fetchall()
+    return [_row(row) for row in reversed(rows)]
 
 
 @dataclasses.dataclass(frozen=True)

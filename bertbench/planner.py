@@ -14,6 +14,7 @@ from typing import Any
 
 from bertbench.bytes import MIB_BYTES, format_bytes
 from bertbench.cost import Rates, predict_step_seconds
+from bertbench.experience import Experience
 from bertbench.fitting import (
     Room,
     fits,
@@ -97,6 +98,7 @@ class Plan:
         alternatives: slower settings that need less, each at least a tenth less than the one
             before it.
         rejected: settings that are faster but do not fit, those first that miss least.
+        timed_trials: trials on the device that its speed was taken from; 0 for none.
     """
 
     workload: Workload
@@ -107,6 +109,7 @@ class Plan:
     chosen: PlanEntry
     alternatives: tuple[PlanEntry, ...]
     rejected: tuple[Rejection, ...]
+    timed_trials: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Values of a plan file."""
@@ -118,6 +121,7 @@ class Plan:
             "budget_bytes": self.budget_bytes,
             "device": self.device,
             "device_kind": self.device_kind,
+            "timed_trials": self.timed_trials,
             "chosen": self.chosen.to_json(),
             "alternatives": [entry.to_json() for entry in self.alternatives],
             "rejected": [rejection.to_json() for rejection in self.rejected],
@@ -159,6 +163,7 @@ def make_plan(
     host_if_needed: bool = True,
     spare_bytes: int = 0,
     replicas: int = 1,
+    experience: Experience | None = None,
 ) -> Plan:
     """Choose the fastest setting that is predicted to fit.
 
@@ -179,6 +184,7 @@ def make_plan(
         spare_bytes: what is to be left free of the budget.
         replicas: devices that share the effective batch; each has its part of it, and the last
             may have padding.
+        experience: what trials have shown of the workload on the device; none by default.
 
     Returns:
         The plan.
@@ -188,15 +194,17 @@ def make_plan(
     """
     if target_batch < 1:
         raise InputError(f"target batch {target_batch} is not positive")
-    room = Room(device_kind, budget_bytes, spare_bytes, replicas)
+    experience = experience or Experience()
+    room = Room(device_kind, budget_bytes, spare_bytes, replicas, experience.margin)
+    rates = experience.rates(rates)
     share = math.ceil(target_batch / replicas)
     settings = _settings(workload, policies, allowed)
-    found = _choose(_candidates(workload, settings, share, rates, room), room)
+    found = _choose(_candidates(workload, settings, share, rates, room), room, experience)
     if found is None and host_if_needed and device_kind == "gpu" and replicas == 1:
         # The last resort, because what it costs depends on the host as well.
         allowed = [dataclasses.replace(levers, placement="host") for levers in allowed]
         settings = _settings(workload, policies, allowed)
-        found = _choose(_candidates(workload, settings, share, rates, room), room)
+        found = _choose(_candidates(workload, settings, share, rates, room), room, experience)
     if found is None:
         raise _nothing_fits(workload, share, policies, allowed, room)
     chosen, alternatives, rejected = found
@@ -209,6 +217,7 @@ def make_plan(
         _entry(chosen, room, replayed=True),
         tuple(_entry(candidate, room, replayed=False) for candidate in alternatives),
         tuple(rejected),
+        experience.trials,
     )
 
 
@@ -255,7 +264,7 @@ def cuts(target_batch: int) -> list[tuple[int, int]]:
 
 
 def _choose(
-    candidates: Sequence[_Candidate], room: Room
+    candidates: Sequence[_Candidate], room: Room, experience: Experience
 ) -> tuple[_Candidate, list[_Candidate], list[Rejection]] | None:
     """Take the first that fits.
 
@@ -268,14 +277,24 @@ def _choose(
         missing_bytes = candidate.peak_bytes - usable_bytes(
             candidate.workload, candidate.levers, room
         )
-        if missing_bytes <= 0 and fits(
-            candidate.workload, candidate.levers, candidate.micro_batch, room
+        # With other replicas there is more to hold than a trial has shown.
+        known = None
+        if room.replicas == 1:
+            known = experience.fits(
+                candidate.levers, candidate.micro_batch, room.budget_bytes - room.spare_bytes
+            )
+        if known or (
+            known is None
+            and missing_bytes <= 0
+            and fits(candidate.workload, candidate.levers, candidate.micro_batch, room)
         ):
             rejected.sort(key=lambda pair: pair[0])
             nearest = [rejection for _, rejection in rejected[:_MOST_REJECTIONS]]
             return candidate, _front(candidates[number:]), nearest
         why = f"needs {format_bytes(candidate.peak_bytes)}, "
-        if missing_bytes > 0:
+        if known is False:
+            why = "ran out of memory in a trial"
+        elif missing_bytes > 0:
             why += f"{format_bytes(missing_bytes)} too much"
         else:
             why += "and what is free is in pieces that are too small"

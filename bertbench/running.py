@@ -14,6 +14,7 @@ from bertbench.catalogue import check_levers
 from bertbench.cloud_storage import RemoteFolder
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, TpuSettings, check_free
+from bertbench.experience import experience_of
 from bertbench.planner import Plan, describe_entry, make_plan, read_plan
 from bertbench.progress import say
 from bertbench.workload import Levers, Workload
@@ -232,17 +233,19 @@ def plan_run(workload: Workload, settings: RunSettings, budget: Budget, budget_b
     Raises:
         InputError: nothing fits.
     """
+    rates = device_rates(budget.device)
     return make_plan(
         workload,
         settings.train_batch_size,
         budget_bytes,
-        device_rates(budget.device),
+        rates,
         device=budget.device.name,
         device_kind=budget.device.kind,
         policies=None if settings.checkpointing is None else [settings.checkpointing],
         allowed=settings.allowed,
         host_if_needed=not settings.insist_placement,
         replicas=settings.replicas,
+        experience=experience_of(budget.device, workload, rates),
     )
 
 

@@ -182,7 +182,7 @@ def _next_plan(
     kind = budget.device.kind
     room = Room(kind, budget.budget_bytes, replicas=settings.replicas)
     peak_bytes = least_peak_bytes(workload, levers, micro_batch, room)
-    most_bytes = int(_NEXT_SHARE * peak_bytes * (1 + margin_for(workload, levers, kind)))
+    most_bytes = int(_NEXT_SHARE * peak_bytes * (1 + margin_for(workload, levers, room)))
     # The update must stay the same one, so only the levers that do not change it are free.
     kept = dataclasses.replace(settings, allowed=(levers,))
     try:

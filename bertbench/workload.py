@@ -65,6 +65,21 @@ class Workload:
         return json.dumps(values, sort_keys=True)
 
 
+def workload_from_key(model: str, key: str) -> Workload:
+    """Read what `Workload.key` wrote.
+
+    Args:
+        model: name of the model, which the key does not have.
+        key: the text.
+
+    Raises:
+        InputError: it is the key of no workload of this version.
+        KeyError, TypeError, ValueError: likewise.
+    """
+    values = json.loads(key)
+    return Workload(model=model, **{**values, "config": BertConfig(**values["config"])})
+
+
 def published_workload(model: str, seq_len: int, head: str = "squad") -> Workload:
     """Workload of a published model size.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,17 +10,20 @@ class Recipe:
     """Hyperparameters of a published fine-tuning.
 
     Attributes:
-        task: what is fine-tuned.
+        task: what is fine-tuned, for people.
+        head: task head.
         batch_size: effective batch.
         learning_rate: peak of the schedule.
         epochs: passes over the examples.
-        warmup_proportion: part of the steps that the learning rate rises for.
         seq_len: longest sequence.
         source: where this is written.
+        warmup_proportion: part of the steps that the learning rate rises for.
         examples: of the training set; 0 where there are several sets.
+        models: beginnings of the models' names that it is for; all by default.
     """
 
     task: str
+    head: str
     batch_size: int
     learning_rate: float
     epochs: float
@@ -29,26 +31,42 @@ class Recipe:
     source: str
     warmup_proportion: float = 0.1
     examples: int = 0
+    models: tuple[str, ...] = ("",)
 
 
-RECIPES: Mapping[str, Recipe] = {
-    recipe.task: recipe
-    for recipe in (
-        Recipe(
-            "squad",
-            32,
-            5e-5,
-            3.0,
-            384,
-            "Devlin et al. 2019, section 4.2; run_squad.py",
-            examples=87_599,
-        ),
-        Recipe("squad2", 48, 5e-5, 2.0, 384, "Devlin et al. 2019, section 4.3", examples=130_319),
-        Recipe("glue", 32, 5e-5, 3.0, 128, "Devlin et al. 2019, section 4.1; run_classifier.py"),
-    )
-}
-"""By task. The paper chose GLUE's learning rate on the dev set among 5e-5, 4e-5, 3e-5, 2e-5;
-the original's README fine-tunes SQuAD with batch 24 (Large) or 12 (Base), 3e-5 and 2 epochs."""
+_SQUAD_1, _SQUAD_2 = 87_599, 130_319
+_PAPER, _README = "Devlin et al. 2019", "README of google-research/bert"
+
+RECIPES = (
+    Recipe("SQuAD 1.1", "squad", 32, 5e-5, 3.0, 384, f"{_PAPER}, section 4.2", examples=_SQUAD_1),
+    Recipe("SQuAD 2.0", "squad", 48, 5e-5, 2.0, 384, f"{_PAPER}, section 4.3", examples=_SQUAD_2),
+    Recipe(
+        "SQuAD 1.1", "squad", 12, 3e-5, 2.0, 384, _README, examples=_SQUAD_1, models=("bert-base",)
+    ),
+    Recipe(
+        "SQuAD 1.1 and 2.0", "squad", 24, 3e-5, 2.0, 384, _README, examples=_SQUAD_1,
+        models=("bert-large",),
+    ),
+    Recipe("GLUE", "classifier", 32, 5e-5, 3.0, 128, f"{_PAPER}, section 4.1"),
+    Recipe("GLUE", "classifier", 16, 5e-5, 3.0, 128, f"{_PAPER}, appendix A.3"),
+)  # fmt: skip
+"""The paper's first, by head. The paper chose GLUE's learning rate on the dev set among 5e-5, 4e-5,
+3e-5 and 2e-5."""
+
+
+def find_recipe(head: str, model: str, batch_size: int) -> Recipe:
+    """Find the recipe with an effective batch; where there is none, the paper's first.
+
+    Args:
+        head: task head; a regressor's is the classifier's.
+        model: name of the model.
+        batch_size: effective batch.
+    """
+    of_head = [r for r in RECIPES if r.head == ("squad" if head == "squad" else "classifier")]
+    fitting = [
+        r for r in of_head if r.batch_size == batch_size and model.lower().startswith(r.models)
+    ]
+    return (fitting or of_head)[0]
 
 
 def train_steps(num_examples: int, batch_size: int, epochs: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -32,10 +33,12 @@ from bertbench.cli.plan_view import (
     show_plan,
 )
 from bertbench.cost import Rates, device_rates, gpu_rates
+from bertbench.devices import Device
+from bertbench.experience import experience_of
 from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.planner import LeastMemory, Plan, describe_entry, find_least_memory, make_plan
-from bertbench.progress import say
+from bertbench.progress import progress, say
 from bertbench.trial import Trial
 from bertbench.verifying import verify_plan
 from bertbench.workload import Workload, published_workload
@@ -53,6 +56,7 @@ class _Target:
     budget_bytes: int
     rates: Rates
     replicas: int
+    attached: Device | None = None
 
 
 @click.command(context_settings=CONTEXT)
@@ -155,12 +159,16 @@ def command(
                 f"--min-memory does not go with --gpu {gpu}", hint="it tells which cards are enough"
             )
         kind = "gpu" if every_card else resolve_device(device).kind
-        found = [
-            find_least_memory(
-                workload, target_batch, policies, allowed, kind, replicas=replicas or 1
-            )
-            for workload in workloads
-        ]
+        found: list[LeastMemory] = []
+        shown = progress("smallest memory", len(workloads), "workloads")
+        # One alone takes a second or two.
+        with shown if not single else contextlib.nullcontext(lambda done, note: None) as advance:
+            for workload in workloads:
+                least = find_least_memory(
+                    workload, target_batch, policies, allowed, kind, replicas=replicas or 1
+                )
+                found.append(least)
+                advance(len(found), f"{workload.model} {workload.seq_len}")
         values = [{**least.to_json(), "cards": _names(least)} for least in found]
         _write_or_show(
             json_file,
@@ -172,6 +180,9 @@ def command(
     def plan(workload: Workload, target: _Target, spare_bytes: int = 0) -> Plan:
         for levers in allowed:
             check_levers(target.kind, target.name, levers)
+        experience = None
+        if target.attached is not None:
+            experience = experience_of(target.attached, workload, target.rates, ledger_file)
         return make_plan(
             workload,
             target_batch,
@@ -184,6 +195,7 @@ def command(
             host_if_needed=placement is None,
             spare_bytes=spare_bytes,
             replicas=target.replicas,
+            experience=experience,
         )
 
     def plan_or_why(workload: Workload, target: _Target) -> Cell:
@@ -294,4 +306,5 @@ def _target(device: str, gpu: str | None, memory: int | None, replicas: int | No
         budget.budget_bytes,
         device_rates(budget.device),
         replicas or 1,
+        budget.device,
     )

@@ -12,7 +12,7 @@ from bertbench.cli.common import terminal
 from bertbench.planner import LeastMemory, Plan, PlanEntry
 from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload
-from finetune.recipes import RECIPES, train_steps
+from finetune.recipes import find_recipe, train_steps
 
 Cell = Plan | tuple[Workload, str]
 """A plan, or what there is none for, and why."""
@@ -100,6 +100,8 @@ def show_plan(plan: Plan, *, explain: bool = False, trials: Sequence[Trial] = ()
             f"checkpointing {rejection.levers.describe()}: {rejection.why}",
             soft_wrap=True,
         )
+    if plan.timed_trials:
+        console.print(f"Times are as in {plan.timed_trials} trials on this device.")
     for trial in trials:
         console.print(_measured(plan, trial), soft_wrap=True)
     if explain:
@@ -123,10 +125,11 @@ def _measured(plan: Plan, trial: Trial) -> str:
 
 def _recipe_lines(plan: Plan) -> list[str]:
     """The recipe of the task, and how long it takes."""
-    recipe = RECIPES["squad" if plan.workload.head == "squad" else "glue"]
+    recipe = find_recipe(plan.workload.head, plan.workload.model, plan.target_batch)
+    rate = f"learning rate {recipe.learning_rate:g}"
     lines = [
-        f"recipe: learning rate {recipe.learning_rate:g}, {recipe.epochs:g} epochs, batch "
-        f"{recipe.batch_size} ({recipe.source})"
+        f"recipe: {recipe.task}, batch {recipe.batch_size}, {rate}, {recipe.epochs:g} epochs "
+        f"({recipe.source})"
     ]
     if recipe.examples:
         steps = train_steps(recipe.examples, plan.target_batch, recipe.epochs)

@@ -1,0 +1,152 @@
+"""What the ledger's trials on a device teach a plan: how fast it is, and what has fitted.
+
+This module does not import TensorFlow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from bertbench.cost import Rates, predict_step_seconds
+from bertbench.devices import Device
+from bertbench.fitting import Room, least_peak_bytes
+from bertbench.ledger import LedgerRow, read_device_rows, versions_key
+from bertbench.ledger_file import default_ledger_path, open_ledger
+from bertbench.progress import say
+from bertbench.traced_steps import trace_of
+from bertbench.workload import Levers, Workload, levers_from_json, workload_from_key
+from finetune.errors import InputError
+
+_LEAST_TRIALS = 4
+"""Trials that a device's speed is taken from at least; and its prediction's error."""
+
+_MOST_TRIALS = 400
+"""The newest that are looked at."""
+
+_LEAST_MARGIN = 0.01
+_CLEARLY_MORE = 1.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcomes:
+    """What was seen of one setting of a workload, each time in a process of its own.
+
+    Attributes:
+        fits_bytes: the budgets that it has fitted in.
+        exceeds_bytes: the largest budget in which it has run out of memory; 0 if it has not.
+    """
+
+    fits_bytes: frozenset[int] = frozenset()
+    exceeds_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """What is known of a workload on a device.
+
+    Attributes:
+        time_factor: measured seconds of a step, in those predicted.
+        trials: that it is the median of; 0 if there are too few.
+        margin: part of a prediction to add before it is compared with a budget, where a margin is
+            kept; None if too few trials tell.
+        outcomes: by levers and micro-batch.
+    """
+
+    time_factor: float = 1.0
+    trials: int = 0
+    margin: float | None = None
+    outcomes: Mapping[tuple[Levers, int], Outcomes] = dataclasses.field(default_factory=dict)
+
+    def rates(self, rates: Rates) -> Rates:
+        """Rates of the device, in measured seconds."""
+        return dataclasses.replace(rates, unit_seconds=rates.unit_seconds.times(self.time_factor))
+
+    def fits(self, levers: Levers, micro_batch: int, budget_bytes: int) -> bool | None:
+        """Whether trials have shown that a setting fits, or that it does not; None if neither.
+
+        What has run out in a budget is taken not to fit in a smaller one. What has fitted fits in
+        the same budget and in one that is a tenth larger; just above, memory may be in pieces that
+        are too small again.
+        """
+        seen = self.outcomes.get((levers, micro_batch), Outcomes())
+        if budget_bytes in seen.fits_bytes:
+            return True
+        if budget_bytes <= seen.exceeds_bytes:
+            return False
+        if any(budget_bytes >= _CLEARLY_MORE * size for size in seen.fits_bytes):
+            return True
+        return None
+
+
+def experience_of(
+    device: Device, workload: Workload, rates: Rates, ledger_file: Path | None = None
+) -> Experience:
+    """Read what the ledger tells.
+
+    Args:
+        device: an attached one.
+        workload: what is trained.
+        rates: the device's, as predicted.
+        ledger_file: None takes the user's, and does without it if it cannot be read.
+
+    Raises:
+        InputError: the file that was named cannot be read.
+    """
+    path = ledger_file or default_ledger_path()
+    if not path.exists():
+        return Experience()
+    try:
+        with open_ledger(path) as ledger:
+            rows = read_device_rows(ledger, device, versions_key(), _MOST_TRIALS)
+    except InputError as error:
+        if ledger_file is not None:
+            raise
+        say(f"warning: {error}; planning without it")
+        return Experience()
+    return learn(rows, workload, rates, device.kind)
+
+
+def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: str) -> Experience:
+    """Draw conclusions from trials on one device.
+
+    Args:
+        rows: trials that fitted or ran out of memory.
+        workload: that outcomes are wanted of; speed and error are learnt from all workloads.
+        rates: the device's, as predicted.
+        device_kind: of the device.
+    """
+    factors, errors = [], []
+    outcomes: dict[tuple[Levers, int], Outcomes] = {}
+    for row in rows:
+        trial = row.trial
+        try:
+            levers = levers_from_json(dict(row.levers))
+            tried = workload_from_key(row.model, row.question[2])
+        except (InputError, KeyError, TypeError, ValueError):
+            continue  # As of another version.
+        if trial.step_seconds is not None:
+            predicted = predict_step_seconds(tried, levers, trial.batch, rates)
+            factors.append(trial.step_seconds / predicted)
+        traced = device_kind != "tpu" and trace_of(tried, levers) is not None
+        if trial.peak_bytes is not None and traced:
+            room = Room(device_kind, row.budget_bytes)
+            errors.append(trial.peak_bytes / least_peak_bytes(tried, levers, trial.batch, room) - 1)
+        if trial.fresh and tried.key() == workload.key():
+            seen = outcomes.get((levers, trial.batch), Outcomes())
+            if trial.outcome == "oom":
+                larger = max(seen.exceeds_bytes, row.budget_bytes)
+                seen = dataclasses.replace(seen, exceeds_bytes=larger)
+            else:
+                fits_bytes = seen.fits_bytes | {row.budget_bytes}
+                seen = dataclasses.replace(seen, fits_bytes=fits_bytes)
+            outcomes[levers, trial.batch] = seen
+    enough = len(factors) >= _LEAST_TRIALS
+    return Experience(
+        time_factor=statistics.median(factors) if enough else 1.0,
+        trials=len(factors) if enough else 0,
+        margin=max(errors) + _LEAST_MARGIN if len(errors) >= 2 * _LEAST_TRIALS else None,
+        outcomes=outcomes,
+    )

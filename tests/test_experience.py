@@ -1,0 +1,194 @@
+"""What trials in the ledger teach a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bertbench.attached import resolve_device
+from bertbench.bytes import MIB_BYTES
+from bertbench.cli.plan import command
+from bertbench.cost import device_rates, predict_step_seconds
+from bertbench.devices import Device, make_budget
+from bertbench.experience import Experience, Outcomes, experience_of, learn
+from bertbench.fitting import Room, least_peak_bytes
+from bertbench.ledger import record, versions_key
+from bertbench.ledger_file import open_ledger
+from bertbench.planner import make_plan
+from bertbench.trial import Trial
+from bertbench.workload import Levers, Workload, published_workload
+from finetune.checkpointing import parse_checkpointing
+from finetune.errors import InputError
+
+DEVICE = resolve_device("cpu")
+GPU = Device("gpu", 0, "NVIDIA Test", "GPU-1", 16 << 30, 16 << 30)
+RATES = device_rates(DEVICE)
+WORKLOAD = published_workload("bert-mini", 128)
+OTHER = published_workload("bert-tiny", 128, "classifier")
+MIB = 400
+
+
+def trial_of(
+    workload: Workload, levers: Levers, batch: int, *, slower: float = 1.0, more: float = 1.0
+) -> Trial:
+    """A trial that fits, with a step so much slower, and a peak so much larger, than predicted."""
+    seconds = slower * predict_step_seconds(workload, levers, batch, RATES)
+    peak_bytes = more * least_peak_bytes(workload, levers, batch, Room("gpu", MIB * MIB_BYTES))
+    return Trial(batch, "fits", int(peak_bytes), seconds, fresh=True)
+
+
+def write(
+    path: Path, *trials: tuple[Workload, Levers, Trial], device: Device = DEVICE, mib: int = MIB
+) -> None:
+    with open_ledger(path) as ledger:
+        for workload, levers, trial in trials:
+            budget = make_budget(device, mib * MIB_BYTES)
+            record(ledger, budget, versions_key(), workload, levers, trial)
+
+
+def test_speed_is_the_median_of_all_trials_on_the_device(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    assert experience_of(DEVICE, WORKLOAD, RATES, path) == Experience()
+    full = Levers(parse_checkpointing("full"), accumulation_steps=2)
+    trials = [
+        (workload, levers, trial_of(workload, levers, batch, slower=slower))
+        for workload, levers, batch, slower in (
+            (WORKLOAD, Levers(), 4, 1.7), (OTHER, full, 8, 9.0), (OTHER, Levers(), 16, 1.6),
+            (WORKLOAD, full, 3, 0.1), (WORKLOAD, full, 5, 1.65),
+        )
+    ]  # fmt: skip
+    write(path, *trials[:3])
+    write(path, *trials, device=dataclasses.replace(DEVICE, name="another"))
+    assert experience_of(DEVICE, WORKLOAD, RATES, path).trials == 0
+    write(path, *trials[3:], (WORKLOAD, full, Trial(9, "failed", None, None, message="no")))
+    found = experience_of(DEVICE, WORKLOAD, RATES, path)
+    assert found.trials == 5
+    assert found.time_factor == pytest.approx(1.65)
+    predicted = predict_step_seconds(WORKLOAD, full, 7, RATES)
+    measured = predict_step_seconds(WORKLOAD, full, 7, found.rates(RATES))
+    assert measured == pytest.approx(1.65 * predicted)
+
+
+def test_what_has_fitted_fits_and_what_has_run_out_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    oom = Trial(33, "oom", message="OOM", fresh=True)
+    write(path, (WORKLOAD, Levers(), Trial(32, "fits", 1, 1.0, fresh=True)),
+          (WORKLOAD, Levers(), oom), (OTHER, Levers(), dataclasses.replace(oom, batch=1)),
+          (WORKLOAD, Levers(), dataclasses.replace(oom, batch=34, fresh=False)))  # fmt: skip
+    write(path, (WORKLOAD, Levers(), dataclasses.replace(oom, batch=32)), mib=300)
+    found = experience_of(DEVICE, WORKLOAD, RATES, path)
+
+    def fits(batch: int, mib: int, levers: Levers | None = None) -> bool | None:
+        return found.fits(levers or Levers(), batch, mib * MIB_BYTES)
+
+    assert [fits(32, mib) for mib in (100, 300, 301, 400, 401, 441, 900)] == [
+        False, False, None, True, None, True, True,
+    ]  # fmt: skip
+    assert [fits(33, mib) for mib in (400, 401)] == [False, None]
+    assert fits(1, 300) is None
+    assert fits(34, 300) is None
+    assert fits(32, 400, Levers(accumulation_steps=2)) is None
+    # A budget in which it has fitted, below one in which it has not.
+    odd = Experience(outcomes={(Levers(), 1): Outcomes(frozenset({500}), 600)})
+    assert [odd.fits(Levers(), 1, size) for size in (499, 500, 501, 600, 601)] == [
+        False, True, False, False, True,
+    ]  # fmt: skip
+
+
+def test_a_plan_believes_trials_before_predictions() -> None:
+    def plan(experience: Experience | None = None, replicas: int = 1) -> tuple[int, Levers]:
+        chosen = make_plan(
+            WORKLOAD, 32, MIB * MIB_BYTES, RATES, device="some", experience=experience,
+            replicas=replicas,
+        ).chosen  # fmt: skip
+        return chosen.micro_batch, chosen.levers
+
+    batch, levers = plan()
+    refuted = Experience(outcomes={(levers, batch): Outcomes(exceeds_bytes=MIB * MIB_BYTES)})
+    assert plan(refuted) != (batch, levers)
+    rejected = make_plan(
+        WORKLOAD, 32, MIB * MIB_BYTES, RATES, device="some", experience=refuted
+    ).rejected
+    assert "ran out of memory in a trial" in [rejection.why for rejection in rejected]
+    # Too much by the prediction, but it has been seen to fit.
+    assert least_peak_bytes(WORKLOAD, Levers(), 32, Room("cpu", 1 << 40)) > MIB * MIB_BYTES
+    seen = Experience(outcomes={(Levers(), 32): Outcomes(frozenset({MIB * MIB_BYTES}))})
+    assert plan(seen) == (32, Levers())
+    # One alone says nothing of replicas that add up their gradients.
+    assert plan(refuted, replicas=2) == plan(replicas=2)
+
+
+def test_the_margin_of_a_gpu_is_its_measured_error(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    trials = [
+        (WORKLOAD, Levers(), trial_of(WORKLOAD, Levers(), batch, more=1 + batch / 1000))
+        for batch in range(1, 9)
+    ]
+    write(path, *trials[:-1], device=GPU)
+    assert experience_of(GPU, WORKLOAD, RATES, path).margin is None
+    write(path, trials[-1], device=GPU)
+    margin = experience_of(GPU, WORKLOAD, RATES, path).margin
+    assert margin == pytest.approx(0.018, abs=1e-5)
+
+    peak_bytes = least_peak_bytes(WORKLOAD, Levers(), 32, Room("gpu", 0))
+
+    def chosen(margin: float | None) -> int:
+        return make_plan(
+            WORKLOAD, 32, int(1.07 * peak_bytes), RATES, device="some", device_kind="gpu",
+            policies=[parse_checkpointing("none")], experience=Experience(margin=margin),
+        ).chosen.micro_batch  # fmt: skip
+
+    assert [chosen(None), chosen(margin)] == [16, 32]
+
+
+def test_what_cannot_be_read_is_left_out() -> None:
+    with open_ledger(":memory:") as ledger:
+        budget = make_budget(DEVICE, MIB * MIB_BYTES)
+        record(ledger, budget, versions_key(), WORKLOAD, Levers(), trial_of(WORKLOAD, Levers(), 4))
+        ledger.execute("UPDATE trials SET levers_key = ?", (json.dumps({"precision": "int3"}),))
+        from bertbench.ledger import read_device_rows
+
+        rows = read_device_rows(ledger, DEVICE, versions_key(), 10)
+        assert len(rows) == 1
+        assert learn(rows, WORKLOAD, RATES, "cpu") == Experience()
+
+
+def test_the_command_reads_the_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ledger.sqlite"
+    write(path, *[(WORKLOAD, Levers(), trial_of(WORKLOAD, Levers(), batch, slower=3.0))
+                  for batch in range(1, 6)])  # fmt: skip
+    arguments = [
+        "--model",
+        "bert-mini",
+        "--seq-len",
+        "128",
+        "--memory",
+        "400MiB",
+        "--device",
+        "cpu",
+    ]
+
+    def run(*more: str) -> str:
+        result = CliRunner().invoke(command, [*arguments, *more], catch_exceptions=False)
+        assert result.exit_code == 0
+        return result.output
+
+    assert "Times are as in 5 trials on this device." in run("--ledger", str(path))
+    known = json.loads(run("--ledger", str(path), "--json", "-"))
+    unknown = json.loads(run("--ledger", str(tmp_path / "none"), "--json", "-"))
+    assert (known["timed_trials"], unknown["timed_trials"]) == (5, 0)
+    assert known["chosen"]["predicted_step_seconds"] == pytest.approx(
+        3 * unknown["chosen"]["predicted_step_seconds"], rel=1e-4
+    )
+    assert not (tmp_path / "none").exists()
+    # A product of the catalogue is another device.
+    assert "trials" not in run("--ledger", str(path), "--gpu", "t4")
+    path.write_bytes(b"not a database, and long enough to be one" * 50)
+    with pytest.raises(InputError, match="not a usable ledger"):
+        run("--ledger", str(path))
+    monkeypatch.setenv("BERTBENCH_LEDGER", str(path))
+    assert "planning without it" in run()
