@@ -195,8 +195,10 @@ def _settle(
         for one, found in zip(fitting, _run_in_turn(device, workload, fitting), strict=True)
     }
     least = {name: min(found) for name, found in seconds.items()}
+    if _name(*chosen) not in least:
+        raise SystemExit(f"the plan {_name(*chosen)} for {case} does not fit in {budget_mib} MiB")
     best = min(least, key=lambda name: least[name])
-    regret = least.get(_name(*chosen), float("inf")) / least[best]
+    regret = least[_name(*chosen)] / least[best]
     print(
         f"{case:28s} {budget_mib:5,d} MiB  plan {_name(*chosen):24s} best {best:24s} {regret:.3f}",
         flush=True,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from bertbench.bytes import GIB_BYTES, MIB_BYTES
+from bertbench.devices import ACCELERATOR_SHARE
 from bertbench.workload import Levers
 from finetune.errors import InputError
 
@@ -43,11 +44,8 @@ class Accelerator:
 
     @property
     def usable_bytes(self) -> int:
-        """Nominal memory less 7 %, as the 11,430 MiB that TensorFlow gets of a 12 GiB Titan X.
-
-        XLA's messages tell of 7.48 GiB of the 8 of a core of a TPU v2, which is as much.
-        """
-        return int(self.memory_bytes * 0.93) // MIB_BYTES * MIB_BYTES
+        """`bertbench.devices.ACCELERATOR_SHARE` of the nominal memory."""
+        return int(self.memory_bytes * ACCELERATOR_SHARE) // MIB_BYTES * MIB_BYTES
 
 
 _ROWS = (

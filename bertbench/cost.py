@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bertbench.catalogue import ACCELERATORS, Accelerator, match_accelerator
@@ -65,9 +65,12 @@ class Work:
     micro_batches: float = 0.0
     updated: float = 0.0
 
-    def times(self, factor: float) -> Work:
-        """Each number times a factor."""
-        return Work(**{name: value * factor for name, value in dataclasses.asdict(self).items()})
+    def times(self, factor: float, names: Sequence[str] | None = None) -> Work:
+        """Each number, or those named, times a factor."""
+        values = dataclasses.asdict(self)
+        return Work(
+            **{n: v * factor if names is None or n in names else v for n, v in values.items()}
+        )
 
 
 _OF_ACTIVATIONS = (
@@ -79,6 +82,11 @@ _OF_ACTIVATIONS = (
 _SMALL_ELEMENTS = 100_000
 """TensorFlow computes a smaller tensor on one core. Between 98,304 (slow) and 131,072, two cores,
 2026-11-26."""
+
+_ON_ALL_CORES = (
+    "products", "weights", "scores", "scores_again", "hidden", "hidden_again", "embedded", "summed",
+)  # fmt: skip
+"""What more cores make faster; the rest is done by one."""
 
 _AGAIN_SHARE = 0.4
 """Operations of a recomputed forward pass, in those of a forward and a backward pass."""
@@ -174,7 +182,9 @@ def device_rates(device: Device) -> Rates:
             "bf16": _CPU_BF16_SPEEDUPS[_multiplies_bfloat16()],
             "fp16": _CPU_FP16_SPEEDUP,
         }
-        return Rates(_CPU_UNIT_SECONDS.times(_CPU_CORES / usable_cores()), speedups)
+        # Other numbers of cores have not been measured.
+        unit_seconds = _CPU_UNIT_SECONDS.times(_CPU_CORES / usable_cores(), _ON_ALL_CORES)
+        return Rates(unit_seconds, speedups)
     if device.kind == "tpu":
         # The smallest; which one it is cannot be asked before connecting.
         return gpu_rates(ACCELERATORS["tpu-v2-8"])

@@ -24,7 +24,7 @@ _LEAST_TRIALS = 4
 """Trials that a device's speed is taken from at least; and its prediction's error."""
 
 _MOST_TRIALS = 400
-"""The newest that are looked at."""
+"""The newest of other workloads that are looked at."""
 
 _LEAST_MARGIN = 0.01
 _CLEARLY_MORE = 1.1
@@ -36,11 +36,12 @@ class Outcomes:
 
     Attributes:
         fits_bytes: the budgets that it has fitted in.
-        exceeds_bytes: the largest budget in which it has run out of memory; 0 if it has not.
+        exceeds_bytes: those in which it has run out of memory. Of one budget the newest trial
+            counts, as another process may have held memory before.
     """
 
     fits_bytes: frozenset[int] = frozenset()
-    exceeds_bytes: int = 0
+    exceeds_bytes: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Experience:
         seen = self.outcomes.get((levers, micro_batch), Outcomes())
         if budget_bytes in seen.fits_bytes:
             return True
-        if budget_bytes <= seen.exceeds_bytes:
+        if any(budget_bytes <= size for size in seen.exceeds_bytes):
             return False
         if any(budget_bytes >= _CLEARLY_MORE * size for size in seen.fits_bytes):
             return True
@@ -100,7 +101,7 @@ def experience_of(
         return Experience()
     try:
         with open_ledger(path) as ledger:
-            rows = read_device_rows(ledger, device, versions_key(), _MOST_TRIALS)
+            rows = read_device_rows(ledger, device, versions_key(), workload, _MOST_TRIALS)
     except InputError as error:
         if ledger_file is not None:
             raise
@@ -135,18 +136,16 @@ def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: 
             room = Room(device_kind, row.budget_bytes)
             errors.append(trial.peak_bytes / least_peak_bytes(tried, levers, trial.batch, room) - 1)
         if trial.fresh and tried.key() == workload.key():
-            seen = outcomes.get((levers, trial.batch), Outcomes())
+            seen, budget = outcomes.get((levers, trial.batch), Outcomes()), {row.budget_bytes}
             if trial.outcome == "oom":
-                larger = max(seen.exceeds_bytes, row.budget_bytes)
-                seen = dataclasses.replace(seen, exceeds_bytes=larger)
+                seen = Outcomes(seen.fits_bytes - budget, seen.exceeds_bytes | budget)
             else:
-                fits_bytes = seen.fits_bytes | {row.budget_bytes}
-                seen = dataclasses.replace(seen, fits_bytes=fits_bytes)
+                seen = Outcomes(seen.fits_bytes | budget, seen.exceeds_bytes - budget)
             outcomes[levers, trial.batch] = seen
     enough = len(factors) >= _LEAST_TRIALS
     return Experience(
         time_factor=statistics.median(factors) if enough else 1.0,
         trials=len(factors) if enough else 0,
-        margin=max(errors) + _LEAST_MARGIN if len(errors) >= 2 * _LEAST_TRIALS else None,
+        margin=max(0.0, *errors) + _LEAST_MARGIN if len(errors) >= 2 * _LEAST_TRIALS else None,
         outcomes=outcomes,
     )

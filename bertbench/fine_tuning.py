@@ -24,7 +24,13 @@ from bertbench.output_folder import (
 from bertbench.progress import say
 from bertbench.running import ModelFiles, RunSettings, choose_levers, open_device
 from bertbench.stepping_down import follow, step_down
-from bertbench.training import Predict, Scorer, make_predict, train_model
+from bertbench.training import (
+    Predict,
+    Scorer,
+    make_predict,
+    memory_errors_explained,
+    train_model,
+)
 from bertbench.workload import Workload
 from finetune.errors import InputError
 from finetune.recipes import train_steps
@@ -207,7 +213,10 @@ def _create(settings: RunSettings, workload: Workload, strategy: Any) -> dict[st
         f"model: {config.num_hidden_layers} layers of {config.hidden_size}, "
         f"{_ACTIVATIONS.get(config.hidden_act, config.hidden_act)}"
     )
-    with contextlib.nullcontext() if strategy is None else strategy.scope():
+    with (
+        contextlib.nullcontext() if strategy is None else strategy.scope(),
+        memory_errors_explained("the model was made: it needs more memory"),
+    ):
         return create_variables(
             workload.config, workload.head, num_labels=workload.num_labels, seed=settings.seed
         )
@@ -216,6 +225,7 @@ def _create(settings: RunSettings, workload: Workload, strategy: Any) -> dict[st
 def _load_into(variables: dict[str, Any], source: Path) -> LoadReport:
     from finetune.weights import load_weights
 
-    report = load_weights(variables, source)
+    with memory_errors_explained("weights were loaded: the model needs more memory"):
+        report = load_weights(variables, source)
     say(f"weights: {len(report.loaded)} of {len(variables)} from {report.source.name}")
     return report

@@ -185,16 +185,26 @@ def read_rows(ledger: sqlite3.Connection) -> list[LedgerRow]:
 
 
 def read_device_rows(
-    ledger: sqlite3.Connection, device: Device, versions: str, most: int
+    ledger: sqlite3.Connection, device: Device, versions: str, workload: Workload, most: int
 ) -> list[LedgerRow]:
-    """The newest trials on a device, under any budget, that fitted or ran out of memory."""
+    """Trials on a device, under any budget, that fitted or ran out of memory; oldest first.
+
+    Args:
+        ledger: the record.
+        device: where.
+        versions: of what was measured, see `versions_key`.
+        workload: that all trials are wanted of.
+        most: how many of the newest of other workloads are wanted.
+    """
+    wanted = "device = ? AND versions_key = ? AND outcome IN ('fits', 'oom')"
     with explained(ledger):
         rows = ledger.execute(
-            f"{_SELECT_ROWS} WHERE device = ? AND versions_key = ? "
-            "AND outcome IN ('fits', 'oom') ORDER BY id DESC LIMIT ?",
-            (device.name, versions, most),
+            f"{_SELECT_ROWS} WHERE id IN (SELECT id FROM trials WHERE {wanted} "
+            "AND workload_key != ? ORDER BY id DESC LIMIT ?) "
+            f"OR ({wanted} AND workload_key = ?) ORDER BY id",
+            (device.name, versions, workload.key(), most, device.name, versions, workload.key()),
         ).fetchall()
-    return [_row(row) for row in reversed(rows)]
+    return [_row(row) for row in rows]
 
 
 @dataclasses.dataclass(frozen=True)

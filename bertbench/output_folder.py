@@ -178,7 +178,8 @@ def recorded_steps_down(folder: Path) -> list[dict[str, Any]]:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return list(record.get("steps_down", [])) if isinstance(record, dict) else []
+    found = record.get("steps_down") if isinstance(record, dict) else None
+    return found if isinstance(found, list) else []
 
 
 def add_step_down(settings: RunSettings, values: Mapping[str, Any]) -> None:

@@ -194,6 +194,11 @@ def make_plan(
     """
     if target_batch < 1:
         raise InputError(f"target batch {target_batch} is not positive")
+    if replicas > 1 and any(levers.placement == "host" for levers in allowed):
+        raise InputError(
+            "the optimizer's state cannot be on the host with several replicas",
+            hint="leave --placement host or --replicas out",
+        )
     experience = experience or Experience()
     room = Room(device_kind, budget_bytes, spare_bytes, replicas, experience.margin)
     rates = experience.rates(rates)
@@ -423,26 +428,24 @@ def _nothing_fits(
     allowed: Sequence[Levers],
     room: Room,
 ) -> InputError:
-    def least_needed(allowed: Sequence[Levers]) -> LeastMemory:
-        # Of one replica's share: what the sum over the replicas needs is in its footprint.
-        target_batch = share * room.replicas
+    def least_needed(allowed: Sequence[Levers], replicas: int) -> LeastMemory:
         return find_least_memory(
             workload,
-            target_batch,
+            share * replicas,
             policies,
             allowed,
             room.device_kind,
             looked_at=_LOOKED_AT,
-            replicas=room.replicas,
+            replicas=replicas,
         )
 
-    least = least_needed(allowed)
+    least = least_needed(allowed, room.replicas)
     hint = "use more memory, a shorter sequence or a smaller model"
     lightest = [dataclasses.replace(levers, optimizer=OPTIMIZERS[-1]) for levers in allowed]
     available = room.budget_bytes - room.spare_bytes
-    if least_needed(lightest).budget_bytes <= available:
+    if least_needed(lightest, room.replicas).budget_bytes <= available:
         hint = f"allow another update than AdamW's with --allow {OPTIMIZERS[-1]}, or {hint}"
-    if room.replicas > 1:
+    if room.replicas > 1 and least_needed(allowed, 1).budget_bytes <= available:
         hint = f"train on one device, which adds up no gradients with others, {hint}"
     needed = least.budget_bytes
     return InputError(

@@ -14,7 +14,7 @@ from bertbench.catalogue import check_levers
 from bertbench.cloud_storage import RemoteFolder
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, TpuSettings, check_free
-from bertbench.experience import experience_of
+from bertbench.experience import Experience, experience_of
 from bertbench.planner import Plan, describe_entry, make_plan, read_plan
 from bertbench.progress import say
 from bertbench.workload import Levers, Workload
@@ -192,16 +192,25 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
         check_levers(budget.device.kind, budget.device.name, levers)
     if settings.plan_file is not None:
         planned = read_plan(settings.plan_file)
-        for what, is_for, wanted, flag in (
-            ("an effective batch", planned.target_batch, settings.train_batch_size, "target-batch"),
-            ("a number of replicas", planned.replicas, settings.replicas, "replicas"),
-        ):
-            if is_for != wanted:
-                raise InputError(
-                    f"the plan is for {what} of {is_for}, not {wanted}",
-                    path=settings.plan_file,
-                    hint=f"make one with `bertbench plan --{flag} {wanted}`",
-                )
+        if settings.micro_batch is not None:
+            raise InputError(
+                "--micro_batch does not go with --plan, which has one", hint="leave one of them out"
+            )
+        batch, replicas = settings.train_batch_size, settings.replicas
+        if planned.target_batch != batch:
+            raise InputError(
+                f"the plan is for an effective batch of {planned.target_batch}, not {batch}",
+                path=settings.plan_file,
+                hint=f"make one with `bertbench plan --target-batch {batch}`",
+            )
+        if planned.replicas != replicas:
+            raise InputError(
+                f"the plan is for {planned.replicas} replicas, not {replicas}",
+                path=settings.plan_file,
+                hint=f"give --num_tpu_cores {planned.replicas}, or another plan"
+                if settings.tpu is not None
+                else "replicas train on a TPU: give --use_tpu, or another plan",
+            )
         check_levers(budget.device.kind, budget.device.name, planned.levers)
         _check_insisted(settings, planned.levers)
         return planned.micro_batch, planned.levers
@@ -221,7 +230,13 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
     return plan.chosen.micro_batch, plan.chosen.levers
 
 
-def plan_run(workload: Workload, settings: RunSettings, budget: Budget, budget_bytes: int) -> Plan:
+def plan_run(
+    workload: Workload,
+    settings: RunSettings,
+    budget: Budget,
+    budget_bytes: int,
+    experience: Experience | None = None,
+) -> Plan:
     """Plan what the settings leave open.
 
     Args:
@@ -229,11 +244,14 @@ def plan_run(workload: Workload, settings: RunSettings, budget: Budget, budget_b
         settings: what is asked for.
         budget: the device.
         budget_bytes: what the allocator may use, no more than the budget.
+        experience: of the workload on the device; None asks the user's ledger.
 
     Raises:
         InputError: nothing fits.
     """
     rates = device_rates(budget.device)
+    if experience is None:
+        experience = experience_of(budget.device, workload, rates)
     return make_plan(
         workload,
         settings.train_batch_size,
@@ -245,7 +263,7 @@ def plan_run(workload: Workload, settings: RunSettings, budget: Budget, budget_b
         allowed=settings.allowed,
         host_if_needed=not settings.insist_placement,
         replicas=settings.replicas,
-        experience=experience_of(budget.device, workload, rates),
+        experience=experience,
     )
 
 

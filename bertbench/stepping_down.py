@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 from bertbench.bytes import format_bytes
 from bertbench.devices import Budget
 from bertbench.errors import OutOfMemoryError, SteppedDownError, WorkError
-from bertbench.fitting import Room, least_peak_bytes, margin_for
+from bertbench.experience import Experience
+from bertbench.fitting import Room, least_peak_bytes
 from bertbench.output_folder import add_step_down, recorded_steps_down
 from bertbench.planner import PlanEntry, describe_setting
 from bertbench.progress import say
@@ -39,6 +40,7 @@ class StepDown:
 
     Attributes:
         at: date and time.
+        device: name of the device.
         step: optimizer steps that were done and saved.
         budget_bytes: what the allocator could use.
         micro_batch: of what did not fit.
@@ -49,6 +51,7 @@ class StepDown:
     """
 
     at: str
+    device: str
     step: int
     budget_bytes: int
     micro_batch: int
@@ -61,6 +64,7 @@ class StepDown:
         """Values for `run.json`."""
         return {
             "at": self.at,
+            "device": self.device,
             "step": self.step,
             "budget_bytes": self.budget_bytes,
             "from": {"micro_batch": self.micro_batch, **self.levers.to_json()},
@@ -73,14 +77,15 @@ def step_down_from_json(values: dict[str, Any]) -> StepDown:
     """Read what `StepDown.to_json` wrote."""
     before, after = values["from"], values["to"]
     return StepDown(
-        values["at"],
-        values["step"],
-        values["budget_bytes"],
-        before["micro_batch"],
+        str(values["at"]),
+        str(values["device"]),
+        int(values["step"]),
+        int(values["budget_bytes"]),
+        int(before["micro_batch"]),
         levers_from_json(before),
-        after["micro_batch"],
+        int(after["micro_batch"]),
         levers_from_json(after),
-        values["message"],
+        str(values["message"]),
     )
 
 
@@ -114,7 +119,7 @@ def follow(
                 hint="choose another --output_dir, or --overwrite_output_dir to start again",
             ) from error
         same = (down.micro_batch, down.levers) == (micro_batch, levers)
-        if same and budget.budget_bytes <= _SAME_BUDGET * down.budget_bytes:
+        if same and _applies(down, settings, budget):
             micro_batch, levers = down.next_micro_batch, down.next_levers
     if (micro_batch, levers) != chosen:
         say(
@@ -122,6 +127,16 @@ def follow(
             f"{describe_setting(micro_batch, levers)}"
         )
     return micro_batch, levers
+
+
+def _applies(down: StepDown, settings: RunSettings, budget: Budget) -> bool:
+    """Whether nothing has changed that is worth another try, or that forbids what came next."""
+    return (
+        budget.device.name == down.device
+        and budget.budget_bytes <= _SAME_BUDGET * down.budget_bytes
+        and settings.checkpointing in (None, down.next_levers.checkpointing)
+        and (not settings.insist_placement or down.next_levers.placement == down.levers.placement)
+    )
 
 
 def step_down(
@@ -159,6 +174,7 @@ def step_down(
         ) from error
     down = StepDown(
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        budget.device.name,
         error.step,
         budget.budget_bytes,
         micro_batch,
@@ -182,11 +198,12 @@ def _next_plan(
     kind = budget.device.kind
     room = Room(kind, budget.budget_bytes, replicas=settings.replicas)
     peak_bytes = least_peak_bytes(workload, levers, micro_batch, room)
-    most_bytes = int(_NEXT_SHARE * peak_bytes * (1 + margin_for(workload, levers, room)))
+    most_bytes = min(budget.budget_bytes, int(_NEXT_SHARE * peak_bytes))
     # The update must stay the same one, so only the levers that do not change it are free.
     kept = dataclasses.replace(settings, allowed=(levers,))
     try:
-        plan = plan_run(workload, kept, budget, min(budget.budget_bytes, most_bytes))
+        # By prediction alone: what trials have shown is of a device that nobody else used.
+        plan = plan_run(workload, kept, budget, most_bytes, Experience())
     except InputError:
         return None
     return plan.chosen

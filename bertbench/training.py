@@ -6,13 +6,15 @@ import contextlib
 import dataclasses
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 
 from bertbench.errors import OutOfMemoryError, StoppedEarlyError, WorkError
-from bertbench.outcomes import classify_error
+from bertbench.outcomes import classify_error, summarise_error
+from bertbench.planner import describe_setting
 from bertbench.progress import progress, say
 from bertbench.running import RunSettings
 from bertbench.workload import Levers, Workload
@@ -105,20 +107,28 @@ def train_model(
         bias_correction=settings.adam_bias_correction,
         optimizer=levers.optimizer,
     )
-    trainer = make_trainer(
-        variables,
-        workload.config,
-        workload.head,
-        workload.seq_len,
-        optimizer,
-        accumulation_steps=levers.accumulation_steps,
-        checkpointing=levers.checkpointing,
-        precision=levers.precision,
-        xla=levers.xla,
-        placement=levers.placement,
-        seed=settings.seed,
-        strategy=strategy,
-    )
+    folder = settings.output_dir
+    try:
+        trainer = make_trainer(
+            variables,
+            workload.config,
+            workload.head,
+            workload.seq_len,
+            optimizer,
+            accumulation_steps=levers.accumulation_steps,
+            checkpointing=levers.checkpointing,
+            precision=levers.precision,
+            xla=levers.xla,
+            placement=levers.placement,
+            seed=settings.seed,
+            strategy=strategy,
+        )
+        first = resume(trainer, folder)
+    except tf.errors.OpError as error:
+        if classify_error(type(error).__name__, str(error)) != "oom":
+            raise
+        what = "out of memory while the optimizer's state was made"
+        raise OutOfMemoryError(what, _saved_step(folder)) from error
     schedule = Schedule(
         settings.train_batch_size,
         micro_batch * levers.accumulation_steps * settings.replicas,
@@ -126,8 +136,6 @@ def train_model(
         settings.seed,
         settings.save_checkpoints_steps,
     )
-    folder = settings.output_dir
-    first = resume(trainer, folder)
     if first:
         say(f"continuing at step {first} of {num_train_steps}")
     result: dict[str, Any] = {}
@@ -194,14 +202,18 @@ def train_model(
                 listener=Listener(on_step, on_evaluation, on_save, should_stop),
             )
         except tf.errors.OpError as error:
-            if classify_error(type(error).__name__, str(error)) != "oom":
-                raise
-            saved = [path.name.rpartition("-")[2] for path in list_checkpoints(folder)]
-            raise OutOfMemoryError(
-                f"out of memory in step {done + 1} with {levers.accumulation_steps} x "
-                f"{micro_batch}, checkpointing {levers.describe()}",
-                int(saved[-1]) if saved else 0,
-            ) from error
+            kind, text = type(error).__name__, str(error)
+            saved = _saved_step(folder)
+            if classify_error(kind, text) != "oom":
+                raise WorkError(
+                    f"step {done + 1} failed ({summarise_error(kind, text)}); step {saved} is saved"
+                ) from error
+            what = f"out of memory in step {done + 1} with {describe_setting(micro_batch, levers)}"
+            if should_stop():
+                raise StoppedEarlyError(
+                    f"{what}; step {saved} is saved: the same command continues"
+                ) from error
+            raise OutOfMemoryError(what, saved) from error
         except FloatingPointError as error:
             raise WorkError(str(error)) from error
         except OSError as error:
@@ -232,6 +244,28 @@ def train_model(
     return result
 
 
+def _saved_step(folder: Path) -> int:
+    """Optimizer steps of the newest checkpoint; 0 without one."""
+    from finetune.checkpoints import list_checkpoints
+
+    saved = [path.name.rpartition("-")[2] for path in list_checkpoints(folder)]
+    return int(saved[-1]) if saved else 0
+
+
+@contextlib.contextmanager
+def memory_errors_explained(what: str) -> Iterator[None]:
+    """Say in one line that memory ran out while something was done; other errors pass."""
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.OpError as error:
+        kind, text = type(error).__name__, str(error)
+        if classify_error(kind, text) != "oom":
+            raise
+        raise WorkError(f"out of memory while {what} ({summarise_error(kind, text)})") from error
+
+
 def make_predict(
     variables: Mapping[str, Any], workload: Workload, batch_size: int, strategy: Any = None
 ) -> Predict:
@@ -243,8 +277,6 @@ def make_predict(
         batch_size: examples at a time, on each replica.
         strategy: see `finetune.step.make_predictor`.
     """
-    import tensorflow as tf
-
     from finetune.step import make_predictor
     from finetune.training import predict
 
@@ -263,13 +295,9 @@ def make_predict(
             done += examples
             on_progress(done, total)
 
-        try:
+        what = f"predicting {batch_size} examples at a time: give a smaller --predict_batch_size"
+        with memory_errors_explained(what):
             batches = list(predict(predictor, data, batch_size, on_batch=on_batch))
-        except tf.errors.ResourceExhaustedError as error:
-            raise WorkError(
-                f"out of memory while predicting {batch_size} examples at a time "
-                f"({str(error).splitlines()[0]}); give a smaller --predict_batch_size"
-            ) from error
         return np.concatenate(batches, axis=1 if workload.head == "squad" else 0)
 
     return predict_rows

@@ -19,29 +19,44 @@ _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 _GELU_CUBIC = 0.044715 * _SQRT_2_OVER_PI
 
 
-@tf.custom_gradient
 def dense(
-    x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
-) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]]:
+    x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, gradient_name: str | None = None
+) -> tf.Tensor:
     """Multiply `x` `[n, inputs]` by `kernel` `[inputs, outputs]` and add `bias` `[outputs]`.
 
     Kernel and bias are rounded to the type of `x`, and again in the gradient, so that no copy of
     the weights in that type outlives the product.
+
+    Args:
+        x: `[n, inputs]`.
+        kernel: `[inputs, outputs]`.
+        bias: `[outputs]`.
+        gradient_name: of the operation that makes the gradient of `x`. TensorFlow sorts what it
+            adds up by name and makes the sum in the place of the first, so names that end in
+            `_99` and `_101` would have one layer's gradients lie elsewhere than all others'.
     """
 
-    def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        d_kernel = tf.cast(tf.matmul(x, dy, transpose_a=True), kernel.dtype)
-        if x.dtype == bias.dtype:
-            d_bias = tf.raw_ops.BiasAddGrad(out_backprop=dy)
-        else:
-            d_bias = tf.reduce_sum(tf.cast(dy, bias.dtype), axis=0)
-        # First what nothing waits for: `x` and `dy` would live until TensorFlow came back to it,
-        # through the backward pass of all that is below.
-        with tf.control_dependencies([d_kernel, d_bias]):
-            return tf.matmul(dy, tf.cast(kernel, x.dtype), transpose_b=True), d_kernel, d_bias
+    @tf.custom_gradient
+    def product(
+        x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
+    ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]]:
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            d_kernel = tf.cast(tf.matmul(x, dy, transpose_a=True), kernel.dtype)
+            if x.dtype == bias.dtype:
+                d_bias = tf.raw_ops.BiasAddGrad(out_backprop=dy)
+            else:
+                d_bias = tf.reduce_sum(tf.cast(dy, bias.dtype), axis=0)
+            # First what nothing waits for: `x` and `dy` would live until TensorFlow came back to
+            # it, through the backward pass of all that is below.
+            with tf.control_dependencies([d_kernel, d_bias]):
+                wide = tf.cast(kernel, x.dtype)
+                d_x = tf.matmul(dy, wide, transpose_b=True, name=gradient_name)
+            return d_x, d_kernel, d_bias
 
-    product = tf.matmul(x, tf.cast(kernel, x.dtype))
-    return tf.nn.bias_add(product, tf.cast(bias, x.dtype)), gradient
+        y = tf.matmul(x, tf.cast(kernel, x.dtype))
+        return tf.nn.bias_add(y, tf.cast(bias, x.dtype)), gradient
+
+    return product(x, kernel, bias)
 
 
 @tf.custom_gradient

@@ -83,6 +83,11 @@ def create_variables(
     return {name: variables[name] for name in shapes}
 
 
+_PROJECTIONS = {"query": "gradient_3", "key": "gradient_2", "value": "gradient_1"}
+"""Attention's, and the names of their gradients, see `finetune.layers.dense`; in the order of the
+backward pass."""
+
+
 def encode(
     variables: Variables,
     config: BertConfig,
@@ -241,14 +246,15 @@ def _layer(
         mask = keep(lambda: draw_mask(batch, [seq_len * hidden], rate, dropout_key, site))
         return apply_mask(x, tf.reshape(mask, [-1, hidden]), rate)
 
-    def project(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
-        return split_heads(dense(x, kernel, bias), batch, seq_len, heads)
+    def project(gradient_name: str, x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+        return split_heads(dense(x, kernel, bias, gradient_name), batch, seq_len, heads)
 
     x = layer_norm(sums, gamma, beta, config.layer_norm_eps)
     if index == 0:
         x = drop(x, _EMBEDDING_SITE)
     query, key, value = (
-        keep(project, *linear(x, f"attention/self/{name}")) for name in ("query", "key", "value")
+        keep(functools.partial(project, gradient_name), *linear(x, f"attention/self/{name}"))
+        for name, gradient_name in _PROJECTIONS.items()
     )
     # Scaling the query costs s * d multiplications a head, scaling the scores s * s.
     query *= 1.0 / math.sqrt(head_size)

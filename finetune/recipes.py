@@ -15,9 +15,7 @@ class Recipe:
         batch_size: effective batch.
         learning_rate: peak of the schedule.
         epochs: passes over the examples.
-        seq_len: longest sequence.
         source: where this is written.
-        warmup_proportion: part of the steps that the learning rate rises for.
         examples: of the training set; 0 where there are several sets.
         models: beginnings of the models' names that it is for; all by default.
     """
@@ -27,9 +25,7 @@ class Recipe:
     batch_size: int
     learning_rate: float
     epochs: float
-    seq_len: int
     source: str
-    warmup_proportion: float = 0.1
     examples: int = 0
     models: tuple[str, ...] = ("",)
 
@@ -38,17 +34,17 @@ _SQUAD_1, _SQUAD_2 = 87_599, 130_319
 _PAPER, _README = "Devlin et al. 2019", "README of google-research/bert"
 
 RECIPES = (
-    Recipe("SQuAD 1.1", "squad", 32, 5e-5, 3.0, 384, f"{_PAPER}, section 4.2", examples=_SQUAD_1),
-    Recipe("SQuAD 2.0", "squad", 48, 5e-5, 2.0, 384, f"{_PAPER}, section 4.3", examples=_SQUAD_2),
+    Recipe("SQuAD 1.1", "squad", 32, 5e-5, 3.0, f"{_PAPER}, section 4.2", examples=_SQUAD_1),
+    Recipe("SQuAD 2.0", "squad", 48, 5e-5, 2.0, f"{_PAPER}, section 4.3", examples=_SQUAD_2),
     Recipe(
-        "SQuAD 1.1", "squad", 12, 3e-5, 2.0, 384, _README, examples=_SQUAD_1, models=("bert-base",)
+        "SQuAD 1.1", "squad", 12, 3e-5, 2.0, _README, examples=_SQUAD_1, models=("bert-base",)
     ),
     Recipe(
-        "SQuAD 1.1 and 2.0", "squad", 24, 3e-5, 2.0, 384, _README, examples=_SQUAD_1,
+        "SQuAD 1.1 and 2.0", "squad", 24, 3e-5, 2.0, _README, examples=_SQUAD_1,
         models=("bert-large",),
     ),
-    Recipe("GLUE", "classifier", 32, 5e-5, 3.0, 128, f"{_PAPER}, section 4.1"),
-    Recipe("GLUE", "classifier", 16, 5e-5, 3.0, 128, f"{_PAPER}, appendix A.3"),
+    Recipe("GLUE", "classifier", 32, 5e-5, 3.0, f"{_PAPER}, section 4.1"),
+    Recipe("GLUE", "classifier", 16, 5e-5, 3.0, f"{_PAPER}, appendix A.3"),
 )  # fmt: skip
 """The paper's first, by head. The paper chose GLUE's learning rate on the dev set among 5e-5, 4e-5,
 3e-5 and 2e-5."""

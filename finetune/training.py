@@ -160,7 +160,8 @@ def train(
     Every step appends a line to `train_log.jsonl`. A checkpoint is written at the set intervals,
     at the end, and when asked to stop, so an interruption with notice loses nothing and a kill
     loses the steps since the last checkpoint, which are then repeated identically. An operation
-    that fails, as when memory runs out, loses nothing either unless the update had begun.
+    that fails, as when memory runs out, loses nothing either unless the update had begun, and
+    neither does an evaluation.
 
     Args:
         trainer: model, optimizer and compiled step; changed.
@@ -188,15 +189,26 @@ def train(
     ending = None
     # Only an evaluation changes this, so the log is not read at every step.
     tired = evaluation is not None and out_of_patience(evaluation, read_eval_log(output_dir))
+
+    def save_what_is_whole() -> None:
+        """Before an error is raised, which is to be known even if this goes wrong too."""
+        if step > saved_step and not _update_began(trainer, step):
+            with contextlib.suppress(tf.errors.OpError, OSError):
+                save_state(output_dir, trainer.variables, trainer.state)
+                listener.on_save()
+
     with (output_dir / LOG_NAME).open("a", encoding="utf-8", buffering=1) as log:
         while True:
             asked = listener.should_stop()
             due = evaluation is not None and _evaluation_due(evaluation, schedule, step, output_dir)
             if evaluation is not None and due and not asked:
                 # Before the checkpoint: a run killed in between does both again.
-                listener.on_evaluation(
-                    evaluate_now(evaluation, trainer.variables, step, output_dir)
-                )
+                try:
+                    evaluated = evaluate_now(evaluation, trainer.variables, step, output_dir)
+                except Exception:
+                    save_what_is_whole()
+                    raise
+                listener.on_evaluation(evaluated)
                 tired = out_of_patience(evaluation, read_eval_log(output_dir))
             if asked and (due or step < schedule.num_train_steps):
                 ending = Ending.ASKED
@@ -217,11 +229,7 @@ def train(
             try:
                 record = _one_step(trainer, data, schedule, step)
             except tf.errors.OpError:
-                if step > saved_step and not _update_began(trainer, step):
-                    # What went wrong is to be known even if this goes wrong too.
-                    with contextlib.suppress(tf.errors.OpError, OSError):
-                        save_state(output_dir, trainer.variables, trainer.state)
-                        listener.on_save()
+                save_what_is_whole()
                 raise
             step = record.step
             log.write(json.dumps(dataclasses.asdict(record)) + "\n")
@@ -233,7 +241,10 @@ def _update_began(trainer: Trainer, step: int) -> bool:
     if isinstance(trainer.state.step, tf.distribute.DistributedValues):
         # Another replica may be further than the one that is asked.
         return True
-    return int(trainer.state.step.numpy()) != step
+    try:
+        return int(trainer.state.step.numpy()) != step
+    except tf.errors.OpError:  # As of a device that is lost.
+        return True
 
 
 def _evaluation_due(

@@ -15,6 +15,7 @@ import tensorflow as tf
 from tiny_models import eagerly, norm_of, random_batch, tiny_trainer, values_of
 
 from bertbench.attached import tpu_device
+from bertbench.catalogue import find_accelerator
 from bertbench.devices import TPU_CORE_BYTES, TpuSettings, device_from_json, make_budget
 from bertbench.errors import WorkError
 from bertbench.tpu import connect
@@ -146,9 +147,23 @@ def test_a_tpu_that_cannot_be_reached(google: type[Resolver], error: Exception) 
 
 
 def test_budget_of_a_core() -> None:
-    assert make_budget(tpu_device(TpuSettings("x"))).budget_bytes == TPU_CORE_BYTES
+    usable_bytes = find_accelerator("tpu-v2-8").usable_bytes
+    assert make_budget(tpu_device(TpuSettings("x"))).budget_bytes == usable_bytes
+    assert 0.9 * TPU_CORE_BYTES < usable_bytes < 7.48 * (1 << 30)
     device = tpu_device(TpuSettings("x", "zone", "project", cores=32), 16 << 30)
-    assert make_budget(device).budget_bytes == 16 << 30
+    assert make_budget(device).budget_bytes == find_accelerator("tpu-v3-8").usable_bytes
     assert (device.kind, device.label, device.replicas) == ("tpu", "tpu:x", 32)
     assert "32 cores" in device.name
     assert device_from_json(json.loads(json.dumps(device.to_json()))) == device
+
+
+def test_what_one_of_several_replicas_says_of_an_update_is_not_enough() -> None:
+    from types import SimpleNamespace
+
+    from finetune.training import _update_began
+
+    alone = SimpleNamespace(state=SimpleNamespace(step=tf.Variable(3, dtype=tf.int64)))
+    assert [_update_began(alone, step) for step in (2, 3)] == [True, False]  # type: ignore[arg-type]
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        together = SimpleNamespace(state=SimpleNamespace(step=tf.Variable(3, dtype=tf.int64)))
+    assert [_update_began(together, step) for step in (2, 3)] == [True, True]  # type: ignore[arg-type]

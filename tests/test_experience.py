@@ -16,7 +16,7 @@ from bertbench.cost import device_rates, predict_step_seconds
 from bertbench.devices import Device, make_budget
 from bertbench.experience import Experience, Outcomes, experience_of, learn
 from bertbench.fitting import Room, least_peak_bytes
-from bertbench.ledger import record, versions_key
+from bertbench.ledger import read_device_rows, record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.planner import make_plan
 from bertbench.trial import Trial
@@ -93,10 +93,26 @@ def test_what_has_fitted_fits_and_what_has_run_out_does_not(tmp_path: Path) -> N
     assert fits(34, 300) is None
     assert fits(32, 400, Levers(accumulation_steps=2)) is None
     # A budget in which it has fitted, below one in which it has not.
-    odd = Experience(outcomes={(Levers(), 1): Outcomes(frozenset({500}), 600)})
+    odd = Experience(outcomes={(Levers(), 1): Outcomes(frozenset({500}), frozenset({600}))})
     assert [odd.fits(Levers(), 1, size) for size in (499, 500, 501, 600, 601)] == [
         False, True, False, False, True,
     ]  # fmt: skip
+
+
+def test_the_newest_trial_of_a_budget_counts_and_others_do_not_crowd_it_out(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    oom, fit = Trial(8, "oom", message="OOM", fresh=True), Trial(8, "fits", 1, 1.0, fresh=True)
+    for trial, expected in ((oom, False), (fit, True), (oom, False)):
+        write(path, (WORKLOAD, Levers(), trial))
+        with open_ledger(path) as ledger:
+            for batch in range(1, 5):
+                other = dataclasses.replace(fit, batch=batch)
+                record(ledger, make_budget(DEVICE, MIB * MIB_BYTES), versions_key(), OTHER,
+                       Levers(), other)  # fmt: skip
+            rows = read_device_rows(ledger, DEVICE, versions_key(), WORKLOAD, 2)
+        assert len([row for row in rows if row.model == OTHER.model]) == 2
+        found = learn(rows, WORKLOAD, RATES, "cpu")
+        assert found.fits(Levers(), 8, MIB * MIB_BYTES) is expected
 
 
 def test_a_plan_believes_trials_before_predictions() -> None:
@@ -108,7 +124,12 @@ def test_a_plan_believes_trials_before_predictions() -> None:
         return chosen.micro_batch, chosen.levers
 
     batch, levers = plan()
-    refuted = Experience(outcomes={(levers, batch): Outcomes(exceeds_bytes=MIB * MIB_BYTES)})
+
+    def ran_out(batch: int, levers: Levers) -> Experience:
+        budgets = frozenset({MIB * MIB_BYTES})
+        return Experience(outcomes={(levers, batch): Outcomes(exceeds_bytes=budgets)})
+
+    refuted = ran_out(batch, levers)
     assert plan(refuted) != (batch, levers)
     rejected = make_plan(
         WORKLOAD, 32, MIB * MIB_BYTES, RATES, device="some", experience=refuted
@@ -119,7 +140,8 @@ def test_a_plan_believes_trials_before_predictions() -> None:
     seen = Experience(outcomes={(Levers(), 32): Outcomes(frozenset({MIB * MIB_BYTES}))})
     assert plan(seen) == (32, Levers())
     # One alone says nothing of replicas that add up their gradients.
-    assert plan(refuted, replicas=2) == plan(replicas=2)
+    of_two = plan(replicas=2)
+    assert plan(ran_out(*of_two), replicas=2) == of_two
 
 
 def test_the_margin_of_a_gpu_is_its_measured_error(tmp_path: Path) -> None:
@@ -133,6 +155,9 @@ def test_the_margin_of_a_gpu_is_its_measured_error(tmp_path: Path) -> None:
     write(path, trials[-1], device=GPU)
     margin = experience_of(GPU, WORKLOAD, RATES, path).margin
     assert margin == pytest.approx(0.018, abs=1e-5)
+    less = [(WORKLOAD, Levers(), trial_of(WORKLOAD, Levers(), n, more=0.9)) for n in range(1, 9)]
+    write(tmp_path / "less.sqlite", *less, device=GPU)
+    assert experience_of(GPU, WORKLOAD, RATES, tmp_path / "less.sqlite").margin == 0.01
 
     peak_bytes = least_peak_bytes(WORKLOAD, Levers(), 32, Room("gpu", 0))
 
@@ -150,9 +175,7 @@ def test_what_cannot_be_read_is_left_out() -> None:
         budget = make_budget(DEVICE, MIB * MIB_BYTES)
         record(ledger, budget, versions_key(), WORKLOAD, Levers(), trial_of(WORKLOAD, Levers(), 4))
         ledger.execute("UPDATE trials SET levers_key = ?", (json.dumps({"precision": "int3"}),))
-        from bertbench.ledger import read_device_rows
-
-        rows = read_device_rows(ledger, DEVICE, versions_key(), 10)
+        rows = read_device_rows(ledger, DEVICE, versions_key(), WORKLOAD, 10)
         assert len(rows) == 1
         assert learn(rows, WORKLOAD, RATES, "cpu") == Experience()
 

@@ -381,3 +381,50 @@ def test_weights_that_may_have_changed_belong_to_a_step_that_is_counted(
     changed = any((variable.numpy() != 1).any() for variable in weights)
     assert int(state.step.numpy()) == updating
     assert not changed or updating
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_in_a_graph_too_the_step_is_counted_before_anything_changes(
+    optimizer: str, placement: str
+) -> None:
+    """Operations run in any order that their inputs and control inputs allow."""
+    weights = [tf.Variable(tf.ones(shape), name=n) for n, shape in zip(NAMES, SHAPES, strict=True)]
+    state = create_state(weights, optimizer, placement=placement)
+
+    @tf.function
+    def update(gradients: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        settings = OptimizerSettings(0.1, 10, optimizer=optimizer)
+        return apply_gradients(settings, state, weights, gradients)
+
+    graph = update.get_concrete_function([tf.ones(shape) for shape in SHAPES]).graph
+    captured = {inner.name: outer for outer, inner in graph.captures}
+
+    def resource(operation: tf.Operation) -> tf.Tensor | None:
+        return captured.get(operation.inputs[0].name) if operation.inputs else None
+
+    def before(operation: tf.Operation) -> set[str]:
+        seen: set[str] = set()
+        left = [operation]
+        while left:
+            one = left.pop()
+            for earlier in (*(x.op for x in one.inputs), *one.control_inputs):
+                if earlier.name not in seen:
+                    seen.add(earlier.name)
+                    left.append(earlier)
+        return seen
+
+    changes = [
+        operation
+        for operation in graph.get_operations()
+        if operation.type.startswith(("Assign", "ResourceApply"))
+    ]
+    (counted,) = [one for one in changes if resource(one) is state.step.handle]
+    (norm,) = [one for one in graph.get_operations() if one.type == "Sqrt" and "AddN" in {
+        x.op.type for x in one.inputs[0].op.inputs}]  # fmt: skip
+    assert norm.name in before(counted)
+    cleared = {id(state.change.handle)} if state.change is not None else set()
+    others = [one for one in changes if one is not counted and id(resource(one)) not in cleared]
+    assert len(others) >= 2 * len(weights) if optimizer != "adamw" else len(weights)
+    for one in others:
+        assert counted.name in before(one), one.name

@@ -129,3 +129,8 @@ def test_replicas() -> None:
     ):
         with pytest.raises(InputError, match=words):
             CliRunner().invoke(command, [*BASE, *arguments], catch_exceptions=False)
+    text = plan(*BASE, "--gpu", "all", "--replicas", "2")
+    assert "2 x 8 GiB" in text
+    assert "tpu" not in text
+    with pytest.raises(InputError, match="on the host with several replicas"):
+        plan(*BASE, "--gpu", "v100", "--replicas", "4", "--placement", "host")

@@ -22,10 +22,13 @@ from bertbench.cost import device_rates
 from bertbench.devices import Budget, make_budget
 from bertbench.errors import OutOfMemoryError, SteppedDownError, WorkError
 from bertbench.fitting import Room, least_peak_bytes
+from bertbench.ledger import record, versions_key
+from bertbench.ledger_file import open_ledger
 from bertbench.output_folder import RUN_FILE
 from bertbench.planner import make_plan
 from bertbench.running import RunSettings, choose_levers
 from bertbench.stepping_down import follow, step_down
+from bertbench.trial import Trial
 from bertbench.workload import Levers, published_workload
 from finetune.checkpointing import Checkpointing
 from finetune.checkpoints import list_checkpoints
@@ -98,6 +101,39 @@ def test_what_the_user_asks_for_is_kept(tmp_path: Path) -> None:
     assert follow(insisted, BUDGET, 16, levers) == (16, levers)
 
 
+def test_another_demand_or_device_is_another_try(tmp_path: Path) -> None:
+    asked, chosen = settings(tmp_path), (16, Levers())
+    smaller = after(asked, *chosen)
+    none = dataclasses.replace(asked, checkpointing=Checkpointing("none"))
+    assert follow(none, BUDGET, *chosen) == chosen
+    same = dataclasses.replace(asked, checkpointing=smaller[1].checkpointing)
+    assert follow(same, BUDGET, *chosen) == smaller
+    other = make_budget(dataclasses.replace(DEVICE, name="another"), BUDGET.budget_bytes)
+    assert follow(asked, other, *chosen) == chosen
+
+
+def test_what_trials_have_shown_does_not_lead_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a probe of a device that nobody else used: what has fitted then does not now."""
+    path = tmp_path / "ledger.sqlite"
+    monkeypatch.setenv("BERTBENCH_LEDGER", str(path))
+    levers = Levers(optimizer="lion")
+    peak_bytes = least_peak_bytes(WORKLOAD, levers, 16, Room("cpu", 0))
+    budget = make_budget(DEVICE, int(0.95 * peak_bytes))
+    with open_ledger(path) as ledger:
+        fitted = Trial(16, "fits", 1, 1.0, fresh=True)
+        record(ledger, budget, versions_key(), WORKLOAD, levers, fitted)
+    asked = settings(tmp_path, allowed=(levers,))
+    chosen = choose_levers(WORKLOAD, asked, budget)
+    assert chosen == (16, levers)
+    with pytest.raises(SteppedDownError):
+        step_down(WORKLOAD, asked, budget, *chosen, ERROR)
+    batch, smaller = follow(asked, budget, *chosen)
+    next_bytes = least_peak_bytes(WORKLOAD, smaller, batch, Room("cpu", 0))
+    assert next_bytes <= 0.9 * peak_bytes
+
+
 def test_more_memory_or_a_new_beginning_is_another_try(tmp_path: Path) -> None:
     asked, chosen = settings(tmp_path), (16, Levers())
     smaller = after(asked, *chosen)
@@ -123,17 +159,19 @@ def test_a_plan_for_other_replicas_is_refused(tmp_path: Path) -> None:
     assert choose_levers(WORKLOAD, asked, BUDGET)[0] == plan.chosen.micro_batch
     values["chosen"]["replicas"] = 2
     path.write_text(json.dumps(values))
-    with pytest.raises(InputError, match=r"replicas of 2, not 1.*--replicas 1"):
+    with pytest.raises(InputError, match=r"for 2 replicas, not 1.*--use_tpu"):
         choose_levers(WORKLOAD, asked, BUDGET)
     with pytest.raises(InputError, match=r"batch of 16, not 32.*--target-batch 32"):
         choose_levers(WORKLOAD, dataclasses.replace(asked, train_batch_size=32), BUDGET)
 
 
-@pytest.mark.parametrize("record", ["", "[]", '{"steps_down": [{"step": 3}]}'])
-def test_a_damaged_record(tmp_path: Path, record: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"steps_down": null}', '{"steps_down": [{"step": 3}]}']
+)
+def test_a_damaged_record(tmp_path: Path, text: str) -> None:
     asked = settings(tmp_path)
-    (tmp_path / RUN_FILE).write_text(record)
-    if "step" in record:
+    (tmp_path / RUN_FILE).write_text(text)
+    if 'step"' in text:
         with pytest.raises(InputError, match="not the record of a run"):
             follow(asked, BUDGET, 16, Levers())
     else:
@@ -157,7 +195,8 @@ def test_a_run_goes_on_by_itself_and_ends_as_an_undisturbed_one(tmp_path: Path) 
     assert result.returncode == 0, result.stderr
     two.mkdir()
     (two / RUN_FILE).write_text("{}")
-    result = demo(TESTS / "step_down_run.py", f"--output_dir={two}", "--overwrite_output_dir")
+    result = demo(TESTS / "step_down_run.py", f"--output_dir={two}", "--overwrite_output_dir",
+                  "--resume=false")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "out of memory in step 4 with 1 x 8, checkpointing none" in result.stderr
     assert "going on from step 3 with 1 x 8, checkpointing" in result.stderr
@@ -171,12 +210,12 @@ def test_a_run_goes_on_by_itself_and_ends_as_an_undisturbed_one(tmp_path: Path) 
     weights = [tf.train.load_checkpoint(str(folder / prefix)) for folder in (one, two)]
     for name in weights[0].get_variable_to_shape_map():
         np.testing.assert_allclose(*(w.get_tensor(name) for w in weights), rtol=1e-4, atol=1e-5)
-    record = json.loads((two / RUN_FILE).read_text())
-    (down,) = record["steps_down"]
+    run = json.loads((two / RUN_FILE).read_text())
+    (down,) = run["steps_down"]
     assert (down["step"], down["from"]["checkpointing"]) == (3, "none")
     assert down["to"]["checkpointing"] != "none"
-    assert record["results"]["levers"]["checkpointing"] == down["to"]["checkpointing"]
-    assert len(record["invocations"]) == 2
+    assert run["results"]["levers"]["checkpointing"] == down["to"]["checkpointing"]
+    assert len(run["invocations"]) == 2
 
 
 def test_the_folder_of_a_demo_without_one_is_kept() -> None:

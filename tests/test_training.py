@@ -255,3 +255,17 @@ def test_a_failed_step_is_told_even_if_it_cannot_be_saved(
     broken = Trainer(trainer.variables, trainer.state, exhausted)
     with pytest.raises(tf.errors.InternalError, match="CUBLAS"):
         train(broken, data, SCHEDULE, tmp_path, listener=Listener(on_save=full))
+
+
+def test_an_evaluation_that_fails_loses_no_steps(
+    tmp_path: Path, data: dict[str, np.ndarray]
+) -> None:
+    trainer = tiny_trainer("squad", SEQ_LEN)
+
+    def short_of_memory() -> dict[str, float]:
+        raise RuntimeError("out of memory while predicting")
+
+    rule = Evaluation(short_of_memory, every_steps=3, metric="f1")
+    with pytest.raises(RuntimeError, match="predicting"):
+        train(trainer, data, SCHEDULE, tmp_path, evaluation=rule)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["model.ckpt-3"]

@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> Any:
     except InputError as error:
         _fail(str(error), 2)
     except SteppedDownError as error:
-        if arguments is not None:
+        if arguments is not None or not _is_own_process():
             _fail(f"{error}: the same command goes on", 1)
         _go_on(error, environment)
     except StoppedEarlyError as error:
@@ -94,15 +94,24 @@ def main(arguments: list[str] | None = None) -> Any:
     sys.exit(0)
 
 
+def _is_own_process() -> bool:
+    """Whether the process was started for this command, and not for a notebook that runs it."""
+    own = sys.argv[1:]
+    return bool(own) and sys.orig_argv[-len(own) :] == own
+
+
 def _go_on(error: SteppedDownError, environment: dict[str, str]) -> NoReturn:
     """Become a fresh process that runs the same command, in the same output folder."""
     print(f"bertbench: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     environment[GO_ON_VARIABLE] = str(error.output_dir)
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    try:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    except OSError as failure:
+        _fail(f"cannot begin again ({failure.strerror}): the same command goes on", 1)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     line = " ".join(message.split())
     print(f"bertbench: {line}", file=sys.stderr)
     sys.exit(code)

@@ -209,7 +209,8 @@ def command(
         cards = [
             (card, plan_or_why(workload, _target(device, card.name, memory, replicas)))
             for card in sorted(ACCELERATORS.values(), key=lambda card: card.memory_bytes)
-            if memory is None or memory <= card.memory_bytes
+            if (memory is None or memory <= card.memory_bytes)
+            and (replicas is None or card.kind == "gpu")
         ]
         title = (
             f"{workload.model}, sequence length {workload.seq_len}, effective batch {target_batch}"

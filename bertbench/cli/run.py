@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bertbench.cli.common import (
 )
 from bertbench.cli.original_flags import OriginalCommand, PathOrUrl, local_files
 from bertbench.devices import TPU_CORE_BYTES, Budget, TpuSettings, make_budget
+from bertbench.errors import WorkError
 from bertbench.progress import say
 from bertbench.running import ModelFiles, RunSettings, find_model_files
 from finetune.checkpointing import parse_checkpointing
@@ -132,7 +134,7 @@ def squad(context: click.Context, **flags: Any) -> None:
         --target-batch 32 --memory 12GiB --output_dir squad_out
     """
     goes_on = _go_on(flags)
-    with local_files(flags):
+    with _saved_before(goes_on), local_files(flags):
         _run_squad(context, flags, goes_on)
 
 
@@ -149,6 +151,17 @@ def _go_on(flags: dict[str, Any]) -> bool:
     if flags["output_dir"] is None:
         flags["output_dir"] = Path(folder)
     return True
+
+
+@contextlib.contextmanager
+def _saved_before(goes_on: bool) -> Iterator[None]:
+    """Say of a run that cannot go on that nothing is lost; its input was good when it began."""
+    try:
+        yield
+    except InputError as error:
+        if not goes_on:
+            raise
+        raise WorkError(f"{error}; what was done is saved: the same command goes on") from error
 
 
 def _run_squad(context: click.Context, flags: dict[str, Any], goes_on: bool) -> None:
@@ -221,7 +234,7 @@ def classifier(context: click.Context, **flags: Any) -> None:
         --train_batch_size 32 --learning_rate 2e-5 --output_dir mrpc_out
     """
     goes_on = _go_on(flags)
-    with local_files(flags):
+    with _saved_before(goes_on), local_files(flags):
         _run_classifier(context, flags, goes_on)
 
 
