@@ -45,6 +45,7 @@ class Work:
         layers_again: the same, recomputed.
         blocks: blocks of examples that layers are recomputed in.
         summed: accumulators' numbers, times micro-batches.
+        accumulators: their numbers, which are made once.
         micro_batches: their number.
         updated: trained numbers.
     """
@@ -62,6 +63,7 @@ class Work:
     layers_again: float = 0.0
     blocks: float = 0.0
     summed: float = 0.0
+    accumulators: float = 0.0
     micro_batches: float = 0.0
     updated: float = 0.0
 
@@ -113,19 +115,19 @@ and two memory channels."""
 
 _CPU_CORES = 2
 _CPU_UNIT_SECONDS = Work(
-    products=6.57e-12,
-    weights=1.03e-10,
-    scores=1.36e-09,
-    scores_again=2.94e-09,
-    hidden=5.01e-10,
-    hidden_again=1.80e-08,
-    small_scores=7.69e-09,
+    products=6.22e-12,
+    weights=2.93e-10,
+    scores=1.78e-09,
+    scores_again=3.02e-09,
+    hidden=8.90e-09,
+    hidden_again=1.85e-08,
+    small_scores=7.68e-09,
     small_hidden=2.17e-08,
-    embedded=8.13e-08,
-    layers=1.86e-03,
-    layers_again=8.2e-05,
-    blocks=6.33e-04,
-    summed=6.74e-10,
+    embedded=6.71e-08,
+    layers=1.93e-03,
+    layers_again=4.1e-05,
+    blocks=6.47e-04,
+    accumulators=4.43e-10,
 )
 """Two cores of an AMD EPYC, float32. Fitted on 2026-11-26 by `benchmarks/fit_cost.py` to the steps
 of all 240 lever settings of four workloads of BERT-Tiny, -Mini and -Small: nine in ten of the
@@ -167,6 +169,7 @@ def gpu_rates(accelerator: Accelerator) -> Rates:
             blocks=2e-3,
             # An accumulator is read, added to and written.
             summed=3 * element_seconds,
+            accumulators=element_seconds,
             # Norm, clipping, decay and Adam read and write weights, gradients and moments.
             updated=11 * element_seconds,
         ),
@@ -255,7 +258,7 @@ def work_of(workload: Workload, levers: Levers, micro_batch: int) -> Work:
     # Rows of the word embeddings are added one by one.
     counted["summed"] = parameters - config.vocab_size * h if steps > 1 else 0
     each_micro_batch = {name: float(steps * count) for name, count in counted.items()}
-    return Work(**each_micro_batch, updated=parameters)
+    return Work(**each_micro_batch, accumulators=parameters if steps > 1 else 0, updated=parameters)
 
 
 def _counted(levers: Levers, layers: int) -> list[tuple[str, int]]:
