@@ -149,14 +149,14 @@ def budget_from_json(values: dict[str, Any]) -> Budget:
 def default_budget_bytes(device: Device) -> int:
     """Bytes that a training step may use when the user does not say, in whole MiB.
 
-    A GPU's free memory less `GPU_CONTEXT_RESERVE_BYTES`, `CPU_SHARE` of the available host memory,
-    or `ACCELERATOR_SHARE` of a TPU's core, which nobody shares.
+    A GPU's free memory less `GPU_CONTEXT_RESERVE_BYTES`, or `CPU_SHARE` of the available host
+    memory; all of a TPU's core, which nobody shares and whose limit is not ours to set.
 
     Raises:
         InputError: too little memory is free.
     """
     if device.kind == "tpu":
-        budget_bytes = int(device.total_bytes * ACCELERATOR_SHARE)
+        budget_bytes = device.total_bytes
     elif device.kind == "cpu":
         budget_bytes = int(device.free_bytes * CPU_SHARE)
     else:

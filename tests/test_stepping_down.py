@@ -104,8 +104,9 @@ def test_what_the_user_asks_for_is_kept(tmp_path: Path) -> None:
 def test_another_demand_or_device_is_another_try(tmp_path: Path) -> None:
     asked, chosen = settings(tmp_path), (16, Levers())
     smaller = after(asked, *chosen)
-    none = dataclasses.replace(asked, checkpointing=Checkpointing("none"))
-    assert follow(none, BUDGET, *chosen) == chosen
+    nested = dataclasses.replace(asked, checkpointing=Checkpointing("nested"))
+    assert smaller[1].checkpointing != nested.checkpointing
+    assert follow(nested, BUDGET, *chosen) == chosen
     same = dataclasses.replace(asked, checkpointing=smaller[1].checkpointing)
     assert follow(same, BUDGET, *chosen) == smaller
     other = make_budget(dataclasses.replace(DEVICE, name="another"), BUDGET.budget_bytes)

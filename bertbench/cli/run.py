@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from bertbench.attached import tpu_device
+from bertbench.catalogue import find_accelerator
 from bertbench.cli.common import (
     CONTEXT,
     GO_ON_VARIABLE,
@@ -24,7 +25,7 @@ from bertbench.cli.common import (
     write_json,
 )
 from bertbench.cli.original_flags import OriginalCommand, PathOrUrl, local_files
-from bertbench.devices import TPU_CORE_BYTES, Budget, TpuSettings, make_budget
+from bertbench.devices import Budget, TpuSettings, make_budget
 from bertbench.errors import WorkError
 from bertbench.progress import say
 from bertbench.running import ModelFiles, RunSettings, find_model_files
@@ -371,7 +372,9 @@ def _tpu(flags: dict[str, Any]) -> TpuSettings | None:
 
 def _budget(flags: dict[str, Any], settings: RunSettings, goes_on: bool) -> Budget:
     if settings.tpu is not None:
-        return make_budget(tpu_device(settings.tpu, flags["memory"] or TPU_CORE_BYTES))
+        # As for a plan. The smallest; which one it is cannot be asked before connecting.
+        usable_bytes = find_accelerator("tpu-v2-8").usable_bytes
+        return make_budget(tpu_device(settings.tpu, flags["memory"] or usable_bytes))
     budget = resolve_budget(flags["device"], flags["memory"])
     if goes_on and budget.budget_bytes > budget.device.free_bytes:
         # Somebody else has taken the memory that the run was promised.
