@@ -5,12 +5,11 @@
 A case is a model, a head, a sequence length and a target batch. All its lever settings are built,
 a dozen at a time in one process, and their optimizer steps are run in turn, round after round:
 what else the machine does then slows down each of them alike, and the least of the rounds counts.
-Then budgets are drawn between the smallest that
-any setting fits in and what the whole batch needs without any lever; each is a request. Of a
-request, the plan and the settings that the sweep found fastest among those whose predicted peak is
-within the budget are tried under it, and the first three that fit are run in turn with the plan
-once more, because the fastest of a hundred noisy numbers is too fast. Regret is the plan's seconds
-over those of the best.
+Then budgets are drawn between the smallest that any setting fits in and what the whole batch needs
+without any lever; each is a request. Of a request, the plan and the settings that the sweep found
+fastest among those whose predicted peak is within the budget are tried under it, and the first
+three that fit are run in turn with the plan once more, because the fastest of a hundred noisy
+numbers is too fast. Regret is the plan's seconds over those of the best.
 
 `--sweep` keeps the sweep in a file and takes from it what it already has. The whole takes about two
 hours on two cores that nothing else uses; `--quick` sweeps BERT-Tiny for one target, for four

@@ -46,7 +46,6 @@ class Work:
         blocks: blocks of examples that layers are recomputed in.
         summed: accumulators' numbers, times micro-batches.
         accumulators: their numbers, which are made once.
-        micro_batches: their number.
         updated: trained numbers.
     """
 
@@ -64,7 +63,6 @@ class Work:
     blocks: float = 0.0
     summed: float = 0.0
     accumulators: float = 0.0
-    micro_batches: float = 0.0
     updated: float = 0.0
 
     def times(self, factor: float, names: Sequence[str] | None = None) -> Work:
@@ -74,6 +72,8 @@ class Work:
             **{n: v * factor if names is None or n in names else v for n, v in values.items()}
         )
 
+
+_KINDS = tuple(field.name for field in dataclasses.fields(Work))
 
 _OF_ACTIVATIONS = (
     "products", "weights", "scores", "scores_again", "hidden", "hidden_again",
@@ -254,7 +254,7 @@ def work_of(workload: Workload, levers: Levers, micro_batch: int) -> Work:
                 counted[f"small_{name}"] += count * elements * (1 + again * _AGAIN_SHARE)
     parameters = _parameters(workload)
     counted["scores"], counted["hidden"] = layers * scores, layers * hidden
-    counted["embedded"], counted["layers"], counted["micro_batches"] = hidden, layers, 1
+    counted["embedded"], counted["layers"] = hidden, layers
     # Rows of the word embeddings are added one by one.
     counted["summed"] = parameters - config.vocab_size * h if steps > 1 else 0
     each_micro_batch = {name: float(steps * count) for name, count in counted.items()}
@@ -282,10 +282,8 @@ def predict_step_seconds(
     work, each = work_of(workload, levers, micro_batch), rates.unit_seconds
     speedup = rates.speedups.get(levers.precision, 1.0)
     seconds = sum(
-        getattr(work, field.name)
-        * getattr(each, field.name)
-        / (speedup if field.name in _OF_ACTIVATIONS else 1.0)
-        for field in dataclasses.fields(Work)
+        getattr(work, name) * getattr(each, name) / (speedup if name in _OF_ACTIVATIONS else 1.0)
+        for name in _KINDS
     )
     parameters = _parameters(workload)
     if levers.placement == "host":

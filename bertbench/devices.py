@@ -18,10 +18,6 @@ CPU_SHARE = 0.75
 """Part of the available host memory that a default budget takes: Python, TensorFlow's code and
 the input pipeline live outside the allocator, and the machine must not begin to swap."""
 
-ACCELERATOR_SHARE = 0.93
-"""Part of an accelerator's nominal memory that a training step's allocator can expect: TensorFlow
-gets 11,430 MiB of a 12 GiB Titan X, and XLA 7.48 GiB of the 8 of a core of a TPU v2."""
-
 TPU_CORE_BYTES = 8 * GIB_BYTES
 """Memory of a core of a Cloud TPU v2, the smallest (Google Cloud's system architecture page)."""
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from bertbench.cost import Rates, predict_step_seconds
 from bertbench.devices import Device
-from bertbench.fitting import Room, least_peak_bytes
+from bertbench.fitting import Room, has_trace, least_peak_bytes
 from bertbench.ledger import LedgerRow, read_device_rows, versions_key
 from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.progress import say
-from bertbench.traced_steps import trace_of
 from bertbench.workload import Levers, Workload, levers_from_json, workload_from_key
 from finetune.errors import InputError
 
@@ -131,8 +130,7 @@ def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: 
         if trial.step_seconds is not None:
             predicted = predict_step_seconds(tried, levers, trial.batch, rates)
             factors.append(trial.step_seconds / predicted)
-        traced = device_kind != "tpu" and trace_of(tried, levers) is not None
-        if trial.peak_bytes is not None and traced:
+        if trial.peak_bytes is not None and has_trace(tried, levers, device_kind):
             room = Room(device_kind, row.budget_bytes)
             errors.append(trial.peak_bytes / least_peak_bytes(tried, levers, trial.batch, room) - 1)
         if trial.fresh and tried.key() == workload.key():

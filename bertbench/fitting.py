@@ -54,7 +54,7 @@ class Room:
 
 def margin_for(workload: Workload, levers: Levers, room: Room) -> float:
     """Part of a prediction to add before it is compared with a budget."""
-    if not _has_trace(workload, levers, room.device_kind):
+    if not has_trace(workload, levers, room.device_kind):
         return SAFETY_MARGIN
     if room.device_kind == "cpu":
         return 0.0
@@ -70,7 +70,7 @@ def least_peak_bytes(workload: Workload, levers: Levers, micro_batch: int, room:
     if room.replicas > 1:
         together_bytes = _all_reduce(workload, levers, micro_batch, room).peak_bytes
     traced = None
-    if _has_trace(workload, levers, room.device_kind):
+    if has_trace(workload, levers, room.device_kind):
         traced = traced_peak_bytes(workload, levers, micro_batch)
     if traced is None:
         predicted = predict_footprint(workload, levers, micro_batch, device_kind=room.device_kind)
@@ -88,7 +88,7 @@ def fits(workload: Workload, levers: Levers, micro_batch: int, room: Room) -> bo
     least_bytes = least_peak_bytes(workload, levers, micro_batch, room)
     if least_bytes > usable_bytes(workload, levers, room):
         return False
-    if not _has_trace(workload, levers, room.device_kind):
+    if not has_trace(workload, levers, room.device_kind):
         return True
     margin = margin_for(workload, levers, room)
     return replay_step(workload, levers, micro_batch, room.memory(margin)).fits
@@ -99,7 +99,7 @@ def footprint_in(
 ) -> Footprint:
     """Predicted peak by part; with `replayed`, and with a trace, what the allocator loses too."""
     footprint = None
-    if _has_trace(workload, levers, room.device_kind):
+    if has_trace(workload, levers, room.device_kind):
         memory = room.memory(margin_for(workload, levers, room))
         footprint = traced_footprint(workload, levers, micro_batch, memory, replayed=replayed)
     if footprint is None:
@@ -111,8 +111,8 @@ def footprint_in(
     return footprint
 
 
-def _has_trace(workload: Workload, levers: Levers, device_kind: str) -> bool:
-    # What XLA makes of a step, as for every TPU, is in another order.
+def has_trace(workload: Workload, levers: Levers, device_kind: str) -> bool:
+    """Whether a step's requests are known; those of XLA, as for a TPU, are in another order."""
     return device_kind != "tpu" and trace_of(workload, levers) is not None
 
 

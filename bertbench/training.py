@@ -125,7 +125,7 @@ def train_model(
         )
         first = resume(trainer, folder)
     except tf.errors.OpError as error:
-        if classify_error(type(error).__name__, str(error)) != "oom":
+        if not _is_out_of_memory(error):
             raise
         what = "out of memory while the optimizer's state was made"
         raise OutOfMemoryError(what, _saved_step(folder)) from error
@@ -202,11 +202,10 @@ def train_model(
                 listener=Listener(on_step, on_evaluation, on_save, should_stop),
             )
         except tf.errors.OpError as error:
-            kind, text = type(error).__name__, str(error)
             saved = _saved_step(folder)
-            if classify_error(kind, text) != "oom":
+            if not _is_out_of_memory(error):
                 raise WorkError(
-                    f"step {done + 1} failed ({summarise_error(kind, text)}); step {saved} is saved"
+                    f"step {done + 1} failed ({_summary(error)}); step {saved} is saved"
                 ) from error
             what = f"out of memory in step {done + 1} with {describe_setting(micro_batch, levers)}"
             if should_stop():
@@ -260,10 +259,17 @@ def memory_errors_explained(what: str) -> Iterator[None]:
     try:
         yield
     except tf.errors.OpError as error:
-        kind, text = type(error).__name__, str(error)
-        if classify_error(kind, text) != "oom":
+        if not _is_out_of_memory(error):
             raise
-        raise WorkError(f"out of memory while {what} ({summarise_error(kind, text)})") from error
+        raise WorkError(f"out of memory while {what} ({_summary(error)})") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return classify_error(type(error).__name__, str(error)) == "oom"
+
+
+def _summary(error: Exception) -> str:
+    return summarise_error(type(error).__name__, str(error))
 
 
 def make_predict(

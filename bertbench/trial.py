@@ -14,8 +14,7 @@ from bertbench.devices import Budget, budget_from_json
 from bertbench.hostmemory import host_memory
 from bertbench.isolation import Ending, Message, run_isolated
 from bertbench.outcomes import Outcome, classify_error, classify_exit, shorten, summarise_error
-from bertbench.workload import Levers, Workload, levers_from_json
-from finetune.config import BertConfig
+from bertbench.workload import Levers, Workload, levers_from_json, workload_from_json
 
 TARGET = "bertbench.trial_step:run_trial"
 """What a trial's process runs: training steps for every batch of a `TrialRequest`."""
@@ -106,9 +105,8 @@ class TrialRequest:
 
 def request_from_payload(payload: Mapping[str, Any]) -> TrialRequest:
     """Read what `TrialRequest.to_payload` wrote."""
-    workload = payload["workload"]
     return TrialRequest(
-        workload=Workload(**{**workload, "config": BertConfig(**workload["config"])}),
+        workload=workload_from_json(payload["workload"]),
         levers=levers_from_json(payload["levers"]),
         budget=budget_from_json(payload["budget"]),
         batches=tuple(payload["batches"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing, parse_checkpointing
@@ -76,8 +77,12 @@ def workload_from_key(model: str, key: str) -> Workload:
         InputError: it is the key of no workload of this version.
         KeyError, TypeError, ValueError: likewise.
     """
-    values = json.loads(key)
-    return Workload(model=model, **{**values, "config": BertConfig(**values["config"])})
+    return workload_from_json({"model": model, **json.loads(key)})
+
+
+def workload_from_json(values: Mapping[str, Any]) -> Workload:
+    """Read what `dataclasses.asdict` made of a workload."""
+    return Workload(**{**values, "config": BertConfig(**values["config"])})
 
 
 def published_workload(model: str, seq_len: int, head: str = "squad") -> Workload:

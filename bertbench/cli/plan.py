@@ -26,6 +26,7 @@ from bertbench.cli.common import (
 from bertbench.cli.plan_view import (
     Cell,
     cards_of,
+    describe_place,
     show_cards,
     show_catalogue,
     show_grid,
@@ -246,9 +247,8 @@ def command(
     for levers in allowed:
         check_levers(target.kind, target.name, levers)
     cells = [plan_or_why(workload, target) for workload in workloads]
-    where = f"each of {target.replicas} replicas on " if target.replicas > 1 else ""
-    where += target.name
-    title = f"effective batch {target_batch}, {format_bytes(target.budget_bytes)} on {where}"
+    place = describe_place(target.budget_bytes, target.replicas, target.name)
+    title = f"effective batch {target_batch}, {place}"
     _write_or_show(
         json_file,
         {

@@ -36,6 +36,12 @@ class _Marks:
         ]
 
 
+def describe_place(budget_bytes: int, replicas: int, device: str) -> str:
+    """Write `4,096 MiB on t4`, or `4,096 MiB on each of 2 replicas on t4`."""
+    each = f"each of {replicas} replicas on " if replicas > 1 else ""
+    return f"{format_bytes(budget_bytes)} on {each}{device}"
+
+
 def _unmeasured(cells: Sequence[Cell]) -> list[str]:
     """What a reader should know of plans that nothing has been measured for."""
     if any(isinstance(cell, Plan) and cell.device_kind == "tpu" for cell in cells):
@@ -72,11 +78,10 @@ def _table(*first: str) -> Table:
 def show_plan(plan: Plan, *, explain: bool = False, trials: Sequence[Trial] = ()) -> None:
     """A plan: what is chosen, what needs less, what would be faster."""
     console = terminal()
-    replicas = plan.chosen.replicas
-    each = f"each of {replicas} replicas on " if replicas > 1 else ""
+    place = describe_place(plan.budget_bytes, plan.chosen.replicas, plan.device)
     console.print(
         f"{plan.workload.model}, sequence length {plan.workload.seq_len}, effective batch "
-        f"{plan.target_batch}, {format_bytes(plan.budget_bytes)} on {each}{plan.device}",
+        f"{plan.target_batch}, {place}",
         soft_wrap=True,
     )
     table, marks = _table(""), _Marks()
