@@ -46,7 +46,7 @@ def child_environment(budget: Budget) -> dict[str, str]:
     return {
         **environment,
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "CUDA_VISIBLE_DEVICES": budget.device.uuid or str(budget.device.index),
+        "CUDA_VISIBLE_DEVICES": ",".join(one.uuid or str(one.index) for one in budget.device.each),
         # A user's setting of these would make trials incomparable without a trace in the ledger.
         "TF_FORCE_GPU_ALLOW_GROWTH": "false",
         "TF_GPU_ALLOCATOR": "",
@@ -56,13 +56,13 @@ def child_environment(budget: Budget) -> dict[str, str]:
 def apply_budget(budget: Budget) -> str:
     """Put TensorFlow under a budget, before its first op, and name the device to run on.
 
-    The process must run with `child_environment(budget)`.
+    The process must run with `child_environment(budget)`. Of several GPUs each is put under it.
 
     Returns:
-        TensorFlow's name of the device, `CPU:0` or `GPU:0`.
+        TensorFlow's name of the device, `CPU:0` or `GPU:0`, which is the first of several.
 
     Raises:
-        InputError: TensorFlow sees no GPU.
+        InputError: TensorFlow does not see the GPU, or not all of them.
         RuntimeError: the environment is not in force, or TensorFlow has run an op before.
     """
     wrong = [
@@ -84,14 +84,16 @@ def apply_budget(budget: Budget) -> str:
         _set_small_chunks_aside(tf, "CPU:0", empty_memory(budget).small_chunks)
         return "CPU:0"
     gpus = tf.config.list_physical_devices("GPU")
-    if not gpus:
+    if len(gpus) < budget.device.replicas:
         raise InputError(
             f"TensorFlow cannot use {budget.device.label} ({budget.device.name})",
             hint="install it with CUDA: pip install 'bertbench[gpu]'",
         )
     limit = tf.config.LogicalDeviceConfiguration(memory_limit=budget.budget_bytes // MIB_BYTES)
-    tf.config.set_logical_device_configuration(gpus[0], [limit])
-    _set_small_chunks_aside(tf, "GPU:0", empty_memory(budget).small_chunks)
+    for gpu in gpus:
+        tf.config.set_logical_device_configuration(gpu, [limit])
+    for index in range(budget.device.replicas):
+        _set_small_chunks_aside(tf, f"GPU:{index}", empty_memory(budget).small_chunks)
     return "GPU:0"
 
 

@@ -10,7 +10,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bertbench.devices import TPU_CORE_BYTES, Device, TpuSettings
+from bertbench.devices import TPU_CORE_BYTES, Device, TpuSettings, together
 from bertbench.hostmemory import host_memory
 from bertbench.nvml import list_gpus
 from finetune.errors import InputError
@@ -80,6 +80,19 @@ def resolve_device(text: str, devices: Iterable[Device] | None = None) -> Device
         there = ", ".join(gpu.label for gpu in sorted(gpus, key=lambda gpu: gpu.index))
         raise InputError(f"there is no {text!r}", hint=f"attached: {there}")
     return found[0]
+
+
+def resolve_together(text: str, devices: Sequence[Device] | None = None) -> Device:
+    """Find what a `--device` value names, which may be several GPUs: `gpu:0,gpu:1`.
+
+    Args:
+        text: as for `resolve_device`, with commas in between.
+        devices: what there is to choose from; None asks the machine.
+
+    Raises:
+        InputError: no such device, or several that cannot share a batch.
+    """
+    return together([resolve_device(name, devices) for name in text.split(",")])
 
 
 def tpu_device(tpu: TpuSettings, core_bytes: int = TPU_CORE_BYTES) -> Device:

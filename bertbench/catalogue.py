@@ -127,13 +127,14 @@ def match_accelerator(product: str) -> Accelerator | None:
     return ACCELERATORS[max(matches, key=len)] if matches else None
 
 
-def check_levers(kind: str, product: str, levers: Levers) -> None:
+def check_levers(kind: str, product: str, levers: Levers, replicas: int = 1) -> None:
     """See whether a device can be trained on with some levers.
 
     Args:
         kind: `cpu`, `gpu` or `tpu`.
         product: its name.
         levers: settings.
+        replicas: devices that share the effective batch.
 
     Raises:
         InputError: it cannot.
@@ -145,6 +146,11 @@ def check_levers(kind: str, product: str, levers: Levers) -> None:
         raise InputError(
             "XLA does not go with the optimizer's state on the host",
             hint="leave --xla or --placement host out",
+        )
+    if levers.placement == "host" and replicas > 1:
+        raise InputError(
+            "the optimizer's state cannot be on the host with several replicas",
+            hint="leave --placement host out, or train on one device",
         )
     if levers.placement == "host" and kind != "gpu":
         raise InputError(

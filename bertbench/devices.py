@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from bertbench.bytes import GIB_BYTES, MIB_BYTES, format_bytes
@@ -56,6 +57,8 @@ class Device:
         driver: version of a GPU's driver.
         tpu: where a TPU is. Its bytes are those of one core, and cannot be asked for before
             connecting.
+        peers: further GPUs, each as this one and with as much memory of its own, that share an
+            effective batch with it; see `together`.
     """
 
     kind: str
@@ -67,21 +70,31 @@ class Device:
     held_by: tuple[tuple[int, str, int], ...] = ()
     driver: str | None = None
     tpu: TpuSettings | None = None
+    peers: tuple[Device, ...] = ()
 
     @property
     def label(self) -> str:
-        """Name on the command line: `cpu`, `gpu:0`, `tpu:NAME`."""
+        """Name on the command line: `cpu`, `gpu:0`, `gpu:0,gpu:1`, `tpu:NAME`."""
         if self.tpu is not None:
             return f"tpu:{self.tpu.name}" if self.tpu.name else "tpu"
-        return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
+        own = self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
+        return ",".join([own, *(peer.label for peer in self.peers)])
+
+    @property
+    def each(self) -> tuple[Device, ...]:
+        """This device and its peers, each alone."""
+        return (dataclasses.replace(self, peers=()), *self.peers)
 
     @property
     def replicas(self) -> int:
         """Copies of the model that train together, each on its own memory."""
-        return 1 if self.tpu is None else self.tpu.cores
+        return 1 + len(self.peers) if self.tpu is None else self.tpu.cores
 
     def key(self) -> str:
-        """Canonical text for the ledger: equal for devices that need the same memory."""
+        """Canonical text for the ledger: equal for devices whose trials tell the same.
+
+        Peers do not count: a trial runs on one of them.
+        """
         return json.dumps(self.key_values(), sort_keys=True)
 
     def key_values(self) -> dict[str, Any]:
@@ -100,7 +113,47 @@ def device_from_json(values: dict[str, Any]) -> Device:
     """Read what `Device.to_json` wrote."""
     held_by = tuple((int(pid), str(name), int(size)) for pid, name, size in values["held_by"])
     tpu = values.get("tpu")
-    return Device(**{**values, "held_by": held_by, "tpu": TpuSettings(**tpu) if tpu else None})
+    return Device(
+        **{
+            **values,
+            "held_by": held_by,
+            "tpu": TpuSettings(**tpu) if tpu else None,
+            "peers": tuple(map(device_from_json, values.get("peers", ()))),
+        }
+    )
+
+
+def together(devices: Sequence[Device]) -> Device:
+    """Have GPUs share an effective batch, each with its part of it.
+
+    Args:
+        devices: at least one; the first stands for all.
+
+    Raises:
+        InputError: several that are not different GPUs of one kind.
+    """
+    first, *peers = devices
+    names = ",".join(device.label for device in devices)
+    if peers and any(device.kind != "gpu" for device in devices):
+        raise InputError(f"--device {names}: only GPUs share a batch", hint="name one device")
+    check_alike(devices)
+    return dataclasses.replace(first, peers=tuple(peers))
+
+
+def check_alike(devices: Sequence[Device]) -> None:
+    """Refuse devices that have several limits, or one that is named twice.
+
+    Raises:
+        InputError: they are not different ones of one kind.
+    """
+    names = ",".join(device.label for device in devices)
+    if len({(device.kind, device.index, device.uuid) for device in devices}) < len(devices):
+        raise InputError(f"--device {names} names a device twice")
+    if len({(device.name, device.driver, device.total_bytes) for device in devices}) > 1:
+        raise InputError(
+            f"--device {names}: devices of several kinds have several limits",
+            hint="use them one after the other",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +161,7 @@ class Budget:
     """Bytes of a device that TensorFlow's allocator may use.
 
     Attributes:
-        device: where.
+        device: where; with peers, each has a budget of its own of this size.
         budget_bytes: whole MiB, because TensorFlow's limits are; `make_budget` rounds down.
     """
 
@@ -156,7 +209,8 @@ def default_budget_bytes(device: Device) -> int:
     elif device.kind == "cpu":
         budget_bytes = int(device.free_bytes * CPU_SHARE)
     else:
-        budget_bytes = device.free_bytes - GPU_CONTEXT_RESERVE_BYTES
+        least_bytes = min(one.free_bytes for one in device.each)
+        budget_bytes = least_bytes - GPU_CONTEXT_RESERVE_BYTES
     budget_bytes = budget_bytes // MIB_BYTES * MIB_BYTES
     if budget_bytes < MIB_BYTES:
         raise InputError(f"{device.label} has too little free memory: {describe_use(device)}")
@@ -183,12 +237,13 @@ def check_free(budget: Budget) -> None:
     Raises:
         InputError: less than the budget is free.
     """
-    if budget.budget_bytes > budget.device.free_bytes:
-        raise InputError(
-            f"a budget of {format_bytes(budget.budget_bytes)} is more than {budget.device.label} "
-            f"has free: {describe_use(budget.device)}",
-            hint="give a smaller --memory, or end what holds the memory",
-        )
+    for device in budget.device.each:
+        if budget.budget_bytes > device.free_bytes:
+            raise InputError(
+                f"a budget of {format_bytes(budget.budget_bytes)} is more than {device.label} "
+                f"has free: {describe_use(device)}",
+                hint="give a smaller --memory, or end what holds the memory",
+            )
 
 
 def check_alone(device: Device) -> None:
@@ -211,8 +266,10 @@ def check_alone(device: Device) -> None:
 
 
 def describe_use(device: Device) -> str:
-    """Free and total memory and who holds the rest, as one line."""
+    """Free and total memory and who holds the rest, as one line; with peers, of the fullest."""
+    fullest = min(device.each, key=lambda one: one.free_bytes)
     held = "".join(
-        f"; process {pid} ({name}) holds {format_bytes(size)}" for pid, name, size in device.held_by
+        f"; process {pid} ({name}) holds {format_bytes(size)}"
+        for pid, name, size in fullest.held_by
     )
-    return f"{format_bytes(device.free_bytes)} of {format_bytes(device.total_bytes)} free{held}"
+    return f"{format_bytes(fullest.free_bytes)} of {format_bytes(fullest.total_bytes)} free{held}"

@@ -115,7 +115,7 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
     say(f"train: {job.num_examples} examples, {steps} steps of {settings.train_batch_size}")
     micro_batch, levers = choose_levers(job.workload, settings, budget)
     micro_batch, levers = follow(settings, budget, micro_batch, levers)
-    strategy = open_device(settings, budget)
+    strategy = open_device(budget)
     variables = _create(settings, job.workload, strategy)
     if files.init_checkpoint is not None:
         _load_into(variables, files.init_checkpoint)
@@ -133,7 +133,7 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
     }
     plan = {
         "micro_batch": micro_batch,
-        "replicas": settings.replicas,
+        "replicas": budget.device.replicas,
         "levers": levers.to_json(),
         "budget": budget.to_json(),
     }
@@ -181,7 +181,7 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
 
 
 def _load(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job) -> FineTuned:
-    strategy = open_device(settings, budget)
+    strategy = open_device(budget)
     from finetune.checkpoints import list_checkpoints
 
     variables = _create(settings, job.workload, strategy)

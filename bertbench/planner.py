@@ -178,7 +178,8 @@ def make_plan(
         device: name of the device, for people.
         device_kind: `cpu`, `gpu` or `tpu`.
         policies: checkpointing to choose from; all settings by default.
-        allowed: the other levers, in all combinations; only exact ones by default.
+        allowed: the other levers, in all combinations, that the device can be trained on with, see
+            `bertbench.catalogue.check_levers`; only exact ones by default.
         host_if_needed: keep the optimizer's state of a single GPU on the host if nothing fits
             otherwise.
         spare_bytes: what is to be left free of the budget.
@@ -194,11 +195,6 @@ def make_plan(
     """
     if target_batch < 1:
         raise InputError(f"target batch {target_batch} is not positive")
-    if replicas > 1 and any(levers.placement == "host" for levers in allowed):
-        raise InputError(
-            "the optimizer's state cannot be on the host with several replicas",
-            hint="leave --placement host or --replicas out",
-        )
     experience = experience or Experience()
     room = Room(device_kind, budget_bytes, spare_bytes, replicas, experience.margin)
     rates = experience.rates(rates)

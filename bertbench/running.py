@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from bertbench.bytes import format_bytes
 from bertbench.catalogue import check_levers
 from bertbench.cloud_storage import RemoteFolder
 from bertbench.cost import device_rates
-from bertbench.devices import Budget, TpuSettings, check_free
+from bertbench.devices import Budget, check_free
 from bertbench.experience import Experience, experience_of
 from bertbench.planner import Plan, describe_entry, make_plan, read_plan
 from bertbench.progress import say
@@ -71,7 +72,6 @@ class RunSettings:
         keep_best: as there; predictions are then made with the best weights.
         tensorboard: write event files.
         feature_cache: keep SQuAD's features for the next run.
-        tpu: run on this TPU; None runs on the budget's device.
         remote: where the output folder is copied to after every checkpoint, if anywhere.
     """
 
@@ -98,13 +98,7 @@ class RunSettings:
     keep_best: bool = False
     tensorboard: bool = True
     feature_cache: bool = True
-    tpu: TpuSettings | None = None
     remote: RemoteFolder | None = None
-
-    @property
-    def replicas(self) -> int:
-        """Copies of the model that share the effective batch."""
-        return 1 if self.tpu is None else self.tpu.cores
 
 
 def find_model_files(
@@ -188,15 +182,19 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
     Raises:
         InputError: the plan file is unusable or for another batch, or nothing fits.
     """
+    replicas = budget.device.replicas
+    check = functools.partial(
+        check_levers, budget.device.kind, budget.device.name, replicas=replicas
+    )
     for levers in settings.allowed:
-        check_levers(budget.device.kind, budget.device.name, levers)
+        check(levers)
     if settings.plan_file is not None:
         planned = read_plan(settings.plan_file)
         if settings.micro_batch is not None:
             raise InputError(
                 "--micro_batch does not go with --plan, which has one", hint="leave one of them out"
             )
-        batch, replicas = settings.train_batch_size, settings.replicas
+        batch = settings.train_batch_size
         if planned.target_batch != batch:
             raise InputError(
                 f"the plan is for an effective batch of {planned.target_batch}, not {batch}",
@@ -208,14 +206,15 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
                 f"the plan is for {planned.replicas} replicas, not {replicas}",
                 path=settings.plan_file,
                 hint=f"give --num_tpu_cores {planned.replicas}, or another plan"
-                if settings.tpu is not None
-                else "replicas train on a TPU: give --use_tpu, or another plan",
+                if budget.device.tpu is not None
+                else f"name {planned.replicas} GPUs, as in --device gpu:0,gpu:1, or give "
+                "--use_tpu, or another plan",
             )
-        check_levers(budget.device.kind, budget.device.name, planned.levers)
+        check(planned.levers)
         _check_insisted(settings, planned.levers)
         return planned.micro_batch, planned.levers
     if settings.micro_batch is not None:
-        share = -(-settings.train_batch_size // settings.replicas)
+        share = -(-settings.train_batch_size // replicas)
         micro_batch = min(settings.micro_batch, share)
         steps = -(-share // micro_batch)
         policy = settings.checkpointing or Checkpointing()
@@ -262,7 +261,7 @@ def plan_run(
         policies=None if settings.checkpointing is None else [settings.checkpointing],
         allowed=settings.allowed,
         host_if_needed=not settings.insist_placement,
-        replicas=settings.replicas,
+        replicas=budget.device.replicas,
         experience=experience,
     )
 
@@ -290,8 +289,8 @@ def _check_insisted(settings: RunSettings, planned: Levers) -> None:
         )
 
 
-def open_device(settings: RunSettings, budget: Budget) -> Any:
-    """Bind this process to the device of a run.
+def open_device(budget: Budget) -> Any:
+    """Bind this process to the device of a run, or to several that share its batch.
 
     Returns:
         A `tf.distribute.Strategy` if it has several replicas, else None.
@@ -300,10 +299,14 @@ def open_device(settings: RunSettings, budget: Budget) -> Any:
         InputError: see `bind_budget` and `bertbench.tpu.connect`.
         bertbench.errors.WorkError: the TPU cannot be reached.
     """
-    if settings.tpu is not None:
-        return tpu.connect(settings.tpu)
+    if budget.device.tpu is not None:
+        return tpu.connect(budget.device.tpu)
     bind_budget(budget)
-    return None
+    if budget.device.replicas == 1:
+        return None
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy([f"GPU:{n}" for n in range(budget.device.replicas)])
 
 
 def bind_budget(budget: Budget) -> str:

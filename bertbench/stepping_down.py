@@ -195,8 +195,8 @@ def step_down(
 def _next_plan(
     workload: Workload, settings: RunSettings, budget: Budget, micro_batch: int, levers: Levers
 ) -> PlanEntry | None:
-    kind = budget.device.kind
-    room = Room(kind, budget.budget_bytes, replicas=settings.replicas)
+    device = budget.device
+    room = Room(device.kind, budget.budget_bytes, replicas=device.replicas)
     peak_bytes = least_peak_bytes(workload, levers, micro_batch, room)
     most_bytes = min(budget.budget_bytes, int(_NEXT_SHARE * peak_bytes))
     # The update must stay the same one, so only the levers that do not change it are free.

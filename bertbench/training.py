@@ -129,9 +129,10 @@ def train_model(
             raise
         what = "out of memory while the optimizer's state was made"
         raise OutOfMemoryError(what, _saved_step(folder)) from error
+    replicas = 1 if strategy is None else strategy.num_replicas_in_sync
     schedule = Schedule(
         settings.train_batch_size,
-        micro_batch * levers.accumulation_steps * settings.replicas,
+        micro_batch * levers.accumulation_steps * replicas,
         num_train_steps,
         settings.seed,
         settings.save_checkpoints_steps,

@@ -19,7 +19,7 @@ _NOT_RUN = frozenset({"Const", "Placeholder", "NoOp"})
 _SHAPES = frozenset({"Shape", "Size", "Rank"})
 
 
-def run_in_order(results: Iterable[tf.Tensor]) -> None:
+def run_in_order(results: Iterable[tf.Tensor], *, each_device: bool = False) -> None:
     """Have the operations of the graph that is being made run in the order of their creation.
 
     Only those that the results, or what changes variables, need: what nothing needs is left free to
@@ -28,6 +28,9 @@ def run_in_order(results: Iterable[tf.Tensor]) -> None:
 
     Args:
         results: what the function that is being traced returns.
+        each_device: those of each device have an order of their own, so that replicas, which are
+            written one after the other, run at the same time. What has no device, as what takes a
+            batch apart, is left free.
     """
     if tf.executing_eagerly():
         return
@@ -41,15 +44,19 @@ def run_in_order(results: Iterable[tf.Tensor]) -> None:
         if operation in needed:
             needed.update(tensor.op for tensor in operation.inputs)
             needed.update(operation.control_inputs)
-    before: tf.Operation | None = None
+    last: dict[str, tf.Operation] = {}
     for operation in _with_shapes_first(operations):
         if operation not in needed or operation.type in _NOT_RUN:
             continue
         if only_large and not _is_large(operation):
             continue
+        if each_device and not operation.device:
+            continue
+        device = operation.device if each_device else ""
+        before = last.get(device)
         if before is not None and before not in operation.control_inputs:
             operation._add_control_input(before)
-        before = operation
+        last[device] = operation
 
 
 def _with_shapes_first(operations: list[tf.Operation]) -> list[tf.Operation]:

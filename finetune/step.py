@@ -317,9 +317,12 @@ def make_trainer(
     @tf.function
     def on_replicas(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         assert strategy is not None
-        # All replicas report the same numbers.
         results = strategy.run(on_replica, args=(batch,))
-        return tuple(strategy.experimental_local_results(value)[0] for value in results)
+        # All replicas report the same numbers.
+        of_replicas = [strategy.experimental_local_results(value) for value in results]
+        if not for_xla:
+            run_in_order([one for many in of_replicas for one in many], each_device=True)
+        return tuple(many[0] for many in of_replicas)
 
     def step(batch: Batch) -> StepResult:
         rows = len(batch["weights"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,11 +12,12 @@ from types import SimpleNamespace
 
 import pynvml
 import pytest
+import tensorflow as tf
 
-from bertbench import hostmemory
+from bertbench import allocator_limit, hostmemory
 from bertbench.allocations import CHUNK_BYTES
 from bertbench.allocator_limit import apply_budget, child_environment, empty_memory
-from bertbench.attached import list_devices, resolve_device, visible_gpus
+from bertbench.attached import list_devices, resolve_device, resolve_together, visible_gpus
 from bertbench.bytes import GIB_BYTES, MIB_BYTES
 from bertbench.devices import (
     GPU_CONTEXT_RESERVE_BYTES,
@@ -24,6 +26,8 @@ from bertbench.devices import (
     budget_from_json,
     check_free,
     default_budget_bytes,
+    describe_use,
+    device_from_json,
     make_budget,
 )
 from bertbench.hostmemory import cgroup_limits, memory_cgroups, oom_kill_counts
@@ -51,6 +55,64 @@ ALL = [FULL, FREE, CPU]
 )
 def test_resolve_device(text: str, expected: Device) -> None:
     assert resolve_device(text, ALL) == expected
+
+
+LIKE = dataclasses.replace(FULL, index=2, uuid="GPU-cccc", free_bytes=20 * GIB_BYTES, held_by=())
+
+
+def test_gpus_that_share_a_batch() -> None:
+    assert resolve_together("gpu:1", ALL) == FREE
+    both = resolve_together("gpu:1,gpu:GPU-c", [*ALL, LIKE])
+    assert (both.label, both.replicas, both.each) == ("gpu:1,gpu:2", 2, (FREE, LIKE))
+    # Trials run on one of them, and each has its own memory: that of the fuller one is promised.
+    assert both.key() == FREE.key()
+    assert default_budget_bytes(both) == 20 * GIB_BYTES - GPU_CONTEXT_RESERVE_BYTES
+    check_free(make_budget(both, 20 * GIB_BYTES))
+    with pytest.raises(InputError, match=r"is more than gpu:2 has free: 20\.0 GiB of 24\.0 GiB"):
+        check_free(make_budget(both, 21 * GIB_BYTES))
+    assert device_from_json(json.loads(json.dumps(both.to_json()))) == both
+    with_game = resolve_together("gpu:1,gpu:0", ALL)
+    assert "process 41 (game)" in describe_use(with_game)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("gpu:1,gpu:1", "gpu:1,gpu:1 names a device twice"),
+        ("gpu:1,cpu", "only GPUs share a batch"),
+        ("gpu:1,gpu:2", "several kinds"),
+        ("gpu:1,", "unknown device ''"),
+    ],
+)
+def test_devices_that_cannot_share_a_batch(text: str, words: str) -> None:
+    there = [*ALL, dataclasses.replace(LIKE, name="Other")]
+    with pytest.raises(InputError, match=words):
+        resolve_together(text, there)
+
+
+def test_a_budget_of_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = Budget(resolve_together("gpu:1,gpu:2", [*ALL, LIKE]), GIB_BYTES)
+    for name, value in child_environment(budget).items():
+        monkeypatch.setenv(name, value)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-bbbb-2,GPU-cccc"
+    cards = ["first", "second"]
+    limits, set_aside = {}, []
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: cards)
+    monkeypatch.setattr(
+        tf.config,
+        "set_logical_device_configuration",
+        lambda card, parts: limits.update({card: [part.memory_limit for part in parts]}),
+    )
+    monkeypatch.setattr(
+        allocator_limit, "_set_small_chunks_aside", lambda _, *what: set_aside.append(what)
+    )
+    assert apply_budget(budget) == "GPU:0"
+    assert limits == {"first": [1024], "second": [1024]}
+    chunks = empty_memory(budget).small_chunks
+    assert set_aside == [("GPU:0", chunks), ("GPU:1", chunks)]
+    cards.pop()
+    with pytest.raises(InputError, match="cannot use gpu:1,gpu:2"):
+        apply_budget(budget)
 
 
 def test_auto_without_a_gpu_is_the_cpu() -> None:

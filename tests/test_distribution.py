@@ -65,25 +65,27 @@ def test_exact_update_with_the_state_on_another_device(tmp_path: Path) -> None:
     assert all(devices == {"CPU:1"} for devices in ran.values())
 
 
-def test_a_run_on_replicas_is_the_run_on_one_device(tmp_path: Path) -> None:
+def demo_run(folder: Path) -> list[str]:
+    """A short run of an effective batch of 7."""
     demo = demo_files()
-    arguments = [
+    return [
         "run", "squad", f"--bert_config_file={demo.bert_config_file}",
         f"--vocab_file={demo.vocab_file}", "--max_seq_length=64", "--doc_stride=32",
-        "--max_query_length=24", "--memory=400MiB", f"--train_file={demo.squad_train}",
+        "--max_query_length=24", f"--train_file={demo.squad_train}",
         f"--predict_file={demo.squad_dev}", "--train_batch_size=7", "--num_train_epochs=1",
-        "--learning_rate=5e-4",
+        "--learning_rate=5e-4", f"--output_dir={folder}",
     ]  # fmt: skip
-    one, two = tmp_path / "one", tmp_path / "two"
-    result = python("-m", "bertbench", *arguments, f"--output_dir={one}")
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    result = python("-m", "bertbench", *demo_run(folder), "--device=cpu", "--memory=400MiB")
     assert result.returncode == 0, result.stderr
-    result = python(
-        TESTS / "replica_run.py", *arguments, f"--output_dir={two}", "--use_tpu=True",
-        "--tpu_name=stand-in", "--tpu_zone=us-central1-b", "--gcp_project=a-project",
-        "--num_tpu_cores=2",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "2 replicas, each 1 x 4" in result.stderr
+    return folder
+
+
+def same_run(one: Path, two: Path) -> None:
     losses = [[r.loss for r in read_log(f / "train_log.jsonl")] for f in (one, two)]
     assert len(losses[0]) == 5
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -93,6 +95,39 @@ def test_a_run_on_replicas_is_the_run_on_one_device(tmp_path: Path) -> None:
         others = [candidate["start_logit"] for candidate in answers[1][question]]
         assert others == pytest.approx(logits, abs=1e-3)
     assert json.loads((two / "run.json").read_text())["invocations"][0]["replicas"] == 2
+
+
+def test_a_run_on_a_tpu_is_the_run_on_one_device(on_one_device: Path, tmp_path: Path) -> None:
+    result = python(
+        TESTS / "replica_run.py", *demo_run(tmp_path), "--memory=400MiB", "--use_tpu=True",
+        "--tpu_name=stand-in", "--tpu_zone=us-central1-b", "--gcp_project=a-project",
+        "--num_tpu_cores=2",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "2 replicas, each 1 x 4" in result.stderr
+    same_run(on_one_device, tmp_path)
+
+
+def test_a_run_on_two_gpus_is_the_run_on_one_device(on_one_device: Path, tmp_path: Path) -> None:
+    """With the plan that `plan` made for them; it is continued there too."""
+    plan, folder = tmp_path / "plan.json", tmp_path / "run"
+    both = ["--device=gpu:0,gpu:1", "--memory=400MiB"]
+    result = python(
+        TESTS / "two_gpu_run.py", "plan", "--target-batch=7", "--model=bert-tiny", "--seq-len=64",
+        f"--json={plan}", *both,
+    )  # fmt: skip
+    assert "400 MiB on each of 2 replicas on Tesla V100" in result.stdout, result.stderr
+    run = [*demo_run(folder), f"--plan={plan}", *both]
+    result = python(TESTS / "two_gpu_run.py", *run)
+    assert result.returncode == 0, result.stderr
+    same_run(on_one_device, folder)
+    recorded = json.loads((folder / "run.json").read_text())["invocations"][0]
+    assert device_from_json(recorded["budget"]["device"]).label == "gpu:0,gpu:1"
+    result = python(TESTS / "two_gpu_run.py", *run)
+    assert "continuing at step 5 of 5" in result.stderr
+    result = python(TESTS / "two_gpu_run.py", *demo_run(folder), *both, "--placement=host")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "on the host with several replicas" in result.stderr
 
 
 class Resolver:

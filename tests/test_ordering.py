@@ -62,6 +62,28 @@ def test_independent_operations_run_as_written() -> None:
     assert follows(graph, "third", "second")
 
 
+def test_replicas_do_not_wait_for_each_other() -> None:
+    def function(x: tf.Tensor) -> tf.Tensor:
+        results = []
+        for device in ("CPU:0", "CPU:1"):
+            with tf.device(device):
+                results += [
+                    tf.exp(x, name=f"first_{device[-1]}"),
+                    tf.sin(x, name=f"second_{device[-1]}"),
+                ]
+        with tf.device("CPU:0"):
+            results.append(tf.cos(x, name="third_0"))
+        run_in_order(results, each_device=True)
+        return tf.add_n(results)
+
+    graph = traced(function)
+    assert follows(graph, "second_0", "first_0")
+    assert follows(graph, "third_0", "second_0")
+    assert follows(graph, "second_1", "first_1")
+    assert not follows(graph, "first_1", "second_0")
+    assert not follows(graph, "third_0", "second_1")
+
+
 def test_what_nothing_needs_can_be_pruned() -> None:
     def function(x: tf.Tensor) -> tf.Tensor:
         first = tf.exp(x, name="first")

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from bertbench import attached
 from bertbench.catalogue import ACCELERATORS
 from bertbench.cli.plan import command
 from bertbench.cli.plan_view import cards_of
+from bertbench.devices import GPU_CONTEXT_RESERVE_BYTES, Device
 from bertbench.fitting import Room, fits
 from bertbench.workload import levers_from_json, published_workload
 from finetune.errors import InputError
@@ -113,6 +115,28 @@ def test_hours_of_the_whole_recipe() -> None:
 def test_what_does_not_go_together(arguments: list[str]) -> None:
     with pytest.raises(InputError, match=r"--model|--min-memory"):
         CliRunner().invoke(command, arguments, catch_exceptions=False)
+
+
+def test_gpus_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 1 << 30
+    cards = [Device("gpu", n, "Tesla V100", f"GPU-{n}", 16 * gib, (15 - n) * gib) for n in (0, 1)]
+    monkeypatch.setattr(attached, "list_devices", lambda: cards)
+    both = [*BASE, "--device", "gpu:0,gpu:1"]
+    values = json.loads(plan(*both, "--json", "-"))
+    assert values["budget_bytes"] == 14 * gib - GPU_CONTEXT_RESERVE_BYTES
+    assert values["chosen"]["replicas"] == 2
+    assert values["chosen"] == json.loads(plan(*both, "--replicas", "2", "--json", "-"))["chosen"]
+    least = json.loads(plan(*both, "--min-memory", "--json", "-"))["workloads"][0]
+    alone = json.loads(plan(*BASE, "--min-memory", "--json", "-"))["workloads"][0]
+    shares = [one["micro_batch"] * one["accumulation_steps"] for one in (least, alone)]
+    assert shares == [12, 24]
+    assert least["min_memory_bytes"] > alone["min_memory_bytes"]
+    for arguments, words in (
+        (["--replicas", "3"], "names 2 GPUs, not 3"),
+        (["--verify"], "--verify needs the device itself, and one alone"),
+    ):
+        with pytest.raises(InputError, match=words):
+            CliRunner().invoke(command, [*both, *arguments], catch_exceptions=False)
 
 
 def test_replicas() -> None:

@@ -380,7 +380,7 @@ def test_like_gpus_share_the_cells(
 @pytest.mark.parametrize(
     ("device", "change", "words"),
     [
-        ("gpu:0,gpu:0", {}, "names gpu:0 twice"),
+        ("gpu:0,gpu:0", {}, "names a device twice"),
         ("gpu:0,gpu:1", {"name": "Other"}, "several kinds"),
         ("gpu:0,gpu:7", {}, "no 'gpu:7'"),
         ("gpu:0,gpu:1", {"free_bytes": 2 << 30}, "others use gpu:0"),

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
-from bertbench.attached import resolve_device
+from bertbench.attached import resolve_together
 from bertbench.bytes import parse_bytes
 from bertbench.devices import Budget, make_budget
 from bertbench.workload import Levers
@@ -55,7 +55,7 @@ def device_options(command: _Command) -> _Command:
         "--device",
         default="auto",
         show_default=True,
-        help="auto, gpu:N, gpu:UUID or cpu.",
+        help="auto, gpu:N, gpu:UUID or cpu; several GPUs, as in gpu:0,gpu:1, share the batch.",
     )(command)
 
 
@@ -138,12 +138,12 @@ def allowed_levers(
 
 
 def resolve_budget(device: str, memory: int | None) -> Budget:
-    """Device and bytes that the options name.
+    """Device, or GPUs that share a batch, and bytes of each that the options name.
 
     Raises:
         InputError: no such device, or more than it has; or a TPU, which is named otherwise.
     """
-    resolved = resolve_device(device)
+    resolved = resolve_together(device)
     if resolved.tpu is not None:
         raise InputError(
             f"--device {device} is for `bertbench probe`",

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from bertbench.attached import resolve_device
+from bertbench.attached import resolve_together
 from bertbench.bytes import format_bytes
 from bertbench.catalogue import ACCELERATORS, check_levers, find_accelerator
 from bertbench.cli.common import (
@@ -140,10 +140,6 @@ def command(
     for flag, given in (("--gpu all", all_cards), ("--explain", explain), ("--verify", verify)):
         if given and not single:
             raise InputError(f"{flag} is for one workload", hint="give --model and --seq-len")
-    if verify and (gpu is not None or replicas not in (None, 1)):
-        raise InputError(
-            "--verify needs the device itself, and one alone", hint="leave --gpu and --replicas out"
-        )
     workloads = [
         published_workload(name, length, head)
         for name in (PAPER_MODELS if model is None else (model,))
@@ -159,14 +155,16 @@ def command(
             raise InputError(
                 f"--min-memory does not go with --gpu {gpu}", hint="it tells which cards are enough"
             )
-        kind = "gpu" if every_card else resolve_device(device).kind
+        resolved = resolve_together(device)
+        kind = "gpu" if every_card else resolved.kind
+        shared_by = replicas or (1 if every_card else resolved.replicas)
         found: list[LeastMemory] = []
         shown = progress("smallest memory", len(workloads), "workloads")
         # One alone takes a second or two.
         with shown if not single else contextlib.nullcontext(lambda done, note: None) as advance:
             for workload in workloads:
                 least = find_least_memory(
-                    workload, target_batch, policies, allowed, kind, replicas=replicas or 1
+                    workload, target_batch, policies, allowed, kind, replicas=shared_by
                 )
                 found.append(least)
                 advance(len(found), f"{workload.model} {workload.seq_len}")
@@ -180,7 +178,7 @@ def command(
 
     def plan(workload: Workload, target: _Target, spare_bytes: int = 0) -> Plan:
         for levers in allowed:
-            check_levers(target.kind, target.name, levers)
+            check_levers(target.kind, target.name, levers, target.replicas)
         experience = None
         if target.attached is not None:
             experience = experience_of(target.attached, workload, target.rates, ledger_file)
@@ -224,6 +222,11 @@ def command(
         )  # fmt: skip
         return
     target = _target(device, gpu, memory, replicas)
+    if verify and (gpu is not None or target.replicas > 1):
+        raise InputError(
+            "--verify needs the device itself, and one alone",
+            hint="leave --gpu and --replicas out, and name one --device",
+        )
     if single:
         trials: list[Trial] = []
         if verify:
@@ -245,7 +248,7 @@ def command(
         )
         return
     for levers in allowed:
-        check_levers(target.kind, target.name, levers)
+        check_levers(target.kind, target.name, levers, target.replicas)
     cells = [plan_or_why(workload, target) for workload in workloads]
     place = describe_place(target.budget_bytes, target.replicas, target.name)
     title = f"effective batch {target_batch}, {place}"
@@ -301,11 +304,16 @@ def _target(device: str, gpu: str | None, memory: int | None, replicas: int | No
             replicas or accelerator.replicas,
         )
     budget = resolve_budget(device, memory)
+    if replicas is not None and budget.device.peers and replicas != budget.device.replicas:
+        raise InputError(
+            f"--device {device} names {budget.device.replicas} GPUs, not {replicas}",
+            hint="leave --replicas out",
+        )
     return _Target(
         budget.device.name,
         budget.device.kind,
         budget.budget_bytes,
         device_rates(budget.device),
-        replicas or 1,
+        replicas or budget.device.replicas,
         budget.device,
     )

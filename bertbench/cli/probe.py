@@ -36,6 +36,7 @@ from bertbench.devices import (
     Budget,
     Device,
     TpuSettings,
+    check_alike,
     check_alone,
     check_free,
     make_budget,
@@ -275,14 +276,7 @@ def _budgets(named: Sequence[Device], memory: int | None, share: bool) -> list[B
         make_budget(device, memory) if device.tpu else resolve_budget(name, memory)
         for name, device in zip(names, named, strict=True)
     ]
-    if len(set(names)) < len(names):
-        raise InputError(f"--device names {named[0].label} twice")
-    if len({(b.device.name, b.device.driver, b.device.total_bytes) for b in budgets}) > 1:
-        raise InputError(
-            f"--device {','.join(device.label for device in named)}: devices of several kinds "
-            "have several limits",
-            hint="probe them one after the other",
-        )
+    check_alike([budget.device for budget in budgets])
     smallest_bytes = min(budget.budget_bytes for budget in budgets)
     budgets = [make_budget(budget.device, smallest_bytes) for budget in budgets]
     for budget in budgets:

@@ -193,7 +193,7 @@ def _run_squad(context: click.Context, flags: dict[str, Any], goes_on: bool) -> 
             if field.name not in ("train_file", "predict_file")
         },
     )
-    budget = _budget(flags, settings, goes_on)
+    budget = _budget(flags, goes_on)
     _report(run_squad(files, settings, squad_settings, budget), flags)
 
 
@@ -272,7 +272,7 @@ def _run_classifier(context: click.Context, flags: dict[str, Any], goes_on: bool
         do_predict=do["test"],
         max_train_examples=flags["max_train_examples"],
     )
-    budget = _budget(flags, settings, goes_on)
+    budget = _budget(flags, goes_on)
     _report(run_classifier(files, settings, what, budget), flags)
 
 
@@ -352,7 +352,6 @@ def _model_and_settings(flags: dict[str, Any]) -> tuple[ModelFiles, RunSettings]
             flags["precision"], flags["optimizer"], flags["placement"], flags["allow"]
         ),
         "insist_placement": flags["placement"] is not None,
-        "tpu": _tpu(flags),
     }
     names = {field.name for field in dataclasses.fields(RunSettings)} - set(derived)
     settings = RunSettings(**derived, **{name: flags[name] for name in names})
@@ -370,13 +369,14 @@ def _tpu(flags: dict[str, Any]) -> TpuSettings | None:
     )
 
 
-def _budget(flags: dict[str, Any], settings: RunSettings, goes_on: bool) -> Budget:
-    if settings.tpu is not None:
+def _budget(flags: dict[str, Any], goes_on: bool) -> Budget:
+    tpu = _tpu(flags)
+    if tpu is not None:
         # As for a plan. The smallest; which one it is cannot be asked before connecting.
         usable_bytes = find_accelerator("tpu-v2-8").usable_bytes
-        return make_budget(tpu_device(settings.tpu, flags["memory"] or usable_bytes))
+        return make_budget(tpu_device(tpu, flags["memory"] or usable_bytes))
     budget = resolve_budget(flags["device"], flags["memory"])
-    if goes_on and budget.budget_bytes > budget.device.free_bytes:
+    if goes_on and any(budget.budget_bytes > one.free_bytes for one in budget.device.each):
         # Somebody else has taken the memory that the run was promised.
         budget = make_budget(budget.device)
     return budget

@@ -1,0 +1,39 @@
+"""The command line on a machine whose one CPU passes for two GPUs."""
+
+from __future__ import annotations
+
+import sys
+
+import tensorflow as tf
+
+from bertbench import attached, running
+from bertbench.allocator_limit import child_environment
+from bertbench.cli import main
+from bertbench.devices import Budget, Device
+
+GIB_BYTES = 1 << 30
+CARDS = [
+    Device("gpu", n, "Tesla V100", f"GPU-{n}", 16 * GIB_BYTES, (15 - n) * GIB_BYTES, driver="1")
+    for n in range(2)
+]
+Mirrored = tf.distribute.MirroredStrategy
+
+
+def bind_budget(budget: Budget) -> str:
+    running.check_free(budget)
+    assert child_environment(budget)["CUDA_VISIBLE_DEVICES"] == "GPU-0,GPU-1"
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    )
+    return "GPU:0"
+
+
+def mirrored(devices: list[str]) -> tf.distribute.Strategy:
+    assert devices == ["GPU:0", "GPU:1"]
+    return Mirrored(["CPU:0", "CPU:1"])
+
+
+attached.list_gpus = lambda: CARDS
+running.bind_budget = bind_budget
+tf.distribute.MirroredStrategy = mirrored
+main(sys.argv[1:])
