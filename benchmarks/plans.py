@@ -24,7 +24,8 @@ from bertbench.bytes import MIB_BYTES
 from bertbench.cost import device_rates
 from bertbench.devices import make_budget
 from bertbench.fitting import Room, least_peak_bytes
-from bertbench.planner import find_least_memory, make_plan
+from bertbench.least_memory import find_least_memory
+from bertbench.planner import make_plan
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, published_workload
 

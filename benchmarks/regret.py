@@ -37,7 +37,9 @@ from bertbench.bytes import MIB_BYTES
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, Device, make_budget
 from bertbench.fitting import Room, footprint_in, least_peak_bytes
-from bertbench.planner import all_policies, cuts, find_least_memory, make_plan
+from bertbench.least_memory import find_least_memory
+from bertbench.lever_settings import all_policies, cuts
+from bertbench.planner import make_plan
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, levers_from_json, published_workload
 

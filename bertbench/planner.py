@@ -6,26 +6,25 @@ Decided from the predicted footprint and cost alone, in well under a second, wit
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from bertbench.bytes import MIB_BYTES, format_bytes
+from bertbench.bytes import format_bytes
 from bertbench.cost import Rates, predict_step_seconds
 from bertbench.experience import Experience
 from bertbench.fitting import (
     Room,
     fits,
     footprint_in,
-    least_budget_bytes,
     least_peak_bytes,
     usable_bytes,
 )
-from bertbench.footprint import SAFETY_MARGIN, Footprint
-from bertbench.workload import Levers, Workload, levers_from_json
-from finetune.checkpointing import NO_CHECKPOINTING, POLICIES, Checkpointing
+from bertbench.footprint import Footprint
+from bertbench.least_memory import LeastMemory, find_least_memory
+from bertbench.lever_settings import all_settings, cuts
+from bertbench.workload import Levers, Workload
+from finetune.checkpointing import Checkpointing
 from finetune.errors import InputError
 from finetune.optimizers import OPTIMIZERS
 
@@ -128,28 +127,6 @@ class Plan:
         }
 
 
-def all_policies(layers: int) -> list[Checkpointing]:
-    """Checkpointing to choose from: no policy, one, or two next to each other in bytes.
-
-    Layers are alike, so that only the number under each policy matters. Of a single layer under the
-    first policy there are no step traces.
-    """
-    return [
-        NO_CHECKPOINTING,
-        *(Checkpointing(policy) for policy in POLICIES[1:]),
-        *(
-            Checkpointing(policy, count, others)
-            for policy, others in (
-                ("selective", "none"),
-                ("full", "none"),
-                ("nested", "none"),
-                ("nested", "selective"),
-            )
-            for count in range(2, layers)
-        ),
-    ]
-
-
 def make_plan(
     workload: Workload,
     target_batch: int,
@@ -199,12 +176,12 @@ def make_plan(
     room = Room(device_kind, budget_bytes, spare_bytes, replicas, experience.margin)
     rates = experience.rates(rates)
     share = math.ceil(target_batch / replicas)
-    settings = _settings(workload, policies, allowed)
+    settings = all_settings(workload, policies, allowed)
     found = _choose(_candidates(workload, settings, share, rates, room), room, experience)
     if found is None and host_if_needed and device_kind == "gpu" and replicas == 1:
         # The last resort, because what it costs depends on the host as well.
         allowed = [dataclasses.replace(levers, placement="host") for levers in allowed]
-        settings = _settings(workload, policies, allowed)
+        settings = all_settings(workload, policies, allowed)
         found = _choose(_candidates(workload, settings, share, rates, room), room, experience)
     if found is None:
         raise _nothing_fits(workload, share, policies, allowed, room)
@@ -253,15 +230,6 @@ def _candidates(
         for levers in (dataclasses.replace(setting, accumulation_steps=steps),)
     ]
     return sorted(candidates, key=lambda c: (c.seconds, not c.levers.exact, c.peak_bytes))
-
-
-def cuts(target_batch: int) -> list[tuple[int, int]]:
-    """Micro-batches and their numbers that reach a target, without needless rows.
-
-    They need not divide it: 32 may run as 3 x 11, with one row that pads.
-    """
-    micro_batches = {math.ceil(target_batch / steps) for steps in range(1, target_batch + 1)}
-    return [(size, math.ceil(target_batch / size)) for size in sorted(micro_batches, reverse=True)]
 
 
 def _choose(
@@ -323,100 +291,6 @@ def _entry(candidate: _Candidate, room: Room, *, replayed: bool) -> PlanEntry:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class LeastMemory:
-    """The smallest budget for a target batch.
-
-    Attributes:
-        workload: what is trained.
-        levers: those that need least.
-        micro_batch: likewise.
-        budget_bytes: whole MiB.
-        device_kind: that it is for.
-    """
-
-    workload: Workload
-    levers: Levers
-    micro_batch: int
-    budget_bytes: int
-    device_kind: str
-
-    @property
-    def on_gpu_bytes(self) -> int:
-        """The same on a GPU, where a plan keeps a margin."""
-        margin = 0.0 if self.device_kind == "gpu" else SAFETY_MARGIN
-        return math.ceil(self.budget_bytes * (1 + margin))
-
-    def to_json(self) -> dict[str, Any]:
-        """Values for JSON."""
-        return {
-            "model": self.workload.model,
-            "head": self.workload.head,
-            "seq_len": self.workload.seq_len,
-            "min_memory_bytes": self.budget_bytes,
-            "micro_batch": self.micro_batch,
-            **self.levers.to_json(),
-        }
-
-
-def find_least_memory(
-    workload: Workload,
-    target_batch: int,
-    policies: Sequence[Checkpointing] | None,
-    allowed: Sequence[Levers],
-    device_kind: str,
-    *,
-    looked_at: int | None = None,
-    replicas: int = 1,
-) -> LeastMemory:
-    """Find the smallest budget for a target.
-
-    Args:
-        workload: what is trained.
-        target_batch: effective batch.
-        policies: checkpointing to choose from; None for one policy for all layers, for a mixture of
-            two does not need less than both of them.
-        allowed: the other levers; the number of micro-batches is free.
-        device_kind: `cpu`, `gpu` or `tpu`.
-        looked_at: how many of the settings that hold least are replayed; None for all.
-        replicas: devices that share the target; the budget is that of each.
-    """
-    settings = _settings(workload, policies or [*map(Checkpointing, POLICIES)], allowed)
-    room = Room(device_kind, 0, replicas=replicas)
-    least = sorted(
-        (
-            (least_peak_bytes(workload, levers, micro_batch, room), micro_batch, levers)
-            for setting in settings
-            for micro_batch, steps in cuts(math.ceil(target_batch / replicas))
-            for levers in (dataclasses.replace(setting, accumulation_steps=steps),)
-        ),
-        key=lambda one: one[0],
-    )
-    best: LeastMemory | None = None
-    for peak_bytes, micro_batch, levers in least[:looked_at]:
-        if best is not None:
-            below = Room(device_kind, best.budget_bytes - MIB_BYTES, replicas=replicas)
-            if peak_bytes > below.budget_bytes or not fits(workload, levers, micro_batch, below):
-                continue
-        needed = least_budget_bytes(workload, levers, micro_batch, device_kind, replicas=replicas)
-        best = LeastMemory(workload, levers, micro_batch, needed, device_kind)
-    assert best is not None
-    return best
-
-
-def _settings(
-    workload: Workload, policies: Sequence[Checkpointing] | None, allowed: Sequence[Levers]
-) -> list[Levers]:
-    """All combinations, with one micro-batch."""
-    if policies is None:
-        policies = all_policies(workload.config.num_hidden_layers)
-    return [
-        dataclasses.replace(levers, checkpointing=policy)
-        for levers in allowed
-        for policy in policies
-    ]
-
-
 def _nothing_fits(
     workload: Workload,
     share: int,
@@ -461,42 +335,3 @@ def describe_entry(entry: PlanEntry) -> str:
 def describe_setting(micro_batch: int, levers: Levers) -> str:
     """Write a setting as `3 x 11, checkpointing full`."""
     return f"{levers.accumulation_steps} x {micro_batch}, checkpointing {levers.describe()}"
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedSetting:
-    """What `run` needs of a plan file; see `Plan` and `PlanEntry`."""
-
-    target_batch: int
-    micro_batch: int
-    levers: Levers
-    replicas: int
-
-
-def read_plan(path: Path) -> PlannedSetting:
-    """Read a plan file.
-
-    Raises:
-        InputError: the file is missing or is no plan.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        chosen = values["chosen"]
-        planned = PlannedSetting(
-            int(values["target_batch"]),
-            int(chosen["micro_batch"]),
-            levers_from_json(chosen),
-            int(chosen.get("replicas", 1)),
-        )
-    except OSError as error:
-        raise InputError(f"cannot read the plan ({error.strerror})", path=path) from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"not valid JSON ({error.msg})", path=path, line=error.lineno) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"not a plan ({error!r})", path=path, hint="make one with `bertbench plan --json FILE`"
-        ) from error
-    rows = planned.micro_batch * planned.levers.accumulation_steps * planned.replicas
-    if min(planned.micro_batch, planned.replicas) < 1 or rows < planned.target_batch:
-        raise InputError("the plan's micro-batches do not reach its target batch", path=path)
-    return planned

@@ -16,7 +16,8 @@ from bertbench.cloud_storage import RemoteFolder
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, check_free
 from bertbench.experience import Experience, experience_of
-from bertbench.planner import Plan, describe_entry, make_plan, read_plan
+from bertbench.plan_file import read_plan
+from bertbench.planner import Plan, describe_entry, make_plan
 from bertbench.progress import say
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import Checkpointing

@@ -19,13 +19,12 @@ from bertbench.catalogue import (
 )
 from bertbench.cost import gpu_rates, predict_step_seconds
 from bertbench.fitting import Room, fits, least_peak_bytes, usable_bytes
+from bertbench.least_memory import find_least_memory
+from bertbench.lever_settings import cuts
+from bertbench.plan_file import PlannedSetting, read_plan
 from bertbench.planner import (
     Plan,
-    PlannedSetting,
-    cuts,
-    find_least_memory,
     make_plan,
-    read_plan,
 )
 from bertbench.workload import Levers, levers_from_json, published_workload
 from finetune.checkpointing import parse_checkpointing

@@ -16,7 +16,7 @@ from bertbench.allocator_limit import empty_memory
 from bertbench.attached import resolve_device
 from bertbench.bytes import GIB_BYTES, MIB_BYTES
 from bertbench.devices import make_budget
-from bertbench.planner import all_policies
+from bertbench.lever_settings import all_policies
 from bertbench.step_traces import (
     LAYERS,
     OTHER_LAYERS,

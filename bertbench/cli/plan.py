@@ -36,9 +36,10 @@ from bertbench.cli.plan_view import (
 from bertbench.cost import Rates, device_rates, gpu_rates
 from bertbench.devices import Device
 from bertbench.experience import experience_of
+from bertbench.least_memory import LeastMemory, find_least_memory
 from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
-from bertbench.planner import LeastMemory, Plan, describe_entry, find_least_memory, make_plan
+from bertbench.planner import Plan, describe_entry, make_plan
 from bertbench.progress import progress, say
 from bertbench.trial import Trial
 from bertbench.verifying import verify_plan

@@ -9,7 +9,8 @@ from rich.table import Table
 from bertbench.bytes import GIB_BYTES, format_bytes
 from bertbench.catalogue import ACCELERATORS, Accelerator
 from bertbench.cli.common import terminal
-from bertbench.planner import LeastMemory, Plan, PlanEntry
+from bertbench.least_memory import LeastMemory
+from bertbench.planner import Plan, PlanEntry
 from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload
 from finetune.recipes import find_recipe, train_steps
