@@ -5,9 +5,11 @@ This module does not import TensorFlow.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bertbench.cost import Rates, predict_step_seconds
@@ -50,6 +52,8 @@ class Experience:
     Attributes:
         time_factor: measured seconds of a step, in those predicted.
         trials: that it is the median of; 0 if there are too few.
+        curve: the same by micro-batch for this workload alone, as pairs of them with the smallest
+            first; empty if too few trials tell.
         margin: part of a prediction to add before it is compared with a budget, where a margin is
             kept; None if too few trials tell.
         outcomes: by levers and micro-batch.
@@ -57,12 +61,24 @@ class Experience:
 
     time_factor: float = 1.0
     trials: int = 0
+    curve: tuple[tuple[float, float], ...] = ()
     margin: float | None = None
     outcomes: Mapping[tuple[Levers, int], Outcomes] = dataclasses.field(default_factory=dict)
 
-    def rates(self, rates: Rates) -> Rates:
-        """Rates of the device, in measured seconds."""
-        return dataclasses.replace(rates, unit_seconds=rates.unit_seconds.times(self.time_factor))
+    def seconds(self, predicted_seconds: float, micro_batch: int) -> float:
+        """What a step takes, from what is predicted of it.
+
+        Between two micro-batches of the curve by their logarithms, beyond its ends as there.
+        """
+        if not self.curve:
+            return predicted_seconds * self.time_factor
+        number = bisect.bisect_left(self.curve, (micro_batch, 0.0))
+        (low, first), (high, second) = (
+            self.curve[max(number - 1, 0)],
+            self.curve[min(number, len(self.curve) - 1)],
+        )
+        share = 0.0 if high <= low else math.log(micro_batch / low) / math.log(high / low)
+        return predicted_seconds * (first + share * (second - first))
 
     def fits(self, levers: Levers, micro_batch: int, budget_bytes: int) -> bool | None:
         """Whether trials have shown that a setting fits, or that it does not; None if neither.
@@ -114,11 +130,13 @@ def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: 
 
     Args:
         rows: trials that fitted or ran out of memory.
-        workload: that outcomes are wanted of; speed and error are learnt from all workloads.
+        workload: that outcomes and a curve are wanted of; speed and error are learnt from all
+            workloads.
         rates: the device's, as predicted.
         device_kind: of the device.
     """
     factors, errors = [], []
+    of_workload: list[tuple[int, float]] = []
     outcomes: dict[tuple[Levers, int], Outcomes] = {}
     for row in rows:
         trial = row.trial
@@ -130,6 +148,8 @@ def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: 
         if trial.step_seconds is not None:
             predicted = predict_step_seconds(tried, levers, trial.batch, rates)
             factors.append(trial.step_seconds / predicted)
+            if tried.key() == workload.key():
+                of_workload.append((trial.batch, factors[-1]))
         if trial.peak_bytes is not None and has_trace(tried, levers, device_kind):
             room = Room(device_kind, row.budget_bytes)
             errors.append(trial.peak_bytes / least_peak_bytes(tried, levers, trial.batch, room) - 1)
@@ -144,6 +164,20 @@ def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: 
     return Experience(
         time_factor=statistics.median(factors) if enough else 1.0,
         trials=len(factors) if enough else 0,
+        curve=_curve(of_workload),
         margin=max(0.0, *errors) + _LEAST_MARGIN if len(errors) >= 2 * _LEAST_TRIALS else None,
         outcomes=outcomes,
+    )
+
+
+def _curve(factors: Sequence[tuple[int, float]]) -> tuple[tuple[float, float], ...]:
+    """Medians of the factors of micro-batches within a factor of two, if they say anything."""
+    octaves: dict[int, list[tuple[int, float]]] = {}
+    for micro_batch, factor in factors:
+        octaves.setdefault(micro_batch.bit_length(), []).append((micro_batch, factor))
+    if len(factors) < _LEAST_TRIALS or len(octaves) < 2:
+        return ()
+    return tuple(
+        (statistics.median(batch for batch, _ in some), statistics.median(f for _, f in some))
+        for _, some in sorted(octaves.items())
     )

@@ -174,15 +174,18 @@ def make_plan(
         raise InputError(f"target batch {target_batch} is not positive")
     experience = experience or Experience()
     room = Room(device_kind, budget_bytes, spare_bytes, replicas, experience.margin)
-    rates = experience.rates(rates)
     share = math.ceil(target_batch / replicas)
-    settings = all_settings(workload, policies, allowed)
-    found = _choose(_candidates(workload, settings, share, rates, room), room, experience)
+
+    def choose(allowed: Sequence[Levers]) -> _Found | None:
+        settings = all_settings(workload, policies, allowed)
+        candidates = _candidates(workload, settings, share, rates, room, experience)
+        return _choose(candidates, room, experience)
+
+    found = choose(allowed)
     if found is None and host_if_needed and device_kind == "gpu" and replicas == 1:
         # The last resort, because what it costs depends on the host as well.
         allowed = [dataclasses.replace(levers, placement="host") for levers in allowed]
-        settings = all_settings(workload, policies, allowed)
-        found = _choose(_candidates(workload, settings, share, rates, room), room, experience)
+        found = choose(allowed)
     if found is None:
         raise _nothing_fits(workload, share, policies, allowed, room)
     chosen, alternatives, rejected = found
@@ -211,30 +214,40 @@ class _Candidate:
 
 
 def _candidates(
-    workload: Workload, settings: Sequence[Levers], share: int, rates: Rates, room: Room
+    workload: Workload,
+    settings: Sequence[Levers],
+    share: int,
+    rates: Rates,
+    room: Room,
+    experience: Experience,
 ) -> list[_Candidate]:
     """All settings with all cuts of a replica's share of the target, the fastest first.
 
     Of equal seconds first what gives the published update, then what needs fewer bytes.
     """
-    candidates = [
-        _Candidate(
-            workload,
-            levers,
-            micro_batch,
-            predict_step_seconds(workload, levers, micro_batch, rates, replicas=room.replicas),
-            least_peak_bytes(workload, levers, micro_batch, room),
-        )
-        for setting in settings
-        for micro_batch, steps in cuts(share)
-        for levers in (dataclasses.replace(setting, accumulation_steps=steps),)
-    ]
+    candidates = []
+    for setting in settings:
+        for micro_batch, steps in cuts(share):
+            levers = dataclasses.replace(setting, accumulation_steps=steps)
+            predicted_seconds = predict_step_seconds(
+                workload, levers, micro_batch, rates, replicas=room.replicas
+            )
+            candidates.append(
+                _Candidate(
+                    workload,
+                    levers,
+                    micro_batch,
+                    experience.seconds(predicted_seconds, micro_batch),
+                    least_peak_bytes(workload, levers, micro_batch, room),
+                )
+            )
     return sorted(candidates, key=lambda c: (c.seconds, not c.levers.exact, c.peak_bytes))
 
 
-def _choose(
-    candidates: Sequence[_Candidate], room: Room, experience: Experience
-) -> tuple[_Candidate, list[_Candidate], list[Rejection]] | None:
+_Found = tuple[_Candidate, list[_Candidate], list[Rejection]]
+
+
+def _choose(candidates: Sequence[_Candidate], room: Room, experience: Experience) -> _Found | None:
     """Take the first that fits.
 
     Returns:

@@ -68,9 +68,41 @@ def test_speed_is_the_median_of_all_trials_on_the_device(tmp_path: Path) -> None
     found = experience_of(DEVICE, WORKLOAD, RATES, path)
     assert found.trials == 5
     assert found.time_factor == pytest.approx(1.65)
-    predicted = predict_step_seconds(WORKLOAD, full, 7, RATES)
-    measured = predict_step_seconds(WORKLOAD, full, 7, found.rates(RATES))
-    assert measured == pytest.approx(1.65 * predicted)
+    assert found.curve == ()
+    assert found.seconds(2.0, 7) == pytest.approx(3.3)
+
+
+def test_the_curve_of_a_workload_is_learnt(tmp_path: Path) -> None:
+    """Medians within a factor of two of the micro-batch, and between them by its logarithm."""
+    path = tmp_path / "ledger.sqlite"
+    trials = [
+        (workload, Levers(), trial_of(workload, Levers(), batch, slower=slower))
+        for workload, batch, slower in (
+            (OTHER, 1, 7.0), (OTHER, 4, 7.0), (WORKLOAD, 2, 3.0), (WORKLOAD, 8, 1.2),
+            (WORKLOAD, 9, 1.0), (WORKLOAD, 10, 0.1), (WORKLOAD, 32, 2.0),
+        )
+    ]  # fmt: skip
+    write(path, *trials[:5])
+    assert experience_of(DEVICE, WORKLOAD, RATES, path).curve == ()
+    write(path, *trials[5:])
+    found = experience_of(DEVICE, WORKLOAD, RATES, path)
+    assert [batch for batch, _ in found.curve] == [2, 9, 32]
+    assert [factor for _, factor in found.curve] == pytest.approx([3.0, 1.0, 2.0])
+    seconds = [found.seconds(10.0, batch) for batch in (1, 2, 9, 17, 32, 500)]
+    assert seconds == pytest.approx([30, 30, 10, 15.0, 20, 20], rel=0.01)
+    # Another workload's times say nothing of a curve.
+    assert experience_of(DEVICE, OTHER, RATES, path).curve == ()
+
+
+def test_a_plan_follows_the_measured_curve() -> None:
+    def micro_batch(*curve: tuple[float, float]) -> int:
+        return make_plan(
+            WORKLOAD, 32, MIB * MIB_BYTES, RATES, device="some",
+            policies=[parse_checkpointing("none")], experience=Experience(curve=curve),
+        ).chosen.micro_batch  # fmt: skip
+
+    assert micro_batch((1.0, 1.0), (16.0, 4.0)) == 1
+    assert micro_batch((1.0, 4.0), (16.0, 1.0)) == 16
 
 
 def test_what_has_fitted_fits_and_what_has_run_out_does_not(tmp_path: Path) -> None:
