@@ -65,12 +65,10 @@ class Work:
     accumulators: float = 0.0
     updated: float = 0.0
 
-    def times(self, factor: float, names: Sequence[str] | None = None) -> Work:
-        """Each number, or those named, times a factor."""
+    def times(self, factor: float, names: Sequence[str]) -> Work:
+        """Those that are named times a factor."""
         values = dataclasses.asdict(self)
-        return Work(
-            **{n: v * factor if names is None or n in names else v for n, v in values.items()}
-        )
+        return Work(**{n: v * factor if n in names else v for n, v in values.items()})
 
 
 _KINDS = tuple(field.name for field in dataclasses.fields(Work))
