@@ -12,28 +12,34 @@ The probe of a model and a policy keeps one ledger. A cell is `unknown` as long 
 tells nothing about it: the first cap at the first two lengths. All later ones have neighbours.
 
 The whole grid of 72 cells takes about six hours on two cores; `--quick`, two policies of BERT-Tiny
-at one length under two caps, five minutes.
+at one length under two caps, five minutes. With `--json FILE` it may be interrupted: models and
+policies whose cells are all in the file, from the same device, are taken from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import itertools
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bertbench.attached import resolve_device
 from bertbench.bytes import MIB_BYTES
-from bertbench.devices import Budget, make_budget
+from bertbench.devices import Budget, Device, make_budget
 from bertbench.ledger import find_allocations, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import POLICIES, parse_checkpointing
+
+Row = dict[str, Any]
 
 
 def main() -> None:
@@ -43,7 +49,7 @@ def main() -> None:
     parser.add_argument("--seq-lens", nargs="+", type=int)
     parser.add_argument("--memory", nargs="+", type=int, metavar="MIB", help="caps in MiB")
     parser.add_argument("--checkpointing", nargs="+")
-    parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    parser.add_argument("--json", type=Path, help="keep the measurements in this file")
     arguments = parser.parse_args()
     quick = arguments.quick
     models = arguments.models or (["bert-tiny"] if quick else ["bert-mini", "bert-small"])
@@ -54,21 +60,24 @@ def main() -> None:
     device = resolve_device("cpu")
     print(f"{'':36s} {'largest batch':>13s} {'trials':>13s} {'seconds':>13s} {'ratio':>6s}")
     print(f"{'cell':36s} {'probe plain':>13s} {'probe plain':>13s} {'probe plain':>13s}")
-    rows: list[dict[str, Any]] = []
-    for model in models:
-        for policy in policies:
-            levers = Levers(parse_checkpointing(policy))
-            with tempfile.TemporaryDirectory() as folder:
-                for cap in caps:
-                    budget = make_budget(device, cap * MIB_BYTES)
-                    for length in lengths:
-                        workload = published_workload(model, length)
-                        row = _cell(Path(folder, "ledger.sqlite"), budget, workload, levers)
-                        rows.append({"model": model, "seq_len": length, "cap_mib": cap,
-                                     "checkpointing": policy, **row})  # fmt: skip
-                        _show(rows[-1])
-                        if arguments.json:
-                            _write(arguments.json, rows)
+    kept: list[Row] = []
+    if arguments.json and arguments.json.exists():
+        kept = json.loads(arguments.json.read_text(encoding="utf-8"))["cells"]
+    rows: list[Row] = []
+    wanted = list(itertools.product(caps, lengths))
+    for policy, model in itertools.product(policies, models):
+        group = {"device": device.name, "model": model, "checkpointing": policy}
+        found = {(row["cap_mib"], row["seq_len"]): row for row in kept if _is_in(row, group)}
+        if found.keys() >= set(wanted):
+            rows += [found[cell] for cell in wanted]
+            continue
+        # A cell without those before it in the ledger is another cell.
+        kept = [row for row in kept if not _is_in(row, group)]
+        for row in _measure_group(device, model, policy, wanted):
+            rows.append({**group, **row})
+            _show(rows[-1])
+            if arguments.json:
+                _write(arguments.json, [*rows, *(row for row in kept if row not in rows)])
     for known, word in ((False, "unknown"), (True, "with neighbours in the ledger")):
         chosen = [row for row in rows if row["known"] is known]
         if chosen:
@@ -81,7 +90,25 @@ def main() -> None:
     print(f"all: time {_ratio(rows):.2f} of plain")
 
 
-def _cell(path: Path, budget: Budget, workload: Workload, levers: Levers) -> dict[str, Any]:
+def _is_in(row: Row, group: Row) -> bool:
+    return group.items() <= row.items()
+
+
+def _measure_group(
+    device: Device, model: str, policy: str, wanted: Sequence[tuple[int, int]]
+) -> Iterator[Row]:
+    """Cells of a cap in MiB and a length, of which each may learn from those before it."""
+    levers = Levers(parse_checkpointing(policy))
+    with tempfile.TemporaryDirectory() as folder:
+        for cap, length in wanted:
+            budget = make_budget(device, cap * MIB_BYTES)
+            workload = published_workload(model, length)
+            cell = _cell(Path(folder, "ledger.sqlite"), budget, workload, levers)
+            date = datetime.date.today().isoformat()
+            yield {"seq_len": length, "cap_mib": cap, "date": date, **cell}
+
+
+def _cell(path: Path, budget: Budget, workload: Workload, levers: Levers) -> Row:
     with open_ledger(path) as ledger:
         versions = versions_key()
         recorded = find_allocations(ledger, budget, versions, workload, levers)
@@ -126,7 +153,7 @@ def _double_and_halve(
     return low, trials
 
 
-def _show(row: dict[str, Any]) -> None:
+def _show(row: Row) -> None:
     name = f"{row['model']} {row['seq_len']} {row['checkpointing']} {row['cap_mib']} MiB"
     probe, plain = row["probe"], row["plain"]
     print(
@@ -137,13 +164,13 @@ def _show(row: dict[str, Any]) -> None:
     )
 
 
-def _ratio(rows: list[dict[str, Any]]) -> float:
+def _ratio(rows: list[Row]) -> float:
     """Time of the probe as a part of that of plain doubling and bisection."""
     probe = sum(row["probe"]["seconds"] for row in rows)
     return float(probe / sum(row["plain"]["seconds"] for row in rows))
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write(path: Path, rows: list[Row]) -> None:
     path.write_text(json.dumps({"cells": rows}, indent=2) + "\n", encoding="utf-8")
 
 
