@@ -129,7 +129,7 @@ def blocks_of(policies: Sequence[str], seq_len: int, micro_batch: int) -> dict[s
     return result
 
 
-def _sizes(
+def sizes_of(
     trace: StepTrace, workload: Workload, levers: Levers, micro_batch: int
 ) -> Callable[[int], list[int]]:
     """Bytes of all sizes, for blocks of some examples; with 0 those of blocks are 0."""
@@ -153,7 +153,7 @@ def write_out(
     trace: StepTrace, workload: Workload, levers: Levers, micro_batch: int
 ) -> Written[int]:
     """Requests of two optimizer steps, in bytes."""
-    sizes = _sizes(trace, workload, levers, micro_batch)
+    sizes = sizes_of(trace, workload, levers, micro_batch)
     blocks = blocks_of(trace.policies, workload.seq_len, micro_batch)
     return Written(
         trace,
@@ -241,7 +241,7 @@ def term_values(
     trace: StepTrace, workload: Workload, accumulation_steps: int, micro_batch: int
 ) -> Callable[[Moment, Term], tuple[int, int]]:
     """How large what a term counts is: bytes of one, and of one for every block."""
-    sizes = _sizes(trace, workload, Levers(accumulation_steps=accumulation_steps), micro_batch)
+    sizes = sizes_of(trace, workload, Levers(accumulation_steps=accumulation_steps), micro_batch)
     blocks = blocks_of(trace.policies, workload.seq_len, micro_batch)
 
     @functools.cache

@@ -22,8 +22,12 @@ _VERBS = {
     "ledger": "The record of all trials: list, export, prune.",
     "plan": "Fastest lever setting that fits, for a target batch.",
     "probe": "Largest batch that really fits, certified.",
+    "report": "Tables, pictures and a page of what was measured.",
     "run": "Fine-tune, predict and evaluate with a plan.",
 }
+
+# Reports are made of what this package measures, and it does without them.
+_MODULES = {"report": "reports.command"}
 
 
 class _LazyGroup(click.Group):
@@ -35,7 +39,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _VERBS:
             return None
-        command: click.Command = importlib.import_module(f"bertbench.cli.{cmd_name}").command
+        module = _MODULES.get(cmd_name, f"bertbench.cli.{cmd_name}")
+        command: click.Command = importlib.import_module(module).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -1,0 +1,168 @@
+"""`bertbench report`: tables, pictures and a page from a ledger and from runs."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bertbench.cli.common import CONTEXT, json_option, ledger_option, write_json
+from bertbench.ledger import read_rows
+from bertbench.ledger_file import default_ledger_path, open_ledger
+from bertbench.progress import progress, say
+from finetune.errors import InputError
+from finetune.files import write_atomically
+
+if TYPE_CHECKING:
+    from reports.report import Report
+
+_PAGE = ".html"
+
+
+@click.command(context_settings=CONTEXT)
+@ledger_option
+@click.option(
+    "--run",
+    "run_dirs",
+    multiple=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="An --output_dir of `bertbench run`; may be given several times.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="A page (.html), the limits (.md, .csv, .tex, .json), or a folder for all of it and the "
+    "pictures (PNG and SVG).",
+)
+@click.option("--text", is_flag=True, help="Show it here, even with --out.")
+@click.option(
+    "--compare",
+    nargs=2,
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="A B",
+    help="Two ledgers, or files of `bertbench probe --json`: how B compares with A.",
+)
+@click.option(
+    "--target-batch",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Effective batch to plan for.",
+)
+@click.option("--force", is_flag=True, help="Replace what is at --out.")
+@json_option
+def command(
+    ledger_file: Path | None,
+    run_dirs: tuple[Path, ...],
+    out: Path | None,
+    text: bool,
+    compare: tuple[Path, Path] | None,
+    target_batch: int,
+    force: bool,
+    json_file: Path | None,
+) -> None:
+    """What was measured, beside the published table: here, as a page, or as tables and pictures.
+
+    \b
+    Example:
+      bertbench report
+      bertbench report --out report.html
+      bertbench report --compare before.json after.json
+    """
+    if compare is not None:
+        if out is not None or run_dirs or ledger_file is not None:
+            raise InputError(
+                "--compare does not go with --out, --run or --ledger", hint="leave them out"
+            )
+        _compare(*compare, json_file)
+        return
+    path = ledger_file or default_ledger_path()
+    if ledger_file is not None and not path.exists():
+        raise InputError("no such ledger", path=path, hint="`bertbench probe` makes one")
+    suffix = None if out is None else _check_out(out, force)
+
+    from reports.report import Report
+    from reports.runs import read_run
+
+    rows = []
+    # Looking must not make a ledger.
+    if path.exists():
+        with open_ledger(path) as ledger:
+            rows = read_rows(ledger)
+    runs = [read_run(folder) for folder in run_dirs]
+    report = Report(path, rows, runs, target_batch, datetime.now().astimezone())
+    if json_file is not None:
+        write_json(
+            json_file,
+            {
+                "ledger": str(path),
+                "cells": [cell.to_json() for cell in report.cells],
+                "runs": [run.summary() for run in runs],
+            },
+        )
+    if str(json_file) != "-" and (text or out is None):
+        from reports.text import show_report
+
+        show_report(report)
+    if out is not None and suffix is not None:
+        _write(report, out, suffix)
+
+
+def _check_out(out: Path, force: bool) -> str:
+    """The kind of `--out`, a suffix or "" for a folder.
+
+    Raises:
+        InputError: it is there, or is of no known kind.
+    """
+    from reports.tables import FORMATS
+
+    suffix = out.suffix.lower()
+    if suffix not in ("", _PAGE, *FORMATS):
+        raise InputError(
+            f"unknown kind of file {suffix!r}",
+            path=out,
+            hint=f"end it in {', '.join((_PAGE, *FORMATS))}, or name a folder",
+        )
+    occupied = out.exists() and (suffix or not out.is_dir() or any(out.iterdir()))
+    if suffix and out.is_dir():
+        raise InputError("is a folder", path=out, hint="choose another name")
+    if occupied and not force:
+        raise InputError("is there already", path=out, hint="choose another name, or use --force")
+    if not suffix and out.exists() and not out.is_dir():
+        raise InputError("is a file", path=out, hint="choose another name")
+    return suffix
+
+
+def _write(report: Report, out: Path, suffix: str) -> None:
+    from reports.page import build_page
+    from reports.tables import FORMATS, write_tables
+
+    if suffix in FORMATS:
+        write_atomically(out, write_tables(report.cells, suffix))
+    elif suffix:
+        with progress("page", len(report.pictures), "pictures") as advance:
+            write_atomically(out, build_page(report, advance))
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        for kind in FORMATS:
+            write_atomically(out / f"limits{kind}", write_tables(report.cells, kind))
+        pictures = report.pictures
+        with progress("pictures", len(pictures), "pictures") as advance:
+            for number, picture in enumerate(pictures):
+                write_atomically(out / f"{picture.name}.png", picture.png())
+                write_atomically(out / f"{picture.name}.svg", picture.svg())
+                advance(number + 1, picture.name)
+        write_atomically(out / "report.html", build_page(report))
+    say(f"wrote {out}")
+
+
+def _compare(before: Path, after: Path, json_file: Path | None) -> None:
+    from reports.comparing import compare_cells, read_either, show_comparison
+
+    comparison = compare_cells(read_either(before), read_either(after))
+    if json_file is not None:
+        write_json(json_file, comparison.to_json())
+    if str(json_file) != "-":
+        show_comparison(str(before), str(after), comparison)

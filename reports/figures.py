@@ -1,0 +1,137 @@
+"""How pictures look, and how they are written: for files, and for a page that is light or dark.
+
+Colours are those of Okabe and Ito (2008, "Color Universal Design"), which colour-blind people tell
+apart; each comes with a line style, a marker and a hatch of its own, so that greyscale is enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+INK = "#1b1e23"
+"""Text and axes; a page puts its own colour in its place."""
+
+_STYLE: Mapping[str, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "hatch.linewidth": 0.6,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    # Text stays text: it can be selected and searched for, and takes little room.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bertbench",
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color",
+         "ytick.color", "grid.color", "hatch.color"),
+        INK,
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How one of several things is drawn."""
+
+    color: str
+    line: Any
+    marker: str
+    hatch: str
+
+
+LOOKS = (
+    Look("#0072B2", "-", "o", ""),
+    Look("#E69F00", "--", "s", "//"),
+    Look("#009E73", "-.", "^", ".."),
+    Look("#CC79A7", ":", "D", "xx"),
+    Look("#56B4E9", (0, (5, 1, 1, 1)), "v", "\\\\"),
+    Look("#D55E00", (0, (3, 1, 1, 1, 1, 1)), "P", "++"),
+    Look("#8C6D00", (0, (1, 3)), "X", "--"),
+    Look("#7F7F7F", (0, (6, 3)), "*", "||"),
+)
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Draw in this style, whatever the user's matplotlibrc says."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        # The style is a mapping of names that matplotlib knows.
+        matplotlib.rcParams.update(dict(_STYLE))
+        yield
+
+
+def look_of(number: int) -> Look:
+    """The look of the n-th thing; from the ninth on they come again."""
+    return LOOKS[number % len(LOOKS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture that is drawn when it is wanted.
+
+    Attributes:
+        name: of its files.
+        title: for people.
+        caption: how to read it, in a sentence or two.
+        draw: draws it; the style is in force then.
+        wide: it needs the whole width of a page.
+    """
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[], Figure]
+    wide: bool = True
+
+    def png(self) -> bytes:
+        """For files: on white."""
+        with styled():
+            buffer = io.BytesIO()
+            self.draw().savefig(buffer, format="png", dpi=150, facecolor="white")
+        return buffer.getvalue()
+
+    def svg(self) -> str:
+        """For files: on white."""
+        return self._svg("white")
+
+    def inline_svg(self) -> str:
+        """For a page: without a background, in the page's colour of text, as wide as there is."""
+        text = self._svg("none")
+        text = text[text.index("<svg") :].replace(INK, "currentColor")
+        # Several pictures in a page must not share names.
+        text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{self.name}-", text)
+        text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)
+        label = self.title.replace("&", "and").replace('"', "").replace("<", "")
+        return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+    def _svg(self, background: str) -> str:
+        with styled():
+            buffer = io.StringIO()
+            figure = self.draw()
+            figure.savefig(
+                buffer, format="svg", facecolor=background,
+                metadata={"Date": None, "Creator": "bertbench", "Title": self.title},
+            )  # fmt: skip
+        return buffer.getvalue()

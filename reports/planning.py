@@ -1,0 +1,123 @@
+"""Plans for what a ledger has trials of, with the speed and the errors that those trials show."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from bertbench.bytes import MIB_BYTES
+from bertbench.catalogue import find_accelerator
+from bertbench.cost import device_rates
+from bertbench.experience import learn
+from bertbench.ledger import LedgerRow
+from bertbench.planner import Plan, make_plan
+from bertbench.trial import Trial
+from bertbench.workload import Workload
+from finetune.errors import InputError
+from reports.cells import Cell, Place, model_order
+
+_MOST_ROWS = 400
+"""The newest trials that a plan learns from: of its workload, and of others."""
+
+_MOST_PLANS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What is recommended for one workload.
+
+    Attributes:
+        workload: what is trained.
+        place: where.
+        plan: how, or why not.
+        trial: of the chosen setting in a fresh process, if the ledger has one.
+    """
+
+    workload: Workload
+    place: Place
+    plan: Plan | InputError
+    trial: Trial | None
+
+    @property
+    def commands(self) -> tuple[str, str]:
+        """What to type to have the plan as a file, and to train with it."""
+        workload, place = self.workload, self.place
+        target = 32 if isinstance(self.plan, InputError) else self.plan.target_batch
+        where = f"--device {place.kind} --memory {place.budget_bytes // MIB_BYTES}MiB"
+        if workload.head == "squad":
+            data = "squad --train_file train-v1.1.json --predict_file dev-v1.1.json"
+        else:
+            data = "classifier --task_name MRPC --data_dir glue/MRPC"
+        return (
+            f"bertbench plan --target-batch {target} --model {workload.model} "
+            f"--seq-len {workload.seq_len} --head {workload.head} {where} --json plan.json",
+            f"bertbench run {data} --model MODEL_FOLDER --max_seq_length {workload.seq_len} "
+            f"--train_batch_size {target} --plan plan.json {where} --output_dir output",
+        )
+
+
+def plan_places(cells: Sequence[Cell], target_batch: int) -> list[Planned]:
+    """Plan every workload of a ledger, at each place where it was tried; the newest places first.
+
+    At most a dozen: those of the paper first, then by the newest trial.
+
+    Args:
+        cells: what `reports.cells.read_cells` returns.
+        target_batch: effective batch.
+    """
+    rows: dict[Place, list[LedgerRow]] = {}
+    tried: dict[tuple[Place, str], tuple[Workload, int]] = {}
+    for cell in cells:
+        rows.setdefault(cell.place, []).extend(cell.rows)
+        if cell.workload is not None:
+            key = cell.place, cell.workload.key()
+            newest = max(cell.newest.id, tried.get(key, (None, 0))[1])
+            tried[key] = cell.workload, newest
+    for some in rows.values():
+        some.sort(key=lambda row: row.id)
+    wanted = sorted(tried.items(), key=lambda item: -item[1][1])[:_MOST_PLANS]
+    found = [
+        _plan(workload, place, rows[place], target_batch) for (place, _), (workload, _) in wanted
+    ]
+    return sorted(found, key=lambda p: (p.place, model_order(p.workload.model), p.workload.seq_len))
+
+
+def _plan(
+    workload: Workload, place: Place, rows: Sequence[LedgerRow], target_batch: int
+) -> Planned:
+    replicas = 1
+    rates = device_rates(place.as_device())
+    if place.kind == "tpu":
+        replicas = find_accelerator("tpu-v2-8").replicas
+    answered = [
+        row for row in rows if row.trial.outcome != "failed" and row.question[2] == workload.key()
+    ]
+    others = [
+        row for row in rows if row.trial.outcome != "failed" and row.question[2] != workload.key()
+    ]
+    known = [*others[-_MOST_ROWS:], *answered[-_MOST_ROWS:]]
+    try:
+        plan = make_plan(
+            workload,
+            target_batch,
+            place.budget_bytes,
+            rates,
+            device=place.device,
+            device_kind=place.kind,
+            replicas=replicas,
+            experience=learn(known, workload, rates, place.kind),
+        )
+    except InputError as error:
+        return Planned(workload, place, error, None)
+    trials = [row.trial for row in answered if _is_of(row, plan)]
+    return Planned(workload, place, plan, trials[-1] if trials else None)
+
+
+def _is_of(row: LedgerRow, plan: Plan) -> bool:
+    chosen = plan.chosen
+    return (
+        row.trial.outcome == "fits"
+        and row.trial.fresh
+        and row.trial.batch == chosen.micro_batch
+        and row.question[3] == chosen.levers.key()
+    )

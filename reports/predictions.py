@@ -1,0 +1,66 @@
+"""What is predicted of the trials that a ledger has measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+
+from bertbench.fitting import Room, footprint_in, has_trace
+from reports.cells import Cell
+
+_MOST = 400
+"""The newest settings that are predicted: a replay takes up to a tenth of a second."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A measured peak, and what is predicted of the same setting.
+
+    Attributes:
+        measured_bytes: by the allocator, in a fresh process.
+        predicted_bytes: what a plan would say.
+        traced: by a replay of the step's requests, not by the formula.
+    """
+
+    measured_bytes: int
+    predicted_bytes: int
+    traced: bool
+
+    @property
+    def error(self) -> float:
+        """Above 0 if more was predicted than used."""
+        return self.predicted_bytes / self.measured_bytes - 1
+
+
+def predict_trials(cells: Sequence[Cell]) -> list[Prediction]:
+    """Predict the newest trials that have fitted in fresh processes, one of each setting."""
+    trials = {
+        (cell.newest.question, row.trial.batch): (row, cell)
+        for cell in cells
+        for row in cell.rows
+        if row.trial.outcome == "fits" and row.trial.fresh and row.trial.peak_bytes
+    }
+    newest = sorted(trials.values(), key=lambda pair: -pair[0].id)[:_MOST]
+    found = []
+    for row, cell in newest:
+        workload, levers, peak_bytes = cell.workload, cell.levers, row.trial.peak_bytes
+        if workload is None or levers is None or peak_bytes is None:
+            continue
+        room = Room(cell.place.kind, row.budget_bytes)
+        predicted = footprint_in(workload, levers, row.trial.batch, room, replayed=True)
+        traced = has_trace(workload, levers, cell.place.kind)
+        found.append(Prediction(peak_bytes, predicted.peak_bytes, traced))
+    return found
+
+
+def describe_errors(predictions: Sequence[Prediction]) -> str:
+    """Write the errors in a sentence; empty without any."""
+    if not predictions:
+        return ""
+    errors = [100 * one.error for one in predictions]
+    median = statistics.median(map(abs, errors))
+    return (
+        f"{len(errors)} peaks predicted with a median error of {median:.2f} %, from "
+        f"{min(errors):+.2f} % to {max(errors):+.2f} %."
+    )

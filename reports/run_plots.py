@@ -1,0 +1,117 @@
+"""Pictures of runs: training curves, and precision-recall of SQuAD 2.0."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from finetune.errors import InputError
+from finetune.tasks.squad_examples import read_squad
+from finetune.tasks.squad_metrics import QuestionScores, precision_recall, score_questions
+from reports.figures import INK, Picture, look_of
+from reports.runs import Run, prediction_files
+
+_MOST_RUNS = 8
+_DRAWN = 800
+_SMOOTHED = 40
+"""A curve is smoothed over this part of its steps."""
+
+
+def training_picture(runs: Sequence[Run]) -> Picture | None:
+    """Loss and scores of runs by optimizer step."""
+    shown = [run for run in runs if len(run.steps) > 1][:_MOST_RUNS]
+    if not shown:
+        return None
+    metrics = sorted({metric for run in shown for metric in _metrics(run)})[:1]
+
+    def draw() -> Figure:
+        figure = Figure(figsize=(8.4, 3.3), layout="constrained")
+        axes = figure.subplots(1, 1 + len(metrics), squeeze=False)[0]
+        for number, run in enumerate(shown):
+            look = look_of(number)
+            steps = run.steps
+            span = max(1, len(steps) // _SMOOTHED)
+            smooth = steps["loss"].rolling(span, min_periods=1).mean()
+            every = max(1, len(steps) // _DRAWN)
+            axes[0].plot(steps["step"][::every], steps["loss"][::every], color=look.color,
+                         alpha=0.25, linewidth=0.8)  # fmt: skip
+            axes[0].plot(steps["step"][::every], smooth[::every], color=look.color,
+                         linestyle=look.line, label=run.name)  # fmt: skip
+            for axis, metric in zip(axes[1:], metrics, strict=True):
+                if metric in run.evaluations:
+                    axis.plot(run.evaluations["step"], run.evaluations[metric], color=look.color,
+                              linestyle=look.line, marker=look.marker)  # fmt: skip
+                    axis.set_ylabel(metric.replace("_", " "))
+        axes[0].set_ylabel("loss of the effective batch")
+        axes[0].set_ylim(bottom=0)
+        for axis in axes:
+            axis.set_xlabel("optimizer step")
+        figure.legend(loc="outside lower center", ncols=4)
+        return figure
+
+    return Picture("training", "Training", "Thin: every step; thick: its running mean.", draw)
+
+
+def _metrics(run: Run) -> list[str]:
+    return [name for name in run.evaluations.columns if name != "step"]
+
+
+def precision_recall_picture(run: Run) -> Picture | None:
+    """Precision against recall of a SQuAD 2.0 run, with the threshold on the null odds marked.
+
+    Returns:
+        None for other runs, and where the data are gone or have changed.
+    """
+    files = prediction_files(run)
+    if files is None:
+        return None
+    data, answers, odds = files
+    try:
+        examples = read_squad(data, is_training=False, version_2_with_negative=True)
+        scores = score_questions(
+            examples,
+            json.loads(answers.read_text(encoding="utf-8")),
+            json.loads(odds.read_text(encoding="utf-8")),
+        )
+    except (InputError, ValueError, OSError):
+        return None
+    curve = precision_recall(scores, scores.f1)
+    if curve is None:
+        return None
+    threshold = run.results.get("null_score_diff_threshold")
+    if threshold is None:
+        threshold = run.record.get("squad", {}).get("null_score_diff_threshold", 0.0)
+    precision, recall = point_at(scores, float(threshold))
+
+    def draw() -> Figure:
+        figure = Figure(figsize=(5.4, 3.4), layout="constrained")
+        axis = figure.subplots()
+        look = look_of(0)
+        axis.step(curve.recalls, curve.precisions, where="post", color=look.color, label="by F1")
+        axis.plot(recall, precision, "*", markersize=13, color=look_of(1).color,
+                  markeredgecolor=INK, label=f"null odds up to {float(threshold):.3g}")  # fmt: skip
+        axis.set(xlim=(0, 1.03), ylim=(0, 1.05), xlabel="recall", ylabel="precision")
+        figure.legend(loc="outside lower center", ncols=2)
+        return figure
+
+    return Picture(
+        f"precision-recall-{run.name}",
+        f"Precision and recall of {run.name}",
+        f"SQuAD 2.0, average precision {curve.average_precision:.1f} %; the star is the threshold "
+        "that the answers were chosen with.",
+        draw,
+        wide=False,
+    )
+
+
+def point_at(scores: QuestionScores, threshold: float) -> tuple[float, float]:
+    """Precision and recall, by F1, of what is answered at a threshold on the null odds."""
+    answered = scores.no_answer_odds <= threshold
+    right = float(np.where(scores.has_answer & answered, scores.f1, 0.0).sum())
+    return (
+        right / max(int(answered.sum()), 1),
+        right / max(int(scores.has_answer.sum()), 1),
+    )

@@ -1,0 +1,156 @@
+"""Tables of limits: System x Seq Length x Max Batch Size, as the original release printed them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from bertbench.bytes import format_bytes
+from bertbench.paper import PAPER_MODELS, PUBLISHED_MAX_BATCH
+from reports.cells import AT_LEAST, BELOW, CERTIFIED, Cell, Place, model_order, setting_order
+
+PUBLISHED = "published, Titan X 12 GB"
+NOTE = (
+    "* certified: this batch fits and the next one runs out of memory, each in a fresh process. "
+    ">= no larger one was tried. < only larger ones were tried."
+)
+
+FORMATS = {".md": "Markdown", ".csv": "CSV", ".tex": "LaTeX", ".json": "JSON"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Limits measured at one place, beside the published ones.
+
+    Attributes:
+        title: place and task.
+        place: where they were measured.
+        head: task head.
+        frame: a row for each system and sequence length; text in all columns.
+    """
+
+    title: str
+    place: Place
+    head: str
+    frame: pd.DataFrame
+
+
+def system_name(model: str) -> str:
+    """Write a published model as the original release does: `BERT-Base`."""
+    if not model.startswith("bert-"):
+        return model
+    first, *others = model.removeprefix("bert-").split("-")
+    return "-".join(["BERT", first.capitalize(), *others])
+
+
+def limit_text(cell: Cell) -> str:
+    """Write a limit with its evidence: `31*`, `31`, `>=31`, `<40`, `-`."""
+    if cell.evidence == BELOW:
+        return f"<{cell.oom.batch}" if cell.oom else "-"
+    if cell.max_batch is None:
+        return "-"
+    if cell.evidence == AT_LEAST:
+        return f">={cell.max_batch}"
+    return f"{cell.max_batch}{'*' * (cell.evidence == CERTIFIED)}"
+
+
+def published_tables(cells: Sequence[Cell]) -> list[Table]:
+    """Make a table for every place and task, with a column for every lever setting.
+
+    The paper's systems have a column of published numbers beside ours.
+    """
+    groups: dict[tuple[Place, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.place, cell.newest.head), []).append(cell)
+    return [_table(place, head, some) for (place, head), some in groups.items()]
+
+
+def _table(place: Place, head: str, cells: Sequence[Cell]) -> Table:
+    settings = sorted({(setting_order(c.levers), c.setting) for c in cells}, key=lambda s: s[0])
+    limits = {(c.newest.model, c.newest.seq_len, c.setting): limit_text(c) for c in cells}
+    systems = sorted(
+        {(model_order(c.newest.model), c.newest.seq_len, c.newest.model) for c in cells}
+    )
+    with_published = any(model in PAPER_MODELS for _, _, model in systems)
+    records: list[dict[str, str]] = []
+    for _, seq_len, model in systems:
+        record = {"System": system_name(model), "Seq Length": str(seq_len)}
+        if with_published:
+            published = PUBLISHED_MAX_BATCH.get((model, seq_len))
+            record[PUBLISHED] = "-" if published is None else str(published)
+        for _, setting in settings:
+            record[setting] = limits.get((model, seq_len, setting), "")
+        records.append(record)
+    title = f"Max Batch Size, {head}, {format_bytes(place.budget_bytes)} on {place.device}"
+    return Table(title, place, head, pd.DataFrame(records))
+
+
+def cells_frame(cells: Iterable[Cell]) -> pd.DataFrame:
+    """A row for every cell, with numbers as numbers and bytes as integers."""
+    records = []
+    for cell in cells:
+        values = cell.to_json()
+        versions = {f"{name}_version": text for name, text in values.pop("versions").items()}
+        values["levers"] = cell.setting
+        records.append({**values, **versions})
+    frame = pd.DataFrame(records)
+    for name in frame.columns:
+        if name.endswith(("_bytes", "max_batch")):
+            frame[name] = frame[name].astype("Int64")
+    return frame
+
+
+def write_tables(cells: Sequence[Cell], suffix: str) -> str:
+    """Write all limits as text.
+
+    Args:
+        cells: what `reports.cells.read_cells` returns.
+        suffix: of the format, one of `FORMATS`.
+    """
+    if suffix == ".json":
+        return json.dumps({"cells": [cell.to_json() for cell in cells]}, indent=1) + "\n"
+    if suffix == ".csv":
+        return str(cells_frame(cells).to_csv(index=False))
+    tables = published_tables(cells)
+    write = _markdown if suffix == ".md" else _latex
+    return "\n".join(map(write, tables)) if tables else "no trials\n"
+
+
+def _markdown(table: Table) -> str:
+    frame = table.frame
+    lines = [
+        list(frame.columns),
+        ["---", *["---:"] * (len(frame.columns) - 1)],
+        *frame.itertuples(index=False),
+    ]
+    written = "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
+    return f"{table.title}\n\n{written}\n\n{NOTE.replace('*', chr(92) + '*')}\n"
+
+
+def _escaped(text: Any) -> str:
+    return str(text).replace("|", "\\|").replace("*", "\\*")
+
+
+def _latex(table: Table) -> str:
+    def written(text: str) -> str:
+        for plain in "&%#_":
+            text = text.replace(plain, f"\\{plain}")
+        for plain, marked in ((">=", "$\\geq$"), ("<", "$<$"), ("*", "$^*$")):
+            text = text.replace(plain, marked)
+        return text
+
+    frame = table.frame.map(written)
+    frame.columns = [written(name) for name in frame.columns]
+    return str(
+        frame.to_latex(
+            index=False,
+            escape=False,
+            column_format="l" + "r" * (len(frame.columns) - 1),
+            caption=f"{written(table.title)}. {written(NOTE)}",
+            position="t",
+        )
+    )

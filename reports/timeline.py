@@ -1,0 +1,210 @@
+"""Memory in the course of one optimizer step, by what the step asks of the allocator."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from bertbench.step_traces import Repeated, StepTrace
+from bertbench.trace_writing import Written
+from bertbench.traced_steps import (
+    blocks_of,
+    chunk_bytes,
+    layers_of,
+    sizes_of,
+    state_bytes,
+    trace_of,
+)
+from bertbench.workload import Levers, Workload
+
+FORWARD, BACKWARD, UPDATE = "forward pass", "backward pass", "update"
+BOTH_PASSES = "forward and backward pass"
+"""Where a model has so few layers that a trace does not tell the passes apart."""
+
+_MORE_LAYERS = 4
+_DRAWN = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A part of a step.
+
+    Attributes:
+        name: one of those above.
+        start: number of its first event.
+        end: number of the first event after it.
+    """
+
+    name: str
+    start: int
+    end: int
+
+    def extended(self, start: int, end: int) -> Phase:
+        """This one and a later part of it, either of which may be empty."""
+        if start == end:
+            return self
+        return Phase(self.name, start if self.start == self.end else self.start, end)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """Bytes in use after every request and every release of one step.
+
+    Attributes:
+        state_bytes: weights and optimizer state, which are always there.
+        gradient_bytes: gradients, their sums over micro-batches, and what updates them.
+        activation_bytes: all that grows with the micro-batch.
+        phases: in order, without gaps.
+        micro_batches: that are shown of those of the step.
+    """
+
+    state_bytes: int
+    gradient_bytes: npt.NDArray[np.int64]
+    activation_bytes: npt.NDArray[np.int64]
+    phases: tuple[Phase, ...]
+    micro_batches: int
+
+    @property
+    def events(self) -> int:
+        """Number of requests and releases."""
+        return len(self.gradient_bytes)
+
+    @functools.cached_property
+    def sampled(self) -> list[int]:
+        """Events to draw: of every few the first and the one with most in use."""
+        total = self.gradient_bytes + self.activation_bytes
+        width = -(-self.events // _DRAWN)
+        highest = (n + int(total[n : n + width].argmax()) for n in range(0, self.events, width))
+        return sorted({*range(0, self.events, width), *highest, self.events - 1})
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most that is in use; without what the allocator loses in pieces."""
+        return self.state_bytes + int((self.gradient_bytes + self.activation_bytes).max())
+
+
+_Bytes = npt.NDArray[np.int64]
+_Runs = dict[int, tuple[int, int]]
+"""First event of what is repeated, and the first after it, by the number of the item."""
+
+
+def step_timeline(workload: Workload, levers: Levers, micro_batch: int) -> Timeline | None:
+    """Write out the second step of a trace.
+
+    Of several micro-batches two are shown; all others are as the second.
+
+    Returns:
+        None if there is no trace.
+    """
+    trace = trace_of(workload, levers)
+    if trace is None:
+        return None
+    layers = layers_of(workload, levers)
+    _, gradients, activations, runs = _written(trace, workload, levers, micro_batch, layers)
+    more = {over: count + _MORE_LAYERS * (count > 0) for over, count in layers.items()}
+    names = _directions(*_written(trace, workload, levers, micro_batch, more))
+    start = _between_steps(gradients + activations)
+    passes: list[Phase] = []
+    for item, name in names.items():
+        its_start, its_end = runs.get(item, (0, 0))
+        if its_end and its_start < start:
+            passes = []
+        elif name == UPDATE:
+            # Also sums of micro-batches' gradients; the last one is the update.
+            update = its_start, its_end
+        elif passes and passes[-1].name == name:
+            passes[-1] = passes[-1].extended(its_start, its_end)
+        else:
+            passes.append(Phase(name, its_start, its_end))
+    passes = [*_merged(passes), Phase(UPDATE, *update)]
+    borders = [start]
+    for before, after in itertools.pairwise(passes):
+        # What comes between two passes belongs to the first, but for a new micro-batch's beginning.
+        new = after.name in (FORWARD, BOTH_PASSES)
+        borders.append(_lowest(activations, before.end, after.start) if new else after.start)
+    borders.append(len(gradients))
+    phases = tuple(
+        Phase(one.name, low - start, high - start)
+        for one, (low, high) in zip(passes, itertools.pairwise(borders), strict=True)
+    )
+    return Timeline(
+        state_bytes(workload, levers.optimizer),
+        gradients[start:],
+        activations[start:],
+        phases,
+        sum(phase.name in (FORWARD, BOTH_PASSES) for phase in phases),
+    )
+
+
+def _between_steps(total: _Bytes) -> int:
+    """The event with which the second step begins: before it, only the state is left."""
+    middle = len(total) // 3
+    return _lowest(total, middle, 2 * middle)
+
+
+def _written(
+    trace: StepTrace,
+    workload: Workload,
+    levers: Levers,
+    micro_batch: int,
+    layers: Mapping[str, int],
+) -> tuple[StepTrace, _Bytes, _Bytes, _Runs]:
+    """Bytes of gradients and of activations after every event, and where layers are repeated."""
+    sizes = sizes_of(trace, workload, levers, micro_batch)
+    blocks = blocks_of(trace.policies, workload.seq_len, micro_batch)
+    grows = [size.of_examples for size in trace.sizes]
+    written = Written(
+        trace,
+        layers,
+        {policy: len(its) for policy, its in blocks.items()},
+        lambda policy, block: list(
+            zip(sizes(blocks[policy][block] if policy else 0), grows, strict=True)
+        ),
+    )
+    changes = np.zeros((2, len(written.events)), np.int64)
+    for place, event in enumerate(written.events):
+        its_bytes, of_examples = written.sizes[max(event, ~event)]
+        changes[int(of_examples), place] = chunk_bytes(its_bytes) * (1 if event >= 0 else -1)
+    gradients, activations = changes.cumsum(axis=1)
+    ends = [section.event for section in written.sections[1:]] + [len(written.events)]
+    runs: _Runs = {}
+    for section, end in zip(written.sections, ends, strict=True):
+        if isinstance(trace.items[section.item], Repeated):
+            runs[section.item] = (runs.get(section.item, (section.event, 0))[0], end)
+    return trace, gradients, activations, runs
+
+
+def _directions(
+    trace: StepTrace, gradients: _Bytes, activations: _Bytes, runs: _Runs
+) -> dict[int, str]:
+    """What is repeated in which pass: activations become more in the one, fewer in the other."""
+    names = {}
+    for item, (start, end) in sorted(runs.items()):
+        change = activations[end - 1] - (activations[start - 1] if start else 0)
+        names[item] = FORWARD if change > 0 else BACKWARD if change < 0 else UPDATE
+    return names
+
+
+def _merged(passes: Sequence[Phase]) -> list[Phase]:
+    """Make one phase of a forward and a backward pass of which one has no repeated layer."""
+    merged: list[Phase] = []
+    for one in passes:
+        before = merged[-1] if merged else None
+        if one.name == BACKWARD and before is not None and before.name == FORWARD:
+            known = [phase for phase in (before, one) if phase.start < phase.end]
+            if len(known) < 2:
+                start, end = (known[0].start, known[0].end) if known else (before.start, one.end)
+                merged[-1] = Phase(BOTH_PASSES, start, end)
+                continue
+        merged.append(one)
+    return merged
+
+
+def _lowest(values: _Bytes, start: int, end: int) -> int:
+    """The event after the one at which least is in use."""
+    return start + int(values[start:end].argmin()) + 1 if end > start else start
