@@ -120,6 +120,7 @@ class Picture:
         """For a page: without a background, in the page's colour of text, as wide as there is."""
         text = self._svg("none")
         text = text[text.index("<svg") :].replace(INK, "currentColor")
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         # Several pictures in a page must not share names.
         text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{self.name}-", text)
         text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)

@@ -89,12 +89,10 @@ def _plan(
     rates = device_rates(place.as_device())
     if place.kind == "tpu":
         replicas = find_accelerator("tpu-v2-8").replicas
-    answered = [
-        row for row in rows if row.trial.outcome != "failed" and row.question[2] == workload.key()
-    ]
-    others = [
-        row for row in rows if row.trial.outcome != "failed" and row.question[2] != workload.key()
-    ]
+    key = workload.key()
+    told = [row for row in rows if row.trial.outcome != "failed"]
+    answered = [row for row in told if row.question[2] == key]
+    others = [row for row in told if row.question[2] != key]
     known = [*others[-_MOST_ROWS:], *answered[-_MOST_ROWS:]]
     try:
         plan = make_plan(

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from bertbench.fitting import Room, footprint_in, has_trace
 from reports.cells import Cell
 
-_MOST = 400
-"""The newest settings that are predicted: a replay takes up to a tenth of a second."""
+_MOST = 200
+"""The newest settings that are predicted: a replay takes some hundredths of a second."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,173 @@
+"""`bertbench report` from the outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from ledger_rows import CPU, fits, oom, rows_of
+
+from bertbench.bytes import MIB_BYTES
+from bertbench.devices import Budget
+from bertbench.ledger import record, versions_key
+from bertbench.ledger_file import open_ledger
+from bertbench.trial import Trial
+from bertbench.workload import Levers, published_workload
+from finetune.errors import InputError
+from reports.cells import read_cells
+from reports.command import command
+from reports.comparing import compare_cells, read_either
+
+
+def report(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(command, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+def write(path: Path, *trials: tuple[int, Trial], mib: int = 512) -> Path:
+    with open_ledger(path) as ledger:
+        for seq_len, trial in trials:
+            workload = published_workload("bert-tiny", seq_len)
+            budget = Budget(CPU, mib * MIB_BYTES)
+            record(ledger, budget, versions_key(), workload, Levers(), trial)
+    return path
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    return write(tmp_path / "l.sqlite", (64, fits(303, 469, 0.5)), (64, oom(304)), (128, fits(9)))
+
+
+def test_in_the_terminal(ledger: Path, tmp_path: Path) -> None:
+    text = report("--ledger", ledger)
+    assert "3 trials of 2 cells; 1 certified." in text
+    assert "303*" in text
+    assert ">=9" in text
+    assert "Plans for an effective batch of 32" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_a_ledger_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="no such ledger"):
+        report("--ledger", tmp_path / "none.sqlite")
+    # The user's own may be missing: looking does not make it.
+    monkeypatch.setenv("BERTBENCH_LEDGER", str(tmp_path / "own.sqlite"))
+    assert "The ledger has no trials yet" in report()
+    assert not (tmp_path / "own.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"),
+    [
+        ("r.html", "<!doctype html>"),
+        ("r.md", "Max Batch Size, squad"),
+        ("r.tex", "\\begin{table}"),
+        ("r.csv", "device,"),
+        ("r.json", '{\n "cells"'),
+    ],
+)
+def test_files(ledger: Path, tmp_path: Path, name: str, begins: str) -> None:
+    path = tmp_path / name
+    output = report("--ledger", ledger, "--out", path)
+    assert path.read_text().startswith(begins)
+    assert "303*" not in output
+    with pytest.raises(InputError, match=r"is there already.*--force"):
+        report("--ledger", ledger, "--out", path)
+    assert "303*" in report("--ledger", ledger, "--out", path, "--force", "--text")
+
+
+def test_a_folder_has_all_of_it(ledger: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    report("--ledger", ledger, "--out", folder)
+    names = {path.name for path in folder.iterdir()}
+    assert {"report.html", "limits.md", "limits.csv", "limits.tex", "limits.json"} <= names
+    pictures = {name.rpartition(".")[0] for name in names if name.endswith(".png")}
+    assert pictures == {name.rpartition(".")[0] for name in names if name.endswith(".svg")}
+    assert "limits-squad" in pictures
+    with pytest.raises(InputError, match="is there already"):
+        report("--ledger", ledger, "--out", folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "r.pdf"], r"unknown kind of file '\.pdf'.*\.html"),
+        (["--compare", "a", "b", "--out", "r.html"], "--compare does not go with --out"),
+        (["--run", "."], "no run in this folder"),
+    ],
+)
+def test_wrong_input(
+    ledger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BERTBENCH_LEDGER", str(ledger))
+    with pytest.raises(InputError, match=words):
+        report(*arguments)
+
+
+def test_json(ledger: Path) -> None:
+    values = json.loads(report("--ledger", ledger, "--json", "-"))
+    assert [cell["max_batch"] for cell in values["cells"]] == [303, 9]
+    assert values["cells"][0]["evidence"] == "certified"
+    assert values["runs"] == []
+
+
+def test_comparing(ledger: Path, tmp_path: Path) -> None:
+    after = write(
+        tmp_path / "after.sqlite", (64, fits(303, 938, 0.25)), (64, fits(606)), (64, oom(607)),
+        (256, fits(1)),
+    )  # fmt: skip
+    text = report("--compare", ledger, after)
+    assert max(len(line) for line in text.splitlines() if not line.startswith(("A:", "B:"))) <= 80
+    assert "max batch B/A: 2.000 (2.000 to 2.000, 1 cells)" in text
+    assert "peak bytes B/A: 2.000" in text
+    assert "examples per second B/A: 2.000" in text
+    assert "1 cells only in A" in text
+    assert "1 cells only in B" in text
+    values = json.loads(report("--compare", ledger, after, "--json", "-"))
+    assert values["ratios"]["max_batch"] == {"count": 1, "mean": 2.0, "least": 2.0, "most": 2.0}
+    assert values["pairs"][0]["after"]["max_batch"] == 606
+    other = write(tmp_path / "other.sqlite", (512, fits(1)))
+    assert "no cell is in both" in report("--compare", ledger, other)
+
+
+def test_comparing_prefers_the_same_budget() -> None:
+    before = [*rows_of(fits(3), oom(4), mib=100), *rows_of(fits(6), oom(7), mib=200, first=9)]
+    after = [*rows_of(fits(9), oom(10), mib=300, first=9), *rows_of(fits(5), oom(6), mib=100)]
+    found = compare_cells(read_cells(before), read_cells(after))
+    assert [(p.before.max_batch, p.after.max_batch) for p in found.pairs] == [(3, 5)]
+    # The newest ones where there is no budget in common.
+    found = compare_cells(read_cells(before), read_cells(after[:2]))
+    assert [(p.before.max_batch, p.after.max_batch) for p in found.pairs] == [(6, 9)]
+    # Where nothing fits there is no ratio.
+    found = compare_cells(read_cells(rows_of(oom(1))), read_cells(rows_of(fits(2), oom(3))))
+    assert found.pairs[0].limit_ratio is None
+    assert found.spreads["max_batch"] is None
+
+
+def test_a_probe_file_can_be_compared(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "device": {**CPU.to_json(), "budget_bytes": 512 * MIB_BYTES},
+        "versions": {"tensorflow": "2"},
+        "cells": [
+            {
+                "model": "bert-tiny", "seq_len": 64, "head": "squad", "levers": Levers().to_json(),
+                "trials": [fits(300).to_json(), oom(301).to_json()],
+            }
+        ],
+    }  # fmt: skip
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(values))
+    (cell,) = read_either(path)
+    assert (cell.max_batch, cell.evidence) == (300, "certified")
+    for text in ("{}", "[1]", "no"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="neither a ledger nor a probe's result"):
+            read_either(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_either(tmp_path / "gone")
