@@ -1,0 +1,120 @@
+"""Run folders, and what is drawn of SQuAD 2.0."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetune.errors import InputError
+from finetune.tasks.squad_metrics import QuestionScores
+from reports.run_plots import point_at, precision_recall_picture, training_picture
+from reports.runs import read_run
+
+CONTEXT = "Paris and Rome."
+QUESTIONS = [("a", "Paris"), ("b", "Rome"), ("c", None), ("d", None)]
+ANSWERS = {"a": "Paris", "b": "Milan", "c": "", "d": "Oslo"}
+ODDS = {"a": -3.0, "b": -1.0, "c": 4.0, "d": -2.0}
+
+
+def squad_run(tmp_path: Path, **changes: Any) -> Path:
+    data = {
+        "version": "v2.0",
+        "data": [
+            {
+                "title": "t",
+                "paragraphs": [
+                    {
+                        "context": CONTEXT,
+                        "qas": [
+                            {
+                                "id": name, "question": "Where?", "is_impossible": answer is None,
+                                "answers": [] if answer is None else [
+                                    {"text": answer, "answer_start": CONTEXT.index(answer)}
+                                ],
+                            }
+                            for name, answer in QUESTIONS
+                        ],
+                    }
+                ],
+            }
+        ],
+    }  # fmt: skip
+    dev = tmp_path / "dev.json"
+    dev.write_text(json.dumps(data))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    record = {
+        "task": "squad",
+        "squad": {"version_2_with_negative": True, "predict_file": str(dev),
+                  "null_score_diff_threshold": 0.0},
+        "predict_file": {"sha256": hashlib.sha256(dev.read_bytes()).hexdigest()},
+        "results": {"f1": 50.0, "null_score_diff_threshold": -1.5},
+        **changes,
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "predictions.json").write_text(json.dumps(ANSWERS))
+    (folder / "null_odds.json").write_text(json.dumps(ODDS))
+    return folder
+
+
+def test_precision_and_recall_are_drawn_with_the_threshold(tmp_path: Path) -> None:
+    picture = precision_recall_picture(read_run(squad_run(tmp_path)))
+    assert picture is not None
+    curve, star = picture.draw().axes[0].get_lines()
+    # In the order of the odds: a is right, d has no answer, b is wrong, c has no answer.
+    assert list(curve.get_xdata()) == [0, 0.5, 0.5, 0.5, 0.5]
+    assert list(curve.get_ydata()) == [1, 1, 1 / 2, 1 / 3, 1 / 4]
+    # At -1.5 a and d are answered.
+    assert (list(star.get_xdata()), list(star.get_ydata())) == ([0.5], [0.5])
+    assert star.get_label() == "null odds up to -1.5"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"squad": {"version_2_with_negative": False}},
+        {"predict_file": {"sha256": "0"}},
+        {"squad": None},
+    ],
+)
+def test_other_runs_have_no_such_picture(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert precision_recall_picture(read_run(squad_run(tmp_path, **changes))) is None
+
+
+def test_damaged_predictions_are_left_out(tmp_path: Path) -> None:
+    folder = squad_run(tmp_path)
+    (folder / "predictions.json").write_text('{"a": "Paris"}')
+    assert precision_recall_picture(read_run(folder)) is None
+    (folder / "null_odds.json").unlink()
+    assert precision_recall_picture(read_run(folder)) is None
+
+
+def test_the_point_of_a_threshold() -> None:
+    scores = QuestionScores(
+        np.array([True, True, False]), np.array([True, True, True]), np.array([1.0, 0.0, 0.0]),
+        np.array([1.0, 0.5, 0.0]), np.array([0.0, 1.0, 2.0]),
+    )  # fmt: skip
+    assert point_at(scores, 0.5) == (1.0, 0.5)
+    assert point_at(scores, 1.0) == (0.75, 0.75)
+    assert point_at(scores, 9.0) == (0.5, 0.75)
+    assert point_at(scores, -1.0) == (0.0, 0.0)
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    folder = squad_run(tmp_path, results={})
+    run = read_run(folder)
+    assert (len(run.steps), len(run.evaluations), run.scores) == (0, 0, {})
+    assert run.summary()["steps"] == 0
+    assert training_picture([run]) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_what_is_no_run(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(InputError, match="not the record of a run"):
+        read_run(tmp_path)
