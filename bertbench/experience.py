@@ -53,7 +53,8 @@ class Experience:
         time_factor: measured seconds of a step, in those predicted.
         trials: that it is the median of; 0 if there are too few.
         curve: the same by micro-batch for this workload alone, as pairs of them with the smallest
-            first; empty if too few trials tell.
+            first; empty if too few trials tell, and on a CPU, where whatever else runs then makes
+            some trials slower than others.
         margin: part of a prediction to add before it is compared with a budget, where a margin is
             kept; None if too few trials tell.
         outcomes: by levers and micro-batch.
@@ -164,7 +165,7 @@ def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: 
     return Experience(
         time_factor=statistics.median(factors) if enough else 1.0,
         trials=len(factors) if enough else 0,
-        curve=_curve(of_workload),
+        curve=() if device_kind == "cpu" else _curve(of_workload),
         margin=max(0.0, *errors) + _LEAST_MARGIN if len(errors) >= 2 * _LEAST_TRIALS else None,
         outcomes=outcomes,
     )

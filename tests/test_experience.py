@@ -82,16 +82,20 @@ def test_the_curve_of_a_workload_is_learnt(tmp_path: Path) -> None:
             (WORKLOAD, 9, 1.0), (WORKLOAD, 10, 0.1), (WORKLOAD, 32, 2.0),
         )
     ]  # fmt: skip
-    write(path, *trials[:5])
-    assert experience_of(DEVICE, WORKLOAD, RATES, path).curve == ()
-    write(path, *trials[5:])
-    found = experience_of(DEVICE, WORKLOAD, RATES, path)
+    write(path, *trials[:5], device=GPU)
+    assert experience_of(GPU, WORKLOAD, RATES, path).curve == ()
+    write(path, *trials[5:], device=GPU)
+    found = experience_of(GPU, WORKLOAD, RATES, path)
     assert [batch for batch, _ in found.curve] == [2, 9, 32]
     assert [factor for _, factor in found.curve] == pytest.approx([3.0, 1.0, 2.0])
     seconds = [found.seconds(10.0, batch) for batch in (1, 2, 9, 17, 32, 500)]
     assert seconds == pytest.approx([30, 30, 10, 15.0, 20, 20], rel=0.01)
     # Another workload's times say nothing of a curve.
-    assert experience_of(DEVICE, OTHER, RATES, path).curve == ()
+    assert experience_of(GPU, OTHER, RATES, path).curve == ()
+    # On a CPU other programs are in the way of some trials and not of others.
+    write(path, *trials)
+    found = experience_of(DEVICE, WORKLOAD, RATES, path)
+    assert (found.curve, found.trials) == ((), 7)
 
 
 def test_a_plan_follows_the_measured_curve() -> None:
