@@ -16,6 +16,9 @@ from reports.runs import Run, prediction_files
 
 _MOST_RUNS = 8
 _DRAWN = 800
+_METRICS = ("f1", "exact_match", "accuracy", "matthews", "pearson")
+"""Of several metrics the first of these is drawn."""
+
 _SMOOTHED = 40
 """A curve is smoothed over this part of its steps."""
 
@@ -25,7 +28,8 @@ def training_picture(runs: Sequence[Run]) -> Picture | None:
     shown = [run for run in runs if len(run.steps) > 1][:_MOST_RUNS]
     if not shown:
         return None
-    metrics = sorted({metric for run in shown for metric in _metrics(run)})[:1]
+    there = {name for run in shown for name in run.evaluations.columns if name != "step"}
+    metrics = [name for name in (*_METRICS, *sorted(there)) if name in there][:1]
 
     def draw() -> Figure:
         figure = Figure(figsize=(8.4, 3.3), layout="constrained")
@@ -53,10 +57,6 @@ def training_picture(runs: Sequence[Run]) -> Picture | None:
         return figure
 
     return Picture("training", "Training", "Thin: every step; thick: its running mean.", draw)
-
-
-def _metrics(run: Run) -> list[str]:
-    return [name for name in run.evaluations.columns if name != "step"]
 
 
 def precision_recall_picture(run: Run) -> Picture | None:

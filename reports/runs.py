@@ -94,12 +94,10 @@ def read_run(folder: Path) -> Run:
     if not isinstance(record, dict):
         raise InputError("not the record of a run", path=path)
     steps = _read_lines(folder / TRAIN_LOG)
-    evaluations = _read_lines(folder / EVAL_LOG)
-    flat = [{"step": line["step"], **line["metrics"]} for line in evaluations
-            if isinstance(line.get("metrics"), dict) and "step" in line]  # fmt: skip
+    evaluations = [line for line in _read_lines(folder / EVAL_LOG) if "step" in line]
     columns = ("step", "loss", "learning_rate", "gradient_norm", "seconds")
     frame = pd.DataFrame([line for line in steps if set(columns) <= line.keys()], columns=columns)
-    return Run(folder, record, frame, pd.DataFrame(flat))
+    return Run(folder, record, frame, pd.DataFrame(evaluations))
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

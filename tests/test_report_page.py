@@ -15,6 +15,7 @@ import pytest
 from ledger_rows import CPU, failed, fits, oom, rows_of
 
 from bertbench.ledger import LedgerRow
+from finetune.evaluation import EvalRecord, read_eval_log
 from reports.page import build_page
 from reports.report import Report
 from reports.runs import Run, read_run
@@ -162,7 +163,11 @@ def write_run(folder: Path) -> Path:
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "train_log.jsonl").write_text(text + '{"step": 41, "lo')
-    (folder / "eval_log.jsonl").write_text('{"step": 20, "metrics": {"f1": 50.5}}\n')
+    records = [EvalRecord(20, {"exact": 40.5, "f1": 50.5}), EvalRecord(40, {"f1": 65.8})]
+    (folder / "eval_log.jsonl").write_text(
+        "".join(json.dumps({"step": r.step, **r.metrics}) + "\n" for r in records)
+    )
+    assert read_eval_log(folder) == records
     return folder
 
 
@@ -178,7 +183,8 @@ def test_runs_are_part_of_it(tmp_path: Path) -> None:
     curve = next(line for line in loss.get_lines() if line.get_label() == "squad_out")
     assert list(curve.get_xdata()) == list(range(1, 41))
     assert curve.get_ydata()[0] == 5.0
-    assert list(scores.get_lines()[0].get_ydata()) == [50.5]
+    assert list(scores.get_lines()[0].get_ydata()) == [50.5, 65.8]
+    assert scores.get_ylabel() == "f1"
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
