@@ -73,6 +73,7 @@ def squad_arguments(output_dir: Path, *more: str | Path) -> list[str | Path]:
         ["ledger", "prune"],
         ["plan"],
         ["probe"],
+        ["report"],
         ["run"],
         ["run", "classifier"],
         ["run", "squad"],

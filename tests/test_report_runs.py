@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +106,24 @@ def test_the_point_of_a_threshold() -> None:
     assert point_at(scores, 1.0) == (0.75, 0.75)
     assert point_at(scores, 9.0) == (0.5, 0.75)
     assert point_at(scores, -1.0) == (0.0, 0.0)
+
+
+def test_a_page_of_a_run_needs_no_tensorflow(tmp_path: Path) -> None:
+    folder, page = squad_run(tmp_path), tmp_path / "page.html"
+    program = (
+        "import sys\n"
+        "from bertbench.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    assert 'tensorflow' not in sys.modules\n"
+    )
+    arguments = ["report", f"--run={folder}", f"--out={page}"]
+    environment = {**os.environ, "BERTBENCH_LEDGER": str(tmp_path / "none.sqlite")}
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    assert result.stderr.endswith(f"wrote {page}\n")
+    assert "Precision and recall of run" in page.read_text()
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
