@@ -128,8 +128,12 @@ def _log_counts(axis: Axes, values: Sequence[float]) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
 
 
-def _log_mib(axis: Axis) -> None:
-    axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+def _log_mib(axis: Axis, low: float, high: float) -> None:
+    """Label as many sizes of a logarithmic axis as there is room for."""
+    subs: tuple[float, ...] = (1.0, 3.0)
+    if high / low < 60:
+        subs = (1.0, 2.0, 5.0) if high / low > 6 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axis.set_minor_locator(NullLocator())
 
@@ -380,11 +384,11 @@ def predictions_picture(predictions: Sequence[Prediction]) -> Picture | None:
         for axis in (left, right):
             axis.set_xscale("log")
             axis.set_xlim(low, high)
-            _log_mib(axis.xaxis)
+            _log_mib(axis.xaxis, low, high)
             axis.set_xlabel("measured peak (MiB)")
         left.set_yscale("log")
         left.set_ylim(low, high)
-        _log_mib(left.yaxis)
+        _log_mib(left.yaxis, low, high)
         left.set_ylabel("predicted peak (MiB)")
         most = max(6.0, 1.1 * max(abs(100 * p.error) for p in predictions))
         right.set(ylim=(-most, most), ylabel="error of the prediction (%)")

@@ -61,12 +61,13 @@ def limit_text(cell: Cell) -> str:
 def published_tables(cells: Sequence[Cell]) -> list[Table]:
     """Make a table for every place and task, with a column for every lever setting.
 
-    The paper's systems have a column of published numbers beside ours.
+    The paper's systems come first and have a column of published numbers beside ours.
     """
     groups: dict[tuple[Place, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.place, cell.newest.head), []).append(cell)
-    return [_table(place, head, some) for (place, head), some in groups.items()]
+    tables = [_table(place, head, some) for (place, head), some in groups.items()]
+    return sorted(tables, key=lambda table: PUBLISHED not in table.frame.columns)
 
 
 def _table(place: Place, head: str, cells: Sequence[Cell]) -> Table:

@@ -17,7 +17,7 @@ from reports.report import Report
 from reports.runs import Run
 from reports.tables import NOTE, Table, limit_text, system_name
 
-_BAR_COLUMNS = 24
+_BAR_COLUMNS = 18
 _MOST_LINES = 40
 
 

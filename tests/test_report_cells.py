@@ -90,14 +90,6 @@ ROWS = [
 ]
 
 MARKDOWN = """\
-Max Batch Size, classifier, 11.2 GiB on Some & CPU (2 cores)
-
-| System | Seq Length | none |
-| --- | ---: | ---: |
-| BERT-Tiny | 64 | >=9 |
-
-NOTE
-
 Max Batch Size, squad, 11.2 GiB on Some & CPU (2 cores)
 
 | System | Seq Length | published, Titan X 12 GB | none | full |
@@ -105,6 +97,14 @@ Max Batch Size, squad, 11.2 GiB on Some & CPU (2 cores)
 | BERT-Base | 384 | 12 | 31\\* | >=90 |
 | BERT-Base | 512 | 6 | 21 |  |
 | BERT-Large | 512 | 0 | 0\\* |  |
+
+NOTE
+
+Max Batch Size, classifier, 11.2 GiB on Some & CPU (2 cores)
+
+| System | Seq Length | none |
+| --- | ---: | ---: |
+| BERT-Tiny | 64 | >=9 |
 
 NOTE
 """
@@ -147,5 +147,5 @@ def test_csv_and_json_are_of_numbers() -> None:
 def test_a_table_for_each_place_and_task() -> None:
     tables = published_tables(read_cells([*ROWS, *rows_of(fits(1), device=CPU, mib=64)]))
     assert [(t.head, t.place.budget_bytes >> 20) for t in tables] == [
-        ("squad", 64), ("classifier", 11430), ("squad", 11430),
+        ("squad", 64), ("squad", 11430), ("classifier", 11430),
     ]  # fmt: skip

@@ -209,7 +209,7 @@ button.click();
 results.falling = column(5);
 results.sorted = button.parentElement.getAttribute("aria-sort");
 const search = document.querySelector("[data-filter=cell-table]");
-search.value = "FULL 64";
+search.value = "BASE full";
 search.dispatchEvent(new Event("input"));
 results.shown = [...table.tBodies[0].rows].filter((row) => !row.hidden).length;
 results.count = document.querySelector("[data-count=cell-table]").textContent;
