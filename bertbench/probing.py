@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from bertbench.allocations import Memory, Recording, Replay
@@ -24,13 +24,15 @@ from bertbench.ledger import (
 )
 from bertbench.repetition import Recorded
 from bertbench.search import LARGEST_BATCH, SearchResult, find_max_batch
-from bertbench.traced_steps import replay_step, trace_of, traced_peak_bytes
+from bertbench.traced_steps import replay_step, step_requests, trace_of, traced_peak_bytes
 from bertbench.trial import TIMEOUT_SECONDS, Trial, measure_batches
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import examples_per_block
 
 _PLENTY = 10.0
 _LOOKED_AT_BEYOND = 64
+_REQUESTS_LOOKED_THROUGH = 1_000_000
+_HOLES_FROM = 0.8
 _START_SECONDS = 5.0
 _ALLOCATOR_WAITS_SECONDS = 10.0
 
@@ -47,6 +49,8 @@ class Cell:
         replicas: copies of the model that took a batch each, at the same time.
         fits_again: batches above one that does not fit for which memory happens to be in larger
             pieces, by the step's trace; not measured.
+        runs_out_below: batches below the limit for which memory happens to be in smaller pieces,
+            by the step's trace; not measured.
     """
 
     workload: Workload
@@ -55,6 +59,7 @@ class Cell:
     seconds: float
     replicas: int = 1
     fits_again: tuple[int, ...] = ()
+    runs_out_below: tuple[int, ...] = ()
 
     def examples_per_second(self, trial: Trial) -> float | None:
         """Rate of a trial of this cell; None if it has not been timed."""
@@ -86,6 +91,7 @@ class Cell:
             "message": result.message,
             "missing_bytes": result.missing_bytes,
             "fits_again": list(self.fits_again),
+            "runs_out_below": list(self.runs_out_below),
             "trials": [trial.to_json() for trial in result.trials],
             "curve": self.curve(),
             "measured": result.measured,
@@ -219,9 +225,16 @@ def probe_cell(
         certify=certify,
     )
     again: tuple[int, ...] = ()
-    if result.stopped_by == "oom" and _is_traced(budget, workload, levers):
-        again = _fits_again(workload, levers, memory, replayed, measured, result.max_batch)
-    return Cell(workload, levers, result, time.monotonic() - began, budget.device.replicas, again)
+    below: tuple[int, ...] = ()
+    # A trace that was wrong about a trial is not asked about what was not tried.
+    if _is_traced(budget, workload, levers) and not _refuted(replayed, measured):
+        if result.stopped_by == "oom":
+            again = _fits_again(workload, levers, memory, replayed, result.max_batch)
+        tried = {trial.batch for trial in measured}
+        if result.max_batch:
+            below = _runs_out_below(workload, levers, memory, replayed, result.max_batch, tried)
+    seconds = time.monotonic() - began
+    return Cell(workload, levers, result, seconds, budget.device.replicas, again, below)
 
 
 def _fits_again(
@@ -229,20 +242,47 @@ def _fits_again(
     levers: Levers,
     memory: Memory,
     replayed: Callable[[int], Replay],
-    trials: Sequence[Trial],
     limit: int,
 ) -> tuple[int, ...]:
-    """Larger batches that fit, by a trace that no trial has refuted."""
-    if _refuted(replayed, trials):
-        return ()
+    """Larger batches that fit, by the step's trace."""
     found = []
     for batch in range(limit + 2, limit + 2 + _LOOKED_AT_BEYOND):
-        least_bytes = traced_peak_bytes(workload, levers, batch)
-        if least_bytes is None or least_bytes + memory.held_bytes > memory.total_bytes:
+        if _alive(workload, levers, batch, memory) > 1.0:
             break
         if replayed(batch).fits:
             found.append(batch)
     return tuple(found)
+
+
+def _runs_out_below(
+    workload: Workload,
+    levers: Levers,
+    memory: Memory,
+    replayed: Callable[[int], Replay],
+    limit: int,
+    tried: Set[int],
+) -> tuple[int, ...]:
+    """Smaller batches that do not fit, by the step's trace, as far down as costs a second or two.
+
+    What is alive must fill most of memory for the pieces of the rest to matter.
+    """
+    requests = step_requests(workload, levers, limit)
+    assert requests is not None
+    looked_at = _REQUESTS_LOOKED_THROUGH // len(requests[0])
+    found = []
+    for batch in range(limit - 1, max(limit - 1 - looked_at, 0), -1):
+        if _alive(workload, levers, batch, memory) < _HOLES_FROM:
+            break
+        if batch not in tried and not replayed(batch).fits:
+            found.append(batch)
+    return tuple(reversed(found))
+
+
+def _alive(workload: Workload, levers: Levers, batch: int, memory: Memory) -> float:
+    """Part of memory that is alive at a traced step's peak, whatever pieces the rest is in."""
+    alive_bytes = traced_peak_bytes(workload, levers, batch)
+    assert alive_bytes is not None
+    return (alive_bytes + memory.held_bytes) / memory.total_bytes
 
 
 def _refuted(replayed: Callable[[int], Replay], trials: Sequence[Trial]) -> bool:

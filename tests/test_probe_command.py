@@ -21,12 +21,12 @@ from bertbench.attached import resolve_device
 from bertbench.bytes import MIB_BYTES
 from bertbench.cli import ledger as ledger_cli
 from bertbench.cli import probe as probe_cli
-from bertbench.cli.probe_view import View, build_table, fits_again, shown
+from bertbench.cli.probe_view import View, build_table, holes, shown
 from bertbench.cost import device_rates, predict_step_seconds
 from bertbench.devices import GPU_CONTEXT_RESERVE_BYTES, Device, check_alone, make_budget
 from bertbench.errors import WorkError
 from bertbench.extrapolation import largest_batch
-from bertbench.ledger import read_rows
+from bertbench.ledger import read_rows, record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.locking import lock_path, locked
 from bertbench.probing import Cell, plenty_seconds, predict_cell_seconds, probe_cell
@@ -35,7 +35,7 @@ from bertbench.traced_steps import replay_step
 from bertbench.trial import TIMEOUT_SECONDS, Trial
 from bertbench.workers import share_out
 from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import Checkpointing, parse_checkpointing
+from finetune.checkpointing import parse_checkpointing
 from finetune.errors import InputError
 
 LIMIT = 21
@@ -518,15 +518,28 @@ def test_an_unknown_cell_takes_two_trials_where_a_trace_tells_its_limit(
     assert cell.result.certificate is not None
     assert cell.result.measured <= most
     # A trace that was wrong about the limit is not asked what lies beyond.
-    assert off == 0 or cell.fits_again == ()
+    assert off == 0 or cell.fits_again + cell.runs_out_below == ()
 
 
-def test_batches_that_fit_beyond_a_hole_are_told_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("model", "policy", "budget_mib", "limit", "below"),
+    [
+        ("bert-mini", "selective", 1024, 160, ()),  # 161 does not fit, and some more do
+        ("bert-small", "full", 512, 13, (4,)),  # as a real step of batch 4 has shown
+    ],
+)
+def test_holes_on_both_sides_of_the_limit_are_told_of(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    policy: str,
+    budget_mib: int,
+    limit: int,
+    below: tuple[int, ...],
 ) -> None:
-    """BERT-Mini under 1 GiB: 160 examples fit, 161 do not, and some more do."""
-    budget = make_budget(resolve_device("cpu"), 1024 * MIB_BYTES)
-    workload, levers = published_workload("bert-mini", 128), Levers(Checkpointing("selective"))
+    """Batches that fit where a smaller one does not."""
+    budget = make_budget(resolve_device("cpu"), budget_mib * MIB_BYTES)
+    workload, levers = published_workload(model, 128), Levers(parse_checkpointing(policy))
     memory = empty_memory(budget)
 
     def measure(
@@ -545,9 +558,21 @@ def test_batches_that_fit_beyond_a_hole_are_told_of(
     monkeypatch.setattr(probing, "measure_batches", measure)
     with open_ledger(tmp_path / "l.sqlite") as ledger:
         cell = probe_cell(ledger, budget, workload, levers)
-    assert cell.result.max_batch == 160
+    assert cell.result.max_batch == limit
     assert cell.fits_again
     assert all(replay_step(workload, levers, b, memory).fits for b in cell.fits_again)
-    assert min(cell.fits_again) > 161
-    assert "mini 128: above 160 these fit again" in fits_again(cell)
+    assert all(b > limit + 1 for b in cell.fits_again)
+    assert cell.runs_out_below == below
+    told = holes(cell)
+    assert len(told) == 1 + bool(below)
+    assert f"{model} 128: above {limit} these fit again" in told[0]
+    assert not below or f"{model} 128: below {limit} these do not fit" in told[-1]
+    assert not below or told[-1].endswith(": 4")
     assert cell.to_json()["fits_again"] == list(cell.fits_again)
+    assert cell.to_json()["runs_out_below"] == list(below)
+
+    with open_ledger(tmp_path / "l.sqlite") as ledger:
+        for batch in below:  # what was tried after all is not predicted any more
+            seen = Trial(batch, "fits", MIB_BYTES, 0.1, fresh=True)
+            record(ledger, budget, versions_key(), workload, levers, seen)
+        assert probe_cell(ledger, budget, workload, levers).runs_out_below == ()

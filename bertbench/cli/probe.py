@@ -28,8 +28,8 @@ from bertbench.cli.probe_view import (
     build_check_table,
     build_table,
     describe,
-    fits_again,
     headline,
+    holes,
     shown,
 )
 from bertbench.devices import (
@@ -244,8 +244,8 @@ def command(
         finished = [workload for index, workload in enumerate(workloads) if index in view.cells]
         console.print(build_table(dict(enumerate(cells)), finished))
         for cell in cells:
-            if cell.fits_again:
-                console.print(fits_again(cell), soft_wrap=True)
+            for line in holes(cell):
+                console.print(line, soft_wrap=True)
         for index, running in view.running.items():
             fitting = [trial.batch for trial in running.trials if trial.outcome == "fits"]
             console.print(

@@ -25,6 +25,7 @@ from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload
 
 _REFRESH_PER_SECOND = 4
+_SHOWN = 6
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -214,14 +215,22 @@ def build_table(cells: Mapping[int, Cell], workloads: Sequence[Workload]) -> Tab
     return table
 
 
-def fits_again(cell: Cell) -> str:
-    """Tell of larger batches that fit where smaller ones do not."""
-    batches = cell.fits_again
-    shown = ", ".join(map(str, batches[:6])) + (", ..." if len(batches) > 6 else "")
-    return (
-        f"{cell.workload.model} {cell.workload.seq_len}: above {cell.result.max_batch} these fit "
-        f"again, as memory is in other pieces (predicted, not measured): {shown}"
-    )
+def holes(cell: Cell) -> list[str]:
+    """Tell of larger batches that fit where smaller ones do not, and of smaller ones that do not.
+
+    By the step's trace alone: what was tried is in the trials.
+    """
+    title = f"{cell.workload.model} {cell.workload.seq_len}"
+    return [
+        f"{title}: {where} {cell.result.max_batch} these {what}, as memory is in other pieces "
+        f"(predicted, not measured): {', '.join(map(str, batches[:_SHOWN]))}"
+        + (", ..." if len(batches) > _SHOWN else "")
+        for where, what, batches in (
+            ("above", "fit again", cell.fits_again),
+            ("below", "do not fit", cell.runs_out_below),
+        )
+        if batches
+    ]
 
 
 def _results(cell: Cell) -> list[str]:
