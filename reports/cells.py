@@ -75,6 +75,12 @@ class Cell:
         return self.levers.describe() + (f", {steps} micro-batches" if steps > 1 else "")
 
     @property
+    def of_limit(self) -> bool:
+        """Whether somebody looked for the limit, and did not just try what a plan had chosen."""
+        accumulated = self.levers is not None and self.levers.accumulation_steps > 1
+        return not (accumulated and self.evidence == AT_LEAST)
+
+    @property
     def published(self) -> int | None:
         """Maximum batch of the original release on a Titan X."""
         return PUBLISHED_MAX_BATCH.get((self.newest.model, self.newest.seq_len))

@@ -111,6 +111,7 @@ def _values(report: Report, advance: Advance) -> dict[str, Any]:
         "more_places": max(len(report.places) - _MOST_PLACES, 0),
         "target_batch": report.target_batch,
         "plans": [_commands(planned) for planned in report.planned],
+        "unplanned": report.unplanned,
         "plan_columns": _PLAN_COLUMNS,
         "plan_rows": [_plan_row(planned) for planned in report.planned],
         "tables": [

@@ -57,9 +57,9 @@ class Planned:
 
 
 def plan_places(cells: Sequence[Cell], target_batch: int) -> list[Planned]:
-    """Plan every workload of a ledger, at each place where it was tried; the newest places first.
+    """Plan every workload of a ledger, at each place where it was tried.
 
-    At most a dozen: those of the paper first, then by the newest trial.
+    At most a dozen, those with the newest trials.
 
     Args:
         cells: what `reports.cells.read_cells` returns.

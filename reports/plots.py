@@ -43,13 +43,15 @@ def _panels(count: int, width: float = _PANEL_WIDTH) -> tuple[Figure, list[Axes]
     return figure, axes[:count]
 
 
-def _of_place(cells: Sequence[Cell], place: Place, head: str) -> list[Cell]:
-    return [cell for cell in cells if cell.place == place and cell.newest.head == head]
-
-
 def limits_picture(cells: Sequence[Cell], place: Place, head: str) -> Picture | None:
     """Largest micro-batch against sequence length, a panel for each model."""
-    known = [c for c in _of_place(cells, place, head) if c.max_batch is not None]
+    known = [
+        cell
+        for cell in cells
+        if (cell.place, cell.newest.head) == (place, head)
+        and cell.max_batch is not None
+        and cell.of_limit
+    ]
     models = sorted({cell.newest.model for cell in known}, key=model_order)[-_MOST_PANELS:]
     settings = sorted({(setting_order(c.levers), c.setting) for c in known}, key=lambda s: s[0])
     looks = {name: look_of(number) for number, (_, name) in enumerate(settings[:_MOST_SETTINGS])}
@@ -189,8 +191,6 @@ def _speeds(cell: Cell) -> list[tuple[int, float]]:
 def footprint_picture(planned: Sequence[Planned]) -> Picture | None:
     """What the chosen plans hold at their peak, part by part, beside what was measured."""
     chosen = [(one, one.plan) for one in planned if isinstance(one.plan, Plan)]
-    # Measured ones are worth more.
-    chosen = sorted(chosen, key=lambda pair: pair[0].trial is None)[: 2 * _MOST_PANELS]
     if not chosen:
         return None
 
@@ -256,6 +256,10 @@ def _plan_name(plan: Plan) -> str:
     )
 
 
+_CHARACTER = 0.012
+"""Width of a letter of a label, as a part of the budget."""
+
+
 def front_picture(plan: Plan) -> Picture:
     """Seconds against bytes: the chosen plan, what needs less, and what does not fit."""
 
@@ -270,17 +274,24 @@ def front_picture(plan: Plan) -> Picture:
         axis.plot(*points[0], "*", markersize=13, color=look_of(1).color, markeredgecolor=INK,
                   label="chosen")  # fmt: skip
         axis.axvline(plan.budget_bytes / MIB_BYTES, color=wall, linestyle="--", label="budget")
-        widest, highest = plan.budget_bytes / MIB_BYTES, max(y for _, y in points)
-        labelled: list[tuple[float, float]] = []
+        right, highest = plan.budget_bytes / MIB_BYTES, max(y for _, y in points)
+        labels: list[tuple[float, float, float]] = []  # left, right and height
         for entry, (x, y) in zip(entries, points, strict=True):
-            near = (abs(x - a) < 0.2 * widest and abs(y - b) < 0.08 * highest for a, b in labelled)
-            if any(near):
+            setting = describe_setting(entry.micro_batch, entry.levers)
+            text = setting.replace("checkpointing ", "")
+            width = _CHARACTER * right * (len(text) + 2)
+            # Above the line, which goes to the right from every point but the chosen one.
+            to_the_right = x < width or (x + width < right and entry is not plan.chosen)
+            starts = x if to_the_right else x - width
+            if any(
+                starts < end and start < starts + width and abs(y - height) < 0.08 * highest
+                for start, end, height in labels
+            ):
                 continue
-            labelled.append((x, y))
-            text = describe_setting(entry.micro_batch, entry.levers)
+            labels.append((starts, starts + width, y))
             axis.annotate(
-                text.replace("checkpointing ", ""), (x, y), xytext=(-6, 6), fontsize=7.5,
-                textcoords="offset points", ha="right",
+                text, (x, y), xytext=(3 if to_the_right else -6, 6), fontsize=7.5,
+                textcoords="offset points", ha="left" if to_the_right else "right",
             )  # fmt: skip
         axis.set_xlim(left=0, right=1.08 * plan.budget_bytes / MIB_BYTES)
         axis.set_ylim(bottom=0, top=1.2 * max(y for _, y in points))

@@ -56,8 +56,14 @@ class Report:
 
     @functools.cached_property
     def planned(self) -> list[Planned]:
-        """A plan for every workload."""
+        """A plan for every workload, if they are not too many."""
         return plan_places(self.cells, self.target_batch)
+
+    @property
+    def unplanned(self) -> int:
+        """Number of workloads that there is no plan of."""
+        known = {(c.place, c.workload.key()) for c in self.cells if c.workload is not None}
+        return len(known) - len(self.planned)
 
     @functools.cached_property
     def predictions(self) -> list[Prediction]:

@@ -61,10 +61,11 @@ def limit_text(cell: Cell) -> str:
 def published_tables(cells: Sequence[Cell]) -> list[Table]:
     """Make a table for every place and task, with a column for every lever setting.
 
-    The paper's systems come first and have a column of published numbers beside ours.
+    The paper's systems come first and have a column of published numbers beside ours. What was
+    tried for a plan alone is left out.
     """
     groups: dict[tuple[Place, str], list[Cell]] = {}
-    for cell in cells:
+    for cell in (cell for cell in cells if cell.of_limit):
         groups.setdefault((cell.place, cell.newest.head), []).append(cell)
     tables = [_table(place, head, some) for (place, head), some in groups.items()]
     return sorted(tables, key=lambda table: PUBLISHED not in table.frame.columns)

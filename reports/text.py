@@ -11,7 +11,6 @@ from bertbench.bytes import format_bytes
 from bertbench.cli.common import terminal
 from bertbench.planner import Plan
 from reports.cells import Cell
-from reports.planning import Planned
 from reports.predictions import describe_errors
 from reports.report import Report
 from reports.runs import Run
@@ -30,7 +29,7 @@ def show_report(report: Report) -> None:
     if report.tables:
         console.print(NOTE)
     _show_bars(console, report.cells)
-    _show_plans(console, report.planned, report.target_batch)
+    _show_plans(console, report)
     errors = describe_errors(report.predictions)
     if errors:
         console.print(f"\n{errors}")
@@ -80,15 +79,15 @@ def _show_bars(console: Console, cells: Sequence[Cell]) -> None:
     console.print(shown)
 
 
-def _show_plans(console: Console, planned: Sequence[Planned], target_batch: int) -> None:
-    if not planned:
+def _show_plans(console: Console, report: Report) -> None:
+    if not report.planned:
         return
-    console.print(f"\n[bold]Plans for an effective batch of {target_batch}[/bold]")
+    console.print(f"\n[bold]Plans for an effective batch of {report.target_batch}[/bold]")
     shown = RichTable(box=None, pad_edge=False)
     for name in ("model", "seq", "budget", "steps x batch", "checkpointing", "peak", "time"):
         left = name in ("model", "checkpointing")
         shown.add_column(name, justify="left" if left else "right", no_wrap=name != "checkpointing")
-    for one in planned:
+    for one in report.planned:
         first = (
             system_name(one.workload.model),
             str(one.workload.seq_len),
@@ -106,6 +105,11 @@ def _show_plans(console: Console, planned: Sequence[Planned], target_batch: int)
         else:
             shown.add_row(*first, "-", "does not fit", "-", "-")
     console.print(shown)
+    if report.unplanned:
+        console.print(
+            f"and {report.unplanned} more workloads with older trials: `bertbench plan` plans them",
+            soft_wrap=True,
+        )
 
 
 def _show_runs(console: Console, runs: Sequence[Run]) -> None:

@@ -149,3 +149,17 @@ def test_a_table_for_each_place_and_task() -> None:
     assert [(t.head, t.place.budget_bytes >> 20) for t in tables] == [
         ("squad", 64), ("squad", 11430), ("classifier", 11430),
     ]  # fmt: skip
+
+
+def test_what_was_tried_for_a_plan_is_no_limit() -> None:
+    tried = rows_of(fits(8), steps=4)
+    cells = read_cells([*rows_of(fits(31), oom(32)), *tried])
+    (table,) = published_tables(cells)
+    assert list(table.frame.columns)[-1] == "none"
+    assert len(cells) == 2
+    # Where the limit was looked for, it is one.
+    (table,) = published_tables(read_cells([*tried, *rows_of(oom(9), steps=4)]))
+    assert table.frame["none, 4 micro-batches"].tolist() == ["8*"]
+    # And what fits at once tells something in any case.
+    (table,) = published_tables(read_cells(rows_of(fits(8))))
+    assert table.frame["none"].tolist() == [">=8"]

@@ -128,6 +128,16 @@ def test_little_makes_a_page_too(rows: list[LedgerRow], words: str, without: str
     assert not any(name.startswith(without) for name in [*reader.ids, *reader.tables])
 
 
+def test_workloads_without_a_plan_are_counted() -> None:
+    rows = [
+        row
+        for number, seq_len in enumerate(range(16, 16 * 15, 16))
+        for row in rows_of(fits(3), model="bert-tiny", seq_len=seq_len, first=1 + number)
+    ]
+    assert "plans the other 2 too" in build_page(report_of(rows))
+    assert "plans the other" not in build_page(report_of(rows[2:]))
+
+
 def test_many_trials_make_a_page_that_can_be_opened() -> None:
     rows: list[LedgerRow] = []
     trials = [fits(n + 1) if n < 4 else oom(n + 1) for n in range(5)]

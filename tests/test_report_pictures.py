@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import xml.etree.ElementTree
 from datetime import datetime, timezone
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ledger_rows import fits, oom, rows_of
+from ledger_rows import CPU, fits, oom, rows_of
 
 from bertbench.bytes import GIB_BYTES, MIB_BYTES
-from bertbench.planner import Plan
+from bertbench.cost import device_rates
+from bertbench.planner import Plan, make_plan
 from bertbench.step_traces import read_trace
 from bertbench.traced_steps import traced_peak_bytes
 from bertbench.workload import Levers, published_workload
@@ -77,6 +79,40 @@ def test_limits_are_drawn_beside_the_published_ones() -> None:
     assert lines(large)["none"] == [(384, 0.5)]
     assert large.yaxis.get_major_formatter()(0.5) == "0"
     assert limits_picture(cells, cells[0].place, "classifier") is None
+
+
+def test_what_was_tried_for_a_plan_is_not_drawn_as_a_limit() -> None:
+    cells = read_cells([*ROWS, *rows_of(fits(8), steps=4, mib=11430)])
+    base, _ = drawn(limits_picture(cells, cells[0].place, "squad")).axes
+    assert "none" in lines(base)
+    assert "none, 4 micro-batches" not in lines(base)
+
+
+@pytest.mark.parametrize(
+    ("model", "seq_len", "mib"),
+    [
+        ("bert-base", 512, 11430),
+        ("bert-large", 320, 11430),
+        ("bert-large", 512, 11430),
+        ("bert-large", 384, 6000),
+        ("bert-mini", 128, 6000),
+    ],
+)
+def test_labels_of_settings_do_not_lie_on_each_other(model: str, seq_len: int, mib: int) -> None:
+    plan = make_plan(
+        published_workload(model, seq_len), 32, mib * MIB_BYTES, device_rates(CPU),
+        device="CPU", device_kind="cpu",
+    )  # fmt: skip
+    figure = drawn(front_picture(plan))
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert boxes
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1 for box in boxes)
+    # None lies on a mark but perhaps its own corner.
+    marks = axis.transData.transform([p for line in axis.lines[1:3] for p in line.get_xydata()])
+    assert not any(box.shrunk(0.98, 0.9).contains(*mark) for box in boxes for mark in marks)
 
 
 def test_speed_is_drawn_up_to_the_wall() -> None:
