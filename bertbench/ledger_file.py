@@ -100,6 +100,42 @@ def open_ledger(path: str | os.PathLike[str] | None = None) -> Iterator[sqlite3.
 
 
 @contextlib.contextmanager
+def read_ledger(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open what a ledger holds, in this version's format; the file itself is not changed.
+
+    So it may be of an older version, or on a disk that cannot be written.
+
+    Args:
+        path: the file, which exists.
+
+    Raises:
+        InputError: it is damaged, not a ledger, of a newer version, or cannot be read.
+    """
+    copy = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        with _explained(path):
+            _copy(path, copy)
+            _prepare(copy, path)
+        yield copy
+    finally:
+        copy.close()
+
+
+def _copy(path: Path, copy: sqlite3.Connection) -> None:
+    # Even a reader of a file in WAL mode wants to write beside it; where it cannot, nobody can.
+    for how in ("mode=ro", "mode=ro&immutable=1"):
+        with contextlib.closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?{how}", timeout=_BUSY_SECONDS, uri=True)
+        ) as source:
+            try:
+                source.backup(copy)
+                return
+            except sqlite3.OperationalError:
+                if "immutable" in how:
+                    raise
+
+
+@contextlib.contextmanager
 def explained(ledger: sqlite3.Connection) -> Iterator[None]:
     """Turn errors of an open ledger into ones that name its file and say what to do."""
     with _explained(Path(ledger.execute("PRAGMA database_list").fetchone()[2])):

@@ -18,6 +18,7 @@ from bertbench.fitting import (
     fits,
     footprint_in,
     least_peak_bytes,
+    margin_for,
     usable_bytes,
 )
 from bertbench.footprint import Footprint
@@ -277,7 +278,9 @@ def _choose(candidates: Sequence[_Candidate], room: Room, experience: Experience
         if known is False:
             why = "ran out of memory in a trial"
         elif missing_bytes > 0:
+            margin = margin_for(candidate.workload, candidate.levers, room)
             why += f"{format_bytes(missing_bytes)} too much"
+            why += f" with a margin of {margin:.0%}" if margin else ""
         else:
             why += "and what is free is in pieces that are too small"
         rejected.append((missing_bytes, Rejection(candidate.micro_batch, candidate.levers, why)))
@@ -340,11 +343,17 @@ def _nothing_fits(
 
 
 def describe_entry(entry: PlanEntry) -> str:
-    """Write a plan's setting as `3 x 11, checkpointing full`, and its replicas."""
+    """Write a plan's setting as `3 steps of 11, checkpointing full`, and its replicas."""
     share = f"{entry.replicas} replicas, each " if entry.replicas > 1 else ""
     return share + describe_setting(entry.micro_batch, entry.levers)
 
 
 def describe_setting(micro_batch: int, levers: Levers) -> str:
-    """Write a setting as `3 x 11, checkpointing full`."""
-    return f"{levers.accumulation_steps} x {micro_batch}, checkpointing {levers.describe()}"
+    """Write a setting as `3 steps of 11, checkpointing full`."""
+    return f"{describe_cut(micro_batch, levers)}, checkpointing {levers.describe()}"
+
+
+def describe_cut(micro_batch: int, levers: Levers) -> str:
+    """Write how an effective batch is cut as `3 steps of 11`."""
+    steps = levers.accumulation_steps
+    return f"{steps} step{'s' * (steps != 1)} of {micro_batch}"

@@ -6,17 +6,17 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bertbench.devices import Device
 from bertbench.ledger import LedgerRow
 from bertbench.paper import PUBLISHED_MAX_BATCH
 from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload, levers_from_json, workload_from_key
 from finetune.checkpointing import POLICIES
+from finetune.config import PRESETS, BertConfig
 from finetune.errors import InputError
+from reports.places import Place, place_of
 
 CERTIFIED, MEASURED, AT_LEAST, BELOW, FAILED = (
     "certified",
@@ -39,6 +39,8 @@ class Cell:
         evidence: how that is known, one of the words above.
         fits: the trial of `max_batch`.
         oom: the trial of the smallest batch beyond it that runs out of memory.
+        model: its name for people: the published one of the same shape, or the recorded one, made
+            longer where several shapes have it.
     """
 
     rows: tuple[LedgerRow, ...]
@@ -46,6 +48,7 @@ class Cell:
     evidence: str
     fits: Trial | None
     oom: Trial | None
+    model: str
 
     @property
     def newest(self) -> LedgerRow:
@@ -62,9 +65,7 @@ class Cell:
     @functools.cached_property
     def workload(self) -> Workload | None:
         """What is trained; None if it is of another version."""
-        with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
-            return workload_from_key(self.newest.model, self.newest.question[2])
-        return None
+        return _workload(self.newest)
 
     @functools.cached_property
     def setting(self) -> str:
@@ -75,6 +76,12 @@ class Cell:
         return self.levers.describe() + (f", {steps} micro-batches" if steps > 1 else "")
 
     @property
+    def task(self) -> str:
+        """Head for people."""
+        labels = 2 if self.workload is None else self.workload.num_labels
+        return self.newest.head + (f", {labels} labels" if labels != 2 else "")
+
+    @property
     def of_limit(self) -> bool:
         """Whether somebody looked for the limit, and did not just try what a plan had chosen."""
         accumulated = self.levers is not None and self.levers.accumulation_steps > 1
@@ -83,7 +90,7 @@ class Cell:
     @property
     def published(self) -> int | None:
         """Maximum batch of the original release on a Titan X."""
-        return PUBLISHED_MAX_BATCH.get((self.newest.model, self.newest.seq_len))
+        return PUBLISHED_MAX_BATCH.get((self.model, self.newest.seq_len))
 
     @property
     def examples_per_second(self) -> float | None:
@@ -102,7 +109,7 @@ class Cell:
             "device": row.device,
             "budget_bytes": row.budget_bytes,
             "versions": row.versions,
-            "model": row.model,
+            "model": self.model,
             "head": row.head,
             "seq_len": row.seq_len,
             "levers": row.levers,
@@ -113,45 +120,6 @@ class Cell:
             "examples_per_second": self.examples_per_second,
             "trials": len(self.rows),
         }
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Place:
-    """Where, and with what, trials were run that may be compared with each other.
-
-    Attributes:
-        device: name.
-        budget_bytes: what the allocator could use.
-        kind: `cpu`, `gpu` or `tpu`.
-        driver: of a GPU; empty for others.
-        versions: as the ledger has them.
-    """
-
-    device: str
-    budget_bytes: int
-    kind: str
-    driver: str
-    versions: str
-
-    def as_device(self) -> Device:
-        """The device, as large as the budget."""
-        size = self.budget_bytes
-        return Device(self.kind, 0, self.device, None, size, size, driver=self.driver or None)
-
-
-@functools.lru_cache(maxsize=1024)
-def _place(device: str, budget_bytes: int, budget_key: str, versions: str) -> Place:
-    try:
-        values = json.loads(budget_key)
-        kind, driver = str(values["kind"]), str(values.get("driver") or "")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        kind, driver = "cpu", ""
-    return Place(device, budget_bytes, kind, driver, versions)
-
-
-def place_of(row: LedgerRow) -> Place:
-    """Where a trial was run."""
-    return _place(row.device, row.budget_bytes, *row.question[:2])
 
 
 def trial_rate(row: LedgerRow, trial: Trial) -> float | None:
@@ -173,10 +141,37 @@ def read_cells(rows: Iterable[LedgerRow]) -> list[Cell]:
     by_question = collections.defaultdict(list)
     for row in rows:
         by_question[row.question].append(row)
-    return sorted(map(_cell, by_question.values()), key=_order)
+    groups = list(by_question.values())
+    names = _model_names([group[-1] for group in groups])
+    return sorted(map(_cell, groups, names), key=_order)
 
 
-def _cell(rows: Sequence[LedgerRow]) -> Cell:
+def _model_names(rows: Sequence[LedgerRow]) -> list[str]:
+    """Names of the models of some rows, one for each shape."""
+    published = {shape: name for name, shape in PRESETS.items()}
+    shapes: dict[str, list[BertConfig | None]] = {}
+    found: list[tuple[str, BertConfig | None]] = []
+    for row in rows:
+        shape = None if (workload := _workload(row)) is None else workload.config
+        name = row.model if shape is None else published.get(shape, row.model)
+        found.append((name, shape))
+        if shape not in shapes.setdefault(name, []):
+            shapes[name].append(shape)
+    names = []
+    for name, shape in found:
+        number = shapes[name].index(shape)
+        of = "" if shape is None else f", {shape.num_hidden_layers} x {shape.hidden_size}"
+        names.append(f"{name} (#{number + 1}{of})" if len(shapes[name]) > 1 else name)
+    return names
+
+
+def _workload(row: LedgerRow) -> Workload | None:
+    with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
+        return workload_from_key(row.model, row.question[2])
+    return None
+
+
+def _cell(rows: Sequence[LedgerRow], model: str) -> Cell:
     newest: dict[int, Trial] = {}
     fresh: dict[int, Trial] = {}
     for row in rows:
@@ -193,12 +188,12 @@ def _cell(rows: Sequence[LedgerRow]) -> Cell:
     oom = min(ooms, key=_batch, default=None)
     if fits is not None and oom is not None:
         certified = oom.batch == fits.batch + 1 and fits.fresh and oom.fresh
-        return Cell(tuple(rows), fits.batch, CERTIFIED if certified else MEASURED, fits, oom)
+        return Cell(tuple(rows), fits.batch, CERTIFIED if certified else MEASURED, fits, oom, model)
     if fits is not None:
-        return Cell(tuple(rows), fits.batch, AT_LEAST, fits, None)
+        return Cell(tuple(rows), fits.batch, AT_LEAST, fits, None, model)
     if oom is not None and oom.batch == 1:
-        return Cell(tuple(rows), 0, CERTIFIED if oom.fresh else MEASURED, None, oom)
-    return Cell(tuple(rows), None, FAILED if oom is None else BELOW, None, oom)
+        return Cell(tuple(rows), 0, CERTIFIED if oom.fresh else MEASURED, None, oom, model)
+    return Cell(tuple(rows), None, FAILED if oom is None else BELOW, None, oom, model)
 
 
 def _batch(trial: Trial) -> int:
@@ -229,4 +224,4 @@ def setting_order(levers: Levers | None) -> tuple[Any, ...]:
 
 def _order(cell: Cell) -> tuple[Any, ...]:
     row = cell.newest
-    return (cell.place, model_order(row.model), row.head, row.seq_len, setting_order(cell.levers))
+    return (cell.place, model_order(cell.model), cell.task, row.seq_len, setting_order(cell.levers))

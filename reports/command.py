@@ -10,7 +10,7 @@ import click
 
 from bertbench.cli.common import CONTEXT, json_option, ledger_option, write_json
 from bertbench.ledger import read_rows
-from bertbench.ledger_file import default_ledger_path, open_ledger
+from bertbench.ledger_file import default_ledger_path, read_ledger
 from bertbench.progress import progress, say
 from finetune.errors import InputError
 from finetune.files import write_atomically
@@ -51,9 +51,15 @@ _PAGE = ".html"
     show_default=True,
     help="Effective batch to plan for.",
 )
-@click.option("--force", is_flag=True, help="Replace what is at --out.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace a file at --out, or a report in a folder, whose other files stay.",
+)
 @json_option
+@click.pass_context
 def command(
+    context: click.Context,
     ledger_file: Path | None,
     run_dirs: tuple[Path, ...],
     out: Path | None,
@@ -72,10 +78,7 @@ def command(
       bertbench report --compare before.json after.json
     """
     if compare is not None:
-        if out is not None or run_dirs or ledger_file is not None:
-            raise InputError(
-                "--compare does not go with --out, --run or --ledger", hint="leave them out"
-            )
+        _nothing_else(context)
         _compare(*compare, json_file)
         return
     path = ledger_file or default_ledger_path()
@@ -87,10 +90,11 @@ def command(
     from reports.runs import read_run
 
     rows = []
-    # Looking must not make a ledger.
     if path.exists():
-        with open_ledger(path) as ledger:
+        with read_ledger(path) as ledger:
             rows = read_rows(ledger)
+    else:
+        say(f"no ledger at {path} yet")
     runs = [read_run(folder) for folder in run_dirs]
     report = Report(path, rows, runs, target_batch, datetime.now().astimezone())
     if json_file is not None:
@@ -110,6 +114,18 @@ def command(
         _write(report, out, suffix)
 
 
+def _nothing_else(context: click.Context) -> None:
+    """Refuse flags that a comparison has no use for."""
+    for name in context.params.keys() - {"compare", "json_file"}:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            flag = {"run_dirs": "--run", "ledger_file": "--ledger"}.get(name, f"--{name}")
+            flag = flag.replace("_", "-")
+            raise InputError(
+                f"--compare does not go with {flag}",
+                hint=f"leave {flag} out; --json FILE keeps a comparison",
+            )
+
+
 def _check_out(out: Path, force: bool) -> str:
     """The kind of `--out`, a suffix or "" for a folder.
 
@@ -118,16 +134,14 @@ def _check_out(out: Path, force: bool) -> str:
     """
     from reports.tables import FORMATS
 
-    suffix = out.suffix.lower()
+    suffix = "" if out.is_dir() else out.suffix.lower()
     if suffix not in ("", _PAGE, *FORMATS):
         raise InputError(
             f"unknown kind of file {suffix!r}",
             path=out,
             hint=f"end it in {', '.join((_PAGE, *FORMATS))}, or name a folder",
         )
-    occupied = out.exists() and (suffix or not out.is_dir() or any(out.iterdir()))
-    if suffix and out.is_dir():
-        raise InputError("is a folder", path=out, hint="choose another name")
+    occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if occupied and not force:
         raise InputError("is there already", path=out, hint="choose another name, or use --force")
     if not suffix and out.exists() and not out.is_dir():
@@ -139,23 +153,36 @@ def _write(report: Report, out: Path, suffix: str) -> None:
     from reports.page import build_page
     from reports.tables import FORMATS, write_tables
 
+    out.parent.mkdir(parents=True, exist_ok=True)
+    written: set[Path] = set()
+
+    def write(name: str, content: str | bytes) -> None:
+        write_atomically(out / name, content)
+        written.add(out / name)
+
     if suffix in FORMATS:
         write_atomically(out, write_tables(report.cells, suffix))
     elif suffix:
         with progress("page", len(report.pictures), "pictures") as advance:
             write_atomically(out, build_page(report, advance))
     else:
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(exist_ok=True)
         for kind in FORMATS:
-            write_atomically(out / f"limits{kind}", write_tables(report.cells, kind))
+            write(f"limits{kind}", write_tables(report.cells, kind))
         pictures = report.pictures
         with progress("pictures", len(pictures), "pictures") as advance:
             for number, picture in enumerate(pictures):
-                write_atomically(out / f"{picture.name}.png", picture.png())
-                write_atomically(out / f"{picture.name}.svg", picture.svg())
+                write(f"{picture.name}.png", picture.png())
+                write(f"{picture.name}.svg", picture.svg())
                 advance(number + 1, picture.name)
-        write_atomically(out / "report.html", build_page(report))
-    say(f"wrote {out}")
+        write("report.html", build_page(report))
+        others = len(set(out.iterdir()) - written)
+        if others:
+            say(f"left {others} other file{'s' * (others != 1)} in {out} as they were")
+    say(
+        f"wrote {out / 'report.html' if not suffix else out}"
+        + ("" if suffix else ", and more beside it")
+    )
 
 
 def _compare(before: Path, after: Path, json_file: Path | None) -> None:

@@ -5,21 +5,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from bertbench.bytes import format_bytes
 from bertbench.cli.common import terminal
 from bertbench.devices import budget_from_json
 from bertbench.ledger import LedgerRow, read_rows
-from bertbench.ledger_file import open_ledger
+from bertbench.ledger_file import read_ledger
 from bertbench.trial import trial_from_json
 from bertbench.workload import levers_from_json, published_workload
 from finetune.errors import InputError
-from reports.cells import Cell, model_order, read_cells, setting_order, trial_rate
-from reports.tables import limit_text, system_name
+from reports.cells import (
+    CERTIFIED,
+    MEASURED,
+    Cell,
+    model_order,
+    read_cells,
+    setting_order,
+    trial_rate,
+)
+from reports.places import name_places
+from reports.tables import count_cells, limit_text, system_name
 
 _SQLITE = b"SQLite format 3\x00"
 
@@ -38,9 +48,20 @@ class Pair:
 
     @property
     def limit_ratio(self) -> float | None:
-        """Largest batch of the second, in those of the first; None where one is 0 or not known."""
+        """Largest batch of the second, in those of the first.
+
+        None where one is 0 or no limit: what is known of it is that this many fit, at least.
+        """
+        known = (CERTIFIED, MEASURED)
+        if self.before.evidence not in known or self.after.evidence not in known:
+            return None
         before, after = self.before.max_batch, self.after.max_batch
         return after / before if before and after else None
+
+    @property
+    def budgets_differ(self) -> bool:
+        """Whether one had more memory."""
+        return self.before.newest.budget_bytes != self.after.newest.budget_bytes
 
     @property
     def peak_ratio(self) -> float | None:
@@ -68,7 +89,7 @@ class Pair:
         """Values for JSON."""
         row = self.before.newest
         return {
-            "model": row.model,
+            "model": self.before.model,
             "head": row.head,
             "seq_len": row.seq_len,
             "levers": row.levers,
@@ -98,7 +119,7 @@ class Spread:
 
     def __str__(self) -> str:
         """Write it for people."""
-        return f"{self.mean:.3f} ({self.least:.3f} to {self.most:.3f}, {self.count} cells)"
+        return f"{self.mean:.3f} ({self.least:.3f} to {self.most:.3f}, {count_cells(self.count)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +128,8 @@ class Comparison:
 
     Attributes:
         pairs: cells of both.
-        only_before: number of cells that the second does not have.
-        only_after: number of cells that the first does not have.
+        only_before: number of cells of the first that are in no pair.
+        only_after: number of cells of the second that are in no pair.
     """
 
     pairs: tuple[Pair, ...]
@@ -141,38 +162,47 @@ class Comparison:
 def compare_cells(before: Sequence[Cell], after: Sequence[Cell]) -> Comparison:
     """Pair cells of the same model, task, length and levers.
 
-    Under the same budget where there is one; otherwise the newest cell of each.
+    On the same device under the same budget, or else under the same budget, or else, if there is no
+    such pair, the newest of each. No cell is in two pairs; of several the newest come first.
     """
     groups: tuple[dict[tuple[Any, ...], list[Cell]], ...] = ({}, {})
     for cells, group in zip((before, after), groups, strict=True):
-        for cell in sorted(cells, key=lambda cell: cell.newest.id):
+        for cell in sorted(cells, key=lambda cell: -cell.newest.id):
             group.setdefault(_key(cell), []).append(cell)
-    pairs, paired = [], 0
-    for key in sorted(groups[0].keys() & groups[1].keys(), key=str):
-        first, second = groups[0][key], groups[1][key]
-        found = [
-            Pair(one, other)
-            for one in _newest_by_budget(first).values()
-            if (other := _newest_by_budget(second).get(one.newest.budget_bytes)) is not None
-        ]
-        pairs += found or [Pair(first[-1], second[-1])]
-        paired += 1
+    pairs: list[Pair] = []
+    for key in groups[0].keys() & groups[1].keys():
+        first, second = list(groups[0][key]), list(groups[1][key])
+        found = _matched(first, second, lambda cell: (cell.place.device, cell.place.budget_bytes))
+        found += _matched(first, second, lambda cell: cell.place.budget_bytes)
+        pairs += found or [Pair(first[0], second[0])]
     pairs.sort(key=lambda pair: _order(pair.before))
-    return Comparison(tuple(pairs), len(groups[0]) - paired, len(groups[1]) - paired)
+    return Comparison(tuple(pairs), len(before) - len(pairs), len(after) - len(pairs))
+
+
+def _matched(first: list[Cell], second: list[Cell], by: Callable[[Cell], Any]) -> list[Pair]:
+    """Take pairs with the same of something out of two lists."""
+    pairs = []
+    for cell in list(first):
+        other = next((other for other in second if by(other) == by(cell)), None)
+        if other is not None:
+            pairs.append(Pair(cell, other))
+            first.remove(cell)
+            second.remove(other)
+    return pairs
 
 
 def _key(cell: Cell) -> tuple[Any, ...]:
+    """What cells have in common that are compared: names only where this version knows no more."""
     row = cell.newest
-    return row.model, row.head, row.seq_len, json.dumps(row.levers, sort_keys=True)
-
-
-def _newest_by_budget(cells: Sequence[Cell]) -> dict[int, Cell]:
-    return {cell.newest.budget_bytes: cell for cell in cells}
+    levers = json.dumps(row.levers, sort_keys=True) if cell.levers is None else cell.levers.key()
+    if cell.workload is None:
+        return row.model, row.head, row.seq_len, levers
+    return cell.workload.key(), levers
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
-    row = cell.newest
-    return model_order(row.model), row.head, row.seq_len, setting_order(cell.levers)
+    length, budget_bytes = cell.newest.seq_len, cell.place.budget_bytes
+    return model_order(cell.model), cell.task, length, setting_order(cell.levers), budget_bytes
 
 
 def _mean_ratio(before: Mapping[int, float], after: Mapping[int, float]) -> float | None:
@@ -203,13 +233,13 @@ def read_either(path: Path) -> list[Cell]:
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", path=path) from error
     if is_ledger:
-        with open_ledger(path) as ledger:
+        with read_ledger(path) as ledger:
             return read_cells(read_rows(ledger))
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return read_cells(_rows_of(values))
-    except InputError:  # a model or lever that this version does not know
-        raise
+    except InputError as error:  # a model or lever that this version does not know
+        raise InputError(str(error), path=path) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             "neither a ledger nor a probe's result",
@@ -249,31 +279,60 @@ def _rows_of(values: Mapping[str, Any]) -> list[LedgerRow]:
 def show_comparison(before: str, after: str, comparison: Comparison) -> None:
     """Show the pairs, a line for each, and what they come to."""
     console = terminal()
-    console.print(f"A: {before}", soft_wrap=True)
-    console.print(f"B: {after}", soft_wrap=True)
+    for letter, name, cells in (
+        ("A", before, [pair.before for pair in comparison.pairs]),
+        ("B", after, [pair.after for pair in comparison.pairs]),
+    ):
+        places = name_places(cell.place for cell in cells)
+        where = f": {'; '.join(places.values())}" if len(places) in (1, 2) else ""
+        console.print(f"{letter}: {name}{where}", soft_wrap=True)
+    budgets = {cell.place.budget_bytes for pair in comparison.pairs for cell in _both(pair)}
+    tasks = {pair.before.task for pair in comparison.pairs}
     table = Table(box=None, pad_edge=False)
-    for title in ("model", "seq", "levers", "A", "B", "B/A", "peak", "speed"):
-        left = title in ("model", "levers")
+    titles = ["model", "seq", "levers", "A", "B", "B/A", "peak", "speed"]
+    if len(tasks) > 1:
+        titles.insert(2, "task")
+    if len(budgets) > 1:
+        titles.insert(titles.index("A"), "budget")
+    for title in titles:
+        left = title in ("model", "task", "levers")
         table.add_column(title, justify="left" if left else "right", no_wrap=title != "levers")
     for pair in comparison.pairs:
-        table.add_row(
-            system_name(pair.before.newest.model),
-            str(pair.before.newest.seq_len),
-            pair.before.setting,
-            limit_text(pair.before),
-            limit_text(pair.after),
-            *(_ratio(r) for r in (pair.limit_ratio, pair.peak_ratio, pair.speed_ratio)),
-        )
+        values = {
+            "model": system_name(pair.before.model),
+            "seq": str(pair.before.newest.seq_len),
+            "task": pair.before.task,
+            "levers": pair.before.setting,
+            "budget": _budget(pair),
+            "A": limit_text(pair.before),
+            "B": limit_text(pair.after),
+            "B/A": _ratio(pair.limit_ratio),
+            "peak": _ratio(pair.peak_ratio),
+            "speed": _ratio(pair.speed_ratio),
+        }
+        table.add_row(*(values[title] for title in titles))
     if comparison.pairs:
         console.print(table)
     for name, spread in comparison.spreads.items():
         if spread is not None:
             console.print(f"{name.replace('_', ' ')} B/A: {spread}", soft_wrap=True)
+    differ = sum(pair.budgets_differ for pair in comparison.pairs)
+    if differ:
+        console.print(f"{count_cells(differ)} had another budget in B than in A")
     for count, of in ((comparison.only_before, "A"), (comparison.only_after, "B")):
         if count:
-            console.print(f"{count} cells only in {of}")
+            console.print(f"{count_cells(count)} only in {of}")
     if not comparison.pairs:
         console.print("no cell is in both")
+
+
+def _both(pair: Pair) -> tuple[Cell, Cell]:
+    return pair.before, pair.after
+
+
+def _budget(pair: Pair) -> str:
+    before, after = (format_bytes(cell.place.budget_bytes) for cell in _both(pair))
+    return f"{before} / {after}" if pair.budgets_differ else before
 
 
 def _ratio(value: float | None) -> str:

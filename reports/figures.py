@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import html
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +43,8 @@ _STYLE: Mapping[str, Any] = {
     # Text stays text: it can be selected and searched for, and takes little room.
     "svg.fonttype": "none",
     "svg.hashsalt": "bertbench",
+    # Names from outside may have dollars in them.
+    "text.parse_math": False,
     **dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color",
          "ytick.color", "grid.color", "hatch.color"),
@@ -92,7 +95,8 @@ class Picture:
     """A picture that is drawn when it is wanted.
 
     Attributes:
-        name: of its files.
+        name: of its files, and in its ids; what is neither a letter nor a digit of ASCII, a dot,
+            an underscore or a dash becomes a dash.
         title: for people.
         caption: how to read it, in a sentence or two.
         draw: draws it; the style is in force then.
@@ -104,6 +108,10 @@ class Picture:
     caption: str
     draw: Callable[[], Figure]
     wide: bool = True
+
+    def __post_init__(self) -> None:
+        """Make the name one that a file and an id can have."""
+        object.__setattr__(self, "name", re.sub(r"[^A-Za-z0-9._-]+", "-", self.name))
 
     def png(self) -> bytes:
         """For files: on white."""
@@ -124,7 +132,7 @@ class Picture:
         # Several pictures in a page must not share names.
         text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{self.name}-", text)
         text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)
-        label = self.title.replace("&", "and").replace('"', "").replace("<", "")
+        label = html.escape(self.title)
         return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
     def _svg(self, background: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import jinja2
 
 from bertbench.bytes import format_bytes
-from bertbench.ledger import LedgerRow
 from bertbench.planner import Plan, describe_setting
-from bertbench.progress import Advance
-from reports.cells import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED, Cell, Place, trial_rate
+from bertbench.progress import Advance, describe_duration
+from reports.cells import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED, Cell, trial_rate
+from reports.places import Place
 from reports.planning import Planned
 from reports.predictions import describe_errors
 from reports.report import Report, version
@@ -103,17 +102,17 @@ def _values(report: Report, advance: Advance) -> dict[str, Any]:
     }
     return {
         "headline": report.headline,
-        "made": report.made.strftime("%-d %B %Y, %H:%M %Z"),
+        "made": f"{report.made.day} {report.made:%B %Y, %H:%M %Z}",
         "version": version(),
         "ledger": report.ledger.name,
         "contents": [(name, title) for name, (title, there) in sections.items() if there],
         "places": [_place(report, place) for place in report.places[:_MOST_PLACES]],
         "more_places": max(len(report.places) - _MOST_PLACES, 0),
         "target_batch": report.target_batch,
-        "plans": [_commands(planned) for planned in report.planned],
+        "plans": [_commands(one, report.names[one.place]) for one in report.planned],
         "unplanned": report.unplanned,
         "plan_columns": _PLAN_COLUMNS,
-        "plan_rows": [_plan_row(planned) for planned in report.planned],
+        "plan_rows": [_plan_row(one, report.names[one.place]) for one in report.planned],
         "tables": [
             {
                 "title": table.title,
@@ -130,17 +129,18 @@ def _values(report: Report, advance: Advance) -> dict[str, Any]:
         "run_rows": [_run_row(run) for run in report.runs],
         "cell_columns": _CELL_COLUMNS,
         # In the order of the report, which is that of the places and models.
-        "cell_rows": [_cell_row(cell) for cell in report.cells if id(cell) in shown],
+        "cell_rows": [
+            _cell_row(cell, report.names[cell.place]) for cell in report.cells if id(cell) in shown
+        ],
         "more_cells": len(report.cells) if len(report.cells) > _MOST_CELLS else 0,
         "trial_columns": _TRIAL_COLUMNS,
-        "trial_rows": [_trial_row(row, names) for row, names in _newest(report)],
+        "trial_rows": list(_trial_rows(report)),
         "more_trials": len(report.rows) if len(report.rows) > _MOST_TRIALS else 0,
     }
 
 
 def _place(report: Report, place: Place) -> dict[str, Any]:
     cells = [cell for cell in report.cells if cell.place == place]
-    versions: dict[str, str] = json.loads(place.versions)
     counts = [
         f"{count} {word}"
         for word in (CERTIFIED, MEASURED, AT_LEAST, BELOW, FAILED)
@@ -149,61 +149,58 @@ def _place(report: Report, place: Place) -> dict[str, Any]:
     facts = [
         ("cells", ", ".join(counts)),
         *(("fits", text) for text in _largest(cells)),
-        *([("driver", place.driver)] if place.driver else []),
-        *((name, text) for name, text in versions.items()),
+        *((name, text) for name, text in place.details.items() if text),
         ("last trial", max(cell.newest.time_utc for cell in cells)[:16].replace("T", " ")),
     ]
-    return {"budget": format_bytes(place.budget_bytes), "device": place.device, "facts": facts}
+    return {"name": place.name, "facts": facts}
 
 
 def _largest(cells: Sequence[Cell]) -> list[str]:
-    """For the largest models: how many examples fit, without and with checkpointing."""
-    newest = sorted({cell.newest.model for cell in cells}, key=_by_size(cells))[-2:]
+    """For the two largest models: how many of their longest examples fit, by setting."""
+    known = [cell for cell in cells if cell.max_batch is not None and cell.of_limit]
+    largest = sorted({(cell.model, cell.task) for cell in known}, key=_by_size(known))[-2:]
     lines = []
-    for model in reversed(newest):
-        seq_len = max(cell.newest.seq_len for cell in cells if cell.newest.model == model)
+    for model, task in reversed(largest):
+        of_model = [cell for cell in known if (cell.model, cell.task) == (model, task)]
+        seq_len = max(cell.newest.seq_len for cell in of_model)
         some = [
             f"{limit_text(cell).rstrip('*')} with {cell.setting}"
-            for cell in cells
-            if (cell.newest.model, cell.newest.seq_len) == (model, seq_len)
-            and cell.max_batch is not None
+            for cell in of_model
+            if cell.newest.seq_len == seq_len
         ]
-        if some:
-            lines.append(f"{system_name(model)}, {seq_len} tokens: {', '.join(some[:4])}")
+        lines.append(f"{system_name(model)}, {task}, {seq_len} tokens: {', '.join(some[:4])}")
     return lines
 
 
 def _by_size(cells: Sequence[Cell]) -> Any:
     sizes = {
-        cell.newest.model: (
-            0 if cell.workload is None else cell.workload.config.hidden_size,
-            0 if cell.workload is None else cell.workload.config.num_hidden_layers,
-        )
+        cell.model: (cell.workload.config.hidden_size, cell.workload.config.num_hidden_layers)
         for cell in cells
+        if cell.workload is not None
     }
-    return lambda model: (sizes[model], model)
+    return lambda pair: (sizes.get(pair[0], (0, 0)), pair)
 
 
 _PLAN_COLUMNS = [
     Column("model", "left"), Column("tokens"), Column("task", "left"), Column("budget"),
     Column("micro-batch"), Column("steps"), Column("checkpointing", "left"), Column("peak"),
-    Column("seconds a batch"), Column("tried", "left"),
+    Column("seconds a batch"), Column("tried", "left"), Column("where", "left"),
 ]  # fmt: skip
 
 
-def _plan_row(planned: Planned) -> list[Value]:
-    workload, plan = planned.workload, planned.plan
+def _plan_row(planned: Planned, where: str) -> list[Value]:
+    plan = planned.plan
     first = [
-        Value(system_name(workload.model)),
-        _number(workload.seq_len),
-        Value(workload.head),
+        Value(system_name(planned.model)),
+        _number(planned.workload.seq_len),
+        Value(planned.task),
         _bytes(planned.place.budget_bytes),
     ]
     if not isinstance(plan, Plan):
         return [*first, _MISSING, _MISSING, Value(str(plan), css="bad"), _MISSING, _MISSING,
-                Value("")]  # fmt: skip
+                Value(""), Value(where)]  # fmt: skip
     chosen, trial = plan.chosen, planned.trial
-    tried = "predicted"
+    tried = "predicted" if trial is None else "fits"
     if trial is not None and trial.peak_bytes:
         tried = f"fits, {format_bytes(trial.peak_bytes)}"
     return [
@@ -214,39 +211,39 @@ def _plan_row(planned: Planned) -> list[Value]:
         _bytes(chosen.footprint.peak_bytes),
         _decimal(chosen.predicted_step_seconds),
         Value(tried, css="good" if trial else ""),
+        Value(where),
     ]
 
 
-def _commands(planned: Planned) -> dict[str, str]:
-    workload = planned.workload
-    title = f"{system_name(workload.model)}, {workload.seq_len} tokens, {workload.head}, "
-    title += format_bytes(planned.place.budget_bytes)
-    if isinstance(planned.plan, Plan):
-        chosen = planned.plan.chosen
-        title += f": {describe_setting(chosen.micro_batch, chosen.levers)}"
-        return {"title": title, "commands": "\n".join(planned.commands)}
-    return {"title": f"{title}: does not fit", "commands": str(planned.plan)}
+def _commands(planned: Planned, where: str) -> dict[str, str]:
+    title = f"{system_name(planned.model)}, {planned.workload.seq_len} tokens, {planned.task}, "
+    if not isinstance(planned.plan, Plan):
+        return {"title": f"{title}{where}: does not fit", "commands": str(planned.plan)}
+    chosen = planned.plan.chosen
+    setting = describe_setting(chosen.micro_batch, chosen.levers)
+    return {"title": f"{title}{where}: {setting}", "commands": "\n".join(planned.commands)}
 
 
 _RUN_COLUMNS = [
-    Column("run", "left"), Column("task", "left"), Column("batch"), Column("micro-batch"),
-    Column("checkpointing", "left"), Column("steps"), Column("of"), Column("hours"),
-    Column("stepped down"), Column("scores", "message"),
+    Column("run", "left"), Column("task", "left"), Column("effective batch"),
+    Column("micro-batch"), Column("checkpointing", "left"), Column("steps done"),
+    Column("steps planned"), Column("time"), Column("out of memory"), Column("scores", "message"),
 ]  # fmt: skip
 
 
 def _run_row(run: Run) -> list[Value]:
     summary = run.summary()
     scores = ", ".join(f"{name} {value:.4g}" for name, value in summary["scores"].items())
+    seconds = summary["seconds"]
     return [
         Value(summary["run"]),
-        Value(str(summary["task"])),
+        Value(summary["task"]),
         _number(summary["batch"]),
         _number(summary["micro_batch"]),
-        Value(str(summary["checkpointing"] or "-")),
+        Value(summary["checkpointing"]),
         _number(summary["steps"]),
         _number(summary["of_steps"]),
-        _decimal(summary["seconds"] / 3600),
+        Value(describe_duration(seconds), seconds),
         _number(summary["steps_down"]),
         Value(scores or "-"),
     ]
@@ -256,11 +253,11 @@ _CELL_COLUMNS = [
     Column("model", "left"), Column("tokens"), Column("task", "left"), Column("levers", "left"),
     Column("budget"), Column("largest"), Column("evidence", "left"), Column("published"),
     Column("ratio"), Column("peak"), Column("examples/s"), Column("trials"),
-    Column("next batch", "message"), Column("device", "left"),
+    Column("next batch", "message"), Column("where", "left"),
 ]  # fmt: skip
 
 
-def _cell_row(cell: Cell) -> list[Value]:
+def _cell_row(cell: Cell, where: str) -> list[Value]:
     row, fits, oom = cell.newest, cell.fits, cell.oom
     ratio = None
     if cell.published and cell.max_batch is not None:
@@ -269,9 +266,9 @@ def _cell_row(cell: Cell) -> list[Value]:
     if cell.evidence == FAILED:
         beyond = row.trial.message
     return [
-        Value(system_name(row.model)),
+        Value(system_name(cell.model)),
         _number(row.seq_len),
-        Value(row.head),
+        Value(cell.task),
         Value(cell.setting),
         _bytes(row.budget_bytes),
         Value(limit_text(cell), -1 if cell.max_batch is None else cell.max_batch),
@@ -282,41 +279,40 @@ def _cell_row(cell: Cell) -> list[Value]:
         _decimal(cell.examples_per_second),
         _number(len(cell.rows)),
         Value(beyond),
-        Value(row.device),
+        Value(where),
     ]
 
 
 _TRIAL_COLUMNS = [
     Column("time (UTC)", "left"), Column("model", "left"), Column("tokens"),
-    Column("levers", "left"), Column("budget"), Column("batch"), Column("outcome", "left"),
+    Column("task", "left"), Column("levers", "left"), Column("budget"), Column("batch"),
+    Column("outcome", "left"),
     Column("peak"), Column("process peak"), Column("seconds a step"), Column("examples/s"),
-    Column("fresh", "left"), Column("message", "message"),
+    Column("fresh", "left"), Column("message", "message"), Column("where", "left"),
 ]  # fmt: skip
 
 
-def _newest(report: Report) -> Iterable[tuple[LedgerRow, str]]:
-    settings = {cell.newest.question: cell.setting for cell in report.cells}
+def _trial_rows(report: Report) -> Iterable[list[Value]]:
+    cells = {cell.newest.question: cell for cell in report.cells}
     for row in reversed(report.rows[-_MOST_TRIALS:]):
-        yield row, settings[row.question]
-
-
-def _trial_row(row: LedgerRow, setting: str) -> list[Value]:
-    trial = row.trial
-    return [
-        Value(row.time_utc[:19].replace("T", " ")),
-        Value(system_name(row.model)),
-        _number(row.seq_len),
-        Value(setting),
-        _bytes(row.budget_bytes),
-        _number(trial.batch),
-        Value(trial.outcome, css=_CSS.get(trial.outcome, "")),
-        _bytes(trial.peak_bytes),
-        _bytes(trial.process_peak_bytes),
-        _decimal(trial.step_seconds),
-        _decimal(trial_rate(row, trial)),
-        Value("fresh" if trial.fresh else ""),
-        Value(trial.message),
-    ]
+        cell, trial = cells[row.question], row.trial
+        yield [
+            Value(row.time_utc[:19].replace("T", " ")),
+            Value(system_name(cell.model)),
+            _number(row.seq_len),
+            Value(cell.task),
+            Value(cell.setting),
+            _bytes(row.budget_bytes),
+            _number(trial.batch),
+            Value(trial.outcome, css=_CSS.get(trial.outcome, "")),
+            _bytes(trial.peak_bytes),
+            _bytes(trial.process_peak_bytes),
+            _decimal(trial.step_seconds),
+            _decimal(trial_rate(row, trial)),
+            Value("fresh" if trial.fresh else ""),
+            Value(trial.message),
+            Value(report.names[cell.place]),
+        ]
 
 
 def _number(value: int | None) -> Value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 
 from bertbench.bytes import MIB_BYTES
@@ -14,12 +15,15 @@ from bertbench.planner import Plan, make_plan
 from bertbench.trial import Trial
 from bertbench.workload import Workload
 from finetune.errors import InputError
-from reports.cells import Cell, Place, model_order
+from reports.cells import Cell, model_order
+from reports.places import Place
 
 _MOST_ROWS = 400
 """The newest trials that a plan learns from: of its workload, and of others."""
 
 _MOST_PLANS = 12
+_TPU = "tpu-v2-8"
+"""The one of the catalogue."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,31 +32,39 @@ class Planned:
 
     Attributes:
         workload: what is trained.
+        model: its name for people.
+        task: the head for people.
         place: where.
         plan: how, or why not.
         trial: of the chosen setting in a fresh process, if the ledger has one.
     """
 
     workload: Workload
+    model: str
+    task: str
     place: Place
     plan: Plan | InputError
     trial: Trial | None
 
     @property
-    def commands(self) -> tuple[str, str]:
-        """What to type to have the plan as a file, and to train with it."""
+    def commands(self) -> tuple[str, ...]:
+        """What to type to have the plan as a file, and to train with it; nothing without one."""
+        if isinstance(self.plan, InputError):
+            return ()
         workload, place = self.workload, self.place
-        target = 32 if isinstance(self.plan, InputError) else self.plan.target_batch
         where = f"--device {place.kind} --memory {place.budget_bytes // MIB_BYTES}MiB"
+        on, at = where, where
+        if place.kind == "tpu":
+            on, at = f"--gpu {_TPU}", "--use_tpu --tpu_name TPU_NAME"
+        data = "classifier --task_name MRPC --data_dir glue/MRPC"
         if workload.head == "squad":
             data = "squad --train_file train-v1.1.json --predict_file dev-v1.1.json"
-        else:
-            data = "classifier --task_name MRPC --data_dir glue/MRPC"
+        model, seq_len, batch = self.model, workload.seq_len, self.plan.target_batch
         return (
-            f"bertbench plan --target-batch {target} --model {workload.model} "
-            f"--seq-len {workload.seq_len} --head {workload.head} {where} --json plan.json",
-            f"bertbench run {data} --model MODEL_FOLDER --max_seq_length {workload.seq_len} "
-            f"--train_batch_size {target} --plan plan.json {where} --output_dir output",
+            f"bertbench plan --target-batch {batch} --model {shlex.quote(model)} "
+            f"--seq-len {seq_len} --head {workload.head} {on} --json plan.json",
+            f"bertbench run {data} --model MODEL_FOLDER --max_seq_length {seq_len} "
+            f"--train_batch_size {batch} --plan plan.json {at} --output_dir output",
         )
 
 
@@ -66,29 +78,29 @@ def plan_places(cells: Sequence[Cell], target_batch: int) -> list[Planned]:
         target_batch: effective batch.
     """
     rows: dict[Place, list[LedgerRow]] = {}
-    tried: dict[tuple[Place, str], tuple[Workload, int]] = {}
+    newest: dict[tuple[Place, str], Cell] = {}
     for cell in cells:
         rows.setdefault(cell.place, []).extend(cell.rows)
         if cell.workload is not None:
             key = cell.place, cell.workload.key()
-            newest = max(cell.newest.id, tried.get(key, (None, 0))[1])
-            tried[key] = cell.workload, newest
+            newest[key] = max(cell, newest.get(key, cell), key=lambda c: c.newest.id)
     for some in rows.values():
         some.sort(key=lambda row: row.id)
-    wanted = sorted(tried.items(), key=lambda item: -item[1][1])[:_MOST_PLANS]
+    wanted = sorted(newest.values(), key=lambda cell: -cell.newest.id)[:_MOST_PLANS]
     found = [
-        _plan(workload, place, rows[place], target_batch) for (place, _), (workload, _) in wanted
+        _plan(cell.workload, cell, rows[cell.place], target_batch)
+        for cell in wanted
+        if cell.workload is not None
     ]
-    return sorted(found, key=lambda p: (p.place, model_order(p.workload.model), p.workload.seq_len))
+    return sorted(found, key=lambda p: (p.place, model_order(p.model), p.workload.seq_len))
 
 
-def _plan(
-    workload: Workload, place: Place, rows: Sequence[LedgerRow], target_batch: int
-) -> Planned:
+def _plan(workload: Workload, cell: Cell, rows: Sequence[LedgerRow], target_batch: int) -> Planned:
+    place = cell.place
     replicas = 1
     rates = device_rates(place.as_device())
     if place.kind == "tpu":
-        replicas = find_accelerator("tpu-v2-8").replicas
+        replicas = find_accelerator(_TPU).replicas
     key = workload.key()
     told = [row for row in rows if row.trial.outcome != "failed"]
     answered = [row for row in told if row.question[2] == key]
@@ -106,9 +118,9 @@ def _plan(
             experience=learn(known, workload, rates, place.kind),
         )
     except InputError as error:
-        return Planned(workload, place, error, None)
+        return Planned(workload, cell.model, cell.task, place, error, None)
     trials = [row.trial for row in answered if _is_of(row, plan)]
-    return Planned(workload, place, plan, trials[-1] if trials else None)
+    return Planned(workload, cell.model, cell.task, place, plan, trials[-1] if trials else None)
 
 
 def _is_of(row: LedgerRow, plan: Plan) -> bool:

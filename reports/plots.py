@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -11,14 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bertbench.bytes import MIB_BYTES
+from bertbench.fitting import has_trace
 from bertbench.paper import PUBLISHED_MAX_BATCH
-from bertbench.planner import Plan, describe_setting
-from reports.cells import AT_LEAST, CERTIFIED, Cell, Place, model_order, setting_order, trial_rate
+from bertbench.planner import Plan, PlanEntry, describe_setting
+from reports.cells import AT_LEAST, CERTIFIED, Cell, model_order, setting_order, trial_rate
 from reports.figures import INK, Look, Picture, look_of
+from reports.places import Place
 from reports.planning import Planned
 from reports.predictions import Prediction
 from reports.tables import system_name
-from reports.timeline import Timeline
+from reports.timeline import step_timeline
 
 _MOST_PANELS = 6
 _MOST_SETTINGS = 8
@@ -43,38 +45,44 @@ def _panels(count: int, width: float = _PANEL_WIDTH) -> tuple[Figure, list[Axes]
     return figure, axes[:count]
 
 
-def limits_picture(cells: Sequence[Cell], place: Place, head: str) -> Picture | None:
-    """Largest micro-batch against sequence length, a panel for each model."""
-    known = [
-        cell
-        for cell in cells
-        if (cell.place, cell.newest.head) == (place, head)
-        and cell.max_batch is not None
-        and cell.of_limit
-    ]
-    models = sorted({cell.newest.model for cell in known}, key=model_order)[-_MOST_PANELS:]
+def limits_picture(cells: Sequence[Cell], where: str) -> Picture | None:
+    """Largest micro-batch against sequence length, a panel for each model.
+
+    Args:
+        cells: of one place and one task.
+        where: names the two.
+    """
+    known = [cell for cell in cells if cell.max_batch is not None and cell.of_limit]
+    models = sorted({cell.model for cell in known}, key=model_order)[-_MOST_PANELS:]
     settings = sorted({(setting_order(c.levers), c.setting) for c in known}, key=lambda s: s[0])
     looks = {name: look_of(number) for number, (_, name) in enumerate(settings[:_MOST_SETTINGS])}
     if not models:
         return None
+    caption = "Filled marks are certified: the next batch runs out of memory in a fresh process."
+    if any(cell.max_batch == 0 for cell in known):
+        caption += " 0 is drawn at the bottom."
+    if len(settings) > _MOST_SETTINGS or len({cell.model for cell in known}) > _MOST_PANELS:
+        caption += f" The first {_MOST_SETTINGS} settings of the largest {_MOST_PANELS} models."
 
     def draw() -> Figure:
         figure, axes = _panels(len(models))
         for axis, model in zip(axes, models, strict=True):
-            _limits_panel(axis, model, [c for c in known if c.newest.model == model], looks)
+            _limits_panel(axis, model, [c for c in known if c.model == model], looks)
         handles = {
             text: handle
             for axis in axes
             for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+        # Names of settings are long: as many columns as surely fit.
+        longest = max(map(len, handles))
+        columns = max(1, min(4, int(figure.get_figwidth() / (0.075 * longest + 0.6))))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
         return figure
 
     return Picture(
-        f"limits-{head}",
-        "Largest micro-batch by sequence length",
-        "Filled marks are certified: the next batch runs out of memory in a fresh process. "
-        "0 is drawn at the bottom.",
+        f"limits-{known[0].newest.head}",
+        f"Largest micro-batch by sequence length: {where}",
+        caption,
         draw,
     )
 
@@ -83,7 +91,8 @@ def _limits_panel(axis: Axes, model: str, cells: Sequence[Cell], looks: dict[str
     lengths = sorted({cell.newest.seq_len for cell in cells})
     drawn: list[float] = []
     for setting, look in looks.items():
-        points = sorted((c.newest.seq_len, c) for c in cells if c.setting == setting)
+        points = [(c.newest.seq_len, c) for c in cells if c.setting == setting]
+        points.sort(key=lambda point: point[0])
         if not points:
             continue
         x = [seq_len for seq_len, _ in points]
@@ -120,10 +129,15 @@ _NOTHING = 0.5
 
 def _log_counts(axis: Axes, values: Sequence[float]) -> None:
     axis.set_yscale("log")
-    axis.set_ylim(0.7 * min(values), 1.5 * max(values))
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    if min(values) <= _NOTHING:
-        axis.yaxis.set_major_locator(FixedLocator([_NOTHING, 1, 2, 5, 10, 20, 50, 100, 200, 500]))
+    low, high = 0.7 * min(values), 1.5 * max(values)
+    axis.set_ylim(low, high)
+    # Whole numbers only, and all of them where they are few.
+    ticks = [m * 10**power for power in range(6) for m in (1, 2, 5)]
+    if high / low < 6:
+        ticks = [*range(1, 20), *range(20, 200, 10), *range(200, 5000, 200)]
+        shown = [tick for tick in ticks if low <= tick <= high]
+        ticks = shown[:: max(1, len(shown) // 6)]
+    axis.yaxis.set_major_locator(FixedLocator([_NOTHING, *ticks]))
     axis.yaxis.set_major_formatter(
         FuncFormatter(lambda y, _: "0" if y <= _NOTHING else f"{y:,.0f}")
     )
@@ -140,17 +154,24 @@ def _log_mib(axis: Axis, low: float, high: float) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def throughput_picture(cells: Sequence[Cell]) -> Picture | None:
+def throughput_picture(cells: Sequence[Cell], names: Mapping[Place, str]) -> Picture | None:
     """Examples a second against micro-batch, with the batch that runs out of memory."""
-    chosen = [cell for cell in cells if len(_speeds(cell)) >= 2]
-    chosen = sorted(chosen, key=lambda cell: (-len(_speeds(cell)), -cell.newest.id))[:_MOST_PANELS]
+    timed = [cell for cell in cells if len(_speeds(cell)) >= 2]
+    chosen = sorted(timed, key=lambda cell: (-len(_speeds(cell)), -cell.newest.id))[:_MOST_PANELS]
     if not chosen:
         return None
-    chosen.sort(key=lambda c: (model_order(c.newest.model), c.newest.seq_len, c.setting))
+    chosen.sort(key=lambda c: (model_order(c.model), c.newest.seq_len, c.setting))
+    where = [f"{cell.task}, {names[cell.place]}" for cell in chosen]
+    same = len(set(where)) == 1
+    caption = (
+        "Each point is a trial that fits; the dashed line is the smallest batch that does not."
+    )
+    if len(timed) > len(chosen):
+        caption += f" The {len(chosen)} cells with the most batches, of {len(timed)}."
 
     def draw() -> Figure:
         figure, axes = _panels(len(chosen))
-        for axis, cell in zip(axes, chosen, strict=True):
+        for axis, cell, its_place in zip(axes, chosen, where, strict=True):
             points = _speeds(cell)
             look = look_of(0)
             axis.plot(*zip(*points, strict=True), color=look.color, marker=look.marker)
@@ -163,17 +184,17 @@ def throughput_picture(cells: Sequence[Cell]) -> Picture | None:
                     xytext=(-4, 0), ha="right", va="bottom", fontsize=8,
                 )  # fmt: skip
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            row = cell.newest
+            title = f"{system_name(cell.model)}, {cell.newest.seq_len}, {cell.setting}"
             axis.set(
-                title=f"{system_name(row.model)}, {row.seq_len}, {cell.setting}",
+                title=title if same else f"{title}\n{its_place}",
                 xlabel="micro-batch (examples)", ylabel="examples a second",
             )  # fmt: skip
         return figure
 
     return Picture(
         "throughput",
-        "Speed by micro-batch, up to the wall",
-        "Each point is a trial that fits; the dashed line is the smallest batch that does not.",
+        "Speed by micro-batch, up to the wall" + (f": {where[0]}" if same else ""),
+        caption,
         draw,
     )
 
@@ -188,11 +209,17 @@ def _speeds(cell: Cell) -> list[tuple[int, float]]:
     return sorted(rates.items())
 
 
-def footprint_picture(planned: Sequence[Planned]) -> Picture | None:
+def footprint_picture(planned: Sequence[Planned], names: Mapping[Place, str]) -> Picture | None:
     """What the chosen plans hold at their peak, part by part, beside what was measured."""
     chosen = [(one, one.plan) for one in planned if isinstance(one.plan, Plan)]
     if not chosen:
         return None
+    where = [f"{one.task}, {names[one.place]}" for one, _ in chosen]
+    same = len(set(where)) == 1
+    labels = [
+        f"{_plan_name(one, plan)}" + ("" if same else f"\n{its_place}")
+        for (one, plan), its_place in zip(chosen, where, strict=True)
+    ]
 
     def draw() -> Figure:
         figure = Figure(figsize=(8.4, 0.62 * len(chosen) + 1.5), layout="constrained")
@@ -223,7 +250,7 @@ def footprint_picture(planned: Sequence[Planned]) -> Picture | None:
             budget = one.place.budget_bytes / MIB_BYTES
             axis.plot([budget, budget], [y - 0.38, y + 0.38], color=look_of(5).color, linewidth=1.6)
         axis.plot([], [], color=look_of(5).color, linewidth=1.6, label="budget")
-        axis.set_yticks(range(len(chosen)), [_plan_name(plan) for _, plan in chosen])
+        axis.set_yticks(range(len(chosen)), labels, fontsize=9 if same else 7)
         axis.invert_yaxis()
         axis.grid(False, axis="y")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -233,7 +260,7 @@ def footprint_picture(planned: Sequence[Planned]) -> Picture | None:
 
     return Picture(
         "footprint",
-        "What the chosen plans hold at their peak",
+        "What the chosen plans hold at their peak" + (f": {where[0]}" if same else ""),
         "Predicted part by part; the open bar is the peak of a trial of the same setting.",
         draw,
     )
@@ -248,20 +275,24 @@ def _large_parts(plan: Plan) -> dict[str, int]:
     return {**large, _OTHER: sum(parts.values()) - sum(large.values())}
 
 
-def _plan_name(plan: Plan) -> str:
-    setting = describe_setting(plan.chosen.micro_batch, plan.chosen.levers)
-    return (
-        f"{system_name(plan.workload.model)} {plan.workload.seq_len}\n"
-        f"{setting.replace('checkpointing ', '')}"
-    )
+def _plan_name(planned: Planned, plan: Plan) -> str:
+    return f"{system_name(planned.model)} {planned.workload.seq_len}\n{_setting(plan.chosen)}"
+
+
+def _setting(entry: PlanEntry) -> str:
+    text = describe_setting(entry.micro_batch, entry.levers)
+    return text.replace("checkpointing ", "")
 
 
 _CHARACTER = 0.012
 """Width of a letter of a label, as a part of the budget."""
 
 
-def front_picture(plan: Plan) -> Picture:
+def front_picture(planned: Planned, where: str) -> Picture | None:
     """Seconds against bytes: the chosen plan, what needs less, and what does not fit."""
+    plan = planned.plan
+    if not isinstance(plan, Plan):
+        return None
 
     def draw() -> Figure:
         figure, (axis,) = _panels(1)
@@ -277,8 +308,7 @@ def front_picture(plan: Plan) -> Picture:
         right, highest = plan.budget_bytes / MIB_BYTES, max(y for _, y in points)
         labels: list[tuple[float, float, float]] = []  # left, right and height
         for entry, (x, y) in zip(entries, points, strict=True):
-            setting = describe_setting(entry.micro_batch, entry.levers)
-            text = setting.replace("checkpointing ", "")
+            text = _setting(entry)
             width = _CHARACTER * right * (len(text) + 2)
             # Above the line, which goes to the right from every point but the chosen one.
             to_the_right = x < width or (x + width < right and entry is not plan.chosen)
@@ -300,19 +330,33 @@ def front_picture(plan: Plan) -> Picture:
         figure.legend(loc="outside lower center", ncols=3)
         return figure
 
-    workload = plan.workload
+    seq_len = planned.workload.seq_len
     return Picture(
-        f"front-{workload.model}-{workload.seq_len}",
-        f"Time against memory: {system_name(workload.model)}, sequence length {workload.seq_len}, "
+        f"front-{planned.model}-{seq_len}",
+        f"Time against memory: {system_name(planned.model)}, sequence length {seq_len}, "
         f"effective batch {plan.target_batch}",
-        "Each setting is the fastest of those that need as little; all are predicted.",
+        f"{planned.task}, {where}. Each setting is the fastest of those that need as little; all "
+        "are predicted.",
         draw,
         wide=False,
     )
 
 
-def timeline_picture(plan: Plan, timeline: Timeline) -> Picture:
-    """Bytes in use in the course of one step, by phase."""
+def timeline_picture(planned: Planned, where: str) -> Picture | None:
+    """Bytes in use in the course of one step, by phase.
+
+    Returns:
+        None where a step's requests are not known.
+    """
+    plan = planned.plan
+    if not isinstance(plan, Plan):
+        return None
+    levers, kind = plan.chosen.levers, planned.place.kind
+    if not has_trace(planned.workload, levers, kind):
+        return None
+    timeline = step_timeline(planned.workload, levers, plan.chosen.micro_batch)
+    if timeline is None:
+        return None
 
     def draw() -> Figure:
         figure = Figure(figsize=(8.4, 3.2), layout="constrained")
@@ -348,17 +392,18 @@ def timeline_picture(plan: Plan, timeline: Timeline) -> Picture:
         figure.legend(loc="outside lower center", ncols=4)
         return figure
 
-    steps = plan.chosen.levers.accumulation_steps
-    shown = timeline.micro_batches
+    recorded = "" if kind == "cpu" else " on a CPU"
+    steps, shown = levers.accumulation_steps, timeline.micro_batches
     more = (
         f" {shown} of the {steps} micro-batches are shown; the others are alike."
         if steps > shown
         else ""
     )
     return Picture(
-        f"timeline-{plan.workload.model}-{plan.workload.seq_len}",
-        f"Memory over one step: {_plan_name(plan).replace(chr(10), ', ')}",
-        f"Replayed from what recorded steps ask of the allocator.{more}",
+        f"timeline-{planned.model}-{planned.workload.seq_len}",
+        f"Memory over one step: {_plan_name(planned, plan).replace(chr(10), ', ')}",
+        f"{planned.task}, {where}. Replayed from what recorded steps{recorded} ask of the "
+        f"allocator.{more}",
         draw,
     )
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
 from bertbench.ledger import LedgerRow
 from bertbench.planner import Plan
-from reports.cells import CERTIFIED, FAILED, Cell, Place, read_cells
+from reports.cells import CERTIFIED, FAILED, Cell, read_cells
 from reports.figures import Picture
+from reports.places import Place, name_places
 from reports.planning import Planned, plan_places
 from reports.plots import (
     footprint_picture,
@@ -25,8 +27,7 @@ from reports.plots import (
 from reports.predictions import Prediction, predict_trials
 from reports.run_plots import precision_recall_picture, training_picture
 from reports.runs import Run
-from reports.tables import Table, published_tables
-from reports.timeline import Timeline, step_timeline
+from reports.tables import Table, count_cells, published_tables
 
 _MOST_LIMITS, _MOST_STEPS = 4, 3
 
@@ -75,6 +76,11 @@ class Report:
         """Limits beside the published ones."""
         return published_tables(self.cells)
 
+    @functools.cached_property
+    def names(self) -> dict[Place, str]:
+        """Names of the places, of which no two are the same."""
+        return name_places(cell.place for cell in self.cells)
+
     @property
     def places(self) -> list[Place]:
         """Where trials were run, the newest first."""
@@ -96,9 +102,10 @@ class Report:
     def headline(self) -> str:
         """The report in a sentence."""
         if not self.rows:
-            return "The ledger has no trials yet: `bertbench probe` makes some."
+            return f"No trials in {self.ledger.name} yet: `bertbench probe` makes some."
         certified = sum(cell.evidence == CERTIFIED for cell in self.cells)
-        text = f"{len(self.rows):,} trials of {len(self.cells):,} cells; {certified:,} certified"
+        trials = f"{len(self.rows):,} trial" + "s" * (len(self.rows) != 1)
+        text = f"{trials} of {count_cells(len(self.cells))}; {certified:,} certified"
         if self.failed:
             text += f", {len(self.failed):,} without an answer because all trials failed"
         return f"{text}."
@@ -107,44 +114,37 @@ class Report:
     def pictures(self) -> list[Picture]:
         """All pictures that there is something to draw for."""
         limits = [
-            limits_picture(self.cells, place, head)
+            limits_picture(some, f"{task}, {self.names[place]}")
             for place in self.places
-            for head in sorted({c.newest.head for c in self.cells if c.place == place})
+            for task in sorted({c.task for c in self.cells if c.place == place})
+            if (some := [c for c in self.cells if (c.place, c.task) == (place, task)])
         ]
-        plans = [one.plan for one in self.planned if isinstance(one.plan, Plan)]
+        plans = [one for one in self.planned if isinstance(one.plan, Plan)]
         # The largest ones have most to decide.
         largest = sorted(
             plans, key=lambda p: (p.workload.config.hidden_size, p.workload.seq_len), reverse=True
         )[:_MOST_STEPS]
-        timelines = [
-            timeline_picture(plan, timeline)
-            for plan in largest
-            if (timeline := _timeline(plan)) is not None
-        ]
         found = [
             *[one for one in limits if one is not None][:_MOST_LIMITS],
-            throughput_picture(self.cells),
-            footprint_picture(self.planned),
-            *map(front_picture, largest),
-            *timelines,
+            throughput_picture(self.cells, self.names),
+            footprint_picture(self.planned, self.names),
+            *(front_picture(one, self.names[one.place]) for one in largest),
+            *(timeline_picture(one, self.names[one.place]) for one in largest),
             predictions_picture(self.predictions),
             training_picture(self.runs),
             *map(precision_recall_picture, self.runs),
         ]
-        pictures: list[Picture] = []
-        for picture in found:
-            if picture is not None:
-                same = sum(one.name.startswith(picture.name) for one in pictures)
-                pictures.append(
-                    dataclasses.replace(picture, name=f"{picture.name}-{same + 1}")
-                    if same
-                    else picture
-                )
-        return pictures
+        return name_apart([picture for picture in found if picture is not None])
 
 
-def _timeline(plan: Plan) -> Timeline | None:
-    return step_timeline(plan.workload, plan.chosen.levers, plan.chosen.micro_batch)
+def name_apart(pictures: Iterable[Picture]) -> list[Picture]:
+    """Give pictures of one name a number each, so that their files and ids differ."""
+    found: dict[str, Picture] = {}
+    for picture in pictures:
+        numbered = (f"{picture.name}-{number}" for number in itertools.count(2))
+        name = next(n for n in itertools.chain([picture.name], numbered) if n not in found)
+        found[name] = dataclasses.replace(picture, name=name)
+    return list(found.values())
 
 
 def version() -> str:

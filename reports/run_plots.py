@@ -28,7 +28,12 @@ def training_picture(runs: Sequence[Run]) -> Picture | None:
     shown = [run for run in runs if len(run.steps) > 1][:_MOST_RUNS]
     if not shown:
         return None
-    there = {name for run in shown for name in run.evaluations.columns if name != "step"}
+    there = {
+        name
+        for run in shown
+        for name in run.evaluations.columns
+        if name != "step" and run.evaluations[name].notna().any()
+    }
     metrics = [name for name in (*_METRICS, *sorted(there)) if name in there][:1]
 
     def draw() -> Figure:
@@ -43,7 +48,7 @@ def training_picture(runs: Sequence[Run]) -> Picture | None:
             axes[0].plot(steps["step"][::every], steps["loss"][::every], color=look.color,
                          alpha=0.25, linewidth=0.8)  # fmt: skip
             axes[0].plot(steps["step"][::every], smooth[::every], color=look.color,
-                         linestyle=look.line, label=run.name)  # fmt: skip
+                         linestyle=look.line, label=_label(run))  # fmt: skip
             for axis, metric in zip(axes[1:], metrics, strict=True):
                 if metric in run.evaluations:
                     axis.plot(run.evaluations["step"], run.evaluations[metric], color=look.color,
@@ -56,7 +61,14 @@ def training_picture(runs: Sequence[Run]) -> Picture | None:
         figure.legend(loc="outside lower center", ncols=4)
         return figure
 
-    return Picture("training", "Training", "Thin: every step; thick: its running mean.", draw)
+    smoothed = any(len(run.steps) >= 2 * _SMOOTHED for run in shown)
+    caption = "Thin: every step; thick: its running mean." if smoothed else "Loss of every step."
+    return Picture("training", "Training", caption, draw)
+
+
+def _label(run: Run) -> str:
+    """Name for a legend, which leaves out what begins with an underscore."""
+    return f" {run.name}" if run.name.startswith("_") else run.name
 
 
 def precision_recall_picture(run: Run) -> Picture | None:
@@ -81,9 +93,10 @@ def precision_recall_picture(run: Run) -> Picture | None:
     curve = precision_recall(scores, scores.f1)
     if curve is None:
         return None
-    threshold = run.results.get("null_score_diff_threshold")
-    if threshold is None:
-        threshold = run.record.get("squad", {}).get("null_score_diff_threshold", 0.0)
+    told = run.results.get("null_score_diff_threshold")
+    if told is None:
+        told = run.record["squad"].get("null_score_diff_threshold")
+    threshold = told if isinstance(told, (int, float)) else 0.0
     precision, recall = point_at(scores, float(threshold))
 
     def draw() -> Figure:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from bertbench.output_folder import RUN_FILE
 from finetune.errors import InputError
 
 TRAIN_LOG, EVAL_LOG = "train_log.jsonl", "eval_log.jsonl"
+_STEP_COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "seconds")
+_NO_SCORES = {
+    "best_step", "global_step", "micro_batch", "skipped_answers", "total", "train_loss",
+    "train_seconds",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,37 +47,48 @@ class Run:
     @property
     def results(self) -> Mapping[str, Any]:
         """Scores and the like; empty as long as it is not done."""
-        results = self.record.get("results", {})
-        return results if isinstance(results, dict) else {}
+        return _mapping(self.record, "results")
 
     @property
     def scores(self) -> dict[str, float]:
-        """The results that are numbers and no settings."""
-        skipped = {"micro_batch", "global_step", "train_seconds", "train_loss", "skipped_answers"}
+        """The results that are scores: numbers, but no settings, steps, counts and thresholds."""
         return {
             name: float(value)
             for name, value in self.results.items()
             if isinstance(value, (int, float)) and not isinstance(value, bool)
-            and name not in skipped
+            and math.isfinite(value)
+            and name not in _NO_SCORES and not name.endswith(("_thresh", "_threshold", "_total"))
         }  # fmt: skip
 
     def summary(self) -> dict[str, Any]:
-        """What a table says of it."""
-        identity = self.record.get("identity", {})
-        invocations = self.record.get("invocations") or [{}]
-        levers = invocations[-1].get("levers", {})
+        """What a table says of it; None for numbers that the record does not have."""
+        identity = _mapping(self.record, "identity")
+        invocations = self.record.get("invocations")
+        last = {}
+        if isinstance(invocations, list) and invocations and isinstance(invocations[-1], dict):
+            last = invocations[-1]
+        steps_down = self.record.get("steps_down")
         return {
             "run": self.name,
-            "task": self.record.get("task", "-"),
-            "batch": identity.get("train_batch_size"),
-            "micro_batch": invocations[-1].get("micro_batch"),
-            "checkpointing": levers.get("checkpointing"),
+            "task": str(self.record.get("task", "-")),
+            "batch": _whole(identity.get("train_batch_size")),
+            "micro_batch": _whole(last.get("micro_batch")),
+            "checkpointing": str(_mapping(last, "levers").get("checkpointing", "-")),
             "steps": int(self.steps["step"].max()) if len(self.steps) else 0,
-            "of_steps": identity.get("num_train_steps"),
-            "seconds": float(self.steps["seconds"].sum()) if len(self.steps) else 0.0,
-            "steps_down": len(self.record.get("steps_down", [])),
+            "of_steps": _whole(identity.get("num_train_steps")),
+            "seconds": float(self.steps["seconds"].sum()),
+            "steps_down": len(steps_down) if isinstance(steps_down, list) else 0,
             "scores": self.scores,
         }
+
+
+def _mapping(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def read_run(folder: Path) -> Run:
@@ -93,36 +110,41 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"not the record of a run ({error})", path=path) from error
     if not isinstance(record, dict):
         raise InputError("not the record of a run", path=path)
-    steps = _read_lines(folder / TRAIN_LOG)
-    evaluations = [line for line in _read_lines(folder / EVAL_LOG) if "step" in line]
-    columns = ("step", "loss", "learning_rate", "gradient_norm", "seconds")
-    frame = pd.DataFrame([line for line in steps if set(columns) <= line.keys()], columns=columns)
-    return Run(folder, record, frame, pd.DataFrame(evaluations))
+    steps = _read_lines(folder / TRAIN_LOG, _STEP_COLUMNS)
+    return Run(folder, record, steps, _read_lines(folder / EVAL_LOG, ("step",)))
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a file of JSON lines, up to one that was cut short; none without the file."""
-    found: list[dict[str, Any]] = []
+def _read_lines(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Numbers in a file of JSON lines, up to one that was cut short; none without the file.
+
+    Args:
+        path: the file.
+        columns: what every line must have.
+    """
+    found: list[dict[str, float]] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return found
-    for line in lines:
+        text = ""
+    for line in text.splitlines():
         try:
             value = json.loads(line)
         except ValueError:
             break
+        numbers = {}
         if isinstance(value, dict):
-            found.append(value)
-    return found
+            numbers = {name: float(v) for name, v in value.items() if isinstance(v, (int, float))}
+        if set(columns) <= numbers.keys():
+            found.append(numbers)
+    names = dict.fromkeys([*columns, *(name for line in found for name in line)])
+    return pd.DataFrame(found, columns=list(names), dtype=float)
 
 
 def prediction_files(run: Run) -> tuple[Path, Path, Path] | None:
     """Data, answers and null odds of a run on SQuAD 2.0 whose data are still as they were."""
-    squad = run.record.get("squad", {})
-    if not isinstance(squad, dict) or not squad.get("version_2_with_negative"):
+    squad = _mapping(run.record, "squad")
+    if not squad.get("version_2_with_negative"):
         return None
-    described = run.record.get("predict_file", {})
     files = (
         Path(str(squad.get("predict_file", ""))),
         run.folder / "predictions.json",
@@ -131,4 +153,4 @@ def prediction_files(run: Run) -> tuple[Path, Path, Path] | None:
     if not all(path.is_file() for path in files):
         return None
     digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
-    return files if described.get("sha256") == digest else None
+    return files if _mapping(run.record, "predict_file").get("sha256") == digest else None

@@ -9,14 +9,15 @@ from typing import Any
 
 import pandas as pd
 
-from bertbench.bytes import format_bytes
 from bertbench.paper import PAPER_MODELS, PUBLISHED_MAX_BATCH
-from reports.cells import AT_LEAST, BELOW, CERTIFIED, Cell, Place, model_order, setting_order
+from reports.cells import AT_LEAST, BELOW, CERTIFIED, Cell, model_order, setting_order
+from reports.places import name_places
 
 PUBLISHED = "published, Titan X 12 GB"
 NOTE = (
-    "* certified: this batch fits and the next one runs out of memory, each in a fresh process. "
-    ">= no larger one was tried. < only larger ones were tried."
+    "* certified: this batch fits and the next one runs out of memory, each in a fresh process; "
+    "without a mark, not each in a fresh one. 31-40: 31 fits, 41 does not, those between were not "
+    "tried. >= no larger one has an answer. < no smaller one has."
 )
 
 FORMATS = {".md": "Markdown", ".csv": "CSV", ".tex": "LaTeX", ".json": "JSON"}
@@ -27,15 +28,11 @@ class Table:
     """Limits measured at one place, beside the published ones.
 
     Attributes:
-        title: place and task.
-        place: where they were measured.
-        head: task head.
+        title: task and place.
         frame: a row for each system and sequence length; text in all columns.
     """
 
     title: str
-    place: Place
-    head: str
     frame: pd.DataFrame
 
 
@@ -47,14 +44,21 @@ def system_name(model: str) -> str:
     return "-".join(["BERT", first.capitalize(), *others])
 
 
+def count_cells(count: int) -> str:
+    """Write how many cells there are."""
+    return f"{count:,} cell" + "s" * (count != 1)
+
+
 def limit_text(cell: Cell) -> str:
-    """Write a limit with its evidence: `31*`, `31`, `>=31`, `<40`, `-`."""
+    """Write a limit with its evidence: `31*`, `31`, `31-39`, `>=31`, `<40`, `-`."""
     if cell.evidence == BELOW:
         return f"<{cell.oom.batch}" if cell.oom else "-"
     if cell.max_batch is None:
         return "-"
     if cell.evidence == AT_LEAST:
         return f">={cell.max_batch}"
+    if cell.oom is not None and cell.oom.batch > cell.max_batch + 1:
+        return f"{cell.max_batch}-{cell.oom.batch - 1}"
     return f"{cell.max_batch}{'*' * (cell.evidence == CERTIFIED)}"
 
 
@@ -64,19 +68,18 @@ def published_tables(cells: Sequence[Cell]) -> list[Table]:
     The paper's systems come first and have a column of published numbers beside ours. What was
     tried for a plan alone is left out.
     """
-    groups: dict[tuple[Place, str], list[Cell]] = {}
+    names = name_places(cell.place for cell in cells)
+    groups: dict[str, list[Cell]] = {}
     for cell in (cell for cell in cells if cell.of_limit):
-        groups.setdefault((cell.place, cell.newest.head), []).append(cell)
-    tables = [_table(place, head, some) for (place, head), some in groups.items()]
+        groups.setdefault(f"{cell.task}, {names[cell.place]}", []).append(cell)
+    tables = [_table(f"Max Batch Size, {where}", some) for where, some in groups.items()]
     return sorted(tables, key=lambda table: PUBLISHED not in table.frame.columns)
 
 
-def _table(place: Place, head: str, cells: Sequence[Cell]) -> Table:
+def _table(title: str, cells: Sequence[Cell]) -> Table:
     settings = sorted({(setting_order(c.levers), c.setting) for c in cells}, key=lambda s: s[0])
-    limits = {(c.newest.model, c.newest.seq_len, c.setting): limit_text(c) for c in cells}
-    systems = sorted(
-        {(model_order(c.newest.model), c.newest.seq_len, c.newest.model) for c in cells}
-    )
+    limits = {(c.model, c.newest.seq_len, c.setting): limit_text(c) for c in cells}
+    systems = sorted({(model_order(c.model), c.newest.seq_len, c.model) for c in cells})
     with_published = any(model in PAPER_MODELS for _, _, model in systems)
     records: list[dict[str, str]] = []
     for _, seq_len, model in systems:
@@ -87,8 +90,7 @@ def _table(place: Place, head: str, cells: Sequence[Cell]) -> Table:
         for _, setting in settings:
             record[setting] = limits.get((model, seq_len, setting), "")
         records.append(record)
-    title = f"Max Batch Size, {head}, {format_bytes(place.budget_bytes)} on {place.device}"
-    return Table(title, place, head, pd.DataFrame(records))
+    return Table(title, pd.DataFrame(records))
 
 
 def cells_frame(cells: Iterable[Cell]) -> pd.DataFrame:
@@ -99,7 +101,7 @@ def cells_frame(cells: Iterable[Cell]) -> pd.DataFrame:
         versions = {f"{name}_version": text for name, text in values.pop("versions").items()}
         values["levers"] = cell.setting
         records.append({**values, **versions})
-    frame = pd.DataFrame(records)
+    frame = pd.DataFrame(records) if records else pd.DataFrame(columns=["model", "max_batch"])
     for name in frame.columns:
         if name.endswith(("_bytes", "max_batch")):
             frame[name] = frame[name].astype("Int64")
@@ -137,13 +139,21 @@ def _escaped(text: Any) -> str:
     return str(text).replace("|", "\\|").replace("*", "\\*")
 
 
+_LATEX: dict[str, str | int | None] = {
+    **{plain: f"\\{plain}" for plain in "&%#_${}"},
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "*": "$^*$",
+    "<": "$<$",
+    ">": "$>$",
+}
+
+
 def _latex(table: Table) -> str:
     def written(text: str) -> str:
-        for plain in "&%#_":
-            text = text.replace(plain, f"\\{plain}")
-        for plain, marked in ((">=", "$\\geq$"), ("<", "$<$"), ("*", "$^*$")):
-            text = text.replace(plain, marked)
-        return text
+        marked = str(text).translate(str.maketrans(_LATEX))
+        return marked.replace("$>$=", "$\\geq$")
 
     frame = table.frame.map(written)
     frame.columns = [written(name) for name in frame.columns]

@@ -11,6 +11,7 @@ from bertbench.bytes import format_bytes
 from bertbench.cli.common import terminal
 from bertbench.planner import Plan
 from reports.cells import Cell
+from reports.planning import Planned
 from reports.predictions import describe_errors
 from reports.report import Report
 from reports.runs import Run
@@ -28,83 +29,84 @@ def show_report(report: Report) -> None:
         _show_limits(console, table)
     if report.tables:
         console.print(NOTE)
-    _show_bars(console, report.cells)
+    _show_bars(console, report)
     _show_plans(console, report)
     errors = describe_errors(report.predictions)
     if errors:
         console.print(f"\n{errors}")
     for cell in report.failed[:_MOST_LINES]:
-        row = cell.newest
+        trial = cell.newest.trial
         console.print(
-            f"failed: {system_name(row.model)} {row.seq_len} {cell.setting}, batch "
-            f"{row.trial.batch}: {row.trial.message}",
+            f"failed: {system_name(cell.model)} {cell.newest.seq_len} {cell.setting}, batch "
+            f"{trial.batch}: {trial.message}",
             soft_wrap=True,
         )
+    _tell_of_more(console, len(report.failed) - _MOST_LINES, "failed cells")
     _show_runs(console, report.runs)
 
 
+def _head(console: Console, text: str) -> None:
+    console.print(f"\n{text}", style="bold", soft_wrap=True)
+
+
+def _tell_of_more(console: Console, count: int, of: str) -> None:
+    if count > 0:
+        console.print(f"and {count:,} more {of}: --out report.html has them", soft_wrap=True)
+
+
 def _show_limits(console: Console, table: Table) -> None:
-    console.print(f"\n[bold]{table.title}[/bold]", soft_wrap=True)
+    _head(console, table.title)
     shown = RichTable(box=None, pad_edge=False)
     for number, name in enumerate(table.frame.columns):
-        shown.add_column(name, justify="right" if number else "left")
+        # Names of settings tell columns apart, so they are never cut short.
+        shown.add_column(name, justify="right" if number else "left", overflow="fold")
     for line in table.frame.itertuples(index=False):
         shown.add_row(*line)
     console.print(shown)
 
 
-def _show_bars(console: Console, cells: Sequence[Cell]) -> None:
-    """Examples a second at the largest batch."""
-    timed = [(cell, rate) for cell in cells if (rate := cell.examples_per_second) is not None]
-    timed = timed[-_MOST_LINES:]
-    if not timed:
-        return
-    console.print("\n[bold]Speed at the largest batch[/bold]")
+def _show_bars(console: Console, report: Report) -> None:
+    """Examples a second at the largest batch, a table for each task and place."""
+    timed = [(cell, rate) for cell in report.cells if (rate := cell.examples_per_second)]
+    newest = sorted(timed, key=lambda pair: -pair[0].newest.id)[:_MOST_LINES]
+    shown_ids = {id(cell) for cell, _ in newest}
+    groups: dict[str, list[tuple[Cell, float]]] = {}
+    for cell, rate in timed:
+        if id(cell) in shown_ids:
+            where = f"{cell.task}, {report.names[cell.place]}"
+            groups.setdefault(where, []).append((cell, rate))
+    for where, group in groups.items():
+        _head(console, f"Speed at the largest batch, {where}")
+        console.print(_bars(group))
+    _tell_of_more(console, len(timed) - len(newest), "cells with a speed")
+
+
+def _bars(timed: Sequence[tuple[Cell, float]]) -> RichTable:
     shown = RichTable(box=None, pad_edge=False)
-    for name in ("model", "seq", "levers", "budget", "batch", "examples/s", ""):
+    for name in ("model", "seq", "levers", "batch", "examples/s", ""):
         left = name in ("model", "levers", "")
         shown.add_column(name, justify="left" if left else "right", no_wrap=name != "levers")
     # Bars compare settings of the same model and length, whose speeds are of one size.
     most: dict[tuple[str, int], float] = {}
     for cell, rate in timed:
-        key = cell.newest.model, cell.newest.seq_len
+        key = cell.model, cell.newest.seq_len
         most[key] = max(most.get(key, 0.0), rate)
     for cell, rate in timed:
-        row = cell.newest
-        bar = "█" * max(1, round(_BAR_COLUMNS * rate / most[row.model, row.seq_len]))
+        part = rate / most[cell.model, cell.newest.seq_len]
         shown.add_row(
-            system_name(row.model), str(row.seq_len), cell.setting, format_bytes(row.budget_bytes),
-            limit_text(cell), f"{rate:,.1f}", bar,
+            system_name(cell.model), str(cell.newest.seq_len), cell.setting, limit_text(cell),
+            f"{rate:,.1f}", "█" * max(1, round(_BAR_COLUMNS * part)),
         )  # fmt: skip
-    console.print(shown)
+    return shown
 
 
 def _show_plans(console: Console, report: Report) -> None:
-    if not report.planned:
-        return
-    console.print(f"\n[bold]Plans for an effective batch of {report.target_batch}[/bold]")
-    shown = RichTable(box=None, pad_edge=False)
-    for name in ("model", "seq", "budget", "steps x batch", "checkpointing", "peak", "time"):
-        left = name in ("model", "checkpointing")
-        shown.add_column(name, justify="left" if left else "right", no_wrap=name != "checkpointing")
+    groups: dict[str, list[Planned]] = {}
     for one in report.planned:
-        first = (
-            system_name(one.workload.model),
-            str(one.workload.seq_len),
-            format_bytes(one.place.budget_bytes),
-        )
-        if isinstance(one.plan, Plan):
-            chosen = one.plan.chosen
-            shown.add_row(
-                *first,
-                f"{chosen.levers.accumulation_steps} x {chosen.micro_batch}",
-                chosen.levers.describe(),
-                format_bytes(chosen.footprint.peak_bytes),
-                f"{chosen.predicted_step_seconds:.3g} s",
-            )
-        else:
-            shown.add_row(*first, "-", "does not fit", "-", "-")
-    console.print(shown)
+        groups.setdefault(f"{one.task}, {report.names[one.place]}", []).append(one)
+    for where, group in groups.items():
+        _head(console, f"Plans for an effective batch of {report.target_batch:,}, {where}")
+        console.print(_plans(group))
     if report.unplanned:
         console.print(
             f"and {report.unplanned} more workloads with older trials: `bertbench plan` plans them",
@@ -112,12 +114,35 @@ def _show_plans(console: Console, report: Report) -> None:
         )
 
 
+def _plans(planned: Sequence[Planned]) -> RichTable:
+    shown = RichTable(box=None, pad_edge=False)
+    for name in ("model", "seq", "micro-batch", "steps", "checkpointing", "peak", "time/batch"):
+        left = name in ("model", "checkpointing")
+        shown.add_column(name, justify="left" if left else "right", no_wrap=name != "checkpointing")
+    for one in planned:
+        first = system_name(one.model), str(one.workload.seq_len)
+        if isinstance(one.plan, Plan):
+            chosen = one.plan.chosen
+            shown.add_row(
+                *first,
+                str(chosen.micro_batch),
+                str(chosen.levers.accumulation_steps),
+                chosen.levers.describe(),
+                format_bytes(chosen.footprint.peak_bytes),
+                f"{chosen.predicted_step_seconds:.3g} s",
+            )
+        else:
+            shown.add_row(*first, "-", "-", "does not fit", "-", "-")
+    return shown
+
+
 def _show_runs(console: Console, runs: Sequence[Run]) -> None:
     for run in runs:
         summary = run.summary()
         scores = ", ".join(f"{name} {value:.4g}" for name, value in summary["scores"].items())
+        _head(console, str(summary["run"]))
         console.print(
-            f"\n[bold]{summary['run']}[/bold]: {summary['task']}, step {summary['steps']} of "
+            f"{summary['task']}, step {summary['steps']} of "
             f"{summary['of_steps']}, {summary['micro_batch']} at a time with "
             f"{summary['checkpointing']}; {scores or 'no scores yet'}",
             soft_wrap=True,

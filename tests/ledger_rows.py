@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from bertbench.bytes import MIB_BYTES
 from bertbench.devices import Budget, Device
@@ -39,12 +40,13 @@ def rows_of(
     mib: int = 512,
     device: Device = CPU,
     first: int = 1,
+    versions: Mapping[str, str] = VERSIONS,
 ) -> list[LedgerRow]:
     """Rows of one cell, recorded one after the other."""
     workload = published_workload(model, seq_len, head)
     levers = Levers(parse_checkpointing(policy), accumulation_steps=steps, optimizer=optimizer)
     budget = Budget(device, mib * MIB_BYTES)
-    versions = json.dumps(VERSIONS, sort_keys=True)
+    versions_key = json.dumps(versions, sort_keys=True)
     return [
         LedgerRow(
             id=first + number,
@@ -55,9 +57,9 @@ def rows_of(
             head=head,
             seq_len=seq_len,
             levers=levers.to_json(),
-            versions=VERSIONS,
+            versions=dict(versions),
             trial=trial,
-            question=(budget.key(), versions, workload.key(), levers.key()),
+            question=(budget.key(), versions_key, workload.key(), levers.key()),
         )
         for number, trial in enumerate(trials)
     ]

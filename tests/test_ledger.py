@@ -26,7 +26,7 @@ from bertbench.ledger import (
     record_allocations,
     versions_key,
 )
-from bertbench.ledger_file import default_ledger_path, open_ledger
+from bertbench.ledger_file import default_ledger_path, open_ledger, read_ledger
 from bertbench.trial import Trial, trial_from_json
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import Checkpointing
@@ -200,6 +200,35 @@ def test_an_older_format_is_brought_up_to_date_with_its_trials(tmp_path: Path) -
             assert find(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == [OOM]
             assert find_allocations(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == []
             assert ledger.execute("PRAGMA user_version").fetchone() == (2,)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_reading_changes_nothing(tmp_path: Path, alone: bool) -> None:
+    path = tmp_path / "an older #1?.sqlite"
+    with open_ledger(path) as ledger:
+        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, OOM)
+        ledger.execute("DROP TABLE recordings")
+        ledger.execute("ALTER TABLE trials DROP COLUMN process_peak_bytes")
+        ledger.execute("PRAGMA user_version = 1")
+        before = path.read_bytes() if not alone else b""
+        if not alone:  # while another process has it open, with changes that are in its log
+            with read_ledger(path) as copy:
+                assert [row.trial for row in read_rows(copy)] == [OOM]
+            assert path.read_bytes() == before
+    before = path.read_bytes()
+    with read_ledger(path) as copy:
+        assert [row.trial for row in read_rows(copy)] == [OOM]
+        record(copy, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
+    assert path.read_bytes() == before
+    with (
+        pytest.raises(InputError, match=r"gone: .*cannot use the ledger"),
+        read_ledger(tmp_path / "gone"),
+    ):
+        pass
+    (tmp_path / "text").write_bytes(b"not a database, but long enough to be looked at" * 100)
+    with pytest.raises(InputError, match=r"text: .*not a usable"), read_ledger(tmp_path / "text"):
+        pass
+    assert not (tmp_path / "gone").exists()
 
 
 def test_recordings_are_found_under_any_budget_at_the_nearest_lengths(tmp_path: Path) -> None:

@@ -8,11 +8,14 @@ import io
 import json
 
 import pytest
-from ledger_rows import CPU, failed, fits, oom, rows_of
+from ledger_rows import CPU, VERSIONS, failed, fits, oom, rows_of
 
-from bertbench.devices import Device
+from bertbench.devices import Device, TpuSettings
 from bertbench.trial import Trial
+from bertbench.workload import published_workload
+from finetune.config import preset
 from reports.cells import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED, read_cells
+from reports.places import name_places
 from reports.tables import limit_text, published_tables, write_tables
 
 
@@ -22,7 +25,7 @@ from reports.tables import limit_text, published_tables, write_tables
         ([fits(31), oom(32)], 31, CERTIFIED, "31*"),
         ([fits(31, fresh=False), oom(32)], 31, MEASURED, "31"),
         ([fits(31), oom(32, fresh=False)], 31, MEASURED, "31"),
-        ([fits(31), oom(40)], 31, MEASURED, "31"),
+        ([fits(31), oom(40)], 31, MEASURED, "31-39"),
         # What a fresh process says counts, whatever comes later.
         ([fits(31), oom(32), fits(31, fresh=False), oom(32, fresh=False)], 31, CERTIFIED, "31*"),
         # A failure is no answer, and takes none away.
@@ -109,8 +112,9 @@ Max Batch Size, classifier, 11.2 GiB on Some & CPU (2 cores)
 NOTE
 """
 NOTE = (
-    "\\* certified: this batch fits and the next one runs out of memory, each in a fresh process. "
-    ">= no larger one was tried. < only larger ones were tried."
+    "\\* certified: this batch fits and the next one runs out of memory, each in a fresh process; "
+    "without a mark, not each in a fresh one. 31-40: 31 fits, 41 does not, those between were not "
+    "tried. >= no larger one has an answer. < no smaller one has."
 )
 
 
@@ -125,6 +129,11 @@ def test_latex() -> None:
     assert "BERT-Base & 384 & 12 & 31$^*$ & $\\geq$90 \\\\" in text
     assert "11.2 GiB on Some \\& CPU (2 cores)" in text
     assert "\\begin{tabular}{lrrrr}" in text
+    odd = dataclasses.replace(
+        rows_of(fits(1))[0], model="a_{b}~\\c$", question=("{}", "{}", "", "")
+    )
+    written = write_tables(read_cells([odd]), ".tex")
+    assert "a\\_\\{b\\}\\textasciitilde{}\\textbackslash{}c\\$ & 384" in written
 
 
 def test_csv_and_json_are_of_numbers() -> None:
@@ -142,13 +151,76 @@ def test_csv_and_json_are_of_numbers() -> None:
     assert values[1]["levers"]["checkpointing"] == "none"
     assert values[4]["max_batch"] == 0
     assert lines[0]["published_max_batch"] == ""
+    assert write_tables([], ".csv").startswith("model,")
 
 
 def test_a_table_for_each_place_and_task() -> None:
     tables = published_tables(read_cells([*ROWS, *rows_of(fits(1), device=CPU, mib=64)]))
-    assert [(t.head, t.place.budget_bytes >> 20) for t in tables] == [
-        ("squad", 64), ("squad", 11430), ("classifier", 11430),
-    ]  # fmt: skip
+    assert [table.title for table in tables] == [
+        "Max Batch Size, squad, 64 MiB on Some & CPU (2 cores)",
+        "Max Batch Size, squad, 11.2 GiB on Some & CPU (2 cores)",
+        "Max Batch Size, classifier, 11.2 GiB on Some & CPU (2 cores)",
+    ]
+
+
+def test_places_that_differ_have_different_names() -> None:
+    card = Device("gpu", 0, "Card", None, 1 << 40, 1 << 40, driver="550")
+    other = dataclasses.replace(card, driver="560")
+    rows = [
+        *rows_of(fits(1)),
+        *rows_of(fits(2), versions={**VERSIONS, "tensorflow": "2.20.0"}),
+        *rows_of(fits(3), device=card),
+        *rows_of(fits(4), device=other),
+        *rows_of(fits(5), device=other, mib=64),
+    ]
+    cells = read_cells(rows)
+    names = name_places(cell.place for cell in cells)
+    assert {cell.max_batch: names[cell.place] for cell in cells} == {
+        1: "512 MiB on Some & CPU (2 cores), tensorflow 2.21.0",
+        2: "512 MiB on Some & CPU (2 cores), tensorflow 2.20.0",
+        3: "512 MiB on Card, driver 550",
+        4: "512 MiB on Card, driver 560",
+        5: "64 MiB on Card",
+    }
+    assert len({table.title for table in published_tables(cells)}) == 5
+
+
+def test_a_tpu_in_two_zones_is_two_places() -> None:
+    def tpu(zone: str | None) -> Device:
+        return Device("tpu", 0, "TPU v2", None, 1 << 40, 1 << 40, tpu=TpuSettings("t", zone=zone))
+
+    cells = read_cells([*rows_of(fits(1), device=tpu(None)), *rows_of(fits(2), device=tpu("a"))])
+    assert len({cell.place for cell in cells}) == 2
+    assert len(published_tables(cells)) == 2
+
+
+def test_models_are_known_by_their_shape() -> None:
+    (row,) = rows_of(fits(3))
+    alias = dataclasses.replace(row, model="bert-base-uncased")
+    (cell,) = read_cells([alias])
+    assert (cell.model, cell.published) == ("bert-base", 12)
+    # Folders may have the same name.
+    shapes = [dataclasses.replace(preset("bert-mini"), num_attention_heads=n) for n in (1, 2)]
+    rows = []
+    for number, shape in enumerate(shapes):
+        key = dataclasses.replace(published_workload("bert-mini", 384), config=shape).key()
+        question = (*row.question[:2], key, row.question[3])
+        trial = fits(10 + number)
+        rows.append(dataclasses.replace(row, id=number, model="m", question=question, trial=trial))
+    cells = read_cells(rows)
+    assert [cell.model for cell in cells] == ["m (#1, 4 x 256)", "m (#2, 4 x 256)"]
+    (table,) = published_tables(cells)
+    assert table.frame["none"].tolist() == [">=10", ">=11"]
+
+
+def test_tasks_with_other_labels_are_told_apart() -> None:
+    (row,) = rows_of(fits(3), head="classifier")
+    workload = published_workload("bert-base", 384, "classifier")
+    key = dataclasses.replace(workload, num_labels=3).key()
+    other = dataclasses.replace(row, question=(*row.question[:2], key, row.question[3]))
+    cells = read_cells([row, other])
+    assert [cell.task for cell in cells] == ["classifier", "classifier, 3 labels"]
+    assert len(published_tables(cells)) == 2
 
 
 def test_what_was_tried_for_a_plan_is_no_limit() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from ledger_rows import CPU, fits, oom, rows_of
+from ledger_rows import CPU, failed, fits, oom, rows_of
 
 from bertbench.bytes import MIB_BYTES
 from bertbench.devices import Budget
@@ -57,7 +58,9 @@ def test_a_ledger_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         report("--ledger", tmp_path / "none.sqlite")
     # The user's own may be missing: looking does not make it.
     monkeypatch.setenv("BERTBENCH_LEDGER", str(tmp_path / "own.sqlite"))
-    assert "The ledger has no trials yet" in report()
+    output = report()
+    assert f"no ledger at {tmp_path / 'own.sqlite'} yet" in output
+    assert "No trials in own.sqlite yet" in output
     assert not (tmp_path / "own.sqlite").exists()
 
 
@@ -91,6 +94,16 @@ def test_a_folder_has_all_of_it(ledger: Path, tmp_path: Path) -> None:
     assert "limits-squad" in pictures
     with pytest.raises(InputError, match="is there already"):
         report("--ledger", ledger, "--out", folder)
+    (folder / "notes.txt").write_text("mine")
+    again = report("--ledger", ledger, "--out", folder, "--force")
+    assert "left 1 other file in" in again
+    assert (folder / "notes.txt").read_text() == "mine"
+    # A folder is one whatever its name ends in, and those above it are made.
+    (tmp_path / "v1.2").mkdir()
+    report("--ledger", ledger, "--out", tmp_path / "v1.2")
+    assert (tmp_path / "v1.2" / "report.html").exists()
+    report("--ledger", ledger, "--out", tmp_path / "new" / "limits.md")
+    assert (tmp_path / "new" / "limits.md").exists()
 
 
 @pytest.mark.parametrize(
@@ -98,6 +111,9 @@ def test_a_folder_has_all_of_it(ledger: Path, tmp_path: Path) -> None:
     [
         (["--out", "r.pdf"], r"unknown kind of file '\.pdf'.*\.html"),
         (["--compare", "a", "b", "--out", "r.html"], "--compare does not go with --out"),
+        (["--compare", "a", "b", "--target-batch", "8"], "--compare does not go with --target-b"),
+        (["--compare", "a", "b", "--run", "."], r"does not go with --run; .*--json FILE"),
+        (["--compare", "a", "b", "--force"], "does not go with --force"),
         (["--run", "."], "no run in this folder"),
     ],
 )
@@ -124,11 +140,11 @@ def test_comparing(ledger: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     text = report("--compare", ledger, after)
     assert max(len(line) for line in text.splitlines() if not line.startswith(("A:", "B:"))) <= 80
-    assert "max batch B/A: 2.000 (2.000 to 2.000, 1 cells)" in text
+    assert "max batch B/A: 2.000 (2.000 to 2.000, 1 cell)" in text
     assert "peak bytes B/A: 2.000" in text
     assert "examples per second B/A: 2.000" in text
-    assert "1 cells only in A" in text
-    assert "1 cells only in B" in text
+    assert "1 cell only in A" in text
+    assert "1 cell only in B" in text
     values = json.loads(report("--compare", ledger, after, "--json", "-"))
     assert values["ratios"]["max_batch"] == {"count": 1, "mean": 2.0, "least": 2.0, "most": 2.0}
     assert values["pairs"][0]["after"]["max_batch"] == 606
@@ -144,10 +160,54 @@ def test_comparing_prefers_the_same_budget() -> None:
     # The newest ones where there is no budget in common.
     found = compare_cells(read_cells(before), read_cells(after[:2]))
     assert [(p.before.max_batch, p.after.max_batch) for p in found.pairs] == [(6, 9)]
+    assert (found.only_before, found.only_after) == (1, 0)
+    # Every cell is in one pair, or counted.
+    before += rows_of(fits(7), oom(8), mib=200, device=dataclasses.replace(CPU, name="B"), first=20)
+    after += rows_of(fits(8), oom(9), mib=200, first=20)
+    found = compare_cells(read_cells(before), read_cells(after))
+    assert [(p.before.max_batch, p.after.max_batch) for p in found.pairs] == [(3, 5), (6, 8)]
+    assert (found.only_before, found.only_after) == (1, 1)
+    # What was not the limit of one is not divided by the other's.
+    found = compare_cells(read_cells(rows_of(fits(1))), read_cells(rows_of(fits(9), oom(10))))
+    assert found.pairs[0].limit_ratio is None
     # Where nothing fits there is no ratio.
     found = compare_cells(read_cells(rows_of(oom(1))), read_cells(rows_of(fits(2), oom(3))))
     assert found.pairs[0].limit_ratio is None
     assert found.spreads["max_batch"] is None
+
+
+def test_other_names_of_the_same_are_compared() -> None:
+    (row,) = rows_of(fits(3))
+    older = {name: value for name, value in row.levers.items() if name != "placement"}
+    other = dataclasses.replace(
+        row, model="bert-base-uncased", levers=older,
+        question=(*row.question[:3], json.dumps(older)),
+    )  # fmt: skip
+    assert len(compare_cells(read_cells([row]), read_cells([other])).pairs) == 1
+
+
+def test_other_budgets_are_told_of(tmp_path: Path) -> None:
+    small = write(tmp_path / "small.sqlite", (64, fits(300)), (64, oom(301)), mib=512)
+    large = write(tmp_path / "large.sqlite", (64, fits(600)), (64, oom(601)), mib=1024)
+    text = report("--compare", small, large)
+    assert "512 MiB / 1,024 MiB" in text
+    assert "1 cell had another budget in B than in A" in text
+    assert f"A: {small}: 512 MiB on Some & CPU (2 cores)" in text
+    assert "another budget" not in report("--compare", small, small)
+
+
+def test_names_and_messages_are_shown_as_they_are(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "l.sqlite", (64, fits(3)),
+        (128, dataclasses.replace(failed(4), message="no [/usr/lib/x.so] [red]for[a,b] :smile:")),
+    )  # fmt: skip
+    folder = tmp_path / "run_[bold]n[x]"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    text = report("--ledger", path, "--run", folder)
+    assert "batch 4: no [/usr/lib/x.so] [red]for[a,b] :smile:" in text
+    assert "run_[bold]n[x]" in text
+    report("--compare", path, path)
 
 
 def test_a_probe_file_can_be_compared(tmp_path: Path) -> None:
@@ -169,5 +229,9 @@ def test_a_probe_file_can_be_compared(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(InputError, match="neither a ledger nor a probe's result"):
             read_either(path)
+    values["cells"][0]["model"] = "bert-huge"
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"p\.json: .*unknown model 'bert-huge'"):
+        read_either(path)
     with pytest.raises(InputError, match="cannot be read"):
         read_either(tmp_path / "gone")

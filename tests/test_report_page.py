@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 from ledger_rows import CPU, failed, fits, oom, rows_of
+from matplotlib.figure import Figure
 
 from bertbench.ledger import LedgerRow
 from finetune.evaluation import EvalRecord, read_eval_log
+from reports.figures import Picture
 from reports.page import build_page
-from reports.report import Report
+from reports.report import Report, name_apart
 from reports.runs import Run, read_run
 
 ROWS = [
@@ -92,7 +94,7 @@ def test_the_page_says_what_was_measured() -> None:
     assert dict(zip(cells[0], cells[2], strict=True))["next batch"] == "killed by SIGSEGV"
     trials = reader.tables["trial-table"]
     assert len(trials) == 7
-    assert [line[6] for line in trials[1:]] == ["failed", "oom", "fits", "fits", "oom", "fits"]
+    assert [line[7] for line in trials[1:]] == ["failed", "oom", "fits", "fits", "oom", "fits"]
     plans = reader.tables["plan-table"]
     assert [line[1] for line in plans[1:]] == ["64", "128", "384"]
     assert "bertbench plan --target-batch 32 --model bert-base --seq-len 384" in page
@@ -115,8 +117,8 @@ def test_the_page_needs_nothing_but_itself() -> None:
 @pytest.mark.parametrize(
     ("rows", "words", "without"),
     [
-        ([], "The ledger has no trials yet", "table"),
-        (rows_of(fits(3)), "1 trials of 1 cells; 0 certified", "failed"),
+        ([], "No trials in ledger.sqlite yet", "plan-table"),
+        (rows_of(fits(3)), "1 trial of 1 cell; 0 certified", "throughput"),
         (rows_of(failed(3), failed(4)), "1 without an answer because all trials failed", "limits-"),
         (rows_of(oom(1), model="bert-large", mib=300), "does not fit", "footprint"),
     ],
@@ -125,7 +127,10 @@ def test_little_makes_a_page_too(rows: list[LedgerRow], words: str, without: str
     page = build_page(report_of(rows))
     reader = read(page)
     assert words in page
-    assert not any(name.startswith(without) for name in [*reader.ids, *reader.tables])
+    assert not any(name.startswith(without) for name in reader.ids)
+    # Which is there where there is more to show.
+    more = read(build_page(report_of([*ROWS, *rows_of(fits(8), fits(16), seq_len=320)])))
+    assert any(name.startswith(without) for name in more.ids)
 
 
 def test_workloads_without_a_plan_are_counted() -> None:
@@ -186,7 +191,7 @@ def test_runs_are_part_of_it(tmp_path: Path) -> None:
     report = report_of(ROWS, [run])
     page = build_page(report)
     (_, line) = read(page).tables["run-table"]
-    assert line == ["squad_out", "squad", "24", "8", "full", "40", "40", "0.04", "1",
+    assert line == ["squad_out", "squad", "24", "8", "full", "40", "40", "2 min 24 s", "1",
                     "f1 65.8, exact_match 54.4"]  # fmt: skip
     picture = next(picture for picture in report.pictures if picture.name == "training")
     loss, scores = picture.draw().axes
@@ -195,6 +200,28 @@ def test_runs_are_part_of_it(tmp_path: Path) -> None:
     assert curve.get_ydata()[0] == 5.0
     assert list(scores.get_lines()[0].get_ydata()) == [50.5, 65.8]
     assert scores.get_ylabel() == "f1"
+
+
+def test_runs_of_one_name_have_pictures_of_their_own(tmp_path: Path) -> None:
+    names = ("x-2", "x", "a/x", "_x", "m$\\foo$ [b]")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+    runs = [read_run(write_run(tmp_path / name)) for name in names]
+    report = report_of(ROWS, runs)
+    pictures = [Picture(f"precision-recall-{run.name}", "", "", Figure) for run in runs]
+    named = [picture.name for picture in name_apart(pictures)]
+    assert named == [
+        "precision-recall-x-2", "precision-recall-x", "precision-recall-x-3",
+        "precision-recall-_x", "precision-recall-m-foo-b-",
+    ]  # fmt: skip
+    page = build_page(report)
+    read(page)
+    assert "m$\\foo$ [b]" in page
+    training = next(picture for picture in report.pictures if picture.name == "training")
+    (legend,) = training.draw().legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "x-2", "x", "x", " _x", "m$\\foo$ [b]"
+    ]  # fmt: skip
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

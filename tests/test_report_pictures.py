@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ledger_rows import CPU, fits, oom, rows_of
+from ledger_rows import fits, oom, rows_of
+from matplotlib.figure import Figure
 
 from bertbench.bytes import GIB_BYTES, MIB_BYTES
-from bertbench.cost import device_rates
-from bertbench.planner import Plan, make_plan
+from bertbench.devices import Device, TpuSettings
+from bertbench.planner import Plan
 from bertbench.step_traces import read_trace
 from bertbench.traced_steps import traced_peak_bytes
 from bertbench.workload import Levers, published_workload
 from finetune.checkpointing import POLICIES, parse_checkpointing
 from reports.cells import read_cells
 from reports.figures import INK, Picture, styled
+from reports.places import name_places
 from reports.planning import plan_places
 from reports.plots import (
     footprint_picture,
@@ -59,7 +61,11 @@ def lines(axis: Any) -> dict[str, list[tuple[float, float]]]:
 
 def test_limits_are_drawn_beside_the_published_ones() -> None:
     cells = read_cells(ROWS)
-    figure = drawn(limits_picture(cells, cells[0].place, "squad"))
+    picture = limits_picture(cells, "squad, here")
+    assert picture is not None
+    assert picture.title.endswith(": squad, here")
+    assert "0 is drawn at the bottom" in picture.caption
+    figure = drawn(picture)
     base, large = figure.axes
     assert (base.get_title(loc="left"), large.get_title(loc="left")) == ("BERT-Base", "BERT-Large")
     found = lines(base)
@@ -78,12 +84,37 @@ def test_limits_are_drawn_beside_the_published_ones() -> None:
     # 0 has a place on the logarithmic axis.
     assert lines(large)["none"] == [(384, 0.5)]
     assert large.yaxis.get_major_formatter()(0.5) == "0"
-    assert limits_picture(cells, cells[0].place, "classifier") is None
+    assert limits_picture([], "nowhere") is None
+    above = limits_picture(read_cells(rows_of(fits(3), oom(4))), "here")
+    assert above is not None
+    assert "0 is drawn" not in above.caption
+
+
+def test_few_small_limits_of_long_settings_can_be_read() -> None:
+    policies = ("none", "selective", "nested:1+selective", "full:2")
+    rows = [
+        row
+        for policy in policies
+        for steps in (1, 2)
+        for row in rows_of(fits(3), oom(5), policy=policy, steps=steps, optimizer="adafactor")
+    ]
+    figure = drawn(limits_picture(read_cells(rows), "here"))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert figure.bbox.x0 <= box.x0
+    assert box.x1 <= figure.bbox.x1
+    (axis,) = figure.axes
+    low, high = axis.get_ylim()
+    ticks = [tick for tick in axis.get_yticks() if low <= tick <= high and tick >= 1]
+    labels = [axis.yaxis.get_major_formatter()(tick) for tick in ticks]
+    assert labels == [f"{tick:g}" for tick in ticks]
+    assert len(set(labels)) == len(labels) >= 3
 
 
 def test_what_was_tried_for_a_plan_is_not_drawn_as_a_limit() -> None:
     cells = read_cells([*ROWS, *rows_of(fits(8), steps=4, mib=11430)])
-    base, _ = drawn(limits_picture(cells, cells[0].place, "squad")).axes
+    base, _ = drawn(limits_picture(cells, "squad, here")).axes
     assert "none" in lines(base)
     assert "none, 4 micro-batches" not in lines(base)
 
@@ -99,11 +130,9 @@ def test_what_was_tried_for_a_plan_is_not_drawn_as_a_limit() -> None:
     ],
 )
 def test_labels_of_settings_do_not_lie_on_each_other(model: str, seq_len: int, mib: int) -> None:
-    plan = make_plan(
-        published_workload(model, seq_len), 32, mib * MIB_BYTES, device_rates(CPU),
-        device="CPU", device_kind="cpu",
-    )  # fmt: skip
-    figure = drawn(front_picture(plan))
+    rows = rows_of(fits(1), model=model, seq_len=seq_len, mib=mib)
+    (planned,) = plan_places(read_cells(rows), 32)
+    figure = drawn(front_picture(planned, "here"))
     figure.draw_without_rendering()
     (axis,) = figure.axes
     boxes = [text.get_window_extent() for text in axis.texts]
@@ -117,12 +146,20 @@ def test_labels_of_settings_do_not_lie_on_each_other(model: str, seq_len: int, m
 
 def test_speed_is_drawn_up_to_the_wall() -> None:
     cells = read_cells(rows_of(fits(8, seconds=1.0), fits(16, seconds=1.6), oom(21)))
-    (axis,) = drawn(throughput_picture(cells)).axes
+    (axis,) = drawn(throughput_picture(cells, name_places(c.place for c in cells))).axes
     curve, wall = axis.get_lines()
     assert list(zip(*curve.get_data(), strict=True)) == [(8, 8.0), (16, 10.0)]
     assert set(wall.get_xdata()) == {21}
     assert axis.texts[0].get_text() == "21 runs\nout of memory"
-    assert throughput_picture(read_cells(ROWS)) is None
+    assert throughput_picture(read_cells(ROWS), {}) is None
+    # Two places are told apart.
+    rows = [row for mib in (100, 200) for row in rows_of(fits(8), fits(16), mib=mib)]
+    cells = read_cells(rows)
+    figure = drawn(throughput_picture(cells, name_places(c.place for c in cells)))
+    assert [axis.get_title(loc="left").splitlines()[1] for axis in figure.axes] == [
+        "squad, 100 MiB on Some & CPU (2 cores)",
+        "squad, 200 MiB on Some & CPU (2 cores)",
+    ]
 
 
 def test_plans_are_drawn_with_their_footprints() -> None:
@@ -141,13 +178,13 @@ def test_plans_are_drawn_with_their_footprints() -> None:
     assert "--model bert-mini --seq-len 128" in plan_command
     assert "--device cpu --memory 400MiB" in plan_command
     assert "--plan plan.json" in run_command
-    (axis,) = drawn(footprint_picture([planned])).axes
+    (axis,) = drawn(footprint_picture([planned], {planned.place: "here"})).axes
     widths = [bar.get_width() for bar in axis.patches]
     assert sum(widths[:-1]) == pytest.approx(chosen.footprint.peak_bytes / MIB_BYTES)
     assert widths[-1] == 333  # measured
-    assert footprint_picture([]) is None
+    assert footprint_picture([], {}) is None
 
-    (axis,) = drawn(front_picture(planned.plan)).axes
+    (axis,) = drawn(front_picture(planned, "here")).axes
     found = lines(axis)
     assert found["chosen"] == [
         (chosen.footprint.peak_bytes / MIB_BYTES, chosen.predicted_step_seconds)
@@ -159,17 +196,32 @@ def test_plans_are_drawn_with_their_footprints() -> None:
 
     timeline = step_timeline(planned.workload, chosen.levers, chosen.micro_batch)
     assert timeline is not None
-    (axis,) = drawn(timeline_picture(planned.plan, timeline)).axes
+    (axis,) = drawn(timeline_picture(planned, "here")).axes
     highest = max(area.get_paths()[0].vertices[:, 1].max() for area in axis.collections)
     assert highest == pytest.approx(timeline.peak_bytes / MIB_BYTES)
     assert [text.get_text() for text in axis.texts] == [phase.name for phase in timeline.phases]
+
+
+def test_a_tpu_is_asked_for_by_its_own_flags() -> None:
+    tpu = Device("tpu", 0, "TPU v2", None, 1 << 40, 1 << 40, tpu=TpuSettings("t"))
+    rows = rows_of(fits(8), oom(9), mib=7618, device=tpu)
+    (planned,) = plan_places(read_cells(rows), 32)
+    plan, run = planned.commands
+    assert "--gpu tpu-v2-8" in plan
+    assert "--use_tpu --tpu_name" in run
+    assert "--device" not in plan + run
+    # XLA asks in another order, so there is nothing to replay.
+    assert timeline_picture(planned, "here") is None
 
 
 def test_what_does_not_fit_is_said() -> None:
     (planned,) = plan_places(read_cells(rows_of(oom(1), model="bert-large", mib=300)), 32)
     assert not isinstance(planned.plan, Plan)
     assert "does not fit" in str(planned.plan)
-    assert footprint_picture([planned]) is None
+    assert footprint_picture([planned], {planned.place: "here"}) is None
+    assert planned.commands == ()
+    assert front_picture(planned, "here") is None
+    assert timeline_picture(planned, "here") is None
 
 
 @pytest.mark.parametrize("head", ["squad", "classifier"])
@@ -242,7 +294,7 @@ def test_predictions_are_of_fresh_trials() -> None:
 
 def test_pictures_are_files_and_parts_of_a_page() -> None:
     cells = read_cells(ROWS)
-    picture = limits_picture(cells, cells[0].place, "squad")
+    picture = limits_picture(cells, "squad, here")
     assert picture is not None
     assert picture.png()[:4] == b"\x89PNG"
     xml.etree.ElementTree.fromstring(picture.svg())
@@ -267,3 +319,17 @@ def test_a_report_has_all_pictures(tmp_path: Path) -> None:
     assert "limits-squad-2" in names  # of another budget
     json.dumps([cell.to_json() for cell in report.cells])
     assert all(p.place.budget_bytes <= 12 * GIB_BYTES for p in report.planned)
+
+
+def test_names_from_outside_are_no_markup() -> None:
+    def draw() -> Figure:
+        figure = Figure()
+        figure.subplots().set_title("m$\\foo$ & <b>")
+        return figure
+
+    picture = Picture('q" onload="alert(1)/../ü', '"<a>" & b', "", draw)
+    assert picture.name == "q-onload-alert-1-..-"
+    root = xml.etree.ElementTree.fromstring(picture.inline_svg())
+    assert root.attrib["aria-label"] == '"<a>" & b'
+    assert not any(name.startswith("on") for element in root.iter() for name in element.attrib)
+    assert "m$\\foo$ & <b>" in "".join(root.itertext())

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import pytest
 
 from finetune.errors import InputError
 from finetune.tasks.squad_metrics import QuestionScores
+from reports.page import build_page
+from reports.report import Report
 from reports.run_plots import point_at, precision_recall_picture, training_picture
 from reports.runs import read_run
+from reports.text import show_report
 
 CONTEXT = "Paris and Rome."
 QUESTIONS = [("a", "Paris"), ("b", "Rome"), ("c", None), ("d", None)]
@@ -124,6 +128,47 @@ def test_a_page_of_a_run_needs_no_tensorflow(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.stderr.endswith(f"wrote {page}\n")
     assert "Precision and recall of run" in page.read_text()
+
+
+def test_scores_are_scores(tmp_path: Path) -> None:
+    results = {
+        "HasAns_exact": 10.5, "HasAns_f1": 12.0, "HasAns_total": 674, "best_exact": 50.2,
+        "best_exact_thresh": 0.0, "best_f1": 51.0, "best_step": 90, "exact": 50.0, "f1": 50.5,
+        "global_step": 344, "levers": {"xla": False}, "micro_batch": 24, "total": 1354,
+        "null_score_diff_threshold": 1.7, "stopped_early": False, "task": "squad",
+        "train_loss": 1.7, "train_seconds": 1258.0, "matthews": float("nan"),
+    }  # fmt: skip
+    run = read_run(squad_run(tmp_path, results=results))
+    assert run.scores == {
+        "HasAns_exact": 10.5, "HasAns_f1": 12.0, "best_exact": 50.2, "best_f1": 51.0,
+        "exact": 50.0, "f1": 50.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"identity": None, "results": None, "steps_down": None},
+        {"identity": ["a"], "invocations": ["a"], "task": None},
+        {"identity": {"train_batch_size": "24"}, "invocations": [{"levers": None}]},
+        {"invocations": {"0": 1}, "squad": ["x"], "predict_file": "x", "results": [1]},
+        {"results": {"f1": "high", "null_score_diff_threshold": "low"}},
+    ],
+)
+def test_a_damaged_record_is_shown_as_far_as_it_goes(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = squad_run(tmp_path, **changes)
+    step = '{"step": 1, "loss": 2.0, "learning_rate": 0.1, "gradient_norm": 1, "seconds": 2}\n'
+    bad = step.replace('"step": 1', '"step": "one"')
+    (folder / "train_log.jsonl").write_bytes(f"{step}{bad}".encode() + b'{"step": \xff')
+    (folder / "eval_log.jsonl").write_text('{"step": 1, "f1": "good", "exact": {}}\n[]\n7\n')
+    run = read_run(folder)
+    assert (len(run.steps), run.summary()["seconds"]) == (1, 2.0)
+    report = Report(tmp_path / "l", [], [run], 32, datetime.now(timezone.utc))
+    assert "run" in build_page(report)
+    show_report(report)
+    json.dumps(run.summary(), allow_nan=False)
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:

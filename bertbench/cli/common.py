@@ -162,6 +162,10 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def terminal() -> Console:
-    """Console for results: the terminal's width there, 80 plain columns in a pipe."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=80)
+    """Console for results: the terminal's width there, 80 plain columns in a pipe.
+
+    Text is shown as it is: names and messages from outside may have brackets and colons in them.
+    """
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    console = Console(**plain)
+    return console if console.is_terminal else Console(**plain, width=80)

@@ -10,7 +10,7 @@ from bertbench.bytes import GIB_BYTES, format_bytes
 from bertbench.catalogue import ACCELERATORS, Accelerator
 from bertbench.cli.common import terminal
 from bertbench.least_memory import LeastMemory
-from bertbench.planner import Plan, PlanEntry
+from bertbench.planner import Plan, PlanEntry, describe_cut
 from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload
 from finetune.recipes import find_recipe, train_steps
@@ -102,7 +102,7 @@ def show_plan(plan: Plan, *, explain: bool = False, trials: Sequence[Trial] = ()
         )
     for rejection in plan.rejected[:4]:
         console.print(
-            f"not {rejection.levers.accumulation_steps} x {rejection.micro_batch} with "
+            f"not {describe_cut(rejection.micro_batch, rejection.levers)} with "
             f"checkpointing {rejection.levers.describe()}: {rejection.why}",
             soft_wrap=True,
         )
@@ -207,15 +207,14 @@ def show_cards(title: str, cells: Sequence[tuple[Accelerator, Cell]]) -> None:
     console = terminal()
     console.print(title, soft_wrap=True)
     table, marks = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0)), _Marks()
-    for title in ("card", "memory", "steps", "checkpointing", "peak", "time"):
+    for title in ("card", "memory", "batch", "steps", "checkpointing", "peak", "time"):
         left = title in ("card", "checkpointing")
         table.add_column(title, justify="left" if left else "right", no_wrap=True)
     for product, cell in cells:
         if isinstance(cell, Plan):
-            size, steps, *rest = _row(cell.chosen, marks)
             memory = f"{product.memory_bytes // GIB_BYTES} GiB"
             many = f"{cell.chosen.replicas} x " if cell.chosen.replicas > 1 else ""
-            table.add_row(product.name, many + memory, f"{steps} x {size}", *rest)
+            table.add_row(product.name, many + memory, *_row(cell.chosen, marks))
     console.print(table)
     none = [product.name for product, cell in cells if not isinstance(cell, Plan)]
     if none:
@@ -224,7 +223,7 @@ def show_cards(title: str, cells: Sequence[tuple[Accelerator, Cell]]) -> None:
         console.print(note, soft_wrap=True)
     if any(isinstance(cell, Plan) and _on_host(cell.chosen.levers) for _, cell in cells):
         console.print("host: the optimizer's state is in the host's memory")
-    console.print("Peak and time, of a batch, are predicted.")
+    console.print("Batch is the micro-batch. Peak and time, of an effective batch, are predicted.")
 
 
 def show_least(target_batch: int, found: Sequence[LeastMemory]) -> None:

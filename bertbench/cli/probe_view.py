@@ -163,7 +163,7 @@ def shown(
 ) -> Iterator[View]:
     """Show a probe while it runs: live on a terminal, a line for every trial elsewhere."""
     view = View(workloads, estimates, workers)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         yield view
         return
