@@ -97,6 +97,8 @@ def _recorded(
     (batch,) = request.batches
     with recorded_allocations(device) as recordings:
         trainer = build_trainer(request.workload, request.levers)
+        # The peak is that of steps, as without a recording.
+        _forget_peak(device)
         rows = random_batch(request.workload, batch * request.levers.accumulation_steps)
         for _ in range(2):
             float(trainer.step(rows).loss)

@@ -284,6 +284,21 @@ def test_a_real_step_needs_what_two_others_say(policy: str, batches: tuple[int, 
         assert abs(found.replay(trial.batch, memory).peak_bytes - trial.peak_bytes) <= 1024
 
 
+def test_recording_does_not_change_the_peak() -> None:
+    """With this optimizer making the model needs more than a small step."""
+    budget = make_budget(resolve_device("cpu"), 192 * MIB_BYTES)
+    (plain, recorded) = (
+        measure_batches(
+            published_workload("bert-tiny", 32), Levers(optimizer="adafactor"), budget, (2,),
+            steps=1, fresh=True, on_recording=on_recording,
+        )[0]
+        for on_recording in (None, lambda batch, recording: None)
+    )  # fmt: skip
+    assert plain.peak_bytes is not None
+    assert recorded.peak_bytes is not None
+    assert recorded.peak_bytes == pytest.approx(plain.peak_bytes, rel=1e-3)
+
+
 @given(limit=st.integers(0, 70_000), guess=st.integers(-5, 80_000), low=st.integers(0, 300))
 def test_a_limit_is_found_near_its_guess_with_few_replays(limit: int, guess: int, low: int) -> None:
     low, high = min(low, limit), 65_537
