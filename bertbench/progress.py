@@ -47,13 +47,13 @@ def progress(description: str, total: int, unit: str, first: int = 0) -> Iterato
     console = Console(stderr=True)
     if console.is_terminal:
         with Progress(
-            TextColumn(description),
+            TextColumn(description, markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             transient=False,
         ) as bar:
@@ -71,7 +71,8 @@ def progress(description: str, total: int, unit: str, first: int = 0) -> Iterato
             return
         said, ended = now, ended or ends_now
         left = (now - began) / max(done - first, 1) * (total - done)
-        say(f"{description}: {done}/{total} {unit}, {describe_duration(left)} left {note}".rstrip())
+        more = f", {note}" if note else ""
+        say(f"{description}: {done}/{total} {unit}, {describe_duration(left)} left{more}")
 
     yield advance
 

@@ -157,9 +157,11 @@ def _log_mib(axis: Axis, low: float, high: float) -> None:
 def throughput_picture(cells: Sequence[Cell], names: Mapping[Place, str]) -> Picture | None:
     """Examples a second against micro-batch, with the batch that runs out of memory."""
     timed = [cell for cell in cells if len(_speeds(cell)) >= 2]
-    chosen = sorted(timed, key=lambda cell: (-len(_speeds(cell)), -cell.newest.id))[:_MOST_PANELS]
-    if not chosen:
+    if not timed:
         return None
+    chosen = sorted(timed, key=lambda cell: (-len(_speeds(cell)), -cell.newest.id))[:_MOST_PANELS]
+    # Two points say little beside a curve of many.
+    chosen = [cell for cell in chosen if 2 * len(_speeds(cell)) >= len(_speeds(chosen[0]))]
     chosen.sort(key=lambda c: (model_order(c.model), c.newest.seq_len, c.setting))
     where = [f"{cell.task}, {names[cell.place]}" for cell in chosen]
     same = len(set(where)) == 1
@@ -167,7 +169,7 @@ def throughput_picture(cells: Sequence[Cell], names: Mapping[Place, str]) -> Pic
         "Each point is a trial that fits; the dashed line is the smallest batch that does not."
     )
     if len(timed) > len(chosen):
-        caption += f" The {len(chosen)} cells with the most batches, of {len(timed)}."
+        caption += f" Of {len(timed)} cells, those with the most batches."
 
     def draw() -> Figure:
         figure, axes = _panels(len(chosen))
@@ -216,10 +218,13 @@ def footprint_picture(planned: Sequence[Planned], names: Mapping[Place, str]) ->
         return None
     where = [f"{one.task}, {names[one.place]}" for one, _ in chosen]
     same = len(set(where)) == 1
-    labels = [
-        f"{_plan_name(one, plan)}" + ("" if same else f"\n{its_place}")
-        for (one, plan), its_place in zip(chosen, where, strict=True)
-    ]
+    labels = [_plan_name(one, plan) for one, plan in chosen]
+    if not same:  # told where it changes
+        before = ["", *where]
+        labels = [
+            f"{w}\n{label}" if w != b else label
+            for label, w, b in zip(labels, where, before, strict=False)
+        ]
 
     def draw() -> Figure:
         figure = Figure(figsize=(8.4, 0.62 * len(chosen) + 1.5), layout="constrained")
@@ -250,7 +255,7 @@ def footprint_picture(planned: Sequence[Planned], names: Mapping[Place, str]) ->
             budget = one.place.budget_bytes / MIB_BYTES
             axis.plot([budget, budget], [y - 0.38, y + 0.38], color=look_of(5).color, linewidth=1.6)
         axis.plot([], [], color=look_of(5).color, linewidth=1.6, label="budget")
-        axis.set_yticks(range(len(chosen)), labels, fontsize=9 if same else 7)
+        axis.set_yticks(range(len(chosen)), labels, fontsize=9 if same else 8)
         axis.invert_yaxis()
         axis.grid(False, axis="y")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))

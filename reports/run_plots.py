@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -74,21 +75,23 @@ def _label(run: Run) -> str:
 def precision_recall_picture(run: Run) -> Picture | None:
     """Precision against recall of a SQuAD 2.0 run, with the threshold on the null odds marked.
 
+    Every question has its best answer that is one, and is answered if its odds are low enough.
+
     Returns:
         None for other runs, and where the data are gone or have changed.
     """
     files = prediction_files(run)
     if files is None:
         return None
-    data, answers, odds = files
+    data, candidates, odds = files
     try:
         examples = read_squad(data, is_training=False, version_2_with_negative=True)
         scores = score_questions(
             examples,
-            json.loads(answers.read_text(encoding="utf-8")),
+            best_answers(json.loads(candidates.read_text(encoding="utf-8"))),
             json.loads(odds.read_text(encoding="utf-8")),
         )
-    except (InputError, ValueError, OSError):
+    except (InputError, ValueError, OSError, TypeError, AttributeError, KeyError):
         return None
     curve = precision_recall(scores, scores.f1)
     if curve is None:
@@ -113,11 +116,23 @@ def precision_recall_picture(run: Run) -> Picture | None:
     return Picture(
         f"precision-recall-{run.name}",
         f"Precision and recall of {run.name}",
-        f"SQuAD 2.0, average precision {curve.average_precision:.1f} %; the star is the threshold "
-        "that the answers were chosen with.",
+        f"SQuAD 2.0, average precision {curve.average_precision:.1f} %: questions are answered in "
+        "the order of their null odds, up to the star when the run chose its answers.",
         draw,
         wide=False,
     )
+
+
+def best_answers(candidates: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """The best candidate that is an answer, by question; "" where there is none.
+
+    Args:
+        candidates: what a run's `nbest_predictions.json` has, best first.
+    """
+    return {
+        name: next((str(one["text"]) for one in some if one["text"]), "")
+        for name, some in candidates.items()
+    }
 
 
 def point_at(scores: QuestionScores, threshold: float) -> tuple[float, float]:

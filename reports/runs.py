@@ -141,13 +141,13 @@ def _read_lines(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def prediction_files(run: Run) -> tuple[Path, Path, Path] | None:
-    """Data, answers and null odds of a run on SQuAD 2.0 whose data are still as they were."""
+    """Data, candidates and null odds of a run on SQuAD 2.0 whose data are still as they were."""
     squad = _mapping(run.record, "squad")
     if not squad.get("version_2_with_negative"):
         return None
     files = (
         Path(str(squad.get("predict_file", ""))),
-        run.folder / "predictions.json",
+        run.folder / "nbest_predictions.json",
         run.folder / "null_odds.json",
     )
     if not all(path.is_file() for path in files):

@@ -94,6 +94,21 @@ def test_help_has_an_example_and_needs_no_tensorflow(verb: list[str]) -> None:
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("verb", [[], ["run"], ["ledger"]])
+def test_a_verb_that_is_missing_is_asked_for_with_the_help(verb: list[str]) -> None:
+    result = bertbench(*verb)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"Usage: {' '.join(['bertbench', *verb])} [OPTIONS]")
+    assert max(map(len, result.stderr.splitlines())) <= 80
+
+
+def test_a_verb_that_is_mistyped_is_named() -> None:
+    fails_with_one_line(bertbench("reprot"), "did you mean report?", "bertbench --help")
+    result = bertbench("zzz")
+    fails_with_one_line(result, "no verb 'zzz'; `bertbench --help`")
+
+
 def test_plan_needs_no_tensorflow_and_writes_what_it_shows(tmp_path: Path) -> None:
     program = (
         "import sys\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,32 @@ def test_hours_of_the_whole_recipe() -> None:
 def test_what_does_not_go_together(arguments: list[str]) -> None:
     with pytest.raises(InputError, match=r"--model|--min-memory"):
         CliRunner().invoke(command, arguments, catch_exceptions=False)
+
+
+def test_layers_that_a_model_does_not_have() -> None:
+    assert "full:12" in plan(*BASE, "--gpu", "titan-x", "--checkpointing", "full:12")
+    for policy in ("full:13", "full:0"):
+        with pytest.raises(InputError, match=f"{policy}: bert-base has 12 layers; give 1 to 12"):
+            plan(*BASE, "--gpu", "titan-x", "--checkpointing", policy)
+
+
+def test_what_is_too_much_is_more_than_there_is_with_the_margin() -> None:
+    text = plan(*BASE, "--gpu", "gtx-1060", "--json", "-")
+    values = json.loads(text)
+    found = re.fullmatch(
+        r"needs ([\d,]+) MiB, ([\d,]+) MiB too much with a margin of 8%",
+        values["rejected"][0]["why"],
+    )
+    assert found
+    needed, missing = (int(number.replace(",", "")) for number in found.groups())
+    assert (needed - missing) * 1.08 == pytest.approx(values["budget_bytes"] / 2**20, abs=3)
+    first = values["rejected"][0]
+    setting = f"not {first['accumulation_steps']} steps of {first['micro_batch']} with"
+    assert setting.replace("1 steps", "1 step") in plan(*BASE, "--gpu", "gtx-1060")
+    # A step that is known to the byte needs none.
+    exact = plan(*BASE, "--device", "cpu", "--memory", "4GiB")
+    assert "too much" in exact
+    assert "margin" not in exact
 
 
 def test_gpus_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -576,3 +576,9 @@ def test_holes_on_both_sides_of_the_limit_are_told_of(
             seen = Trial(batch, "fits", MIB_BYTES, 0.1, fresh=True)
             record(ledger, budget, versions_key(), workload, levers, seen)
         assert probe_cell(ledger, budget, workload, levers).runs_out_below == ()
+
+
+def test_layers_that_a_model_does_not_have(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--models", "bert-tiny", "--checkpointing", "full:3"]
+    with pytest.raises(InputError, match="full:3: bert-tiny has 2 layers; give 1 to 2"):
+        CliRunner().invoke(probe_cli.command, arguments, catch_exceptions=False)

@@ -152,6 +152,13 @@ def test_speed_is_drawn_up_to_the_wall() -> None:
     assert set(wall.get_xdata()) == {21}
     assert axis.texts[0].get_text() == "21 runs\nout of memory"
     assert throughput_picture(read_cells(ROWS), {}) is None
+    # Two points beside a curve are left out, and that is said.
+    curve = rows_of(*(fits(n) for n in range(1, 7)))
+    cells = read_cells([*curve, *rows_of(fits(8), fits(16), seq_len=64)])
+    picture = throughput_picture(cells, name_places(c.place for c in cells))
+    assert picture is not None
+    assert picture.caption.endswith("Of 2 cells, those with the most batches.")
+    assert [axis.get_title(loc="left") for axis in drawn(picture).axes] == ["BERT-Base, 384, none"]
     # Two places are told apart.
     rows = [row for mib in (100, 200) for row in rows_of(fits(8), fits(16), mib=mib)]
     cells = read_cells(rows)

@@ -18,13 +18,13 @@ from finetune.errors import InputError
 from finetune.tasks.squad_metrics import QuestionScores
 from reports.page import build_page
 from reports.report import Report
-from reports.run_plots import point_at, precision_recall_picture, training_picture
+from reports.run_plots import best_answers, point_at, precision_recall_picture, training_picture
 from reports.runs import read_run
 from reports.text import show_report
 
 CONTEXT = "Paris and Rome."
 QUESTIONS = [("a", "Paris"), ("b", "Rome"), ("c", None), ("d", None)]
-ANSWERS = {"a": "Paris", "b": "Milan", "c": "", "d": "Oslo"}
+CANDIDATES = {"a": ["Paris"], "b": ["", "Milan"], "c": ["", "Rome"], "d": ["Oslo", ""]}
 ODDS = {"a": -3.0, "b": -1.0, "c": 4.0, "d": -2.0}
 
 
@@ -64,7 +64,8 @@ def squad_run(tmp_path: Path, **changes: Any) -> Path:
         **changes,
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(record))
-    (folder / "predictions.json").write_text(json.dumps(ANSWERS))
+    candidates = {name: [{"text": text} for text in texts] for name, texts in CANDIDATES.items()}
+    (folder / "nbest_predictions.json").write_text(json.dumps(candidates))
     (folder / "null_odds.json").write_text(json.dumps(ODDS))
     return folder
 
@@ -93,12 +94,20 @@ def test_other_runs_have_no_such_picture(tmp_path: Path, changes: dict[str, Any]
     assert precision_recall_picture(read_run(squad_run(tmp_path, **changes))) is None
 
 
-def test_damaged_predictions_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", ['{"a": [{"text": "Paris"}]}', "[]", '{"a": 1}', "{", '{"a": [{}]}']
+)
+def test_damaged_predictions_are_left_out(tmp_path: Path, text: str) -> None:
     folder = squad_run(tmp_path)
-    (folder / "predictions.json").write_text('{"a": "Paris"}')
+    (folder / "nbest_predictions.json").write_text(text)
     assert precision_recall_picture(read_run(folder)) is None
     (folder / "null_odds.json").unlink()
     assert precision_recall_picture(read_run(folder)) is None
+
+
+def test_the_best_answer_is_one() -> None:
+    found = best_answers({"a": [{"text": ""}, {"text": "x"}, {"text": "y"}], "b": [{"text": ""}]})
+    assert found == {"a": "x", "b": ""}
 
 
 def test_the_point_of_a_threshold() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -43,6 +44,19 @@ class _LazyGroup(click.Group):
         command: click.Command = importlib.import_module(module).command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a verb; of an unknown one say which may have been meant."""
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in _VERBS:
+            near = difflib.get_close_matches(name, _VERBS, n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise click.UsageError(
+                f"no verb {name!r}; {meant}`bertbench --help` has all of them", ctx
+            )
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
             formatter.write_dl(list(_VERBS.items()))
@@ -75,6 +89,9 @@ def main(arguments: list[str] | None = None) -> Any:
         cli.main(args=arguments, prog_name="bertbench", standalone_mode=False)
     except click.exceptions.Exit as finished:
         sys.exit(finished.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except InputError as error:

@@ -44,7 +44,7 @@ from bertbench.progress import progress, say
 from bertbench.trial import Trial
 from bertbench.verifying import verify_plan
 from bertbench.workload import Workload, published_workload
-from finetune.checkpointing import parse_checkpointing
+from finetune.checkpointing import check_layers, parse_checkpointing
 from finetune.config import HEADS
 from finetune.errors import InputError
 
@@ -146,6 +146,9 @@ def command(
         for name in (PAPER_MODELS if model is None else (model,))
         for length in (PAPER_SEQ_LENS if seq_len is None else (seq_len,))
     ]
+    for workload in workloads:
+        for policy in policies or ():
+            check_layers(policy, workload.config.num_hidden_layers, workload.model)
     if min_memory:
         for flag, given in (
             ("--memory", memory is not None), ("--explain", explain), ("--verify", verify)

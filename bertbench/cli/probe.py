@@ -51,7 +51,7 @@ from bertbench.progress import say
 from bertbench.trial import Trial
 from bertbench.workers import share_out
 from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import parse_checkpointing
+from finetune.checkpointing import check_layers, parse_checkpointing
 from finetune.config import HEADS
 from finetune.errors import InputError
 from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, PLACEMENTS
@@ -192,6 +192,8 @@ def command(
     )
     check_levers(named[0].kind, named[0].name, levers)
     workloads = [published_workload(name, length, head) for name in names for length in lengths]
+    for workload in workloads:
+        check_layers(levers.checkpointing, workload.config.num_hidden_layers, workload.model)
     interrupted = False
     with _locked(named):
         budgets = _budgets(named, memory, share)
