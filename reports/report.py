@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from bertbench.ledger import LedgerRow
+from bertbench.paper import PAPER_MODELS
 from bertbench.planner import Plan
 from reports.cells import CERTIFIED, FAILED, Cell, read_cells
 from reports.figures import Picture
@@ -113,12 +114,15 @@ class Report:
     @functools.cached_property
     def pictures(self) -> list[Picture]:
         """All pictures that there is something to draw for."""
-        limits = [
-            limits_picture(some, f"{task}, {self.names[place]}")
+        groups = [
+            (f"{task}, {self.names[place]}", [c for c in self.cells if c.place == place
+                                              and c.task == task])
             for place in self.places
             for task in sorted({c.task for c in self.cells if c.place == place})
-            if (some := [c for c in self.cells if (c.place, c.task) == (place, task)])
-        ]
+        ]  # fmt: skip
+        # The paper's systems first, as in the tables.
+        groups.sort(key=lambda group: not any(cell.model in PAPER_MODELS for cell in group[1]))
+        limits = [limits_picture(cells, where) for where, cells in groups]
         plans = [one for one in self.planned if isinstance(one.plan, Plan)]
         # The largest ones have most to decide.
         largest = sorted(

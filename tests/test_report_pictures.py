@@ -316,7 +316,8 @@ def test_pictures_are_files_and_parts_of_a_page() -> None:
 
 
 def test_a_report_has_all_pictures(tmp_path: Path) -> None:
-    rows = [*ROWS, *rows_of(fits(8), fits(9), oom(10), model="bert-mini", seq_len=64)]
+    more = rows_of(fits(8), fits(9), oom(10), model="bert-mini", seq_len=64, first=100)
+    rows = [*ROWS, *more]
     report = Report(tmp_path / "l", rows, [], 32, datetime.now(timezone.utc))
     names = [picture.name for picture in report.pictures]
     assert len(set(names)) == len(names)
@@ -324,6 +325,10 @@ def test_a_report_has_all_pictures(tmp_path: Path) -> None:
     assert kinds == {"limits", "throughput", "footprint", "front", "timeline", "predictions"}
     assert names.count("limits-squad") == 1
     assert "limits-squad-2" in names  # of another budget
+    # The paper's systems come first, whatever was tried last.
+    assert next(p.title for p in report.pictures if p.name == "limits-squad").endswith(
+        ": squad, 11.2 GiB on Some & CPU (2 cores)"
+    )
     json.dumps([cell.to_json() for cell in report.cells])
     assert all(p.place.budget_bytes <= 12 * GIB_BYTES for p in report.planned)
 

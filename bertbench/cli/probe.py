@@ -77,7 +77,12 @@ _PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
 @click.option("--tpu-zone", help="Zone of a TPU. Default: asked of the environment.")
 @click.option("--gcp-project", help="Its project. Default: likewise.")
 @click.option("--num-tpu-cores", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--memory", type=MemorySize(), help="Bytes the allocator may use, as in 12GiB.")
+@click.option(
+    "--memory",
+    type=MemorySize(),
+    help="Bytes the allocator may use, as in 12GiB. "
+    "Default: what is free of a GPU, 512MiB of a CPU.",
+)
 @click.option(
     "--checkpointing",
     default="none",
