@@ -11,10 +11,11 @@ import dataclasses
 import html
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK = "#1b1e23"
@@ -90,6 +91,22 @@ def look_of(number: int) -> Look:
     return LOOKS[number % len(LOOKS)]
 
 
+def add_legend(figure: Figure, handles: Mapping[str, Any]) -> None:
+    """Put a legend below, in as many columns as surely fit: names of settings and runs are long."""
+    longest = max(map(len, handles), default=1)
+    columns = max(1, min(4, int(figure.get_figwidth() / (0.065 * longest + 0.6))))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+
+
+def labelled(axes: Sequence[Axes]) -> dict[str, Any]:
+    """What a legend of some panels shows, by name."""
+    return {
+        text: handle
+        for axis in axes
+        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """A picture that is drawn when it is wanted.
@@ -101,6 +118,7 @@ class Picture:
         caption: how to read it, in a sentence or two.
         draw: draws it; the style is in force then.
         wide: it needs the whole width of a page.
+        draw_narrow: draws it for a narrow screen, where the other would be too small to read.
     """
 
     name: str
@@ -108,6 +126,7 @@ class Picture:
     caption: str
     draw: Callable[[], Figure]
     wide: bool = True
+    draw_narrow: Callable[[], Figure] | None = None
 
     def __post_init__(self) -> None:
         """Make the name one that a file and an id can have."""
@@ -122,23 +141,28 @@ class Picture:
 
     def svg(self) -> str:
         """For files: on white."""
-        return self._svg("white")
+        return self._svg(self.draw, "white")
 
-    def inline_svg(self) -> str:
-        """For a page: without a background, in the page's colour of text, as wide as there is."""
-        text = self._svg("none")
+    def inline_svg(self, draw: Callable[[], Figure] | None = None) -> str:
+        """For a page: without a background, in the page's colour of text, as wide as there is.
+
+        Args:
+            draw: draws it; None takes its `draw`.
+        """
+        text = self._svg(draw or self.draw, "none")
         text = text[text.index("<svg") :].replace(INK, "currentColor")
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         # Several pictures in a page must not share names.
-        text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{self.name}-", text)
+        name = self.name if draw is None else f"{self.name}-narrow"
+        text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
         text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)
         label = html.escape(self.title)
         return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
-    def _svg(self, background: str) -> str:
+    def _svg(self, draw: Callable[[], Figure], background: str) -> str:
         with styled():
             buffer = io.StringIO()
-            figure = self.draw()
+            figure = draw()
             figure.savefig(
                 buffer, format="svg", facecolor=background,
                 metadata={"Date": None, "Creator": "bertbench", "Title": self.title},

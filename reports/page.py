@@ -85,6 +85,7 @@ def _values(report: Report, advance: Advance) -> dict[str, Any]:
                 "caption": p.caption,
                 "wide": p.wide,
                 "svg": p.inline_svg(),
+                "narrow_svg": p.draw_narrow and p.inline_svg(p.draw_narrow),
             }
         )
         advance(number + 1, p.name)

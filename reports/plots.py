@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,7 +16,7 @@ from bertbench.fitting import has_trace
 from bertbench.paper import PUBLISHED_MAX_BATCH
 from bertbench.planner import Plan, PlanEntry, describe_setting
 from reports.cells import AT_LEAST, CERTIFIED, Cell, model_order, setting_order, trial_rate
-from reports.figures import INK, Look, Picture, look_of
+from reports.figures import INK, Look, Picture, add_legend, labelled, look_of
 from reports.places import Place
 from reports.planning import Planned
 from reports.predictions import Prediction
@@ -33,12 +34,13 @@ _PARTS = (
 """Those that may be large; all else is drawn as one."""
 
 
-def _panels(count: int, width: float = _PANEL_WIDTH) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each thing, at most two side by side."""
-    columns = 1 if count == 1 else 2
+def _panels(count: int, columns: int = 2) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each thing."""
+    width = _PANEL_WIDTH
+    if count == 1:
+        columns, width = 1, 1.35 * _PANEL_WIDTH
     rows = math.ceil(count / columns)
-    size = (width * columns * (1.35 if columns == 1 else 1.0), _PANEL_HEIGHT * rows)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(width * columns, _PANEL_HEIGHT * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for unused in axes[count:]:
         unused.set_visible(False)
@@ -64,19 +66,11 @@ def limits_picture(cells: Sequence[Cell], where: str) -> Picture | None:
     if len(settings) > _MOST_SETTINGS or len({cell.model for cell in known}) > _MOST_PANELS:
         caption += f" The first {_MOST_SETTINGS} settings of the largest {_MOST_PANELS} models."
 
-    def draw() -> Figure:
-        figure, axes = _panels(len(models))
+    def draw(columns: int = 2) -> Figure:
+        figure, axes = _panels(len(models), columns)
         for axis, model in zip(axes, models, strict=True):
             _limits_panel(axis, model, [c for c in known if c.model == model], looks)
-        handles = {
-            text: handle
-            for axis in axes
-            for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        # Names of settings are long: as many columns as surely fit.
-        longest = max(map(len, handles))
-        columns = max(1, min(4, int(figure.get_figwidth() / (0.075 * longest + 0.6))))
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+        add_legend(figure, labelled(axes))
         return figure
 
     return Picture(
@@ -84,6 +78,7 @@ def limits_picture(cells: Sequence[Cell], where: str) -> Picture | None:
         f"Largest micro-batch by sequence length: {where}",
         caption,
         draw,
+        draw_narrow=functools.partial(draw, 1) if len(models) > 1 else None,
     )
 
 
@@ -171,8 +166,8 @@ def throughput_picture(cells: Sequence[Cell], names: Mapping[Place, str]) -> Pic
     if len(timed) > len(chosen):
         caption += f" Of {len(timed)} cells, those with the most batches."
 
-    def draw() -> Figure:
-        figure, axes = _panels(len(chosen))
+    def draw(columns: int = 2) -> Figure:
+        figure, axes = _panels(len(chosen), columns)
         for axis, cell, its_place in zip(axes, chosen, where, strict=True):
             points = _speeds(cell)
             look = look_of(0)
@@ -198,6 +193,7 @@ def throughput_picture(cells: Sequence[Cell], names: Mapping[Place, str]) -> Pic
         "Speed by micro-batch, up to the wall" + (f": {where[0]}" if same else ""),
         caption,
         draw,
+        draw_narrow=functools.partial(draw, 1) if len(chosen) > 1 else None,
     )
 
 
@@ -227,7 +223,7 @@ def footprint_picture(planned: Sequence[Planned], names: Mapping[Place, str]) ->
         ]
 
     def draw() -> Figure:
-        figure = Figure(figsize=(8.4, 0.62 * len(chosen) + 1.5), layout="constrained")
+        figure = Figure(figsize=(5.8, 0.55 * len(chosen) + 1.5), layout="constrained")
         axis = figure.subplots()
         parts = [_large_parts(plan) for _, plan in chosen]
         left = [0.0] * len(chosen)
@@ -260,7 +256,7 @@ def footprint_picture(planned: Sequence[Planned], names: Mapping[Place, str]) ->
         axis.grid(False, axis="y")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axis.set(xlabel="bytes in use at the peak of a step (MiB)")
-        figure.legend(loc="outside lower center", ncols=4)
+        add_legend(figure, labelled([axis]))
         return figure
 
     return Picture(
@@ -268,6 +264,7 @@ def footprint_picture(planned: Sequence[Planned], names: Mapping[Place, str]) ->
         "What the chosen plans hold at their peak" + (f": {where[0]}" if same else ""),
         "Predicted part by part; the open bar is the peak of a trial of the same setting.",
         draw,
+        wide=False,
     )
 
 
@@ -311,17 +308,27 @@ def front_picture(planned: Planned, where: str) -> Picture | None:
                   label="chosen")  # fmt: skip
         axis.axvline(plan.budget_bytes / MIB_BYTES, color=wall, linestyle="--", label="budget")
         right, highest = plan.budget_bytes / MIB_BYTES, max(y for _, y in points)
+        width = _CHARACTER * right * (len(_setting(plan.chosen)) + 2)
+        x, y = points[0]  # nothing is drawn below the chosen one
+        beside = "left" if x < width / 2 else "right" if x + width / 2 > right else "center"
+        axis.annotate(_setting(plan.chosen), (x, y), xytext=(0, -8), fontsize=7.5,
+                      textcoords="offset points", ha=beside, va="top")  # fmt: skip
         labels: list[tuple[float, float, float]] = []  # left, right and height
-        for entry, (x, y) in zip(entries, points, strict=True):
+        for entry, (x, y) in zip(entries[1:], points[1:], strict=True):
             text = _setting(entry)
             width = _CHARACTER * right * (len(text) + 2)
-            # Above the line, which goes to the right from every point but the chosen one.
-            to_the_right = x < width or (x + width < right and entry is not plan.chosen)
+            # Above the line, which goes to the right from every point.
+            to_the_right = x < width or x + width < right
             starts = x if to_the_right else x - width
-            if any(
+            on_another = any(
                 starts < end and start < starts + width and abs(y - height) < 0.08 * highest
                 for start, end, height in labels
-            ):
+            )
+            on_a_mark = any(
+                starts < other < starts + width and 0 < height - y < 0.12 * highest
+                for other, height in points
+            )
+            if on_another or on_a_mark:
                 continue
             labels.append((starts, starts + width, y))
             axis.annotate(
@@ -364,7 +371,7 @@ def timeline_picture(planned: Planned, where: str) -> Picture | None:
         return None
 
     def draw() -> Figure:
-        figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+        figure = Figure(figsize=(5.8, 3.2), layout="constrained")
         axis = figure.subplots()
         x = timeline.sampled
         layers: list[tuple[str, list[int]]] = [
@@ -386,7 +393,7 @@ def timeline_picture(planned: Planned, where: str) -> Picture | None:
             if number:
                 axis.axvline(phase.start, color=INK, linewidth=0.7, linestyle=":")
             axis.text((phase.start + phase.end) / 2, 0.99 * top, phase.name, ha="center", va="top",
-                      fontsize=8)  # fmt: skip
+                      fontsize=7)  # fmt: skip
         axis.set_ylim(0, top)
         axis.set_xlim(0, timeline.events)
         axis.set_xticks([])
@@ -394,7 +401,7 @@ def timeline_picture(planned: Planned, where: str) -> Picture | None:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
         axis.set(xlabel="requests and releases of one optimizer step, in their order",
                  ylabel="in use (MiB)")  # fmt: skip
-        figure.legend(loc="outside lower center", ncols=4)
+        add_legend(figure, labelled([axis]))
         return figure
 
     recorded = "" if kind == "cpu" else " on a CPU"
@@ -410,6 +417,7 @@ def timeline_picture(planned: Planned, where: str) -> Picture | None:
         f"{planned.task}, {where}. Replayed from what recorded steps{recorded} ask of the "
         f"allocator.{more}",
         draw,
+        wide=False,
     )
 
 
@@ -418,8 +426,8 @@ def predictions_picture(predictions: Sequence[Prediction]) -> Picture | None:
     if not predictions:
         return None
 
-    def draw() -> Figure:
-        figure, (left, right) = _panels(2)
+    def draw(columns: int = 2) -> Figure:
+        figure, (left, right) = _panels(2, columns)
         kinds: tuple[tuple[str, Callable[[Prediction], bool], int], ...] = (
             ("replayed", lambda p: p.traced, 0),
             ("by formula", lambda p: not p.traced, 1),
@@ -461,4 +469,5 @@ def predictions_picture(predictions: Sequence[Prediction]) -> Picture | None:
         "Predicted against measured peaks",
         "Trials in fresh processes that fit; above 0 more was predicted than used.",
         draw,
+        draw_narrow=functools.partial(draw, 1),
     )

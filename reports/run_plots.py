@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from matplotlib.figure import Figure
 from finetune.errors import InputError
 from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.squad_metrics import QuestionScores, precision_recall, score_questions
-from reports.figures import INK, Picture, look_of
+from reports.figures import INK, Picture, add_legend, labelled, look_of
 from reports.runs import Run, prediction_files
 
 _MOST_RUNS = 8
@@ -35,11 +37,13 @@ def training_picture(runs: Sequence[Run]) -> Picture | None:
         for name in run.evaluations.columns
         if name != "step" and run.evaluations[name].notna().any()
     }
+    labels = _labels(shown)
     metrics = [name for name in (*_METRICS, *sorted(there)) if name in there][:1]
 
-    def draw() -> Figure:
-        figure = Figure(figsize=(8.4, 3.3), layout="constrained")
-        axes = figure.subplots(1, 1 + len(metrics), squeeze=False)[0]
+    def draw(columns: int = 1 + len(metrics)) -> Figure:
+        rows = math.ceil((1 + len(metrics)) / columns)
+        figure = Figure(figsize=(4.2 * columns, 3.1 * rows + 0.2), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
         for number, run in enumerate(shown):
             look = look_of(number)
             steps = run.steps
@@ -49,7 +53,7 @@ def training_picture(runs: Sequence[Run]) -> Picture | None:
             axes[0].plot(steps["step"][::every], steps["loss"][::every], color=look.color,
                          alpha=0.25, linewidth=0.8)  # fmt: skip
             axes[0].plot(steps["step"][::every], smooth[::every], color=look.color,
-                         linestyle=look.line, label=_label(run))  # fmt: skip
+                         linestyle=look.line, label=labels[number])  # fmt: skip
             for axis, metric in zip(axes[1:], metrics, strict=True):
                 if metric in run.evaluations:
                     axis.plot(run.evaluations["step"], run.evaluations[metric], color=look.color,
@@ -59,17 +63,23 @@ def training_picture(runs: Sequence[Run]) -> Picture | None:
         axes[0].set_ylim(bottom=0)
         for axis in axes:
             axis.set_xlabel("optimizer step")
-        figure.legend(loc="outside lower center", ncols=4)
+        add_legend(figure, labelled(axes))
         return figure
 
     smoothed = any(len(run.steps) >= 2 * _SMOOTHED for run in shown)
     caption = "Thin: every step; thick: its running mean." if smoothed else "Loss of every step."
-    return Picture("training", "Training", caption, draw)
+    narrow = functools.partial(draw, 1) if metrics else None
+    return Picture("training", "Training", caption, draw, draw_narrow=narrow)
 
 
-def _label(run: Run) -> str:
-    """Name for a legend, which leaves out what begins with an underscore."""
-    return f" {run.name}" if run.name.startswith("_") else run.name
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Names for a legend, which leaves out what begins with an underscore; each only once."""
+    labels: list[str] = []
+    for run in runs:
+        name = f" {run.name}" if run.name.startswith("_") else run.name
+        same = sum(other.name == run.name for other in runs[: len(labels)])
+        labels.append(f"{name} ({same + 1})" if same else name)
+    return labels
 
 
 def precision_recall_picture(run: Run) -> Picture | None:

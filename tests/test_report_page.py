@@ -220,7 +220,7 @@ def test_runs_of_one_name_have_pictures_of_their_own(tmp_path: Path) -> None:
     training = next(picture for picture in report.pictures if picture.name == "training")
     (legend,) = training.draw().legends
     assert [text.get_text() for text in legend.get_texts()] == [
-        "x-2", "x", "x", " _x", "m$\\foo$ [b]"
+        "x-2", "x", "x (2)", " _x", "m$\\foo$ [b]"
     ]  # fmt: skip
 
 
@@ -251,7 +251,11 @@ search.dispatchEvent(new Event("input"));
 results.shown = [...table.tBodies[0].rows].filter((row) => !row.hidden).length;
 results.count = document.querySelector("[data-count=cell-table]").textContent;
 results.resources = performance.getEntriesByType("resource").map((entry) => entry.name);
-results.pictures = document.querySelectorAll("figure svg").length;
+const drawn = [...document.querySelectorAll("figure svg")].filter((svg) => svg.clientWidth > 0);
+results.figures = document.querySelectorAll("figure").length;
+results.pictures = drawn.length;
+results.narrow = drawn.filter((svg) => svg.parentElement.className === "small").length;
+results.cut = drawn.filter((svg) => svg.clientWidth > document.body.clientWidth).length;
 const wide = document.documentElement;
 results.overflow = wide.scrollWidth - wide.clientWidth;
 document.body.replaceChildren(JSON.stringify(results));
@@ -286,7 +290,10 @@ def test_the_page_in_a_browser(tmp_path: Path, width: int) -> None:
     assert results["sorted"] == "descending"
     assert (results["shown"], results["count"]) == (1, "1 of 3")
     assert results["resources"] == []
-    assert results["pictures"] >= 8
+    # Each once, as it can be read at this width.
+    assert results["pictures"] == results["figures"] >= 8
+    assert bool(results["narrow"]) == (width < 640)
+    assert results["cut"] == 0
     assert results["overflow"] <= 0
 
 

@@ -127,6 +127,7 @@ def test_what_was_tried_for_a_plan_is_not_drawn_as_a_limit() -> None:
         ("bert-large", 512, 11430),
         ("bert-large", 384, 6000),
         ("bert-mini", 128, 6000),
+        ("bert-large", 384, 8000),
     ],
 )
 def test_labels_of_settings_do_not_lie_on_each_other(model: str, seq_len: int, mib: int) -> None:
@@ -331,6 +332,21 @@ def test_a_report_has_all_pictures(tmp_path: Path) -> None:
     )
     json.dumps([cell.to_json() for cell in report.cells])
     assert all(p.place.budget_bytes <= 12 * GIB_BYTES for p in report.planned)
+
+
+def test_panels_are_below_each_other_on_a_narrow_screen() -> None:
+    picture = limits_picture(read_cells(ROWS), "here")
+    assert picture is not None
+    assert picture.draw_narrow is not None
+    with styled():
+        narrow = picture.draw_narrow()
+    assert narrow.get_figwidth() < 5
+    assert len(narrow.axes) == len(drawn(picture).axes) == 2
+    inline = picture.inline_svg(picture.draw_narrow)
+    assert f'id="{picture.name}-narrow-' in inline
+    alone = limits_picture(read_cells(ROWS[:2]), "here")
+    assert alone is not None
+    assert alone.draw_narrow is None
 
 
 def test_names_from_outside_are_no_markup() -> None:
