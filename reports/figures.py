@@ -156,6 +156,8 @@ class Picture:
         name = self.name if draw is None else f"{self.name}-narrow"
         text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
         text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)
+        # A hundredth of a point is enough.
+        text = re.sub(r' d="[^"]*"', lambda d: re.sub(r"(\.\d\d)\d+", r"\1", d[0]), text)
         label = html.escape(self.title)
         return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
