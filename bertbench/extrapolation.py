@@ -243,7 +243,7 @@ def largest_batch(
     """Find the largest batch that fits, as all do between a given one and it.
 
     Near the limit the pieces that memory is in may be too small for one batch and not for the next.
-    Some batches below the first limit that is found are looked at too.
+    So the limit that is found is the end of several batches in a row that fit.
 
     Args:
         replayed: how a batch ends.
@@ -281,9 +281,11 @@ def largest_batch(
     low = _last_that_fits(fits, low, high, guess)
     if low == known < at_most:
         return None
-    for batch in range(low - 1, max(low - _LOOKED_AT, fitting), -1):
+    for batch in range(low - 1, fitting, -1):
+        if batch <= low - _LOOKED_AT:
+            break
         if batch not in peaks and not fits(batch):
-            low = batch - 1
+            low = batch - 1  # which is looked at next
     return low
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import pytest
 from hypothesis import given
@@ -319,9 +319,9 @@ def test_a_limit_is_found_near_its_guess_with_few_replays(limit: int, guess: int
 def test_a_hole_below_the_limit_is_the_limit() -> None:
     """In what a device can hold there may be holes; the first one counts."""
 
-    def limit(at_most: int = 1 << 16, fitting: int = 0) -> int | None:
+    def limit(at_most: int = 1 << 16, fitting: int = 0, hole: Container[int] = (97,)) -> int | None:
         return largest_batch(
-            lambda batch: Replay(batch <= 100 and batch != 97, 7 * batch),
+            lambda batch: Replay(batch <= 100 and batch not in hole, 7 * batch),
             700,
             begin=10,
             at_most=at_most,
@@ -333,6 +333,11 @@ def test_a_hole_below_the_limit_is_the_limit() -> None:
     assert limit(fitting=98) == 100
     assert limit(fitting=100) == 100
     assert limit(99, 98) == 99
+    # However long it is, or with another one below it.
+    assert limit(hole=range(88, 98)) == 87
+    assert limit(hole=(95, 97)) == 94
+    assert limit(hole=range(1, 98)) == 0
+    assert limit(hole=range(88, 98), fitting=90) == 90
 
 
 def test_a_single_example_tells_nothing() -> None:
