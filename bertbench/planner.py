@@ -314,7 +314,7 @@ def _nothing_fits(
     allowed: Sequence[Levers],
     room: Room,
 ) -> InputError:
-    def least_needed(allowed: Sequence[Levers], replicas: int) -> LeastMemory:
+    def least_needed(allowed: Sequence[Levers], replicas: int, share: int = share) -> LeastMemory:
         return find_least_memory(
             workload,
             share * replicas,
@@ -331,6 +331,8 @@ def _nothing_fits(
     available = room.budget_bytes - room.spare_bytes
     if least_needed(lightest, room.replicas).budget_bytes <= available:
         hint = f"allow another update than AdamW's with --allow {OPTIMIZERS[-1]}, or {hint}"
+    if least_needed(allowed, room.replicas, 1).budget_bytes <= available:
+        hint = f"use a smaller target batch, or {hint}"
     if room.replicas > 1 and least_needed(allowed, 1).budget_bytes <= available:
         hint = f"train on one device, which adds up no gradients with others, {hint}"
     needed = least.budget_bytes

@@ -144,6 +144,17 @@ def test_what_is_too_much_is_more_than_there_is_with_the_margin() -> None:
     assert "margin" not in exact
 
 
+def test_what_would_help_where_nothing_fits() -> None:
+    tiny = ["--model", "bert-tiny", "--seq-len", "64", "--device", "cpu"]
+    for target, memory, helps in (
+        ("1000000", "512MiB", True),  # of whose inputs alone there is too much
+        ("8", "60MiB", False),
+    ):
+        with pytest.raises(InputError, match="does not fit") as error:
+            plan(*tiny, "--target-batch", target, "--memory", memory)
+        assert ("use a smaller target batch" in str(error.value)) == helps
+
+
 def test_gpus_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1 << 30
     cards = [Device("gpu", n, "Tesla V100", f"GPU-{n}", 16 * gib, (15 - n) * gib) for n in (0, 1)]
