@@ -12,7 +12,7 @@ one round, and the median of the rounds.
 | optimizers | the same for every optimizer | 2 min |
 | precisions | for every precision that the device has | 2 min |
 | xla | for XLA beside TensorFlow's own kernels | 9 min |
-| maximum | a micro-batch in one piece that fits, about as large as is predicted | 40 min |
+| maximum | the largest micro-batch in one piece that is predicted to fit, by a real step | 40 min |
 | smallest | smallest budget in which an effective batch runs | 20 min |
 | peer | speed beside KerasHub's BERT, if keras-hub is installed | 3 min |
 
@@ -35,10 +35,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bertbench.allocator_limit import empty_memory
 from bertbench.attached import resolve_device
 from bertbench.bytes import MIB_BYTES
 from bertbench.devices import Budget, make_budget
+from bertbench.extrapolation import largest_batch
+from bertbench.fitting import Room, footprint_in, has_trace
 from bertbench.footprint import max_micro_batch, predict_footprint
+from bertbench.search import LARGEST_BATCH
+from bertbench.traced_steps import replay_step
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import POLICIES, Checkpointing
@@ -249,22 +254,35 @@ def _compare(
 
 
 def maximum(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
-    """A micro-batch in one piece that fits, by one real step, little below the predicted limit.
+    """The largest micro-batch in one piece, as predicted, by one real step; less if it fails.
 
     No certificate: `bertbench probe` gives those. Here a step takes up to half an hour.
     """
     levers = Levers(Checkpointing("nested"))
     rows: list[dict[str, Any]] = []
     for workload in scale.largest:
-        batch = max_micro_batch(workload, levers, budget.budget_bytes)
-        batch -= round(scale.tolerance * batch)
+        batch = _predicted_limit(workload, levers, budget)
         while True:
             trial = _trial(workload, levers, budget, batch, steps=1)
-            rows.append(_row(workload, levers, trial))
+            rows.append(_row(workload, levers, trial, budget))
             if trial.outcome != "oom" or batch == 1:
                 break
             batch -= max(1, round(scale.tolerance * batch))
     return rows
+
+
+def _predicted_limit(workload: Workload, levers: Levers, budget: Budget) -> int:
+    guess = max_micro_batch(workload, levers, budget.budget_bytes)
+    if not has_trace(workload, levers, budget.device.kind):
+        return guess
+    memory = empty_memory(budget)
+    found = largest_batch(
+        lambda batch: replay_step(workload, levers, batch, memory),
+        memory.total_bytes,
+        begin=max(guess, 1),
+        at_most=LARGEST_BATCH,
+    )
+    return found or guess
 
 
 def smallest(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
@@ -284,7 +302,7 @@ def smallest(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
     def attempt(mebibytes: int) -> Trial:
         limited = make_budget(budget.device, mebibytes * MIB_BYTES)
         trial = _trial(workload, levers, limited, batch, steps=2)
-        rows.append({**_row(workload, levers, trial), "memory_mib": mebibytes})
+        rows.append({**_row(workload, levers, trial, limited), "memory_mib": mebibytes})
         print(f"    at {mebibytes:,} MiB, effective batch {target}", flush=True)
         return trial
 
@@ -376,8 +394,9 @@ def _peak(trial: Trial) -> int:
     return trial.peak_bytes
 
 
-def _row(workload: Workload, levers: Levers, trial: Trial) -> dict[str, Any]:
-    predicted = predict_footprint(workload, levers, trial.batch).peak_bytes
+def _row(workload: Workload, levers: Levers, trial: Trial, budget: Budget) -> dict[str, Any]:
+    room = Room(budget.device.kind, budget.budget_bytes)
+    predicted = footprint_in(workload, levers, trial.batch, room, replayed=True).peak_bytes
     peak = f"{trial.peak_bytes / MIB_BYTES:,.0f} MiB" if trial.peak_bytes else trial.message[:40]
     print(
         f"{workload.model} {workload.seq_len} {levers.checkpointing}"
