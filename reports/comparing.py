@@ -202,7 +202,7 @@ def _key(cell: Cell) -> tuple[Any, ...]:
 
 def _order(cell: Cell) -> tuple[Any, ...]:
     length, budget_bytes = cell.newest.seq_len, cell.place.budget_bytes
-    return model_order(cell.model), cell.task, length, setting_order(cell.levers), budget_bytes
+    return cell.task, budget_bytes, model_order(cell.model), length, setting_order(cell.levers)
 
 
 def _mean_ratio(before: Mapping[int, float], after: Mapping[int, float]) -> float | None:
@@ -286,33 +286,13 @@ def show_comparison(before: str, after: str, comparison: Comparison) -> None:
         places = name_places(cell.place for cell in cells)
         where = f": {'; '.join(places.values())}" if len(places) in (1, 2) else ""
         console.print(f"{letter}: {name}{where}", soft_wrap=True)
-    budgets = {cell.place.budget_bytes for pair in comparison.pairs for cell in _both(pair)}
-    tasks = {pair.before.task for pair in comparison.pairs}
-    table = Table(box=None, pad_edge=False)
-    titles = ["model", "seq", "levers", "A", "B", "B/A", "peak", "speed"]
-    if len(tasks) > 1:
-        titles.insert(2, "task")
-    if len(budgets) > 1:
-        titles.insert(titles.index("A"), "budget")
-    for title in titles:
-        left = title in ("model", "task", "levers")
-        table.add_column(title, justify="left" if left else "right", no_wrap=title != "levers")
+    groups: dict[str, list[Pair]] = {}
     for pair in comparison.pairs:
-        values = {
-            "model": system_name(pair.before.model),
-            "seq": str(pair.before.newest.seq_len),
-            "task": pair.before.task,
-            "levers": pair.before.setting,
-            "budget": _budget(pair),
-            "A": limit_text(pair.before),
-            "B": limit_text(pair.after),
-            "B/A": _ratio(pair.limit_ratio),
-            "peak": _ratio(pair.peak_ratio),
-            "speed": _ratio(pair.speed_ratio),
-        }
-        table.add_row(*(values[title] for title in titles))
-    if comparison.pairs:
-        console.print(table)
+        groups.setdefault(f"{pair.before.task}, {_budget(pair)}", []).append(pair)
+    for what, pairs in groups.items():
+        if len(groups) > 1 or pairs[0].budgets_differ:
+            console.print(f"\n{what}", style="bold", soft_wrap=True)
+        console.print(_table(pairs))
     for name, spread in comparison.spreads.items():
         if spread is not None:
             console.print(f"{name.replace('_', ' ')} B/A: {spread}", soft_wrap=True)
@@ -326,13 +306,26 @@ def show_comparison(before: str, after: str, comparison: Comparison) -> None:
         console.print("no cell is in both")
 
 
-def _both(pair: Pair) -> tuple[Cell, Cell]:
-    return pair.before, pair.after
+def _table(pairs: Sequence[Pair]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in ("model", "seq", "levers", "A", "B", "B/A", "peak", "speed"):
+        left = title in ("model", "levers")
+        table.add_column(title, justify="left" if left else "right", no_wrap=title != "levers")
+    for pair in pairs:
+        table.add_row(
+            system_name(pair.before.model),
+            str(pair.before.newest.seq_len),
+            pair.before.setting,
+            limit_text(pair.before),
+            limit_text(pair.after),
+            *(_ratio(ratio) for ratio in (pair.limit_ratio, pair.peak_ratio, pair.speed_ratio)),
+        )
+    return table
 
 
 def _budget(pair: Pair) -> str:
-    before, after = (format_bytes(cell.place.budget_bytes) for cell in _both(pair))
-    return f"{before} / {after}" if pair.budgets_differ else before
+    before, after = (format_bytes(cell.place.budget_bytes) for cell in (pair.before, pair.after))
+    return f"{before} in A and {after} in B" if pair.budgets_differ else before
 
 
 def _ratio(value: float | None) -> str:

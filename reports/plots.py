@@ -78,6 +78,7 @@ def limits_picture(cells: Sequence[Cell], where: str) -> Picture | None:
         f"Largest micro-batch by sequence length: {where}",
         caption,
         draw,
+        wide=len(models) > 1,
         draw_narrow=functools.partial(draw, 1) if len(models) > 1 else None,
     )
 
@@ -193,6 +194,7 @@ def throughput_picture(cells: Sequence[Cell], names: Mapping[Place, str]) -> Pic
         "Speed by micro-batch, up to the wall" + (f": {where[0]}" if same else ""),
         caption,
         draw,
+        wide=len(chosen) > 1,
         draw_narrow=functools.partial(draw, 1) if len(chosen) > 1 else None,
     )
 

@@ -13,6 +13,7 @@ from bertbench.paper import PAPER_MODELS, PUBLISHED_MAX_BATCH
 from reports.cells import AT_LEAST, BELOW, CERTIFIED, Cell, model_order, setting_order
 from reports.places import name_places
 
+SYSTEM = ("System", "Seq Length")
 PUBLISHED = "published, Titan X 12 GB"
 NOTE = (
     "* certified: this batch fits and the next one runs out of memory, each in a fresh process; "
@@ -83,7 +84,7 @@ def _table(title: str, cells: Sequence[Cell]) -> Table:
     with_published = any(model in PAPER_MODELS for _, _, model in systems)
     records: list[dict[str, str]] = []
     for _, seq_len, model in systems:
-        record = {"System": system_name(model), "Seq Length": str(seq_len)}
+        record = dict(zip(SYSTEM, (system_name(model), str(seq_len)), strict=True))
         if with_published:
             published = PUBLISHED_MAX_BATCH.get((model, seq_len))
             record[PUBLISHED] = "-" if published is None else str(published)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -15,7 +16,7 @@ from reports.planning import Planned
 from reports.predictions import describe_errors
 from reports.report import Report
 from reports.runs import Run
-from reports.tables import NOTE, Table, limit_text, system_name
+from reports.tables import NOTE, PUBLISHED, SYSTEM, Table, limit_text, system_name
 
 _BAR_COLUMNS = 18
 _MOST_LINES = 40
@@ -37,8 +38,8 @@ def show_report(report: Report) -> None:
     for cell in report.failed[:_MOST_LINES]:
         trial = cell.newest.trial
         console.print(
-            f"failed: {system_name(cell.model)} {cell.newest.seq_len} {cell.setting}, batch "
-            f"{trial.batch}: {trial.message}",
+            f"failed: {system_name(cell.model)} {cell.newest.seq_len} {cell.setting}, {cell.task}, "
+            f"{report.names[cell.place]}, batch {trial.batch}: {trial.message}",
             soft_wrap=True,
         )
     _tell_of_more(console, len(report.failed) - _MOST_LINES, "failed cells")
@@ -57,12 +58,29 @@ def _tell_of_more(console: Console, count: int, of: str) -> None:
 def _show_limits(console: Console, table: Table) -> None:
     _head(console, table.title)
     shown = RichTable(box=None, pad_edge=False)
-    for number, name in enumerate(table.frame.columns):
-        # Names of settings tell columns apart, so they are never cut short.
-        shown.add_column(name, justify="right" if number else "left", overflow="fold")
-    for line in table.frame.itertuples(index=False):
+    frame = table.frame
+    # Names of settings tell columns apart, and must not be cut short: many of them are lines.
+    widths = [max(len(name), *map(len, frame[name])) for name in frame.columns]
+    if sum(widths) + 2 * (len(widths) - 1) > console.width:
+        frame = _in_lines(table)
+    for name in frame.columns:
+        left = name in ("System", "levers")
+        shown.add_column(name, justify="left" if left else "right", no_wrap=name != "levers")
+    for line in frame.itertuples(index=False):
         shown.add_row(*line)
     console.print(shown)
+
+
+def _in_lines(table: Table) -> pd.DataFrame:
+    """The same with a line for every limit."""
+    settings = [name for name in table.frame.columns if name not in (*SYSTEM, PUBLISHED)]
+    kept = [name for name in table.frame.columns if name not in settings]
+    long = table.frame.melt(id_vars=kept, var_name="levers", value_name="Max Batch Size")
+    order = long.index.to_series().mod(len(table.frame)).sort_values(kind="stable").index
+    long = long.loc[order]
+    long = long[long["Max Batch Size"] != ""]
+    short = {"Seq Length": "seq", PUBLISHED: "Titan X", "Max Batch Size": "max batch"}
+    return long[[*SYSTEM, "levers", *kept[len(SYSTEM) :], "Max Batch Size"]].rename(columns=short)
 
 
 def _show_bars(console: Console, report: Report) -> None:

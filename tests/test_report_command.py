@@ -17,6 +17,7 @@ from bertbench.ledger import record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.trial import Trial
 from bertbench.workload import Levers, published_workload
+from finetune.checkpointing import parse_checkpointing
 from finetune.errors import InputError
 from reports.cells import read_cells
 from reports.command import command
@@ -190,10 +191,34 @@ def test_other_budgets_are_told_of(tmp_path: Path) -> None:
     small = write(tmp_path / "small.sqlite", (64, fits(300)), (64, oom(301)), mib=512)
     large = write(tmp_path / "large.sqlite", (64, fits(600)), (64, oom(601)), mib=1024)
     text = report("--compare", small, large)
-    assert "512 MiB / 1,024 MiB" in text
+    assert "squad, 512 MiB in A and 1,024 MiB in B" in text
     assert "1 cell had another budget in B than in A" in text
     assert f"A: {small}: 512 MiB on Some & CPU (2 cores)" in text
     assert "another budget" not in report("--compare", small, small)
+
+
+def test_many_settings_are_lines(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    settings = [
+        Levers(parse_checkpointing("nested:1+selective"), accumulation_steps=steps, xla=True)
+        for steps in range(2, 6)
+    ]
+    with open_ledger(path) as ledger:
+        for seq_len in (64, 128):
+            workload = published_workload("bert-base-cased", seq_len)
+            for number, levers in enumerate(settings):
+                for trial in (fits(seq_len + number), oom(seq_len + number + 1)):
+                    record(ledger, Budget(CPU, 512 << 20), versions_key(), workload, levers, trial)
+    lines = report("--ledger", path).splitlines()
+    assert max(map(len, lines)) <= 80
+    first = lines.index(next(line for line in lines if line.startswith("System")))
+    words = [line.split() for line in lines[first + 1 : first + 9]]
+    assert [line[1] for line in words] == ["64"] * 4 + ["128"] * 4
+    assert [line[-1] for line in words] == [f"{64 + n}*" for n in range(4)] + [
+        f"{128 + n}*" for n in range(4)
+    ]
+    assert "nested:1+selective, XLA, 5 micro-batches" in lines[first + 4]
+    assert max(map(len, report("--compare", path, path).splitlines()[2:])) <= 80
 
 
 def test_names_and_messages_are_shown_as_they_are(tmp_path: Path) -> None:
