@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import html
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -89,6 +90,22 @@ def styled() -> Iterator[None]:
 def look_of(number: int) -> Look:
     """The look of the n-th thing; from the ninth on they come again."""
     return LOOKS[number % len(LOOKS)]
+
+
+_PANEL_WIDTH, _PANEL_HEIGHT = 4.2, 3.1
+
+
+def panels(count: int, columns: int = 2) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each thing."""
+    width = _PANEL_WIDTH
+    if count == 1:
+        columns, width = 1, 1.35 * _PANEL_WIDTH
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, _PANEL_HEIGHT * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for unused in axes[count:]:
+        unused.set_visible(False)
+    return figure, axes[:count]
 
 
 def add_legend(figure: Figure, handles: Mapping[str, Any]) -> None:

@@ -16,15 +16,9 @@ from bertbench.planner import Plan
 from reports.cells import CERTIFIED, FAILED, Cell, read_cells
 from reports.figures import Picture
 from reports.places import Place, name_places
+from reports.plan_plots import footprint_picture, front_picture, timeline_picture
 from reports.planning import Planned, plan_places
-from reports.plots import (
-    footprint_picture,
-    front_picture,
-    limits_picture,
-    predictions_picture,
-    throughput_picture,
-    timeline_picture,
-)
+from reports.plots import limits_picture, predictions_picture, throughput_picture
 from reports.predictions import Prediction, predict_trials
 from reports.run_plots import precision_recall_picture, training_picture
 from reports.runs import Run

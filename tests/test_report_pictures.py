@@ -23,15 +23,9 @@ from finetune.checkpointing import POLICIES, parse_checkpointing
 from reports.cells import read_cells
 from reports.figures import INK, Picture, styled
 from reports.places import name_places
+from reports.plan_plots import footprint_picture, front_picture, timeline_picture
 from reports.planning import plan_places
-from reports.plots import (
-    footprint_picture,
-    front_picture,
-    limits_picture,
-    predictions_picture,
-    throughput_picture,
-    timeline_picture,
-)
+from reports.plots import limits_picture, predictions_picture, throughput_picture
 from reports.predictions import Prediction, describe_errors, predict_trials
 from reports.report import Report
 from reports.timeline import BACKWARD, BOTH_PASSES, FORWARD, UPDATE, step_timeline
