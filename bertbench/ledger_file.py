@@ -101,9 +101,9 @@ def open_ledger(path: str | os.PathLike[str] | None = None) -> Iterator[sqlite3.
 
 @contextlib.contextmanager
 def read_ledger(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open what a ledger holds, in this version's format; the file itself is not changed.
+    """Open a copy of what a ledger holds, in this version's format.
 
-    So it may be of an older version, or on a disk that cannot be written.
+    So it may be of an older version, and stays so, or on a disk that cannot be written.
 
     Args:
         path: the file, which exists.
@@ -116,29 +116,39 @@ def read_ledger(path: Path) -> Iterator[sqlite3.Connection]:
         with _explained(path):
             _copy(path, copy)
             _prepare(copy, path)
-        yield copy
+            yield copy
     finally:
         copy.close()
 
 
 def _copy(path: Path, copy: sqlite3.Connection) -> None:
-    # Even a reader of a file in WAL mode wants to write beside it; where it cannot, nobody can.
-    for how in ("mode=ro", "mode=ro&immutable=1"):
+    ways = ["mode=rw"]
+    log = path.with_name(f"{path.name}-wal")
+    if not log.exists() or not log.stat().st_size:
+        # Even a reader writes beside a file in WAL mode. Where it cannot, nobody else can, and all
+        # that there is is in the file.
+        ways.append("mode=ro&immutable=1")
+    for how in ways:
+        address = f"{path.absolute().as_uri()}?{how}"
         with contextlib.closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?{how}", timeout=_BUSY_SECONDS, uri=True)
+            sqlite3.connect(address, timeout=_BUSY_SECONDS, isolation_level=None, uri=True)
         ) as source:
             try:
+                source.execute("BEGIN")
+                # This waits for a lock, but not without end as a backup would.
+                source.execute("SELECT count(*) FROM sqlite_master").fetchone()
                 source.backup(copy)
                 return
-            except sqlite3.OperationalError:
-                if "immutable" in how:
+            except sqlite3.OperationalError as error:
+                if how == ways[-1] or "locked" in str(error):
                     raise
 
 
 @contextlib.contextmanager
 def explained(ledger: sqlite3.Connection) -> Iterator[None]:
     """Turn errors of an open ledger into ones that name its file and say what to do."""
-    with _explained(Path(ledger.execute("PRAGMA database_list").fetchone()[2])):
+    path = ledger.execute("PRAGMA database_list").fetchone()[2]
+    with _explained(Path(path)) if path else contextlib.nullcontext():  # a copy: see `read_ledger`
         yield
 
 

@@ -274,15 +274,15 @@ def _choose(candidates: Sequence[_Candidate], room: Room, experience: Experience
             rejected.sort(key=lambda pair: pair[0])
             nearest = [rejection for _, rejection in rejected[:_MOST_REJECTIONS]]
             return candidate, _front(candidates[number:]), nearest
+        margin = margin_for(candidate.workload, candidate.levers, room)
+        with_margin = f" with a margin of {margin:.0%}" if margin else ""
         why = f"needs {format_bytes(candidate.peak_bytes)}, "
         if known is False:
             why = "ran out of memory in a trial"
         elif missing_bytes > 0:
-            margin = margin_for(candidate.workload, candidate.levers, room)
-            why += f"{format_bytes(missing_bytes)} too much"
-            why += f" with a margin of {margin:.0%}" if margin else ""
+            why += f"{format_bytes(missing_bytes)} too much{with_margin}"
         else:
-            why += "and what is free is in pieces that are too small"
+            why += f"and what is free is in pieces that are too small{with_margin}"
         rejected.append((missing_bytes, Rejection(candidate.micro_batch, candidate.levers, why)))
     return None
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.table import Table
 
-from bertbench.bytes import format_bytes
 from bertbench.cli.common import terminal
 from bertbench.devices import budget_from_json
 from bertbench.ledger import LedgerRow, read_rows
@@ -201,8 +200,8 @@ def _key(cell: Cell) -> tuple[Any, ...]:
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
-    length, budget_bytes = cell.newest.seq_len, cell.place.budget_bytes
-    return cell.task, budget_bytes, model_order(cell.model), length, setting_order(cell.levers)
+    length = cell.newest.seq_len
+    return cell.task, cell.place, model_order(cell.model), length, setting_order(cell.levers)
 
 
 def _mean_ratio(before: Mapping[int, float], after: Mapping[int, float]) -> float | None:
@@ -279,16 +278,21 @@ def _rows_of(values: Mapping[str, Any]) -> list[LedgerRow]:
 def show_comparison(before: str, after: str, comparison: Comparison) -> None:
     """Show the pairs, a line for each, and what they come to."""
     console = terminal()
-    for letter, name, cells in (
+    names = name_places(
+        cell.place for pair in comparison.pairs for cell in (pair.before, pair.after)
+    )
+    for letter, path, cells in (
         ("A", before, [pair.before for pair in comparison.pairs]),
         ("B", after, [pair.after for pair in comparison.pairs]),
     ):
-        places = name_places(cell.place for cell in cells)
-        where = f": {'; '.join(places.values())}" if len(places) in (1, 2) else ""
-        console.print(f"{letter}: {name}{where}", soft_wrap=True)
+        places = sorted({names[cell.place] for cell in cells})
+        where = f": {'; '.join(places)}" if len(places) in (1, 2) else ""
+        console.print(f"{letter}: {path}{where}", soft_wrap=True)
     groups: dict[str, list[Pair]] = {}
     for pair in comparison.pairs:
-        groups.setdefault(f"{pair.before.task}, {_budget(pair)}", []).append(pair)
+        where, other = names[pair.before.place], names[pair.after.place]
+        where = where if where == other else f"{where} in A and {other} in B"
+        groups.setdefault(f"{pair.before.task}, {where}", []).append(pair)
     for what, pairs in groups.items():
         if len(groups) > 1 or pairs[0].budgets_differ:
             console.print(f"\n{what}", style="bold", soft_wrap=True)
@@ -321,11 +325,6 @@ def _table(pairs: Sequence[Pair]) -> Table:
             *(_ratio(ratio) for ratio in (pair.limit_ratio, pair.peak_ratio, pair.speed_ratio)),
         )
     return table
-
-
-def _budget(pair: Pair) -> str:
-    before, after = (format_bytes(cell.place.budget_bytes) for cell in (pair.before, pair.after))
-    return f"{before} in A and {after} in B" if pair.budgets_differ else before
 
 
 def _ratio(value: float | None) -> str:

@@ -261,7 +261,7 @@ _CELL_COLUMNS = [
 def _cell_row(cell: Cell, where: str) -> list[Value]:
     row, fits, oom = cell.newest, cell.fits, cell.oom
     ratio = None
-    if cell.published and cell.max_batch is not None:
+    if cell.published and cell.max_batch is not None and cell.evidence in (CERTIFIED, MEASURED):
         ratio = cell.max_batch / cell.published
     beyond = "" if oom is None else f"{oom.batch}: {oom.message}"
     if cell.evidence == FAILED:

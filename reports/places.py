@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import Iterable
 
-from bertbench.bytes import format_bytes
+from bertbench.bytes import MIB_BYTES, format_bytes
 from bertbench.devices import Device
 from bertbench.ledger import LedgerRow
 
@@ -45,14 +45,22 @@ class Place:
     @functools.cached_property
     def details(self) -> dict[str, str]:
         """What else it is made of, by name."""
-        return {"driver": self.driver, "zone": self.zone, **_versions(self.versions)}
+        versions = _versions(self.versions)
+        return {"driver": self.driver, "zone": self.zone, **versions, "kind": self.kind}
 
 
 def name_places(places: Iterable[Place]) -> dict[Place, str]:
     """Name places so that no two have the same name: with the details in which they differ."""
     groups: dict[str, list[Place]] = {}
-    for place in sorted(set(places)):
-        groups.setdefault(place.name, []).append(place)
+    rounded: dict[str, set[int]] = {}
+    different = sorted(set(places))
+    for place in different:
+        rounded.setdefault(place.name, set()).add(place.budget_bytes)
+    for place in different:
+        name = place.name
+        if len(rounded[name]) > 1:  # GPUs have seldom the same number of MiB free
+            name = f"{place.budget_bytes / MIB_BYTES:,.6g} MiB on {place.device}"
+        groups.setdefault(name, []).append(place)
     names = {}
     for name, group in groups.items():
         details = {detail: None for place in group for detail in place.details}

@@ -70,10 +70,10 @@ class Run:
         steps_down = self.record.get("steps_down")
         return {
             "run": self.name,
-            "task": str(self.record.get("task", "-")),
+            "task": str(self.record.get("task") or "-"),
             "batch": _whole(identity.get("train_batch_size")),
             "micro_batch": _whole(last.get("micro_batch")),
-            "checkpointing": str(_mapping(last, "levers").get("checkpointing", "-")),
+            "checkpointing": str(_mapping(last, "levers").get("checkpointing") or "-"),
             "steps": int(self.steps["step"].max()) if len(self.steps) else 0,
             "of_steps": _whole(identity.get("num_train_steps")),
             "seconds": float(self.steps["seconds"].sum()),

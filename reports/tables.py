@@ -11,7 +11,7 @@ import pandas as pd
 
 from bertbench.paper import PAPER_MODELS, PUBLISHED_MAX_BATCH
 from reports.cells import AT_LEAST, BELOW, CERTIFIED, Cell, model_order, setting_order
-from reports.places import name_places
+from reports.places import Place, name_places
 
 SYSTEM = ("System", "Seq Length")
 PUBLISHED = "published, Titan X 12 GB"
@@ -70,10 +70,13 @@ def published_tables(cells: Sequence[Cell]) -> list[Table]:
     tried for a plan alone is left out.
     """
     names = name_places(cell.place for cell in cells)
-    groups: dict[str, list[Cell]] = {}
+    groups: dict[tuple[Place, str], list[Cell]] = {}
     for cell in (cell for cell in cells if cell.of_limit):
-        groups.setdefault(f"{cell.task}, {names[cell.place]}", []).append(cell)
-    tables = [_table(f"Max Batch Size, {where}", some) for where, some in groups.items()]
+        groups.setdefault((cell.place, cell.task), []).append(cell)
+    tables = [
+        _table(f"Max Batch Size, {task}, {names[place]}", some)
+        for (place, task), some in groups.items()
+    ]
     return sorted(tables, key=lambda table: PUBLISHED not in table.frame.columns)
 
 
@@ -122,7 +125,9 @@ def write_tables(cells: Sequence[Cell], suffix: str) -> str:
         return str(cells_frame(cells).to_csv(index=False))
     tables = published_tables(cells)
     write = _markdown if suffix == ".md" else _latex
-    return "\n".join(map(write, tables)) if tables else "no trials\n"
+    if not tables:
+        return "no limits: only plans were tried\n" if cells else "no trials\n"
+    return "\n".join(map(write, tables))
 
 
 def _markdown(table: Table) -> str:

@@ -157,11 +157,11 @@ def _plans(planned: Sequence[Planned]) -> RichTable:
 def _show_runs(console: Console, runs: Sequence[Run]) -> None:
     for run in runs:
         summary = run.summary()
+        told = {name: "-" if value is None else value for name, value in summary.items()}
         scores = ", ".join(f"{name} {value:.4g}" for name, value in summary["scores"].items())
-        _head(console, str(summary["run"]))
+        _head(console, summary["run"])
         console.print(
-            f"{summary['task']}, step {summary['steps']} of "
-            f"{summary['of_steps']}, {summary['micro_batch']} at a time with "
-            f"{summary['checkpointing']}; {scores or 'no scores yet'}",
+            f"{told['task']}, step {told['steps']} of {told['of_steps']}, {told['micro_batch']} at "
+            f"a time with {told['checkpointing']}; {scores or 'no scores yet'}",
             soft_wrap=True,
         )

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,63 @@ def test_reading_changes_nothing(tmp_path: Path, alone: bool) -> None:
     with pytest.raises(InputError, match=r"text: .*not a usable"), read_ledger(tmp_path / "text"):
         pass
     assert not (tmp_path / "gone").exists()
+
+
+def test_a_damaged_page_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.sqlite"
+    with open_ledger(path) as ledger:
+        for _ in range(400):
+            record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, OOM)
+    data = bytearray(path.read_bytes())
+    data[3 * 4096 :] = b"\xa5" * (len(data) - 3 * 4096)
+    path.write_bytes(data)
+    with (
+        pytest.raises(InputError, match=r"damaged\.sqlite: .*not a usable"),
+        read_ledger(path) as copy,
+    ):
+        read_rows(copy)
+
+
+def test_a_locked_ledger_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_file, "_BUSY_SECONDS", 0.1)
+    path = tmp_path / "locked.sqlite"
+    with open_ledger(path) as ledger:
+        ledger.execute("PRAGMA journal_mode = DELETE")
+        ledger.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(InputError, match=r"locked\.sqlite: .*locked"), read_ledger(path):
+            pass
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs another user")
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_ledger_in_a_folder_that_cannot_be_written(logged: bool) -> None:
+    program = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from bertbench.ledger import read_rows\n"
+        "from bertbench.ledger_file import read_ledger\n"
+        "from finetune.errors import InputError\n"
+        "os.setuid(65534)\n"
+        "try:\n"
+        "    with read_ledger(Path(sys.argv[1])) as copy:\n"
+        "        print(len(read_rows(copy)))\n"
+        "except InputError as error:\n"
+        "    print('refused' if 'cannot use the ledger' in str(error) else error)\n"
+    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        path = Path(name) / "l.sqlite"
+        with open_ledger(path) as ledger:
+            record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, OOM)
+            log = Path(f"{path}-wal").read_bytes()
+        if logged:  # as after a copy, or a crash: what is in the log is not in the file
+            Path(f"{path}-wal").write_bytes(log)
+        os.chmod(name, 0o555)
+        found = subprocess.run(
+            [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    assert found == ("refused" if logged else "1")
 
 
 def test_recordings_are_found_under_any_budget_at_the_nearest_lengths(tmp_path: Path) -> None:

@@ -138,6 +138,10 @@ def test_what_is_too_much_is_more_than_there_is_with_the_margin() -> None:
     first = values["rejected"][0]
     setting = f"not {first['accumulation_steps']} steps of {first['micro_batch']} with"
     assert setting.replace("1 steps", "1 step") in plan(*BASE, "--gpu", "gtx-1060")
+    # So it is where memory is in pieces but for the margin.
+    text = plan("--model", "bert-large", "--seq-len", "512", "--gpu", "gtx-1060",
+                "--target-batch", "1")  # fmt: skip
+    assert "in pieces that are too small with a margin of 8%" in text
     # A step that is known to the byte needs none.
     exact = plan(*BASE, "--device", "cpu", "--memory", "4GiB")
     assert "too much" in exact

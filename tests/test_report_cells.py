@@ -185,6 +185,17 @@ def test_places_that_differ_have_different_names() -> None:
     assert len({table.title for table in published_tables(cells)}) == 5
 
 
+def test_budgets_that_round_alike_are_told_apart() -> None:
+    cells = read_cells([*rows_of(fits(100), mib=39_000), *rows_of(fits(101), mib=39_010)])
+    assert [(table.title, table.frame["none"].tolist()) for table in published_tables(cells)] == [
+        ("Max Batch Size, squad, 39,000 MiB on Some & CPU (2 cores)", [">=100"]),
+        ("Max Batch Size, squad, 39,010 MiB on Some & CPU (2 cores)", [">=101"]),
+    ]
+    alike = Device("gpu", 0, CPU.name, None, 1 << 40, 1 << 40)
+    cells = read_cells([*rows_of(fits(3)), *rows_of(fits(5), device=alike)])
+    assert len({table.title for table in published_tables(cells)}) == 2
+
+
 def test_a_tpu_in_two_zones_is_two_places() -> None:
     def tpu(zone: str | None) -> Device:
         return Device("tpu", 0, "TPU v2", None, 1 << 40, 1 << 40, tpu=TpuSettings("t", zone=zone))
@@ -232,6 +243,7 @@ def test_what_was_tried_for_a_plan_is_no_limit() -> None:
     # Where the limit was looked for, it is one.
     (table,) = published_tables(read_cells([*tried, *rows_of(oom(9), steps=4)]))
     assert table.frame["none, 4 micro-batches"].tolist() == ["8*"]
+    assert write_tables(read_cells(tried), ".md") == "no limits: only plans were tried\n"
     # And what fits at once tells something in any case.
     (table,) = published_tables(read_cells(rows_of(fits(8))))
     assert table.frame["none"].tolist() == [">=8"]

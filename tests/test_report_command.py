@@ -187,11 +187,32 @@ def test_other_names_of_the_same_are_compared() -> None:
     assert len(compare_cells(read_cells([row]), read_cells([other])).pairs) == 1
 
 
+def test_shapes_of_one_name_are_not_compared() -> None:
+    (row,) = rows_of(fits(3), model="bert-mini")
+    shape = dataclasses.replace(published_workload("bert-mini", 384).config, num_attention_heads=1)
+    key = dataclasses.replace(published_workload("bert-mini", 384), config=shape).key()
+    other = dataclasses.replace(row, question=(*row.question[:2], key, row.question[3]))
+    found = compare_cells(read_cells([row]), read_cells([other]))
+    assert (len(found.pairs), found.only_before, found.only_after) == (0, 1, 1)
+
+
+def test_devices_of_a_comparison_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    with open_ledger(path) as ledger:
+        for name in ("One", "Two"):
+            budget = Budget(dataclasses.replace(CPU, name=name), 512 * MIB_BYTES)
+            workload = published_workload("bert-tiny", 64)
+            record(ledger, budget, versions_key(), workload, Levers(), fits(3))
+    lines = report("--compare", path, path).splitlines()
+    assert lines.count("squad, 512 MiB on One") == lines.count("squad, 512 MiB on Two") == 1
+
+
 def test_other_budgets_are_told_of(tmp_path: Path) -> None:
     small = write(tmp_path / "small.sqlite", (64, fits(300)), (64, oom(301)), mib=512)
     large = write(tmp_path / "large.sqlite", (64, fits(600)), (64, oom(601)), mib=1024)
     text = report("--compare", small, large)
-    assert "squad, 512 MiB in A and 1,024 MiB in B" in text
+    names = [f"{size} MiB on Some & CPU (2 cores)" for size in ("512", "1,024")]
+    assert f"squad, {names[0]} in A and {names[1]} in B" in text
     assert "1 cell had another budget in B than in A" in text
     assert f"A: {small}: 512 MiB on Some & CPU (2 cores)" in text
     assert "another budget" not in report("--compare", small, small)

@@ -133,6 +133,12 @@ def test_little_makes_a_page_too(rows: list[LedgerRow], words: str, without: str
     assert any(name.startswith(without) for name in more.ids)
 
 
+def test_what_is_no_limit_has_no_ratio() -> None:
+    page = build_page(report_of([*rows_of(fits(8)), *rows_of(fits(6), oom(7), seq_len=512)]))
+    head, *lines = read(page).tables["cell-table"]
+    assert [line[head.index("ratio")] for line in lines] == ["-", "1"]
+
+
 def test_workloads_without_a_plan_are_counted() -> None:
     rows = [
         row

@@ -157,7 +157,7 @@ def test_scores_are_scores(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"identity": None, "results": None, "steps_down": None},
+        {"identity": None, "results": None, "steps_down": None, "invocations": []},
         {"identity": ["a"], "invocations": ["a"], "task": None},
         {"identity": {"train_batch_size": "24"}, "invocations": [{"levers": None}]},
         {"invocations": {"0": 1}, "squad": ["x"], "predict_file": "x", "results": [1]},
@@ -165,7 +165,7 @@ def test_scores_are_scores(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_record_is_shown_as_far_as_it_goes(
-    tmp_path: Path, changes: dict[str, Any]
+    tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = squad_run(tmp_path, **changes)
     step = '{"step": 1, "loss": 2.0, "learning_rate": 0.1, "gradient_norm": 1, "seconds": 2}\n'
@@ -177,6 +177,7 @@ def test_a_damaged_record_is_shown_as_far_as_it_goes(
     report = Report(tmp_path / "l", [], [run], 32, datetime.now(timezone.utc))
     assert "run" in build_page(report)
     show_report(report)
+    assert "None" not in capsys.readouterr().out
     json.dumps(run.summary(), allow_nan=False)
 
 
