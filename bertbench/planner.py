@@ -331,11 +331,17 @@ def _nothing_fits(
     available = room.budget_bytes - room.spare_bytes
     if least_needed(lightest, room.replicas).budget_bytes <= available:
         hint = f"allow another update than AdamW's with --allow {OPTIMIZERS[-1]}, or {hint}"
-    if least_needed(allowed, room.replicas, 1).budget_bytes <= available:
+    if share > 1 and least_needed(allowed, room.replicas, 1).budget_bytes <= available:
         hint = f"use a smaller target batch, or {hint}"
     if room.replicas > 1 and least_needed(allowed, 1).budget_bytes <= available:
         hint = f"train on one device, which adds up no gradients with others, {hint}"
     needed = least.budget_bytes
+    if needed <= available:
+        return InputError(
+            f"every setting of {workload.model} at sequence length {workload.seq_len} that should "
+            f"fit in {format_bytes(available)} ran out of memory in a trial",
+            hint=hint,
+        )
     return InputError(
         f"{workload.model} at sequence length {workload.seq_len} does not fit in "
         f"{format_bytes(available)}: even micro-batch {least.micro_batch} needs "

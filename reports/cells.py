@@ -159,6 +159,9 @@ def _model_names(rows: Sequence[LedgerRow]) -> list[str]:
             shapes[name].append(shape)
     names = []
     for name, shape in found:
+        if shape in published:
+            names.append(name)
+            continue
         number = shapes[name].index(shape)
         of = "" if shape is None else f", {shape.num_hidden_layers} x {shape.hidden_size}"
         names.append(f"{name} (#{number + 1}{of})" if len(shapes[name]) > 1 else name)

@@ -294,8 +294,7 @@ def show_comparison(before: str, after: str, comparison: Comparison) -> None:
         where = where if where == other else f"{where} in A and {other} in B"
         groups.setdefault(f"{pair.before.task}, {where}", []).append(pair)
     for what, pairs in groups.items():
-        if len(groups) > 1 or pairs[0].budgets_differ:
-            console.print(f"\n{what}", style="bold", soft_wrap=True)
+        console.print(f"\n{what}", style="bold", soft_wrap=True)
         console.print(_table(pairs))
     for name, spread in comparison.spreads.items():
         if spread is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
@@ -159,10 +160,13 @@ def _place(report: Report, place: Place) -> dict[str, Any]:
 def _largest(cells: Sequence[Cell]) -> list[str]:
     """For the two largest models: how many of their longest examples fit, by setting."""
     known = [cell for cell in cells if cell.max_batch is not None and cell.of_limit]
-    largest = sorted({(cell.model, cell.task) for cell in known}, key=_by_size(known))[-2:]
+    models = sorted({cell.model for cell in known}, key=_by_size(known))[-2:]
+    tasks = sorted({cell.task for cell in known})
     lines = []
-    for model, task in reversed(largest):
+    for model, task in itertools.product(reversed(models), tasks):
         of_model = [cell for cell in known if (cell.model, cell.task) == (model, task)]
+        if not of_model:
+            continue
         seq_len = max(cell.newest.seq_len for cell in of_model)
         some = [
             f"{limit_text(cell).rstrip('*')} with {cell.setting}"
@@ -179,7 +183,7 @@ def _by_size(cells: Sequence[Cell]) -> Any:
         for cell in cells
         if cell.workload is not None
     }
-    return lambda pair: (sizes.get(pair[0], (0, 0)), pair)
+    return lambda model: (sizes.get(model, (0, 0)), model)
 
 
 _PLAN_COLUMNS = [

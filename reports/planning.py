@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Sequence
 
 from bertbench.bytes import MIB_BYTES
@@ -14,6 +13,7 @@ from bertbench.ledger import LedgerRow
 from bertbench.planner import Plan, make_plan
 from bertbench.trial import Trial
 from bertbench.workload import Workload
+from finetune.config import PRESETS
 from finetune.errors import InputError
 from reports.cells import Cell, model_order
 from reports.places import Place
@@ -48,8 +48,11 @@ class Planned:
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """What to type to have the plan as a file, and to train with it; nothing without one."""
-        if isinstance(self.plan, InputError):
+        """What to type to have the plan as a file, and to train with it.
+
+        Nothing without a plan, or for what `bertbench plan` has no name for.
+        """
+        if isinstance(self.plan, InputError) or self.model not in PRESETS:
             return ()
         workload, place = self.workload, self.place
         where = f"--device {place.kind} --memory {place.budget_bytes // MIB_BYTES}MiB"
@@ -61,7 +64,7 @@ class Planned:
             data = "squad --train_file train-v1.1.json --predict_file dev-v1.1.json"
         model, seq_len, batch = self.model, workload.seq_len, self.plan.target_batch
         return (
-            f"bertbench plan --target-batch {batch} --model {shlex.quote(model)} "
+            f"bertbench plan --target-batch {batch} --model {model} "
             f"--seq-len {seq_len} --head {workload.head} {on} --json plan.json",
             f"bertbench run {data} --model MODEL_FOLDER --max_seq_length {seq_len} "
             f"--train_batch_size {batch} --plan plan.json {at} --output_dir output",
@@ -97,6 +100,7 @@ def plan_places(cells: Sequence[Cell], target_batch: int) -> list[Planned]:
 
 def _plan(workload: Workload, cell: Cell, rows: Sequence[LedgerRow], target_batch: int) -> Planned:
     place = cell.place
+    workload = dataclasses.replace(workload, model=cell.model)
     replicas = 1
     rates = device_rates(place.as_device())
     if place.kind == "tpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.axes import Axes
@@ -105,8 +106,8 @@ def _log_counts(axis: Axes, values: Sequence[float]) -> None:
     # Whole numbers only, and all of them where they are few.
     ticks = [m * 10**power for power in range(6) for m in (1, 2, 5)]
     if high / low < 6:
-        ticks = [*range(1, 20), *range(20, 200, 10), *range(200, 5000, 200)]
-        shown = [tick for tick in ticks if low <= tick <= high]
+        step = 10 ** max(0, math.floor(math.log10(high - low)) - 1)
+        shown = [tick for tick in range(0, math.ceil(high), step) if low <= tick <= high]
         ticks = shown[:: max(1, len(shown) // 6)]
     axis.yaxis.set_major_locator(FixedLocator([_NOTHING, *ticks]))
     axis.yaxis.set_major_formatter(

@@ -222,6 +222,12 @@ def test_models_are_known_by_their_shape() -> None:
     assert [cell.model for cell in cells] == ["m (#1, 4 x 256)", "m (#2, 4 x 256)"]
     (table,) = published_tables(cells)
     assert table.frame["none"].tolist() == [">=10", ">=11"]
+    # The published shape keeps its name, whatever else is called so.
+    other = dataclasses.replace(rows[0], model="bert-base")
+    assert {cell.model for cell in read_cells([row, other])} == {
+        "bert-base",
+        "bert-base (#2, 4 x 256)",
+    }
 
 
 def test_tasks_with_other_labels_are_told_apart() -> None:

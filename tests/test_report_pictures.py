@@ -106,6 +106,16 @@ def test_few_small_limits_of_long_settings_can_be_read() -> None:
     assert len(set(labels)) == len(labels) >= 3
 
 
+@pytest.mark.parametrize("limit", [1, 2, 9, 77, 480, 9_000, 65_000])
+def test_limits_have_ticks(limit: int) -> None:
+    figure = drawn(limits_picture(read_cells(rows_of(fits(limit), model="bert-tiny")), "here"))
+    (axis,) = figure.axes
+    low, high = axis.get_ylim()
+    ticks = [tick for tick in axis.get_yticks() if low <= tick <= high]
+    assert 1 <= len(ticks) <= 12
+    assert limit > 9 or limit in ticks
+
+
 def test_what_was_tried_for_a_plan_is_not_drawn_as_a_limit() -> None:
     cells = read_cells([*ROWS, *rows_of(fits(8), steps=4, mib=11430)])
     base, _ = drawn(limits_picture(cells, "squad, here")).axes

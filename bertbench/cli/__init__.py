@@ -49,7 +49,8 @@ class _LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find a verb; of an unknown one say which may have been meant."""
         name = args[0] if args else ""
-        if name and not name.startswith("-") and name not in _VERBS:
+        unknown = name and not name.startswith("-") and name not in _VERBS
+        if unknown and not ctx.resilient_parsing:  # as while a shell completes
             near = difflib.get_close_matches(name, _VERBS, n=1)
             meant = f"did you mean {near[0]}? " if near else ""
             raise click.UsageError(
