@@ -251,3 +251,15 @@ def test_the_command_reads_the_ledger(tmp_path: Path, monkeypatch: pytest.Monkey
         run("--ledger", str(path))
     monkeypatch.setenv("BERTBENCH_LEDGER", str(path))
     assert "planning without it" in run()
+
+
+def test_where_all_that_should_fit_has_run_out_that_is_said() -> None:
+    seen = {(Levers(), 1): Outcomes(exceeds_bytes=frozenset({512 * MIB_BYTES}))}
+    with pytest.raises(InputError, match=r"should fit in 512 MiB ran out of memory in a") as error:
+        make_plan(
+            published_workload("bert-tiny", 64), 1, 512 * MIB_BYTES,
+            device_rates(resolve_device("cpu")), device="CPU", device_kind="cpu",
+            policies=[parse_checkpointing("none")], experience=Experience(outcomes=seen),
+        )  # fmt: skip
+    assert "smaller target batch" not in str(error.value)
+    assert "-" not in str(error.value).partition(";")[0].replace("bert-tiny", "")
