@@ -39,10 +39,9 @@ from bertbench.allocator_limit import empty_memory
 from bertbench.attached import resolve_device
 from bertbench.bytes import MIB_BYTES
 from bertbench.devices import Budget, make_budget
-from bertbench.extrapolation import largest_batch
-from bertbench.fitting import Room, footprint_in, has_trace
+from bertbench.fitting import Room, footprint_in
 from bertbench.footprint import max_micro_batch, predict_footprint
-from bertbench.search import LARGEST_BATCH
+from bertbench.probing import is_traced, traced_limit
 from bertbench.traced_steps import replay_step
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload, published_workload
@@ -272,17 +271,13 @@ def maximum(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
 
 
 def _predicted_limit(workload: Workload, levers: Levers, budget: Budget) -> int:
-    guess = max_micro_batch(workload, levers, budget.budget_bytes)
-    if not has_trace(workload, levers, budget.device.kind):
-        return guess
-    memory = empty_memory(budget)
-    found = largest_batch(
-        lambda batch: replay_step(workload, levers, batch, memory),
-        memory.total_bytes,
-        begin=max(guess, 1),
-        at_most=LARGEST_BATCH,
-    )
-    return found or guess
+    found = None
+    if is_traced(budget, workload, levers):
+        memory = empty_memory(budget)
+        found = traced_limit(
+            budget, workload, levers, lambda batch: replay_step(workload, levers, batch, memory)
+        )
+    return found or max_micro_batch(workload, levers, budget.budget_bytes)
 
 
 def smallest(scale: Scale, budget: Budget) -> list[dict[str, Any]]:

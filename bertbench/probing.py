@@ -202,13 +202,9 @@ def probe_cell(
 
     def locate(fitting: int) -> int | None:
         limit = None
-        if _is_traced(budget, workload, levers) and not _refuted(replayed, measured):
-            limit = largest_batch(
-                replayed,
-                memory.total_bytes,
-                begin=max(max_micro_batch(workload, levers, budget.budget_bytes), 1),
-                at_most=max_batch or LARGEST_BATCH,
-                fitting=fitting,
+        if is_traced(budget, workload, levers) and not _refuted(replayed, measured):
+            limit = traced_limit(
+                budget, workload, levers, replayed, max_batch or LARGEST_BATCH, fitting
             )
         return extrapolated(len(recorded()), fitting) if limit is None else limit
 
@@ -227,7 +223,7 @@ def probe_cell(
     again: tuple[int, ...] = ()
     below: tuple[int, ...] = ()
     # A trace that was wrong about a trial is not asked about what was not tried.
-    if _is_traced(budget, workload, levers) and not _refuted(replayed, measured):
+    if is_traced(budget, workload, levers) and not _refuted(replayed, measured):
         if result.stopped_by == "oom":
             again = _fits_again(workload, levers, memory, replayed, result.max_batch)
         tried = {trial.batch for trial in measured}
@@ -235,6 +231,24 @@ def probe_cell(
             below = _runs_out_below(workload, levers, memory, replayed, result.max_batch, tried)
     seconds = time.monotonic() - began
     return Cell(workload, levers, result, seconds, budget.device.replicas, again, below)
+
+
+def traced_limit(
+    budget: Budget,
+    workload: Workload,
+    levers: Levers,
+    replayed: Callable[[int], Replay],
+    at_most: int = LARGEST_BATCH,
+    fitting: int = 0,
+) -> int | None:
+    """Largest batch that fits by the step's trace; see `largest_batch`."""
+    return largest_batch(
+        replayed,
+        empty_memory(budget).total_bytes,
+        begin=max(max_micro_batch(workload, levers, budget.budget_bytes), 1),
+        at_most=at_most,
+        fitting=fitting,
+    )
 
 
 def _fits_again(
@@ -295,7 +309,7 @@ def _refuted(replayed: Callable[[int], Replay], trials: Sequence[Trial]) -> bool
     )
 
 
-def _is_traced(budget: Budget, workload: Workload, levers: Levers) -> bool:
+def is_traced(budget: Budget, workload: Workload, levers: Levers) -> bool:
     """Whether there is a trace of the step; another device's kernels have other workspaces."""
     return budget.device.kind == "cpu" and trace_of(workload, levers) is not None
 
@@ -308,7 +322,7 @@ def predict_cell_seconds(
     rates = device_rates(budget.device)
     seconds = _ALLOCATOR_WAITS_SECONDS
     batches = [(limit, steps), (limit + 1, 1)]
-    if not _is_traced(budget, workload, levers):
+    if not is_traced(budget, workload, levers):
         batches += [(limit // 8, steps + 2), (limit // 3, steps + 2)]
     for batch, its_steps in batches:
         step_seconds = predict_step_seconds(workload, levers, max(batch, 1), rates)

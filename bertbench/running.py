@@ -19,8 +19,8 @@ from bertbench.experience import Experience, experience_of
 from bertbench.plan_file import read_plan
 from bertbench.planner import Plan, describe_entry, make_plan
 from bertbench.progress import say
-from bertbench.workload import Levers, Workload
-from finetune.checkpointing import Checkpointing, check_layers
+from bertbench.workload import Levers, Workload, check_layers
+from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, from_json_file
 from finetune.errors import InputError
 from finetune.optimizers import EXACT_OPTIMIZER
@@ -190,7 +190,7 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
     for levers in settings.allowed:
         check(levers)
     if settings.checkpointing is not None:
-        check_layers(settings.checkpointing, workload.config.num_hidden_layers, workload.model)
+        check_layers(workload, settings.checkpointing)
     if settings.plan_file is not None:
         planned = read_plan(settings.plan_file)
         if settings.micro_batch is not None:

@@ -139,6 +139,20 @@ class Levers:
         return json.dumps(self.to_json(), sort_keys=True)
 
 
+def check_layers(workload: Workload, checkpointing: Checkpointing) -> None:
+    """Refuse a number of layers that a model does not have.
+
+    Raises:
+        InputError: it is 0, or more than the model's.
+    """
+    layers, most = checkpointing.layers, workload.config.num_hidden_layers
+    if layers is not None and not 1 <= layers <= most:
+        raise InputError(
+            f"checkpointing {checkpointing}: {workload.model} has {most} layers",
+            hint=f"give 1 to {most} layers, or {checkpointing.policy} for all",
+        )
+
+
 def levers_from_json(values: dict[str, Any]) -> Levers:
     """Read what `Levers.to_json` wrote; unknown keys are ignored.
 

@@ -91,17 +91,3 @@ def parse_checkpointing(text: str) -> Checkpointing:
             "full:N+selective to name a policy for the others too",
         )
     return Checkpointing(policy, int(count) if colon else None, others or "none")
-
-
-def check_layers(checkpointing: Checkpointing, num_layers: int, model: str) -> None:
-    """Refuse a number of layers that a model does not have.
-
-    Raises:
-        InputError: it is 0, or more than the model's.
-    """
-    layers = checkpointing.layers
-    if layers is not None and not 1 <= layers <= num_layers:
-        raise InputError(
-            f"checkpointing {checkpointing}: {model} has {num_layers} layers",
-            hint=f"give 1 to {num_layers} layers, or {checkpointing.policy} for all",
-        )

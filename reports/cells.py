@@ -93,6 +93,20 @@ class Cell:
         return PUBLISHED_MAX_BATCH.get((self.model, self.newest.seq_len))
 
     @property
+    def limit(self) -> int | None:
+        """The largest micro-batch where larger ones are known not to fit; None elsewhere."""
+        return self.max_batch if self.evidence in (CERTIFIED, MEASURED) else None
+
+    @functools.cached_property
+    def rates(self) -> dict[int, float]:
+        """Examples a second by batch; of several trials of one the newest."""
+        return {
+            row.trial.batch: rate
+            for row in self.rows
+            if (rate := trial_rate(row, row.trial)) is not None
+        }
+
+    @property
     def examples_per_second(self) -> float | None:
         """At the largest batch."""
         return None if self.fits is None else trial_rate(self.newest, self.fits)

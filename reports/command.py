@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bertbench.cli.common import CONTEXT, json_option, ledger_option, write_json
+from bertbench.cli.common import CONTEXT, given_flags, json_option, ledger_option, write_json
 from bertbench.ledger import read_rows
 from bertbench.ledger_file import default_ledger_path, read_ledger
 from bertbench.progress import progress, say
@@ -116,14 +116,11 @@ def command(
 
 def _nothing_else(context: click.Context) -> None:
     """Refuse flags that a comparison has no use for."""
-    for name in context.params.keys() - {"compare", "json_file"}:
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            flag = {"run_dirs": "--run", "ledger_file": "--ledger"}.get(name, f"--{name}")
-            flag = flag.replace("_", "-")
-            raise InputError(
-                f"--compare does not go with {flag}",
-                hint=f"leave {flag} out; --json FILE keeps a comparison",
-            )
+    for flag in given_flags(context, ("compare", "json_file")):
+        raise InputError(
+            f"--compare does not go with {flag}",
+            hint=f"leave {flag} out; --json FILE keeps a comparison",
+        )
 
 
 def _check_out(out: Path, force: bool) -> str:

@@ -18,15 +18,7 @@ from bertbench.ledger_file import read_ledger
 from bertbench.trial import trial_from_json
 from bertbench.workload import levers_from_json, published_workload
 from finetune.errors import InputError
-from reports.cells import (
-    CERTIFIED,
-    MEASURED,
-    Cell,
-    model_order,
-    read_cells,
-    setting_order,
-    trial_rate,
-)
+from reports.cells import Cell, model_order, read_cells, setting_order
 from reports.places import name_places
 from reports.tables import count_cells, limit_text, system_name
 
@@ -51,10 +43,7 @@ class Pair:
 
         None where one is 0 or no limit: what is known of it is that this many fit, at least.
         """
-        known = (CERTIFIED, MEASURED)
-        if self.before.evidence not in known or self.after.evidence not in known:
-            return None
-        before, after = self.before.max_batch, self.after.max_batch
+        before, after = self.before.limit, self.after.limit
         return after / before if before and after else None
 
     @property
@@ -74,15 +63,7 @@ class Pair:
     @property
     def speed_ratio(self) -> float | None:
         """The same of examples a second."""
-        rates = [
-            {
-                row.trial.batch: rate
-                for row in cell.rows
-                if (rate := trial_rate(row, row.trial)) is not None
-            }
-            for cell in (self.before, self.after)
-        ]
-        return _mean_ratio(*rates)
+        return _mean_ratio(self.before.rates, self.after.rates)
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON."""

@@ -108,20 +108,16 @@ def panels(count: int, columns: int = 2) -> tuple[Figure, list[Axes]]:
     return figure, axes[:count]
 
 
-def add_legend(figure: Figure, handles: Mapping[str, Any]) -> None:
-    """Put a legend below, in as many columns as surely fit: names of settings and runs are long."""
-    longest = max(map(len, handles), default=1)
-    columns = max(1, min(4, int(figure.get_figwidth() / (0.065 * longest + 0.6))))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
-
-
-def labelled(axes: Sequence[Axes]) -> dict[str, Any]:
-    """What a legend of some panels shows, by name."""
-    return {
+def add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """Put a legend of some panels below, each name once, in as many columns as surely fit."""
+    handles = {
         text: handle
         for axis in axes
         for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
     }
+    longest = max(map(len, handles), default=1)  # names of settings and runs are long
+    columns = max(1, min(4, int(figure.get_figwidth() / (0.065 * longest + 0.6))))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -196,7 +196,7 @@ _PLAN_COLUMNS = [
 def _plan_row(planned: Planned, where: str) -> list[Value]:
     plan = planned.plan
     first = [
-        Value(system_name(planned.model)),
+        Value(system_name(planned.workload.model)),
         _number(planned.workload.seq_len),
         Value(planned.task),
         _bytes(planned.place.budget_bytes),
@@ -221,7 +221,8 @@ def _plan_row(planned: Planned, where: str) -> list[Value]:
 
 
 def _commands(planned: Planned, where: str) -> dict[str, str]:
-    title = f"{system_name(planned.model)}, {planned.workload.seq_len} tokens, {planned.task}, "
+    workload = planned.workload
+    title = f"{system_name(workload.model)}, {workload.seq_len} tokens, {planned.task}, "
     if not isinstance(planned.plan, Plan):
         return {"title": f"{title}{where}: does not fit", "commands": str(planned.plan)}
     chosen = planned.plan.chosen
@@ -265,8 +266,8 @@ _CELL_COLUMNS = [
 def _cell_row(cell: Cell, where: str) -> list[Value]:
     row, fits, oom = cell.newest, cell.fits, cell.oom
     ratio = None
-    if cell.published and cell.max_batch is not None and cell.evidence in (CERTIFIED, MEASURED):
-        ratio = cell.max_batch / cell.published
+    if cell.published and cell.limit is not None:
+        ratio = cell.limit / cell.published
     beyond = "" if oom is None else f"{oom.batch}: {oom.message}"
     if cell.evidence == FAILED:
         beyond = row.trial.message

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter
 from bertbench.bytes import MIB_BYTES
 from bertbench.fitting import has_trace
 from bertbench.planner import Plan, PlanEntry, describe_setting
-from reports.figures import INK, Picture, add_legend, labelled, look_of, panels
+from reports.figures import INK, Picture, add_legend, look_of, panels
 from reports.places import Place
 from reports.planning import Planned
 from reports.tables import system_name
@@ -72,7 +72,7 @@ def footprint_picture(planned: Sequence[Planned], names: Mapping[Place, str]) ->
         axis.grid(False, axis="y")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axis.set(xlabel="bytes in use at the peak of a step (MiB)")
-        add_legend(figure, labelled([axis]))
+        add_legend(figure, [axis])
         return figure
 
     return Picture(
@@ -94,7 +94,9 @@ def _large_parts(plan: Plan) -> dict[str, int]:
 
 
 def _plan_name(planned: Planned, plan: Plan) -> str:
-    return f"{system_name(planned.model)} {planned.workload.seq_len}\n{_setting(plan.chosen)}"
+    return (
+        f"{system_name(planned.workload.model)} {planned.workload.seq_len}\n{_setting(plan.chosen)}"
+    )
 
 
 def _setting(entry: PlanEntry) -> str:
@@ -160,8 +162,8 @@ def front_picture(planned: Planned, where: str) -> Picture | None:
 
     seq_len = planned.workload.seq_len
     return Picture(
-        f"front-{planned.model}-{seq_len}",
-        f"Time against memory: {system_name(planned.model)}, sequence length {seq_len}, "
+        f"front-{planned.workload.model}-{seq_len}",
+        f"Time against memory: {system_name(planned.workload.model)}, sequence length {seq_len}, "
         f"effective batch {plan.target_batch}",
         f"{planned.task}, {where}. Each setting is the fastest of those that need as little; all "
         "are predicted.",
@@ -217,7 +219,7 @@ def timeline_picture(planned: Planned, where: str) -> Picture | None:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
         axis.set(xlabel="requests and releases of one optimizer step, in their order",
                  ylabel="in use (MiB)")  # fmt: skip
-        add_legend(figure, labelled([axis]))
+        add_legend(figure, [axis])
         return figure
 
     recorded = "" if kind == "cpu" else " on a CPU"
@@ -228,7 +230,7 @@ def timeline_picture(planned: Planned, where: str) -> Picture | None:
         else ""
     )
     return Picture(
-        f"timeline-{planned.model}-{planned.workload.seq_len}",
+        f"timeline-{planned.workload.model}-{planned.workload.seq_len}",
         f"Memory over one step: {_plan_name(planned, plan).replace(chr(10), ', ')}",
         f"{planned.task}, {where}. Replayed from what recorded steps{recorded} ask of the "
         f"allocator.{more}",

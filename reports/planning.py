@@ -31,8 +31,7 @@ class Planned:
     """What is recommended for one workload.
 
     Attributes:
-        workload: what is trained.
-        model: its name for people.
+        workload: what is trained, with the model's name for people.
         task: the head for people.
         place: where.
         plan: how, or why not.
@@ -40,7 +39,6 @@ class Planned:
     """
 
     workload: Workload
-    model: str
     task: str
     place: Place
     plan: Plan | InputError
@@ -52,7 +50,7 @@ class Planned:
 
         Nothing without a plan, or for what `bertbench plan` has no name for.
         """
-        if isinstance(self.plan, InputError) or self.model not in PRESETS:
+        if isinstance(self.plan, InputError) or self.workload.model not in PRESETS:
             return ()
         workload, place = self.workload, self.place
         where = f"--device {place.kind} --memory {place.budget_bytes // MIB_BYTES}MiB"
@@ -62,7 +60,7 @@ class Planned:
         data = "classifier --task_name MRPC --data_dir glue/MRPC"
         if workload.head == "squad":
             data = "squad --train_file train-v1.1.json --predict_file dev-v1.1.json"
-        model, seq_len, batch = self.model, workload.seq_len, self.plan.target_batch
+        model, seq_len, batch = workload.model, workload.seq_len, self.plan.target_batch
         return (
             f"bertbench plan --target-batch {batch} --model {model} "
             f"--seq-len {seq_len} --head {workload.head} {on} --json plan.json",
@@ -95,7 +93,7 @@ def plan_places(cells: Sequence[Cell], target_batch: int) -> list[Planned]:
         for cell in wanted
         if cell.workload is not None
     ]
-    return sorted(found, key=lambda p: (p.place, model_order(p.model), p.workload.seq_len))
+    return sorted(found, key=lambda p: (p.place, model_order(p.workload.model), p.workload.seq_len))
 
 
 def _plan(workload: Workload, cell: Cell, rows: Sequence[LedgerRow], target_batch: int) -> Planned:
@@ -122,9 +120,9 @@ def _plan(workload: Workload, cell: Cell, rows: Sequence[LedgerRow], target_batc
             experience=learn(known, workload, rates, place.kind),
         )
     except InputError as error:
-        return Planned(workload, cell.model, cell.task, place, error, None)
+        return Planned(workload, cell.task, place, error, None)
     trials = [row.trial for row in answered if _is_of(row, plan)]
-    return Planned(workload, cell.model, cell.task, place, plan, trials[-1] if trials else None)
+    return Planned(workload, cell.task, place, plan, trials[-1] if trials else None)
 
 
 def _is_of(row: LedgerRow, plan: Plan) -> bool:

@@ -13,8 +13,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from bertbench.bytes import MIB_BYTES
 from bertbench.paper import PUBLISHED_MAX_BATCH
-from reports.cells import AT_LEAST, CERTIFIED, Cell, model_order, setting_order, trial_rate
-from reports.figures import INK, Look, Picture, add_legend, labelled, look_of, panels
+from reports.cells import AT_LEAST, CERTIFIED, Cell, model_order, setting_order
+from reports.figures import INK, Look, Picture, add_legend, look_of, panels
 from reports.places import Place
 from reports.predictions import Prediction
 from reports.tables import system_name
@@ -46,7 +46,7 @@ def limits_picture(cells: Sequence[Cell], where: str) -> Picture | None:
         figure, axes = panels(len(models), columns)
         for axis, model in zip(axes, models, strict=True):
             _limits_panel(axis, model, [c for c in known if c.model == model], looks)
-        add_legend(figure, labelled(axes))
+        add_legend(figure, axes)
         return figure
 
     return Picture(
@@ -128,12 +128,12 @@ def _log_mib(axis: Axis, low: float, high: float) -> None:
 
 def throughput_picture(cells: Sequence[Cell], names: Mapping[Place, str]) -> Picture | None:
     """Examples a second against micro-batch, with the batch that runs out of memory."""
-    timed = [cell for cell in cells if len(_speeds(cell)) >= 2]
+    timed = [cell for cell in cells if len(cell.rates) >= 2]
     if not timed:
         return None
-    chosen = sorted(timed, key=lambda cell: (-len(_speeds(cell)), -cell.newest.id))[:_MOST_PANELS]
+    chosen = sorted(timed, key=lambda cell: (-len(cell.rates), -cell.newest.id))[:_MOST_PANELS]
     # Two points say little beside a curve of many.
-    chosen = [cell for cell in chosen if 2 * len(_speeds(cell)) >= len(_speeds(chosen[0]))]
+    chosen = [cell for cell in chosen if 2 * len(cell.rates) >= len(chosen[0].rates)]
     chosen.sort(key=lambda c: (model_order(c.model), c.newest.seq_len, c.setting))
     where = [f"{cell.task}, {names[cell.place]}" for cell in chosen]
     same = len(set(where)) == 1
@@ -146,7 +146,7 @@ def throughput_picture(cells: Sequence[Cell], names: Mapping[Place, str]) -> Pic
     def draw(columns: int = 2) -> Figure:
         figure, axes = panels(len(chosen), columns)
         for axis, cell, its_place in zip(axes, chosen, where, strict=True):
-            points = _speeds(cell)
+            points = sorted(cell.rates.items())
             look = look_of(0)
             axis.plot(*zip(*points, strict=True), color=look.color, marker=look.marker)
             axis.set_ylim(0, 1.15 * max(rate for _, rate in points))
@@ -173,16 +173,6 @@ def throughput_picture(cells: Sequence[Cell], names: Mapping[Place, str]) -> Pic
         wide=len(chosen) > 1,
         draw_narrow=functools.partial(draw, 1) if len(chosen) > 1 else None,
     )
-
-
-def _speeds(cell: Cell) -> list[tuple[int, float]]:
-    """Examples a second by batch; of several trials of one the newest."""
-    rates = {
-        row.trial.batch: rate
-        for row in cell.rows
-        if (rate := trial_rate(row, row.trial)) is not None
-    }
-    return sorted(rates.items())
 
 
 def predictions_picture(predictions: Sequence[Prediction]) -> Picture | None:

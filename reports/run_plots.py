@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from finetune.errors import InputError
 from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.squad_metrics import QuestionScores, precision_recall, score_questions
-from reports.figures import INK, Picture, add_legend, labelled, look_of
+from reports.figures import INK, Picture, add_legend, look_of, panels
 from reports.runs import Run, prediction_files
 
 _MOST_RUNS = 8
@@ -41,9 +40,7 @@ def training_picture(runs: Sequence[Run]) -> Picture | None:
     metrics = [name for name in (*_METRICS, *sorted(there)) if name in there][:1]
 
     def draw(columns: int = 1 + len(metrics)) -> Figure:
-        rows = math.ceil((1 + len(metrics)) / columns)
-        figure = Figure(figsize=(4.2 * columns, 3.1 * rows + 0.2), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+        figure, axes = panels(1 + len(metrics), columns)
         for number, run in enumerate(shown):
             look = look_of(number)
             steps = run.steps
@@ -63,7 +60,7 @@ def training_picture(runs: Sequence[Run]) -> Picture | None:
         axes[0].set_ylim(bottom=0)
         for axis in axes:
             axis.set_xlabel("optimizer step")
-        add_legend(figure, labelled(axes))
+        add_legend(figure, axes)
         return figure
 
     smoothed = any(len(run.steps) >= 2 * _SMOOTHED for run in shown)

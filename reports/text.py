@@ -138,7 +138,7 @@ def _plans(planned: Sequence[Planned]) -> RichTable:
         left = name in ("model", "checkpointing")
         shown.add_column(name, justify="left" if left else "right", no_wrap=name != "checkpointing")
     for one in planned:
-        first = system_name(one.model), str(one.workload.seq_len)
+        first = system_name(one.workload.model), str(one.workload.seq_len)
         if isinstance(one.plan, Plan):
             chosen = one.plan.chosen
             shown.add_row(

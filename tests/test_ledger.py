@@ -189,13 +189,17 @@ def test_a_newer_format_asks_for_an_upgrade(
         pass
 
 
+def record_in_version_1(ledger: sqlite3.Connection) -> None:
+    record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, OOM)
+    ledger.execute("DROP TABLE recordings")
+    ledger.execute("ALTER TABLE trials DROP COLUMN process_peak_bytes")
+    ledger.execute("PRAGMA user_version = 1")
+
+
 def test_an_older_format_is_brought_up_to_date_with_its_trials(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     with open_ledger(path) as ledger:
-        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, OOM)
-        ledger.execute("DROP TABLE recordings")
-        ledger.execute("ALTER TABLE trials DROP COLUMN process_peak_bytes")
-        ledger.execute("PRAGMA user_version = 1")
+        record_in_version_1(ledger)
     for _ in range(2):
         with open_ledger(path) as ledger:
             assert find(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == [OOM]
@@ -207,10 +211,7 @@ def test_an_older_format_is_brought_up_to_date_with_its_trials(tmp_path: Path) -
 def test_reading_changes_nothing(tmp_path: Path, alone: bool) -> None:
     path = tmp_path / "an older #1?.sqlite"
     with open_ledger(path) as ledger:
-        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, OOM)
-        ledger.execute("DROP TABLE recordings")
-        ledger.execute("ALTER TABLE trials DROP COLUMN process_peak_bytes")
-        ledger.execute("PRAGMA user_version = 1")
+        record_in_version_1(ledger)
         before = path.read_bytes() if not alone else b""
         if not alone:  # while another process has it open, with changes that are in its log
             with read_ledger(path) as copy:

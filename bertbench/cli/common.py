@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,6 +135,15 @@ def allowed_levers(
         for p in precisions
         for o in optimizers
     )
+
+
+def given_flags(context: click.Context, but: Collection[str]) -> Iterator[str]:
+    """Flags on the command line, but for those of some parameters."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and name not in but:
+            yield parameter.opts[0].replace("_", "-")
 
 
 def resolve_budget(device: str, memory: int | None) -> Budget:

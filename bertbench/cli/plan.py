@@ -43,8 +43,8 @@ from bertbench.planner import Plan, describe_entry, make_plan
 from bertbench.progress import progress, say
 from bertbench.trial import Trial
 from bertbench.verifying import verify_plan
-from bertbench.workload import Workload, published_workload
-from finetune.checkpointing import check_layers, parse_checkpointing
+from bertbench.workload import Workload, check_layers, published_workload
+from finetune.checkpointing import parse_checkpointing
 from finetune.config import HEADS
 from finetune.errors import InputError
 
@@ -148,7 +148,7 @@ def command(
     ]
     for workload in workloads:
         for policy in policies or ():
-            check_layers(policy, workload.config.num_hidden_layers, workload.model)
+            check_layers(workload, policy)
     if min_memory:
         for flag, given in (
             ("--memory", memory is not None), ("--explain", explain), ("--verify", verify)

@@ -18,6 +18,7 @@ from bertbench.checking import Check, check_claim, read_claims
 from bertbench.cli.common import (
     CONTEXT,
     MemorySize,
+    given_flags,
     json_option,
     ledger_option,
     resolve_budget,
@@ -50,8 +51,8 @@ from bertbench.probing import predict_cell_seconds, probe_cell
 from bertbench.progress import say
 from bertbench.trial import Trial
 from bertbench.workers import share_out
-from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import check_layers, parse_checkpointing
+from bertbench.workload import Levers, check_layers, published_workload
+from finetune.checkpointing import parse_checkpointing
 from finetune.config import HEADS
 from finetune.errors import InputError
 from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, PLACEMENTS
@@ -198,7 +199,7 @@ def command(
     check_levers(named[0].kind, named[0].name, levers)
     workloads = [published_workload(name, length, head) for name in names for length in lengths]
     for workload in workloads:
-        check_layers(levers.checkpointing, workload.config.num_hidden_layers, workload.model)
+        check_layers(workload, levers.checkpointing)
     interrupted = False
     with _locked(named):
         budgets = _budgets(named, memory, share)
@@ -308,14 +309,11 @@ def _locked(named: Sequence[Device]) -> Iterator[None]:
 
 def _nothing_else(context: click.Context) -> None:
     """Refuse flags beside `--check` that the file answers already."""
-    for name in context.params:
-        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if given and name not in _BESIDE_CHECK:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(
-                f"{flag} does not go with --check, which repeats what the file says",
-                hint=f"leave {flag} out",
-            )
+    for flag in given_flags(context, _BESIDE_CHECK):
+        raise InputError(
+            f"{flag} does not go with --check, which repeats what the file says",
+            hint=f"leave {flag} out",
+        )
 
 
 def _check(
