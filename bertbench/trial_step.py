@@ -51,26 +51,44 @@ def run_trial(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], No
             trainer = _recorded(request, device, send)
         else:
             trainer = build_trainer(request.workload, request.levers)
-    replicas = request.budget.device.replicas
     for batch in request.batches:
-        rows = random_batch(request.workload, batch * request.levers.accumulation_steps * replicas)
-        if not request.record:
-            _forget_peak(device)
-        step_seconds = []
-        for _ in range(request.steps):
-            began = time.monotonic()
-            float(trainer.step(rows).loss)
-            step_seconds.append(time.monotonic() - began)
-        send(
-            {
-                "event": "trial",
-                "batch": batch,
-                "peak_bytes": _peak_bytes(device),
-                "process_peak_bytes": process_peak_bytes(request.budget.device),
-                # The first step pays for tracing or for the allocator's growth.
-                "step_seconds": statistics.median(step_seconds[1:] or step_seconds),
-            }
-        )
+        send(measure_steps(request, trainer, device, batch))
+
+
+def measure_steps(
+    request: TrialRequest, trainer: Trainer, device: str, batch: int
+) -> dict[str, Any]:
+    """Run a batch's steps, and tell their time and their peak.
+
+    Args:
+        request: what is asked; with a recording, the peak is that of the recorded steps too.
+        trainer: of its workload and levers.
+        device: TensorFlow's name of it.
+        batch: micro-batch of one replica.
+
+    Returns:
+        The message of `bertbench.trial.measure_batches` for a batch that fits.
+
+    Raises:
+        tensorflow.errors.ResourceExhaustedError: it does not fit.
+    """
+    replicas = request.budget.device.replicas
+    rows = random_batch(request.workload, batch * request.levers.accumulation_steps * replicas)
+    if not request.record:
+        _forget_peak(device)
+    step_seconds = []
+    for _ in range(request.steps):
+        began = time.monotonic()
+        float(trainer.step(rows).loss)
+        step_seconds.append(time.monotonic() - began)
+    return {
+        "event": "trial",
+        "batch": batch,
+        "peak_bytes": _peak_bytes(device),
+        "process_peak_bytes": process_peak_bytes(request.budget.device),
+        # The first step pays for tracing or for the allocator's growth.
+        "step_seconds": statistics.median(step_seconds[1:] or step_seconds),
+    }
 
 
 def _forget_peak(device: str) -> None:

@@ -1,0 +1,273 @@
+"""What `measure.py` measures: the cells and settings of each part, and what is known of them.
+
+Nothing here starts a trial: a part is a list of questions, whose answers are in ledgers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sqlite3
+from collections.abc import Sequence
+from typing import NoReturn
+
+from bertbench.allocator_limit import empty_memory
+from bertbench.bytes import GIB_BYTES, MIB_BYTES
+from bertbench.catalogue import check_levers
+from bertbench.cost import device_rates
+from bertbench.devices import Budget, make_budget
+from bertbench.fitting import Room, least_peak_bytes
+from bertbench.ledger import find, versions_key
+from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
+from bertbench.planner import Plan, make_plan
+from bertbench.probing import traced_limit
+from bertbench.search import SearchResult, find_max_batch
+from bertbench.traced_footprint import traced_footprint
+from bertbench.traced_steps import replay_step, trace_of
+from bertbench.trial import Trial
+from bertbench.workload import Levers, Workload, published_workload
+from finetune.checkpointing import POLICIES, Checkpointing
+from finetune.errors import InputError
+
+_NEAR_THE_LIMIT = 0.97
+"""Part of a budget up to which a setting is timed: where the limit is, is what `cells` is for."""
+_RIVALS = 3
+
+Cell = tuple[Workload, Levers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What is measured.
+
+    Attributes:
+        memory_mib: budget of all parts but `plans`, unless another is asked for.
+        cells: workloads of `cells`.
+        policies: of `cells` and `speed`.
+        timed: workloads of `speed`, `choice` and `peer`.
+        batches: micro-batches of `speed` and `peer`.
+        precisions: of `speed`.
+        compiled: policies that `speed` has compiled by XLA as well, and their micro-batch.
+        planned: workload of `plans` and `placement`.
+        targets: effective batches of `plans`; `placement` has the first, `choice` the last.
+        budgets_bytes: of `plans`.
+    """
+
+    memory_mib: int
+    cells: tuple[Workload, ...]
+    policies: tuple[str, ...]
+    timed: tuple[Workload, ...]
+    batches: tuple[int, ...]
+    precisions: tuple[str, ...]
+    compiled: tuple[tuple[str, int], ...]
+    planned: Workload
+    targets: tuple[int, ...]
+    budgets_bytes: tuple[int, ...]
+
+
+FULL = Scale(
+    memory_mib=11_430,  # What TensorFlow gets of the paper's card, a Titan X with 12 GiB.
+    cells=tuple(published_workload(m, s) for m in PAPER_MODELS for s in PAPER_SEQ_LENS),
+    policies=POLICIES,
+    timed=(
+        published_workload("bert-base", 128),
+        published_workload("bert-base", 384),
+        published_workload("bert-large", 384),
+    ),
+    batches=(1, 2, 4, 8, 16, 32),
+    precisions=("float32", "tf32", "bf16"),
+    compiled=(("none", 4), ("nested", 8)),
+    planned=published_workload("bert-large", 384),
+    targets=(24, 32),
+    budgets_bytes=tuple(gib * GIB_BYTES for gib in (4, 6, 8, 12, 16)),
+)
+QUICK = Scale(
+    memory_mib=128,
+    cells=(published_workload("bert-tiny", 64), published_workload("bert-tiny", 128)),
+    policies=("none", "nested"),
+    timed=(published_workload("bert-tiny", 128),),
+    batches=(1, 8),
+    precisions=("float32", "bf16"),
+    compiled=(("none", 8),),
+    planned=published_workload("bert-mini", 128),
+    targets=(12, 16),
+    budgets_bytes=tuple(mib * MIB_BYTES for mib in (160, 192, 256)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """Micro-batches of a setting to be timed under a budget, in one process."""
+
+    workload: Workload
+    levers: Levers
+    budget: Budget
+    batches: tuple[int, ...]
+
+    def answers(self, ledger: sqlite3.Connection) -> dict[int, Trial]:
+        """The newest trial of each micro-batch that was tried."""
+        trials = find(ledger, self.budget, versions_key(), self.workload, self.levers)
+        return {trial.batch: trial for trial in trials if trial.batch in self.batches}
+
+    def open_batches(self, ledger: sqlite3.Connection) -> tuple[int, ...]:
+        """Micro-batches that are still to be tried; none above one that ran out of memory."""
+        answers = self.answers(ledger)
+        if any(trial.outcome == "oom" for trial in answers.values()):
+            return ()
+        return tuple(batch for batch in self.batches if batch not in answers)
+
+
+def cells_of(scale: Scale) -> list[Cell]:
+    """Cells of the part `cells`."""
+    return [(w, Levers(Checkpointing(policy))) for policy in scale.policies for w in scale.cells]
+
+
+def limit_on_capped_cpu(budget: Budget, workload: Workload, levers: Levers) -> int | None:
+    """Largest batch that a capped CPU with one region of memory would hold, by the step's trace.
+
+    What is left is the device's own: other kernels with other workspaces.
+    """
+    if trace_of(workload, levers) is None:
+        return None
+    memory = empty_memory(budget)
+    return traced_limit(
+        budget, workload, levers, lambda batch: replay_step(workload, levers, batch, memory)
+    )
+
+
+def peak_on_capped_cpu(
+    budget: Budget, workload: Workload, levers: Levers, batch: int
+) -> int | None:
+    """Peak bytes of a batch there, by the step's trace; None without one.
+
+    Of a batch that would not fit there, without what the allocator loses.
+    """
+    for replayed in (True, False):
+        footprint = traced_footprint(
+            workload, levers, batch, empty_memory(budget), replayed=replayed
+        )
+        if footprint is not None:
+            return footprint.peak_bytes
+    return None
+
+
+def settled(trials: Sequence[Trial], budget: Budget) -> SearchResult | None:
+    """What trials prove; None while a probe would make more."""
+
+    def more(batches: Sequence[int], fresh: bool) -> NoReturn:
+        raise LookupError(batches)
+
+    try:
+        return find_max_batch(more, known=trials, budget_bytes=budget.budget_bytes)
+    except LookupError:
+        return None
+
+
+def speed_questions(scale: Scale, budget: Budget) -> list[Question]:
+    """Every policy in every precision at rising micro-batches, and some compiled by XLA."""
+    settings = [
+        (Levers(Checkpointing(policy), precision=precision), scale.batches)
+        for precision in scale.precisions
+        for policy in scale.policies
+    ]
+    settings += [
+        (Levers(Checkpointing(policy), precision=precision, xla=True), (batch,))
+        for precision in (scale.precisions[0], scale.precisions[-1])
+        for policy, batch in scale.compiled
+    ]
+    return [
+        question
+        for levers, batches in settings
+        for workload in scale.timed
+        if (question := _question(workload, levers, budget, batches)) is not None
+    ]
+
+
+def _question(
+    workload: Workload, levers: Levers, budget: Budget, batches: Sequence[int]
+) -> Question | None:
+    """A question about what the device can do and is predicted to hold; None if that is nothing."""
+    device = budget.device
+    try:
+        check_levers(device.kind, device.name, levers)
+    except InputError:
+        return None
+    room = Room(device.kind, int(budget.budget_bytes * _NEAR_THE_LIMIT))
+    held = [
+        batch
+        for batch in batches
+        if least_peak_bytes(workload, levers, batch, room) <= room.budget_bytes
+    ]
+    return Question(workload, levers, budget, tuple(held)) if held else None
+
+
+def plan_for(workload: Workload, target: int, budget: Budget) -> Plan | None:
+    """The plan that a user gets who has measured nothing; None if nothing fits."""
+    device = budget.device
+    try:
+        return make_plan(
+            workload,
+            target,
+            budget.budget_bytes,
+            device_rates(device),
+            device=device.name,
+            device_kind=device.kind,
+        )
+    except InputError:
+        return None
+
+
+def plan_question(plan: Plan, budget: Budget) -> Question:
+    """The step of a plan."""
+    return Question(plan.workload, plan.chosen.levers, budget, (plan.chosen.micro_batch,))
+
+
+def plans_of(scale: Scale, budget: Budget) -> list[tuple[int, Budget, Plan | None]]:
+    """Target, budget and plan of each row of `plans`."""
+    rows = []
+    for target in scale.targets:
+        for budget_bytes in scale.budgets_bytes:
+            its_budget = make_budget(budget.device, budget_bytes)
+            rows.append((target, its_budget, plan_for(scale.planned, target, its_budget)))
+    return rows
+
+
+def placement_questions(scale: Scale, budget: Budget) -> list[Question]:
+    """The plan of `placement` with the optimizer's state on the device, and on the host."""
+    plan = plan_for(scale.planned, scale.targets[0], budget)
+    if plan is None or budget.device.kind != "gpu":
+        return []
+    question = plan_question(plan, budget)
+    return [
+        dataclasses.replace(
+            question, levers=dataclasses.replace(question.levers, placement=placement)
+        )
+        for placement in ("device", "host")
+    ]
+
+
+def choice_questions(
+    scale: Scale, budget: Budget, workload: Workload, ledger: sqlite3.Connection
+) -> list[Question]:
+    """The planner's choice, and the settings that `speed` says are fastest; the choice first.
+
+    All that was timed with one micro-batch is a guess at a step of several.
+    """
+    target = scale.targets[-1]
+    plan = plan_for(workload, target, budget)
+    if plan is None:
+        return []
+    guesses: list[tuple[float, Question]] = []
+    for question in speed_questions(scale, budget):
+        if question.workload != workload or not question.levers.exact or question.levers.xla:
+            continue
+        for batch, trial in question.answers(ledger).items():
+            if trial.step_seconds is not None and batch <= target:
+                steps = math.ceil(target / batch)
+                levers = dataclasses.replace(question.levers, accumulation_steps=steps)
+                guesses.append(
+                    (steps * trial.step_seconds, Question(workload, levers, budget, (batch,)))
+                )
+    chosen = plan_question(plan, budget)
+    rivals = [rival for _, rival in sorted(guesses, key=lambda pair: pair[0]) if rival != chosen]
+    return [chosen, *rivals[:_RIVALS]]

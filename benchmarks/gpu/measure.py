@@ -1,0 +1,441 @@
+"""What only a GPU can show: its limits and peaks beside a capped CPU's, its speed, and a peer.
+
+    python benchmarks/gpu/measure.py --out FOLDER [--quick] [--minutes 8] [--part NAME ...]
+
+| part | what |
+| --- | --- |
+| cells | the paper's twelve cells under every policy in 11,430 MiB, certified; limits and peaks |
+| | beside those that the same requests have on a capped CPU |
+| speed | examples a second by policy, micro-batch, precision (TensorFloat-32 too), and with XLA |
+| plans | effective batches of 24 and 32 of BERT-Large, sequence length 384, in 4 to 16 GiB |
+| choice | the plan for an effective batch of 32 beside the settings that `speed` found fastest |
+| placement | what the optimizer's state on the host saves and costs |
+| peer | PyTorch and transformers on the same card, if they are installed |
+
+Every trial is in a ledger in FOLDER as soon as it ends. A call ends by itself after `--minutes`,
+and the next one with the same FOLDER goes on; `results.json` and `table.md` there are what all of
+them have measured. Several trials share the card (`--jobs`), but one at a time does the steps that
+are timed. The device's settings are left alone.
+
+`--quick`, on BERT-Tiny and BERT-Mini, needs no GPU and takes about four minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gpu_tables
+from gpu_parts import (
+    FULL,
+    QUICK,
+    Cell,
+    Question,
+    Scale,
+    cells_of,
+    choice_questions,
+    limit_on_capped_cpu,
+    placement_questions,
+    plan_question,
+    plans_of,
+    settled,
+    speed_questions,
+)
+from timed_trial import TARGET, TURN_VARIABLE
+
+from bertbench.attached import resolve_device
+from bertbench.bytes import MIB_BYTES
+from bertbench.devices import GPU_CONTEXT_RESERVE_BYTES, Budget, make_budget
+from bertbench.ledger import find, record, versions_key
+from bertbench.ledger_file import open_ledger
+from bertbench.probing import probe_cell
+from bertbench.progress import progress, say
+from bertbench.trial import Trial, measure_batches
+
+PARTS = ("cells", "speed", "plans", "choice", "placement", "peer")
+_STEPS = 4
+_CORES_A_TRIAL = 2
+_STARTED_WITH_SECONDS = 5.0
+
+
+class OutOfTimeError(Exception):
+    """The call's minutes are over."""
+
+
+class Clock:
+    """The end of a call, for all of its threads."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end = time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.end - time.monotonic()
+
+    def check(self) -> None:
+        """End what is going on if the time is over."""
+        if self.left() <= 0:
+            raise OutOfTimeError
+
+    def stop(self) -> None:
+        """End all threads' work."""
+        self.end = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What all parts are given.
+
+    Attributes:
+        scale: what is measured.
+        budget: of all parts but `plans`.
+        folder: of ledgers and results.
+        jobs: most trials at a time.
+        clock: end of the call.
+    """
+
+    scale: Scale
+    budget: Budget
+    folder: Path
+    jobs: int
+    clock: Clock
+
+    @property
+    def limits(self) -> Path:
+        """Ledger of `cells`, whose seconds are those of a shared card."""
+        return self.folder / "limits.sqlite"
+
+    @property
+    def timings(self) -> Path:
+        """Ledger of all others."""
+        return self.folder / "timings.sqlite"
+
+    @property
+    def expected(self) -> Path:
+        """Limits of the capped CPU."""
+        return self.folder / "expected.json"
+
+    @property
+    def peers(self) -> Path:
+        """Results of the peer, a line of JSON each."""
+        return self.folder / "peer.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of ledgers and results")
+    parser.add_argument("--quick", action="store_true", help="small models; needs no GPU")
+    parser.add_argument("--minutes", type=float, default=8.0, help="end after this time")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--memory", type=int, metavar="MIB", help="budget in MiB")
+    parser.add_argument("--jobs", type=int, help="trials at a time; default: what the card holds")
+    arguments = parser.parse_args()
+    scale = QUICK if arguments.quick else FULL
+    device = resolve_device(arguments.device)
+    if device.kind == "cpu" and not arguments.quick:
+        parser.error("no GPU is attached; --quick does without one")
+    budget = make_budget(device, (arguments.memory or scale.memory_mib) * MIB_BYTES)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    jobs = arguments.jobs or jobs_for(budget)
+    clock = Clock(arguments.minutes)
+    measurement = Measurement(scale, budget, arguments.out, jobs, clock)
+    os.environ[TURN_VARIABLE] = str(arguments.out.resolve() / "turn.lock")
+    measures: dict[str, Callable[[Measurement], None]] = {
+        "cells": measure_cells,
+        "speed": measure_speed,
+        "plans": measure_plans,
+        "choice": measure_choice,
+        "placement": measure_placement,
+        "peer": measure_peer,
+    }
+    try:
+        for part in arguments.part:
+            measures[part](measurement)
+    except OutOfTimeError:
+        say("the time is over; the same command goes on from here")
+    finally:
+        write_results(measurement)
+
+
+def jobs_for(budget: Budget) -> int:
+    """Trials that a card and a host hold at a time; a CPU's would take each other's cores."""
+    if budget.device.kind != "gpu":
+        return 1
+    held = budget.device.free_bytes // (budget.budget_bytes + GPU_CONTEXT_RESERVE_BYTES)
+    return max(1, min(held, (os.cpu_count() or 1) // _CORES_A_TRIAL))
+
+
+def in_parallel(
+    measurement: Measurement, name: str, jobs: int, works: Sequence[Callable[[], None]]
+) -> None:
+    """Do pieces of work, several at a time; the first that fails ends the others."""
+    if not works:
+        return
+    with (
+        progress(name, len(works), "settings") as advance,
+        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
+    ):
+        futures = [pool.submit(work) for work in works]
+        try:
+            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                future.result()
+                advance(done, "")
+        except BaseException:
+            measurement.clock.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def measure_cells(measurement: Measurement) -> None:
+    """Certify the limit of every cell, beginning where a capped CPU's is."""
+    expected = expected_limits(measurement)
+
+    def work(cell: Cell) -> None:
+        workload, levers = cell
+        budget, clock, versions = measurement.budget, measurement.clock, versions_key()
+        with open_ledger(measurement.limits) as ledger:
+
+            def keep(trial: Trial) -> None:
+                record(ledger, budget, versions, workload, levers, trial)
+
+            begin = expected[_name(cell)]
+            if begin is not None and not find(ledger, budget, versions, workload, levers):
+                measure_batches(
+                    workload,
+                    levers,
+                    budget,
+                    [max(begin, 1)],
+                    steps=2,
+                    on_trial=keep,
+                    check=clock.check,
+                )
+            probe_cell(ledger, budget, workload, levers, steps=2, check=clock.check)
+
+    with open_ledger(measurement.limits) as ledger:
+        cells = [
+            cell
+            for cell in cells_of(measurement.scale)
+            if settled(find(ledger, measurement.budget, versions_key(), *cell), measurement.budget)
+            is None
+        ]
+    works = [functools.partial(work, cell) for cell in cells]
+    in_parallel(measurement, "cells", measurement.jobs, works)
+
+
+def expected_limits(measurement: Measurement) -> dict[str, int | None]:
+    """Limits of the capped CPU by cell, worked out once."""
+    cells = cells_of(measurement.scale)
+    known: dict[str, Any] = {"budget_bytes": measurement.budget.budget_bytes, "limits": {}}
+    if measurement.expected.exists():
+        read = json.loads(measurement.expected.read_text(encoding="utf-8"))
+        if read["budget_bytes"] == known["budget_bytes"]:
+            known = read
+    missing = [cell for cell in cells if _name(cell) not in known["limits"]]
+    if missing:
+        with concurrent.futures.ProcessPoolExecutor(
+            os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
+        ) as pool:
+            futures = [
+                pool.submit(limit_on_capped_cpu, measurement.budget, *cell) for cell in missing
+            ]
+            for cell, future in zip(missing, futures, strict=True):
+                known["limits"][_name(cell)] = future.result()
+        _write(measurement.expected, known)
+    limits: dict[str, int | None] = known["limits"]
+    return limits
+
+
+def _name(cell: Cell) -> str:
+    workload, levers = cell
+    return f"{workload.model} {workload.seq_len} {levers.checkpointing}"
+
+
+def ask(measurement: Measurement, name: str, questions: Sequence[Question]) -> None:
+    """Time what has not been timed."""
+
+    def work(question: Question, batches: tuple[int, ...]) -> None:
+        measurement.clock.check()
+        with open_ledger(measurement.timings) as ledger:
+            measure_batches(
+                question.workload,
+                question.levers,
+                question.budget,
+                batches,
+                steps=_STEPS,
+                target=TARGET,
+                on_trial=lambda trial: record(
+                    ledger,
+                    question.budget,
+                    versions_key(),
+                    question.workload,
+                    question.levers,
+                    trial,
+                ),
+                check=measurement.clock.check,
+            )
+
+    with open_ledger(measurement.timings) as ledger:
+        # Two plans may be one.
+        left = [
+            (question, batches)
+            for question in dict.fromkeys(questions)
+            if (batches := question.open_batches(ledger))
+        ]
+    largest = max(
+        (question.budget for question, _ in left), key=lambda b: b.budget_bytes, default=None
+    )
+    jobs = 1 if largest is None else min(measurement.jobs, jobs_for(largest))
+    works = [functools.partial(work, question, batches) for question, batches in left]
+    in_parallel(measurement, name, jobs, works)
+
+
+def measure_speed(measurement: Measurement) -> None:
+    """Time one micro-batch at every setting."""
+    ask(measurement, "speed", speed_questions(measurement.scale, measurement.budget))
+
+
+def measure_plans(measurement: Measurement) -> None:
+    """Run the plan for every target and budget."""
+    ask(
+        measurement,
+        "plans",
+        [
+            plan_question(plan, budget)
+            for _, budget, plan in plans_of(measurement.scale, measurement.budget)
+            if plan is not None
+        ],
+    )
+
+
+def measure_choice(measurement: Measurement) -> None:
+    """Run the plan for the last target, and its rivals."""
+    with open_ledger(measurement.timings) as ledger:
+        questions = [
+            question
+            for workload in measurement.scale.timed
+            for question in choice_questions(
+                measurement.scale, measurement.budget, workload, ledger
+            )
+        ]
+    ask(measurement, "choice", questions)
+
+
+def measure_placement(measurement: Measurement) -> None:
+    """Run a plan with the optimizer's state on the device, and on the host."""
+    ask(measurement, "placement", placement_questions(measurement.scale, measurement.budget))
+
+
+def measure_peer(measurement: Measurement) -> None:
+    """Ask PyTorch, one process at a time."""
+    done = {(row["model"], row["seq_len"], row["attention"], row["checkpointing"])
+            for row in peer_rows(measurement)}  # fmt: skip
+    wanted = [
+        (workload.model, workload.seq_len, attention, checkpointing)
+        for workload in measurement.scale.timed
+        for attention in ("eager", "sdpa")
+        for checkpointing in ("none", "full")
+    ]
+    left = [one for one in wanted if one not in done]
+    with progress("peer", len(wanted), "settings", first=len(done)) as advance:
+        for number, one in enumerate(left, len(done) + 1):
+            measurement.clock.check()
+            model, seq_len, attention, checkpointing = one
+            command = [
+                sys.executable,
+                str(Path(__file__).with_name("torch_peer.py")),
+                model,
+                str(seq_len),
+                str(measurement.budget.budget_bytes),
+                attention,
+                checkpointing,
+                *map(str, measurement.scale.batches),
+            ]
+            try:
+                ended = subprocess.run(
+                    command,
+                    check=False,
+                    capture_output=True,
+                    text=True,
+                    timeout=max(measurement.clock.left(), _STARTED_WITH_SECONDS),
+                )
+            except subprocess.TimeoutExpired:
+                raise OutOfTimeError from None
+            if ended.returncode:
+                # Without the packages, or with a version that is unlike, there is no peer.
+                last = ended.stderr.strip().splitlines()[-1:] or ["no message"]
+                say(f"no peer: {last[0]}")
+                return
+            with measurement.peers.open("a", encoding="utf-8") as file:
+                file.write(ended.stdout.splitlines()[-1] + "\n")
+            advance(number, "")
+
+
+def peer_rows(measurement: Measurement) -> list[dict[str, Any]]:
+    """What the peer has answered."""
+    if not measurement.peers.exists():
+        return []
+    lines = measurement.peers.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def write_results(measurement: Measurement) -> None:
+    """Put all that the ledgers have together."""
+    expected: dict[str, int | None] = {}
+    if measurement.expected.exists():
+        expected = json.loads(measurement.expected.read_text(encoding="utf-8"))["limits"]
+    scale, budget = measurement.scale, measurement.budget
+    with open_ledger(measurement.limits) as ledger:
+        cells = [
+            gpu_tables.cell_row(budget, *cell, expected.get(_name(cell)), ledger)
+            for cell in cells_of(scale)
+        ]
+        failures = gpu_tables.failures(ledger)
+    with open_ledger(measurement.timings) as ledger:
+        results = {
+            "budget": budget.to_json(),
+            "versions": json.loads(versions_key()),
+            "cells": cells,
+            "speed": [
+                row
+                for question in speed_questions(scale, budget)
+                for row in gpu_tables.speed_rows(question, ledger)
+            ],
+            "plans": [gpu_tables.plan_row(*row, ledger) for row in plans_of(scale, budget)],
+            "choice": [
+                gpu_tables.choice_row(
+                    workload, choice_questions(scale, budget, workload, ledger), ledger
+                )
+                for workload in scale.timed
+            ],
+            "placement": [
+                row
+                for question in placement_questions(scale, budget)
+                for row in gpu_tables.speed_rows(question, ledger)
+            ],
+            "peer": peer_rows(measurement),
+            "failures": failures + gpu_tables.failures(ledger),
+        }
+    _write(measurement.folder / "results.json", results)
+    table = gpu_tables.as_markdown(results)
+    (measurement.folder / "table.md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+def _write(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

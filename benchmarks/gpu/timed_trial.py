@@ -1,0 +1,51 @@
+"""Trials that share a GPU but not its time: each is set up beside others, and steps alone.
+
+Most of a trial's time is the host's: starting, building the graph, loading kernels. Several do that
+at once; who steps holds a lock, so that its seconds are those of a GPU that nobody else uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+TARGET = "timed_trial:run_in_turn"
+"""Target of `bertbench.trial.measure_batches`."""
+
+TURN_VARIABLE = "BERTBENCH_TURN"
+"""Environment variable with the path of the lock."""
+
+
+def run_in_turn(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], None]) -> None:
+    """Do what `bertbench.trial_step.run_trial` does, with the steps that count in turn.
+
+    A single micro-batch is as exact as an ordinary trial's: no step has touched the memory before.
+
+    Args:
+        payload: of a `bertbench.trial.TrialRequest` for one device.
+        send: takes the messages of `measure_batches`.
+    """
+    from bertbench.runtime import start_tensorflow
+    from bertbench.trial import request_from_payload
+    from bertbench.trial_step import build_trainer, measure_steps, random_batch
+
+    request = request_from_payload(payload)
+    device = start_tensorflow(request.budget)
+    trainer = build_trainer(request.workload, request.levers)
+    if len(request.batches) > 1:
+        # The step is traced, and kernels are loaded, for any micro-batch.
+        trainer.step(random_batch(request.workload, request.levers.accumulation_steps))
+    with turn(os.environ[TURN_VARIABLE]):
+        for batch in request.batches:
+            send(measure_steps(request, trainer, device, batch))
+
+
+@contextlib.contextmanager
+def turn(path: str) -> Iterator[None]:
+    """Hold a lock that one process has at a time; the system lets go of it if the process ends."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
