@@ -41,8 +41,8 @@ from bertbench.bytes import MIB_BYTES
 from bertbench.devices import Budget, make_budget
 from bertbench.fitting import Room, footprint_in
 from bertbench.footprint import max_micro_batch, predict_footprint
-from bertbench.probing import is_traced, traced_limit
-from bertbench.traced_steps import replay_step
+from bertbench.probing import is_traced
+from bertbench.traced_limits import TracedStep
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import POLICIES, Checkpointing
@@ -273,10 +273,7 @@ def maximum(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
 def _predicted_limit(workload: Workload, levers: Levers, budget: Budget) -> int:
     found = None
     if is_traced(budget, workload, levers):
-        memory = empty_memory(budget)
-        found = traced_limit(
-            budget, workload, levers, lambda batch: replay_step(workload, levers, batch, memory)
-        )
+        found = TracedStep(workload, levers, empty_memory(budget)).limit()
     return found or max_micro_batch(workload, levers, budget.budget_bytes)
 
 

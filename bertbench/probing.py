@@ -6,14 +6,15 @@ import dataclasses
 import functools
 import sqlite3
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from bertbench.allocations import Memory, Recording, Replay
+from bertbench.allocations import Recording
 from bertbench.allocator_limit import empty_memory
 from bertbench.cost import device_rates, predict_step_seconds
 from bertbench.devices import Budget
 from bertbench.extrapolation import extrapolate, largest_batch
+from bertbench.fitting import has_trace
 from bertbench.footprint import max_micro_batch, predict_footprint
 from bertbench.ledger import (
     find,
@@ -24,15 +25,12 @@ from bertbench.ledger import (
 )
 from bertbench.repetition import Recorded
 from bertbench.search import LARGEST_BATCH, SearchResult, find_max_batch
-from bertbench.traced_steps import replay_step, step_requests, trace_of, traced_peak_bytes
+from bertbench.traced_limits import TracedStep
 from bertbench.trial import TIMEOUT_SECONDS, Trial, measure_batches
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import examples_per_block
 
 _PLENTY = 10.0
-_LOOKED_AT_BEYOND = 64
-_REQUESTS_LOOKED_THROUGH = 1_000_000
-_HOLES_FROM = 0.8
 _START_SECONDS = 5.0
 _ALLOCATOR_WAITS_SECONDS = 10.0
 
@@ -172,10 +170,10 @@ def probe_cell(
         )
 
     memory = empty_memory(budget)
-
-    def replayed(batch: int) -> Replay:
-        check()
-        return replay_step(workload, levers, batch, memory)
+    traced = None
+    if has_trace(workload, levers, budget.device.kind):
+        traced = TracedStep(workload, levers, memory, check)
+    exact = traced if is_traced(budget, workload, levers) else None
 
     @functools.lru_cache(maxsize=1)
     def extrapolated(number_recorded: int, fitting: int) -> int | None:
@@ -201,12 +199,16 @@ def probe_cell(
         return limit
 
     def locate(fitting: int) -> int | None:
-        limit = None
-        if is_traced(budget, workload, levers) and not _refuted(replayed, measured):
-            limit = traced_limit(
-                budget, workload, levers, replayed, max_batch or LARGEST_BATCH, fitting
-            )
-        return extrapolated(len(recorded()), fitting) if limit is None else limit
+        at_most = max_batch or LARGEST_BATCH
+        if exact is not None and not exact.refuted_by(measured):
+            limit = exact.limit(at_most, fitting)
+            if limit is not None:
+                return limit
+        # What the device itself was asked for tells more than a trace of another's kernels.
+        limit = extrapolated(len(recorded()), fitting)
+        if limit is None and traced is not None and exact is None:
+            limit = traced.limit_of_another_device(measured, at_most)
+        return limit
 
     result = find_max_batch(
         measure,
@@ -223,107 +225,34 @@ def probe_cell(
     again: tuple[int, ...] = ()
     below: tuple[int, ...] = ()
     # A trace that was wrong about a trial is not asked about what was not tried.
-    if is_traced(budget, workload, levers) and not _refuted(replayed, measured):
+    if exact is not None and not exact.refuted_by(measured):
         if result.stopped_by == "oom":
-            again = _fits_again(workload, levers, memory, replayed, result.max_batch)
-        tried = {trial.batch for trial in measured}
+            again = exact.fits_again(result.max_batch)
         if result.max_batch:
-            below = _runs_out_below(workload, levers, memory, replayed, result.max_batch, tried)
+            tried = {trial.batch for trial in measured}
+            below = exact.runs_out_below(result.max_batch, tried)
     seconds = time.monotonic() - began
     return Cell(workload, levers, result, seconds, budget.device.replicas, again, below)
 
 
-def traced_limit(
-    budget: Budget,
-    workload: Workload,
-    levers: Levers,
-    replayed: Callable[[int], Replay],
-    at_most: int = LARGEST_BATCH,
-    fitting: int = 0,
-) -> int | None:
-    """Largest batch that fits by the step's trace; see `largest_batch`."""
-    return largest_batch(
-        replayed,
-        empty_memory(budget).total_bytes,
-        begin=max(max_micro_batch(workload, levers, budget.budget_bytes), 1),
-        at_most=at_most,
-        fitting=fitting,
-    )
-
-
-def _fits_again(
-    workload: Workload,
-    levers: Levers,
-    memory: Memory,
-    replayed: Callable[[int], Replay],
-    limit: int,
-) -> tuple[int, ...]:
-    """Larger batches that fit, by the step's trace."""
-    found = []
-    for batch in range(limit + 2, limit + 2 + _LOOKED_AT_BEYOND):
-        if _alive(workload, levers, batch, memory) > 1.0:
-            break
-        if replayed(batch).fits:
-            found.append(batch)
-    return tuple(found)
-
-
-def _runs_out_below(
-    workload: Workload,
-    levers: Levers,
-    memory: Memory,
-    replayed: Callable[[int], Replay],
-    limit: int,
-    tried: Set[int],
-) -> tuple[int, ...]:
-    """Smaller batches that do not fit, by the step's trace, as far down as costs a second or two.
-
-    What is alive must fill most of memory for the pieces of the rest to matter.
-    """
-    requests = step_requests(workload, levers, limit)
-    assert requests is not None
-    looked_at = _REQUESTS_LOOKED_THROUGH // len(requests[0])
-    found = []
-    for batch in range(limit - 1, max(limit - 1 - looked_at, 0), -1):
-        if _alive(workload, levers, batch, memory) < _HOLES_FROM:
-            break
-        if batch not in tried and not replayed(batch).fits:
-            found.append(batch)
-    return tuple(reversed(found))
-
-
-def _alive(workload: Workload, levers: Levers, batch: int, memory: Memory) -> float:
-    """Part of memory that is alive at a traced step's peak, whatever pieces the rest is in."""
-    alive_bytes = traced_peak_bytes(workload, levers, batch)
-    assert alive_bytes is not None
-    return (alive_bytes + memory.held_bytes) / memory.total_bytes
-
-
-def _refuted(replayed: Callable[[int], Replay], trials: Sequence[Trial]) -> bool:
-    """Whether a trial has ended otherwise than the step's trace says."""
-    fits = max((t.batch for t in trials if t.outcome == "fits"), default=None)
-    oom = min((t.batch for t in trials if t.outcome == "oom"), default=None)
-    return any(
-        batch is not None and replayed(batch).fits is not expected
-        for batch, expected in ((fits, True), (oom, False))
-    )
-
-
 def is_traced(budget: Budget, workload: Workload, levers: Levers) -> bool:
-    """Whether there is a trace of the step; another device's kernels have other workspaces."""
-    return budget.device.kind == "cpu" and trace_of(workload, levers) is not None
+    """Whether the step's trace is exact; another device's kernels have other workspaces."""
+    kind = budget.device.kind
+    return kind == "cpu" and has_trace(workload, levers, kind)
 
 
 def predict_cell_seconds(
     budget: Budget, workload: Workload, levers: Levers, steps: int = 3
 ) -> float:
-    """Guess how long a cell takes: the limit, and one that does not fit; two small ones before."""
+    """Guess how long a cell takes: the limit, and one that does not fit; before, what tells it."""
     limit = max_micro_batch(workload, levers, budget.budget_bytes, device_kind=budget.device.kind)
     rates = device_rates(budget.device)
     seconds = _ALLOCATOR_WAITS_SECONDS
     batches = [(limit, steps), (limit + 1, 1)]
-    if not is_traced(budget, workload, levers):
+    if not has_trace(workload, levers, budget.device.kind):
         batches += [(limit // 8, steps + 2), (limit // 3, steps + 2)]
+    elif not is_traced(budget, workload, levers):
+        batches.append((limit, steps))
     for batch, its_steps in batches:
         step_seconds = predict_step_seconds(workload, levers, max(batch, 1), rates)
         seconds += _START_SECONDS + its_steps * step_seconds

@@ -1,7 +1,7 @@
 """Find the largest batch that fits with few trials, and certify it. Pure: it starts nothing.
 
 Where the limit should be is known before the first trial, by a trace of the step
-(`bertbench.step_traces`); or two small batches tell it, by a replay of what they asked of the
+(`bertbench.traced_limits`); or two small batches tell it, by a replay of what they asked of the
 allocator (`bertbench.allocations`) or, where there is none, because the peak is close to affine in
 the batch once activations outweigh the optimizer's temporaries. A trial there and one beside it are
 usually all that is left. The cost to keep low is that of trials that do not fit: TensorFlow's
@@ -91,7 +91,6 @@ def find_max_batch(
     known: Sequence[Trial] = (),
     predict_peak_bytes: Callable[[int], int] | None = None,
     locate: Callable[[int], int | None] | None = None,
-    trust_prediction: bool = False,
     examples_per_block: int = 1,
     budget_bytes: int,
     max_batch: int | None = None,
@@ -110,7 +109,6 @@ def find_max_batch(
         predict_peak_bytes: predicted peak of a batch, rising with it.
         locate: says up to where all fits beyond a batch that does, by a trace of the step or by
             what trials in fresh processes have recorded so far; None if nothing tells.
-        trust_prediction: try the predicted limit at once, without two smaller batches before it.
         examples_per_block: of layers that are computed in blocks. The larger of the first two
             batches then has up to six of them, at least two if it may, of unequal sizes: for
             `locate` needs that.
@@ -138,7 +136,7 @@ def find_max_batch(
             located = locate(low) if locate and len(guesses) < _BELIEVED else None
             if located is not None:
                 batches = [_guess(low, high, cap, located, guesses)]
-            elif low == 0 and not (trust_prediction and limit):
+            elif low == 0:
                 batches = _first_batches(limit, high, cap, examples_per_block)
             else:
                 estimate = _estimate(verdicts, predict_peak_bytes, budget_bytes)
@@ -155,7 +153,8 @@ def find_max_batch(
         if found[-1].outcome == "failed":
             low, high = _bracket(_verdicts(trials))
             return _result("failed", low, None, trials, known_count, found[-1].message)
-        if len(batches) == 1:
+        # The first batch of all is no guess that has missed if it fits, but where to go on from.
+        if len(batches) == 1 and (low or found[0].outcome == "oom"):
             guesses.append(found[0].outcome)
 
     if high is None:

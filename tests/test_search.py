@@ -79,7 +79,7 @@ def test_a_line_is_not_believed_ten_times_beyond_what_fits() -> None:
     assert calls == [([2, 4], False), ([16, 32], False), ([97], True), ([98], True)]
 
 
-def test_a_good_prediction_moves_the_first_two_batches_and_a_trusted_one_saves_them() -> None:
+def test_a_good_prediction_moves_the_first_two_batches() -> None:
     calls: Calls = []
 
     def predict(batch: int) -> int:
@@ -90,15 +90,6 @@ def test_a_good_prediction_moves_the_first_two_batches_and_a_trusted_one_saves_t
     )
     assert_certified(result, 97)
     assert calls == [([12, 32], False), ([97], True), ([98], True)]
-    calls.clear()
-    result = find_max_batch(
-        affine(100, 10, 1073, calls),
-        budget_bytes=1073,
-        predict_peak_bytes=predict,
-        trust_prediction=True,
-    )
-    assert_certified(result, 97)
-    assert calls == [([97], True), ([98], True)]
 
 
 @given(constant=st.integers(0, 10**6), slope=st.integers(1, 10**6), limit=st.integers(0, 3000))
@@ -148,7 +139,7 @@ def test_noise_costs_about_one_trial_more() -> None:
     budget=st.integers(1, 10**5),
     reported=st.sampled_from(["true", "none", "constant"]),
     scale=st.none() | st.floats(0.01, 100),
-    trust=st.booleans(),
+    located=st.none() | st.integers(0, 400),
     limit=st.none() | st.integers(1, 400),
 )
 def test_any_monotone_device_gives_its_true_limit(
@@ -156,7 +147,7 @@ def test_any_monotone_device_gives_its_true_limit(
     budget: int,
     reported: str,
     scale: float | None,
-    trust: bool,
+    located: int | None,
     limit: int | None,
 ) -> None:
     peaks = [0]
@@ -174,7 +165,7 @@ def test_any_monotone_device_gives_its_true_limit(
         return Trial(batch, "fits", told)
 
     def measure(batches: Sequence[int], fresh: bool) -> list[Trial]:
-        assert fresh == (len(batches) == 1)
+        assert fresh or len(batches) > 1
         assert list(batches) == sorted(set(batches))
         assert all(1 <= batch <= (limit or LARGEST_BATCH) for batch in batches)
         trials: list[Trial] = []
@@ -188,7 +179,7 @@ def test_any_monotone_device_gives_its_true_limit(
     result = find_max_batch(
         measure,
         predict_peak_bytes=None if scale is None else lambda batch: int(peak(batch) * scale),
-        trust_prediction=trust,
+        locate=lambda fitting: located,
         budget_bytes=budget,
         max_batch=limit,
     )

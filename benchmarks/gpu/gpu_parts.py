@@ -20,10 +20,9 @@ from bertbench.fitting import Room, least_peak_bytes
 from bertbench.ledger import find, versions_key
 from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.planner import Plan, make_plan
-from bertbench.probing import traced_limit
 from bertbench.search import SearchResult, find_max_batch
-from bertbench.traced_footprint import traced_footprint
-from bertbench.traced_steps import replay_step, trace_of
+from bertbench.traced_limits import TracedStep
+from bertbench.traced_steps import trace_of
 from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import POLICIES, Checkpointing
@@ -129,26 +128,16 @@ def limit_on_capped_cpu(budget: Budget, workload: Workload, levers: Levers) -> i
     """
     if trace_of(workload, levers) is None:
         return None
-    memory = empty_memory(budget)
-    return traced_limit(
-        budget, workload, levers, lambda batch: replay_step(workload, levers, batch, memory)
-    )
+    return TracedStep(workload, levers, empty_memory(budget)).limit()
 
 
 def peak_on_capped_cpu(
     budget: Budget, workload: Workload, levers: Levers, batch: int
 ) -> int | None:
-    """Peak bytes of a batch there, by the step's trace; None without one.
-
-    Of a batch that would not fit there, without what the allocator loses.
-    """
-    for replayed in (True, False):
-        footprint = traced_footprint(
-            workload, levers, batch, empty_memory(budget), replayed=replayed
-        )
-        if footprint is not None:
-            return footprint.peak_bytes
-    return None
+    """Peak bytes of a batch there, by the step's trace; None without one."""
+    if trace_of(workload, levers) is None:
+        return None
+    return TracedStep(workload, levers, empty_memory(budget)).peak_bytes(batch)
 
 
 def settled(trials: Sequence[Trial], budget: Budget) -> SearchResult | None:

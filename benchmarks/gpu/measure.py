@@ -61,7 +61,7 @@ from bertbench.ledger import find, record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell
 from bertbench.progress import progress, say
-from bertbench.trial import Trial, measure_batches
+from bertbench.trial import measure_batches
 
 PARTS = ("cells", "speed", "plans", "choice", "placement", "peer")
 _STEPS = 4
@@ -199,29 +199,13 @@ def in_parallel(
 
 
 def measure_cells(measurement: Measurement) -> None:
-    """Certify the limit of every cell, beginning where a capped CPU's is."""
-    expected = expected_limits(measurement)
+    """Certify the limit of every cell."""
 
     def work(cell: Cell) -> None:
         workload, levers = cell
-        budget, clock, versions = measurement.budget, measurement.clock, versions_key()
         with open_ledger(measurement.limits) as ledger:
-
-            def keep(trial: Trial) -> None:
-                record(ledger, budget, versions, workload, levers, trial)
-
-            begin = expected[_name(cell)]
-            if begin is not None and not find(ledger, budget, versions, workload, levers):
-                measure_batches(
-                    workload,
-                    levers,
-                    budget,
-                    [max(begin, 1)],
-                    steps=2,
-                    on_trial=keep,
-                    check=clock.check,
-                )
-            probe_cell(ledger, budget, workload, levers, steps=2, check=clock.check)
+            check = measurement.clock.check
+            probe_cell(ledger, measurement.budget, workload, levers, steps=2, check=check)
 
     with open_ledger(measurement.limits) as ledger:
         cells = [
@@ -232,10 +216,11 @@ def measure_cells(measurement: Measurement) -> None:
         ]
     works = [functools.partial(work, cell) for cell in cells]
     in_parallel(measurement, "cells", measurement.jobs, works)
+    work_out_expected(measurement)
 
 
-def expected_limits(measurement: Measurement) -> dict[str, int | None]:
-    """Limits of the capped CPU by cell, worked out once."""
+def work_out_expected(measurement: Measurement) -> None:
+    """Write the limits of the capped CPU by cell, once."""
     cells = cells_of(measurement.scale)
     known: dict[str, Any] = {"budget_bytes": measurement.budget.budget_bytes, "limits": {}}
     if measurement.expected.exists():
@@ -253,8 +238,6 @@ def expected_limits(measurement: Measurement) -> dict[str, int | None]:
             for cell, future in zip(missing, futures, strict=True):
                 known["limits"][_name(cell)] = future.result()
         _write(measurement.expected, known)
-    limits: dict[str, int | None] = known["limits"]
-    return limits
 
 
 def _name(cell: Cell) -> str:
