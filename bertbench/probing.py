@@ -201,9 +201,7 @@ def probe_cell(
     def locate(fitting: int) -> int | None:
         at_most = max_batch or LARGEST_BATCH
         if exact is not None and not exact.refuted_by(measured):
-            limit = exact.limit(at_most, fitting)
-            if limit is not None:
-                return limit
+            return exact.limit(at_most, fitting)
         # What the device itself was asked for tells more than a trace of another's kernels.
         limit = extrapolated(len(recorded()), fitting)
         if limit is None and traced is not None and exact is None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence, Set
 
 from bertbench.allocations import Memory, Replay
 from bertbench.extrapolation import largest_batch
-from bertbench.footprint import max_micro_batch
 from bertbench.search import LARGEST_BATCH
 from bertbench.traced_footprint import traced_footprint
 from bertbench.traced_steps import replay_step, step_requests, traced_peak_bytes
@@ -23,6 +22,7 @@ from bertbench.workload import Levers, Workload
 _LOOKED_AT_BEYOND = 64
 _REQUESTS_LOOKED_THROUGH = 1_000_000
 _HOLES_FROM = 0.8
+_BEGIN_SHARE = 0.98
 _FIRST_SHARE = 0.97
 """Part of the limit by the trace that another device is tried with first."""
 
@@ -57,18 +57,32 @@ class TracedStep:
             for batch, expected in ((fits, True), (oom, False))
         )
 
-    def limit(self, at_most: int = LARGEST_BATCH, fitting: int = 0) -> int | None:
+    def limit(self, at_most: int = LARGEST_BATCH, fitting: int = 0) -> int:
         """Largest batch that fits; see `bertbench.extrapolation.largest_batch`."""
-        return self._largest(self.replayed, at_most, fitting)
+        return self._largest(lambda batch: self.memory, at_most, fitting)
 
-    def _largest(self, replayed: Callable[[int], Replay], at_most: int, fitting: int) -> int | None:
-        return largest_batch(
+    def _largest(self, memory_for: Callable[[int], Memory], at_most: int, fitting: int) -> int:
+        """Largest batch that fits in the memory that is for it."""
+
+        def alive(batch: int) -> bool:
+            return self._alive_bytes(batch) <= memory_for(batch).total_bytes
+
+        def replayed(batch: int) -> Replay:
+            return dataclasses.replace(self, memory=memory_for(batch)).replayed(batch)
+
+        # A replay takes up to a second, and what is alive at once a fraction of a millisecond.
+        bound = _last(alive, fitting, at_most)
+        if bound <= fitting:
+            return fitting
+        limit = largest_batch(
             replayed,
-            self.memory.total_bytes,
-            begin=max(max_micro_batch(self.workload, self.levers, self.memory.total_bytes), 1),
-            at_most=at_most,
+            memory_for(bound).total_bytes,
+            begin=int(_BEGIN_SHARE * bound),
+            at_most=bound,
             fitting=fitting,
         )
+        assert limit is not None
+        return limit
 
     def limit_of_another_device(
         self, trials: Sequence[Trial], at_most: int = LARGEST_BATCH
@@ -87,7 +101,7 @@ class TracedStep:
         """
         if not trials:
             limit = self.limit(at_most)
-            return max(int(_FIRST_SHARE * limit), 1) if limit else limit
+            return max(int(_FIRST_SHARE * limit), 1) if limit else 0
         peaks = {t.batch: t.peak_bytes for t in trials if t.outcome == "fits" and t.peak_bytes}
         if not peaks:
             return None
@@ -99,12 +113,11 @@ class TracedStep:
             more_each = less_bytes / (largest - others[-1])
         *regions, last = self.memory.region_bytes
 
-        def replayed(batch: int) -> Replay:
+        def memory_for(batch: int) -> Memory:
             left = last - more_bytes - int(more_each * (batch - largest))
-            memory = dataclasses.replace(self.memory, region_bytes=(*regions, max(left, 0)))
-            return dataclasses.replace(self, memory=memory).replayed(batch)
+            return dataclasses.replace(self.memory, region_bytes=(*regions, max(left, 0)))
 
-        return self._largest(replayed, at_most, largest)
+        return self._largest(memory_for, at_most, largest)
 
     def peak_bytes(self, batch: int) -> int:
         """Predicted peak, without what the allocator loses if that is too much for the memory."""
@@ -149,6 +162,21 @@ class TracedStep:
 
     def _alive(self, batch: int) -> float:
         """Part of memory that is alive at the peak, whatever pieces the rest is in."""
+        return self._alive_bytes(batch) / self.memory.total_bytes
+
+    def _alive_bytes(self, batch: int) -> int:
         alive_bytes = traced_peak_bytes(self.workload, self.levers, batch)
         assert alive_bytes is not None
-        return (alive_bytes + self.memory.held_bytes) / self.memory.total_bytes
+        return alive_bytes + self.memory.held_bytes
+
+
+def _last(holds: Callable[[int], bool], low: int, at_most: int) -> int:
+    """The last number from `low` on for which something holds that holds for all before it."""
+    step = 1
+    while low + step <= at_most and holds(low + step):
+        low, step = low + step, 2 * step
+    high = min(low + step, at_most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
