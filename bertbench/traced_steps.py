@@ -28,6 +28,7 @@ from bertbench.trace_writing import Written
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import examples_per_block
 from finetune.optimizers import slot_shapes
+from finetune.precisions import EXACT_PRECISION, compute_type
 
 KNOWN_ACTIVATION = "gelu_tanh"
 
@@ -109,8 +110,10 @@ def pattern_of(workload: Workload, levers: Levers) -> str:
 
 def trace_of(workload: Workload, levers: Levers) -> StepTrace | None:
     """The trace of a step; None for levers or models that there is none of."""
-    known = Levers(levers.checkpointing, levers.accumulation_steps)
-    if levers != known or workload.config.hidden_act != KNOWN_ACTIVATION:
+    known = Levers(levers.checkpointing, levers.accumulation_steps, levers.precision)
+    # TensorFloat-32 is another way to multiply the same tensors.
+    float32 = compute_type(levers.precision) == compute_type(EXACT_PRECISION)
+    if levers != known or not float32 or workload.config.hidden_act != KNOWN_ACTIVATION:
         return None
     trace = read_trace(pattern_of(workload, levers))
     if trace is None:

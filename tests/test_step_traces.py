@@ -281,6 +281,21 @@ def test_too_few_layers_are_not_written_out(monkeypatch: pytest.MonkeyPatch) -> 
     assert trace_of(published_workload("bert-mini", 64), Levers()) is needs_three
 
 
+def test_only_levers_that_ask_for_the_same_share_a_trace() -> None:
+    workload = published_workload("bert-tiny", 64)
+    trace = trace_of(workload, Levers())
+    assert trace is not None
+    assert trace_of(workload, Levers(precision="tf32")) is trace
+    for other in (
+        Levers(precision="bf16"),
+        Levers(precision="fp16"),
+        Levers(optimizer="lion"),
+        Levers(xla=True),
+        Levers(placement="host"),
+    ):
+        assert trace_of(workload, other) is None
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     policy=st.sampled_from(
