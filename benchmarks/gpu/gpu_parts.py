@@ -43,10 +43,10 @@ class Scale:
         memory_mib: budget of all parts but `plans`, unless another is asked for.
         cells: workloads of `cells`.
         policies: of `cells` and `speed`.
-        timed: workloads of `speed`, `choice` and `peer`.
+        timed: workloads of `speed`, `choice`, `peer` and `xla`.
         batches: micro-batches of `speed` and `peer`.
         precisions: of `speed`.
-        compiled: policies that `speed` has compiled by XLA as well, and their micro-batch.
+        compiled: policies of `xla`, and the micro-batch of each.
         planned: workload of `plans` and `placement`.
         targets: effective batches of `plans`; `placement` has the first, `choice` the last.
         budgets_bytes: of `plans`.
@@ -153,17 +153,34 @@ def settled(trials: Sequence[Trial], budget: Budget) -> SearchResult | None:
 
 
 def speed_questions(scale: Scale, budget: Budget) -> list[Question]:
-    """Every policy in every precision at rising micro-batches, and some compiled by XLA."""
-    settings = [
-        (Levers(Checkpointing(policy), precision=precision), scale.batches)
-        for precision in scale.precisions
-        for policy in scale.policies
-    ]
-    settings += [
-        (Levers(Checkpointing(policy), precision=precision, xla=True), (batch,))
-        for precision in (scale.precisions[0], scale.precisions[-1])
-        for policy, batch in scale.compiled
-    ]
+    """Every policy in every precision at rising micro-batches."""
+    return _questions(
+        scale,
+        budget,
+        [
+            (Levers(Checkpointing(policy), precision=precision), scale.batches)
+            for precision in scale.precisions
+            for policy in scale.policies
+        ],
+    )
+
+
+def xla_questions(scale: Scale, budget: Budget) -> list[Question]:
+    """Some of that compiled by XLA, in the first precision and in the last."""
+    return _questions(
+        scale,
+        budget,
+        [
+            (Levers(Checkpointing(policy), precision=precision, xla=True), (batch,))
+            for precision in (scale.precisions[0], scale.precisions[-1])
+            for policy, batch in scale.compiled
+        ],
+    )
+
+
+def _questions(
+    scale: Scale, budget: Budget, settings: Sequence[tuple[Levers, tuple[int, ...]]]
+) -> list[Question]:
     return [
         question
         for levers, batches in settings
@@ -212,10 +229,12 @@ def plan_question(plan: Plan, budget: Budget) -> Question:
 
 
 def plans_of(scale: Scale, budget: Budget) -> list[tuple[int, Budget, Plan | None]]:
-    """Target, budget and plan of each row of `plans`."""
+    """Target, budget and plan of each row of `plans`, but for budgets that the device has not."""
     rows = []
     for target in scale.targets:
         for budget_bytes in scale.budgets_bytes:
+            if budget_bytes > budget.device.total_bytes:
+                continue
             its_budget = make_budget(budget.device, budget_bytes)
             rows.append((target, its_budget, plan_for(scale.planned, target, its_budget)))
     return rows
@@ -248,7 +267,7 @@ def choice_questions(
         return []
     guesses: list[tuple[float, Question]] = []
     for question in speed_questions(scale, budget):
-        if question.workload != workload or not question.levers.exact or question.levers.xla:
+        if question.workload != workload or not question.levers.exact:
             continue
         for batch, trial in question.answers(ledger).items():
             if trial.step_seconds is not None and batch <= target:

@@ -6,18 +6,19 @@
 | --- | --- |
 | cells | the paper's twelve cells under every policy in 11,430 MiB, certified; limits and peaks |
 | | beside those that the same requests have on a capped CPU |
-| speed | examples a second by policy, micro-batch, precision (TensorFloat-32 too), and with XLA |
+| speed | examples a second by policy, micro-batch and precision, TensorFloat-32 among them |
 | plans | effective batches of 24 and 32 of BERT-Large, sequence length 384, in 4 to 16 GiB |
 | choice | the plan for an effective batch of 32 beside the settings that `speed` found fastest |
 | placement | what the optimizer's state on the host saves and costs |
 | peer | PyTorch and transformers on the same card, if they are installed |
+| xla | examples a second of some settings compiled by XLA, which takes long |
 
 Every trial is in a ledger in FOLDER as soon as it ends. A call ends by itself after `--minutes`,
-and the next one with the same FOLDER goes on; `results.json` and `table.md` there are what all of
-them have measured. Several trials share the card (`--jobs`), but one at a time does the steps that
-are timed. The device's settings are left alone.
+the last of which is for the results, and the next one with the same FOLDER goes on; `results.json`
+and `table.md` there are what all of them have measured. Several trials share the card (`--jobs`),
+but one at a time does the steps that are timed. The device's settings are left alone.
 
-`--quick`, on BERT-Tiny and BERT-Mini, needs no GPU and takes about four minutes on two cores.
+`--quick`, on BERT-Tiny and BERT-Mini, needs no GPU and takes about three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -51,20 +52,23 @@ from gpu_parts import (
     plans_of,
     settled,
     speed_questions,
+    xla_questions,
 )
 from timed_trial import TARGET, TURN_VARIABLE
 
 from bertbench.attached import resolve_device
 from bertbench.bytes import MIB_BYTES
-from bertbench.devices import GPU_CONTEXT_RESERVE_BYTES, Budget, make_budget
+from bertbench.devices import GPU_CONTEXT_RESERVE_BYTES, Budget, check_free, make_budget
 from bertbench.ledger import find, record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell
 from bertbench.progress import progress, say
 from bertbench.trial import measure_batches
+from finetune.errors import InputError
 
-PARTS = ("cells", "speed", "plans", "choice", "placement", "peer")
+PARTS = ("cells", "speed", "plans", "choice", "placement", "peer", "xla")
 _STEPS = 4
+_WRITING_MINUTES = 1.0
 _CORES_A_TRIAL = 2
 _STARTED_WITH_SECONDS = 5.0
 
@@ -146,10 +150,14 @@ def main() -> None:
     device = resolve_device(arguments.device)
     if device.kind == "cpu" and not arguments.quick:
         parser.error("no GPU is attached; --quick does without one")
-    budget = make_budget(device, (arguments.memory or scale.memory_mib) * MIB_BYTES)
+    try:
+        budget = make_budget(device, (arguments.memory or scale.memory_mib) * MIB_BYTES)
+        check_free(budget)
+    except InputError as error:
+        parser.error(str(error))
     arguments.out.mkdir(parents=True, exist_ok=True)
     jobs = arguments.jobs or jobs_for(budget)
-    clock = Clock(arguments.minutes)
+    clock = Clock(arguments.minutes - _WRITING_MINUTES)
     measurement = Measurement(scale, budget, arguments.out, jobs, clock)
     os.environ[TURN_VARIABLE] = str(arguments.out.resolve() / "turn.lock")
     measures: dict[str, Callable[[Measurement], None]] = {
@@ -159,6 +167,7 @@ def main() -> None:
         "choice": measure_choice,
         "placement": measure_placement,
         "peer": measure_peer,
+        "xla": measure_xla,
     }
     try:
         for part in arguments.part:
@@ -221,23 +230,27 @@ def measure_cells(measurement: Measurement) -> None:
 
 def work_out_expected(measurement: Measurement) -> None:
     """Write the limits of the capped CPU by cell, once."""
-    cells = cells_of(measurement.scale)
-    known: dict[str, Any] = {"budget_bytes": measurement.budget.budget_bytes, "limits": {}}
-    if measurement.expected.exists():
-        read = json.loads(measurement.expected.read_text(encoding="utf-8"))
-        if read["budget_bytes"] == known["budget_bytes"]:
-            known = read
-    missing = [cell for cell in cells if _name(cell) not in known["limits"]]
-    if missing:
-        with concurrent.futures.ProcessPoolExecutor(
-            os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
-        ) as pool:
-            futures = [
-                pool.submit(limit_on_capped_cpu, measurement.budget, *cell) for cell in missing
-            ]
-            for cell, future in zip(missing, futures, strict=True):
-                known["limits"][_name(cell)] = future.result()
-        _write(measurement.expected, known)
+    limits = read_expected(measurement)
+    missing = [cell for cell in cells_of(measurement.scale) if _name(cell) not in limits]
+    if not missing:
+        return
+    with concurrent.futures.ProcessPoolExecutor(
+        os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
+        futures = [pool.submit(limit_on_capped_cpu, measurement.budget, *cell) for cell in missing]
+        for cell, future in zip(missing, futures, strict=True):
+            limits[_name(cell)] = future.result()
+    budget_bytes = measurement.budget.budget_bytes
+    _write(measurement.expected, {"budget_bytes": budget_bytes, "limits": limits})
+
+
+def read_expected(measurement: Measurement) -> dict[str, int | None]:
+    """Limits of the capped CPU under the same budget; none before they have been worked out."""
+    if not measurement.expected.exists():
+        return {}
+    read = json.loads(measurement.expected.read_text(encoding="utf-8"))
+    limits: dict[str, int | None] = read["limits"]
+    return limits if read["budget_bytes"] == measurement.budget.budget_bytes else {}
 
 
 def _name(cell: Cell) -> str:
@@ -287,6 +300,11 @@ def ask(measurement: Measurement, name: str, questions: Sequence[Question]) -> N
 def measure_speed(measurement: Measurement) -> None:
     """Time one micro-batch at every setting."""
     ask(measurement, "speed", speed_questions(measurement.scale, measurement.budget))
+
+
+def measure_xla(measurement: Measurement) -> None:
+    """Time what XLA compiles."""
+    ask(measurement, "xla", xla_questions(measurement.scale, measurement.budget))
 
 
 def measure_plans(measurement: Measurement) -> None:
@@ -366,18 +384,17 @@ def measure_peer(measurement: Measurement) -> None:
 
 
 def peer_rows(measurement: Measurement) -> list[dict[str, Any]]:
-    """What the peer has answered."""
+    """What the peer has answered under the same budget."""
     if not measurement.peers.exists():
         return []
     lines = measurement.peers.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if row["budget_bytes"] == measurement.budget.budget_bytes]
 
 
 def write_results(measurement: Measurement) -> None:
     """Put all that the ledgers have together."""
-    expected: dict[str, int | None] = {}
-    if measurement.expected.exists():
-        expected = json.loads(measurement.expected.read_text(encoding="utf-8"))["limits"]
+    expected = read_expected(measurement)
     scale, budget = measurement.scale, measurement.budget
     with open_ledger(measurement.limits) as ledger:
         cells = [
@@ -392,7 +409,7 @@ def write_results(measurement: Measurement) -> None:
             "cells": cells,
             "speed": [
                 row
-                for question in speed_questions(scale, budget)
+                for question in (*speed_questions(scale, budget), *xla_questions(scale, budget))
                 for row in gpu_tables.speed_rows(question, ledger)
             ],
             "plans": [gpu_tables.plan_row(*row, ledger) for row in plans_of(scale, budget)],

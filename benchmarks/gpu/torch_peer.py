@@ -102,6 +102,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": arguments.model,
         "seq_len": arguments.seq_len,
+        "budget_bytes": arguments.budget_bytes,
         "attention": arguments.attention,
         "checkpointing": arguments.checkpointing,
         "max_batch": _largest(fits) if on_gpu else None,
