@@ -171,9 +171,8 @@ def probe_cell(
 
     memory = empty_memory(budget)
     traced = None
-    if has_trace(workload, levers, budget.device.kind):
+    if is_traced(budget, workload, levers):
         traced = TracedStep(workload, levers, memory, check)
-    exact = traced if is_traced(budget, workload, levers) else None
 
     @functools.lru_cache(maxsize=1)
     def extrapolated(number_recorded: int, fitting: int) -> int | None:
@@ -199,14 +198,9 @@ def probe_cell(
         return limit
 
     def locate(fitting: int) -> int | None:
-        at_most = max_batch or LARGEST_BATCH
-        if exact is not None and not exact.refuted_by(measured):
-            return exact.limit(at_most, fitting)
-        # What the device itself was asked for tells more than a trace of another's kernels.
-        limit = extrapolated(len(recorded()), fitting)
-        if limit is None and traced is not None and exact is None:
-            limit = traced.limit_of_another_device(measured, at_most)
-        return limit
+        if traced is not None and not traced.refuted_by(measured):
+            return traced.limit(max_batch or LARGEST_BATCH, fitting)
+        return extrapolated(len(recorded()), fitting)
 
     result = find_max_batch(
         measure,
@@ -223,12 +217,12 @@ def probe_cell(
     again: tuple[int, ...] = ()
     below: tuple[int, ...] = ()
     # A trace that was wrong about a trial is not asked about what was not tried.
-    if exact is not None and not exact.refuted_by(measured):
+    if traced is not None and not traced.refuted_by(measured):
         if result.stopped_by == "oom":
-            again = exact.fits_again(result.max_batch)
+            again = traced.fits_again(result.max_batch)
         if result.max_batch:
             tried = {trial.batch for trial in measured}
-            below = exact.runs_out_below(result.max_batch, tried)
+            below = traced.runs_out_below(result.max_batch, tried)
     seconds = time.monotonic() - began
     return Cell(workload, levers, result, seconds, budget.device.replicas, again, below)
 
@@ -242,15 +236,13 @@ def is_traced(budget: Budget, workload: Workload, levers: Levers) -> bool:
 def predict_cell_seconds(
     budget: Budget, workload: Workload, levers: Levers, steps: int = 3
 ) -> float:
-    """Guess how long a cell takes: the limit, and one that does not fit; before, what tells it."""
+    """Guess how long a cell takes: the limit, and one that does not fit; two small ones before."""
     limit = max_micro_batch(workload, levers, budget.budget_bytes, device_kind=budget.device.kind)
     rates = device_rates(budget.device)
     seconds = _ALLOCATOR_WAITS_SECONDS
     batches = [(limit, steps), (limit + 1, 1)]
-    if not has_trace(workload, levers, budget.device.kind):
+    if not is_traced(budget, workload, levers):
         batches += [(limit // 8, steps + 2), (limit // 3, steps + 2)]
-    elif not is_traced(budget, workload, levers):
-        batches.append((limit, steps))
     for batch, its_steps in batches:
         step_seconds = predict_step_seconds(workload, levers, max(batch, 1), rates)
         seconds += _START_SECONDS + its_steps * step_seconds

@@ -153,8 +153,7 @@ def find_max_batch(
         if found[-1].outcome == "failed":
             low, high = _bracket(_verdicts(trials))
             return _result("failed", low, None, trials, known_count, found[-1].message)
-        # The first batch of all is no guess that has missed if it fits, but where to go on from.
-        if len(batches) == 1 and (low or found[0].outcome == "oom"):
+        if len(batches) == 1:
             guesses.append(found[0].outcome)
 
     if high is None:

@@ -21,6 +21,7 @@ from bertbench.ledger import find, versions_key
 from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.planner import Plan, make_plan
 from bertbench.search import SearchResult, find_max_batch
+from bertbench.traced_footprint import traced_footprint
 from bertbench.traced_limits import TracedStep
 from bertbench.traced_steps import trace_of
 from bertbench.trial import Trial
@@ -134,10 +135,9 @@ def limit_on_capped_cpu(budget: Budget, workload: Workload, levers: Levers) -> i
 def peak_on_capped_cpu(
     budget: Budget, workload: Workload, levers: Levers, batch: int
 ) -> int | None:
-    """Peak bytes of a batch there, by the step's trace; None without one."""
-    if trace_of(workload, levers) is None:
-        return None
-    return TracedStep(workload, levers, empty_memory(budget)).peak_bytes(batch)
+    """Peak bytes of a batch there, by the trace; None if there is none, or it does not fit."""
+    footprint = traced_footprint(workload, levers, batch, empty_memory(budget))
+    return None if footprint is None else footprint.peak_bytes
 
 
 def settled(trials: Sequence[Trial], budget: Budget) -> SearchResult | None:
@@ -233,7 +233,7 @@ def plans_of(scale: Scale, budget: Budget) -> list[tuple[int, Budget, Plan | Non
     rows = []
     for target in scale.targets:
         for budget_bytes in scale.budgets_bytes:
-            if budget_bytes > budget.device.total_bytes:
+            if budget_bytes > budget.device.free_bytes:
                 continue
             its_budget = make_budget(budget.device, budget_bytes)
             rows.append((target, its_budget, plan_for(scale.planned, target, its_budget)))

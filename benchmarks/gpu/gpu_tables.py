@@ -53,8 +53,15 @@ def cell_row(
 
 
 def failures(ledger: sqlite3.Connection) -> list[Row]:
-    """Trials that failed for another reason than memory."""
-    return [row.to_json() for row in read_rows(ledger) if row.trial.outcome == "failed"]
+    """Trials that failed for another reason than memory, and to no better end since."""
+    failed: dict[tuple[Any, ...], Row] = {}
+    for row in read_rows(ledger):
+        name = (*row.question, row.trial.batch)
+        if row.trial.outcome == "failed":
+            failed[name] = row.to_json()
+        else:
+            failed.pop(name, None)
+    return list(failed.values())
 
 
 def speed_rows(question: Question, ledger: sqlite3.Connection) -> list[Row]:
@@ -101,18 +108,21 @@ def plan_row(target: int, budget: Budget, plan: Plan | None, ledger: sqlite3.Con
 def choice_row(
     workload: Workload, questions: Sequence[Question], ledger: sqlite3.Connection
 ) -> Row:
-    """Seconds of a plan, the first question, and of its rivals; its regret if all were timed."""
-    seconds = {}
+    """Seconds of a plan, the first question, and of its rivals; its regret beside those timed."""
+    seconds: dict[str, float | None] = {}
     for question in questions:
-        for row in speed_rows(question, ledger):
-            seconds[row["setting"]] = row["step_seconds"]
+        (batch,) = question.batches
+        trial = question.answers(ledger).get(batch)
+        seconds[describe_setting(batch, question.levers)] = trial.step_seconds if trial else None
+    plan = next(iter(seconds), None)
     timed = [value for value in seconds.values() if value is not None]
     regret = None
-    if questions and len(seconds) == len(questions) and next(iter(seconds.values())) is not None:
-        regret = next(iter(seconds.values())) / min(timed)
+    if plan is not None and (of_plan := seconds[plan]) is not None and len(timed) > 1:
+        regret = of_plan / min(timed)
     return {
         "model": workload.model,
         "seq_len": workload.seq_len,
+        "plan": plan,
         "seconds": seconds,
         "regret": regret,
     }
@@ -230,14 +240,15 @@ def _plan(row: Row) -> list[Any]:
 def _choice(rows: Sequence[Row]) -> list[str]:
     table = []
     for row in rows:
-        for number, (setting, seconds) in enumerate(row["seconds"].items()):
+        for setting, seconds in row["seconds"].items():
+            is_plan = setting == row["plan"]
             table.append(
                 [
                     row["model"],
                     row["seq_len"],
-                    f"{setting}{' (plan)' if number == 0 else ''}",
-                    f"{seconds:.3f}" if seconds else "does not fit",
-                    f"{row['regret']:.3f}" if number == 0 and row["regret"] else "",
+                    f"{setting}{' (plan)' if is_plan else ''}",
+                    f"{seconds:.3f}" if seconds else "?",
+                    f"{row['regret']:.3f}" if is_plan and row["regret"] else "",
                 ]
             )
     if not table:

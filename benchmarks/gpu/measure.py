@@ -16,7 +16,8 @@
 Every trial is in a ledger in FOLDER as soon as it ends. A call ends by itself after `--minutes`,
 the last of which is for the results, and the next one with the same FOLDER goes on; `results.json`
 and `table.md` there are what all of them have measured. Several trials share the card (`--jobs`),
-but one at a time does the steps that are timed. The device's settings are left alone.
+but one at a time does the steps that are timed, while others are set up with a step of one example
+each. The device's settings are left alone.
 
 `--quick`, on BERT-Tiny and BERT-Mini, needs no GPU and takes about three minutes on two cores.
 """
@@ -58,17 +59,26 @@ from timed_trial import TARGET, TURN_VARIABLE
 
 from bertbench.attached import resolve_device
 from bertbench.bytes import MIB_BYTES
-from bertbench.devices import GPU_CONTEXT_RESERVE_BYTES, Budget, check_free, make_budget
+from bertbench.devices import (
+    GPU_CONTEXT_RESERVE_BYTES,
+    Budget,
+    budget_from_json,
+    check_alone,
+    check_free,
+    make_budget,
+)
 from bertbench.ledger import find, record, versions_key
 from bertbench.ledger_file import open_ledger
+from bertbench.locking import lock_path, locked
 from bertbench.probing import probe_cell
 from bertbench.progress import progress, say
-from bertbench.trial import measure_batches
+from bertbench.trial import Trial, measure_batches
 from finetune.errors import InputError
 
 PARTS = ("cells", "speed", "plans", "choice", "placement", "peer", "xla")
 _STEPS = 4
 _WRITING_MINUTES = 1.0
+_LIKE_FAILURES = 3
 _CORES_A_TRIAL = 2
 _STARTED_WITH_SECONDS = 5.0
 
@@ -77,11 +87,15 @@ class OutOfTimeError(Exception):
     """The call's minutes are over."""
 
 
-class Clock:
-    """The end of a call, for all of its threads."""
+class BrokenError(Exception):
+    """Trials fail again and again for one reason that is not memory."""
 
-    def __init__(self, minutes: float) -> None:
-        self.end = time.monotonic() + 60 * minutes
+
+@dataclasses.dataclass
+class Clock:
+    """The end of a call, for all of its threads, by `time.monotonic`."""
+
+    end: float
 
     def left(self) -> float:
         """Seconds that are left."""
@@ -107,6 +121,7 @@ class Measurement:
         folder: of ledgers and results.
         jobs: most trials at a time.
         clock: end of the call.
+        failures: messages of trials that failed in this call.
     """
 
     scale: Scale
@@ -114,6 +129,7 @@ class Measurement:
     folder: Path
     jobs: int
     clock: Clock
+    failures: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def limits(self) -> Path:
@@ -129,6 +145,11 @@ class Measurement:
     def expected(self) -> Path:
         """Limits of the capped CPU."""
         return self.folder / "expected.json"
+
+    @property
+    def results(self) -> Path:
+        """All that was measured."""
+        return self.folder / "results.json"
 
     @property
     def peers(self) -> Path:
@@ -151,14 +172,17 @@ def main() -> None:
     if device.kind == "cpu" and not arguments.quick:
         parser.error("no GPU is attached; --quick does without one")
     try:
+        check_alone(device)
         budget = make_budget(device, (arguments.memory or scale.memory_mib) * MIB_BYTES)
         check_free(budget)
     except InputError as error:
         parser.error(str(error))
     arguments.out.mkdir(parents=True, exist_ok=True)
+    clock = Clock(time.monotonic() + 60 * (arguments.minutes - _WRITING_MINUTES))
     jobs = arguments.jobs or jobs_for(budget)
-    clock = Clock(arguments.minutes - _WRITING_MINUTES)
     measurement = Measurement(scale, budget, arguments.out, jobs, clock)
+    if not is_of(measurement.results, budget):
+        parser.error(f"{arguments.out} has results of another device or budget: name another --out")
     os.environ[TURN_VARIABLE] = str(arguments.out.resolve() / "turn.lock")
     measures: dict[str, Callable[[Measurement], None]] = {
         "cells": measure_cells,
@@ -169,13 +193,25 @@ def main() -> None:
         "peer": measure_peer,
         "xla": measure_xla,
     }
-    try:
-        for part in arguments.part:
-            measures[part](measurement)
-    except OutOfTimeError:
-        say("the time is over; the same command goes on from here")
-    finally:
-        write_results(measurement)
+    waiting = functools.partial(say, f"waiting for a probe of {device.label} to end")
+    with locked(lock_path(device), waiting):
+        try:
+            for part in arguments.part:
+                measures[part](measurement)
+        except OutOfTimeError:
+            say("the time is over; the same command goes on from here")
+        except BrokenError as error:
+            sys.exit(f"trials fail again and again: {error}")
+        finally:
+            write_results(measurement)
+
+
+def is_of(results: Path, budget: Budget) -> bool:
+    """Whether results are of the same device, driver and budget, or there are none."""
+    if not results.exists():
+        return True
+    before = json.loads(results.read_text(encoding="utf-8"))["budget"]
+    return budget_from_json(before).key() == budget.key()
 
 
 def jobs_for(budget: Budget) -> int:
@@ -187,19 +223,24 @@ def jobs_for(budget: Budget) -> int:
 
 
 def in_parallel(
-    measurement: Measurement, name: str, jobs: int, works: Sequence[Callable[[], None]]
+    measurement: Measurement,
+    name: str,
+    pool: concurrent.futures.Executor,
+    works: Sequence[Callable[[], str]],
 ) -> None:
-    """Do pieces of work, several at a time; the first that fails ends the others."""
+    """Do pieces of work, several at a time; each says why a trial failed, if one has.
+
+    Raises:
+        OutOfTimeError: the time is over.
+        BrokenError: trials fail again and again.
+    """
     if not works:
         return
-    with (
-        progress(name, len(works), "settings") as advance,
-        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
-    ):
+    with progress(name, len(works), "settings") as advance, pool:
         futures = [pool.submit(work) for work in works]
         try:
             for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                future.result()
+                notice_failure(measurement, future.result())
                 advance(done, "")
         except BaseException:
             measurement.clock.stop()
@@ -207,25 +248,43 @@ def in_parallel(
             raise
 
 
+def notice_failure(measurement: Measurement, message: str) -> None:
+    """Say that a trial has failed; give up if the same has happened often enough."""
+    if not message:
+        return
+    say(f"failed: {message}")
+    measurement.failures.append(message)
+    if measurement.failures.count(message) >= _LIKE_FAILURES:
+        raise BrokenError(message)
+
+
 def measure_cells(measurement: Measurement) -> None:
     """Certify the limit of every cell."""
-
-    def work(cell: Cell) -> None:
-        workload, levers = cell
-        with open_ledger(measurement.limits) as ledger:
-            check = measurement.clock.check
-            probe_cell(ledger, measurement.budget, workload, levers, steps=2, check=check)
-
+    budget = measurement.budget
     with open_ledger(measurement.limits) as ledger:
         cells = [
             cell
             for cell in cells_of(measurement.scale)
-            if settled(find(ledger, measurement.budget, versions_key(), *cell), measurement.budget)
-            is None
+            if settled(find(ledger, budget, versions_key(), *cell), budget) is None
         ]
-    works = [functools.partial(work, cell) for cell in cells]
-    in_parallel(measurement, "cells", measurement.jobs, works)
+    end = measurement.clock.end
+    works = [functools.partial(probe_one, measurement.limits, budget, cell, end) for cell in cells]
+    # In processes: what recordings tell of a limit is worked out in Python, for seconds.
+    in_parallel(measurement, "cells", _processes(measurement.jobs), works)
     work_out_expected(measurement)
+
+
+def probe_one(limits: Path, budget: Budget, cell: Cell, end: float) -> str:
+    """Certify the limit of a cell; say why a trial failed, if one has."""
+    with open_ledger(limits) as ledger:
+        result = probe_cell(ledger, budget, *cell, steps=2, check=Clock(end).check).result
+    return result.message if result.stopped_by == "failed" else ""
+
+
+def _processes(jobs: int) -> concurrent.futures.ProcessPoolExecutor:
+    return concurrent.futures.ProcessPoolExecutor(
+        jobs, mp_context=multiprocessing.get_context("spawn")
+    )
 
 
 def work_out_expected(measurement: Measurement) -> None:
@@ -234,9 +293,7 @@ def work_out_expected(measurement: Measurement) -> None:
     missing = [cell for cell in cells_of(measurement.scale) if _name(cell) not in limits]
     if not missing:
         return
-    with concurrent.futures.ProcessPoolExecutor(
-        os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
-    ) as pool:
+    with _processes(os.cpu_count() or 1) as pool:
         futures = [pool.submit(limit_on_capped_cpu, measurement.budget, *cell) for cell in missing]
         for cell, future in zip(missing, futures, strict=True):
             limits[_name(cell)] = future.result()
@@ -261,26 +318,27 @@ def _name(cell: Cell) -> str:
 def ask(measurement: Measurement, name: str, questions: Sequence[Question]) -> None:
     """Time what has not been timed."""
 
-    def work(question: Question, batches: tuple[int, ...]) -> None:
+    def work(question: Question, batches: tuple[int, ...]) -> str:
         measurement.clock.check()
+        subject = (question.budget, versions_key(), question.workload, question.levers)
+
+        def keep(trial: Trial) -> None:
+            # Before several micro-batches there was a step that warmed up.
+            fresh = trial.fresh and len(batches) == 1
+            record(ledger, *subject, dataclasses.replace(trial, fresh=fresh))
+
         with open_ledger(measurement.timings) as ledger:
-            measure_batches(
+            *_, last = measure_batches(
                 question.workload,
                 question.levers,
                 question.budget,
                 batches,
                 steps=_STEPS,
                 target=TARGET,
-                on_trial=lambda trial: record(
-                    ledger,
-                    question.budget,
-                    versions_key(),
-                    question.workload,
-                    question.levers,
-                    trial,
-                ),
+                on_trial=keep,
                 check=measurement.clock.check,
             )
+        return last.message if last.outcome == "failed" else ""
 
     with open_ledger(measurement.timings) as ledger:
         # Two plans may be one.
@@ -294,7 +352,7 @@ def ask(measurement: Measurement, name: str, questions: Sequence[Question]) -> N
     )
     jobs = 1 if largest is None else min(measurement.jobs, jobs_for(largest))
     works = [functools.partial(work, question, batches) for question, batches in left]
-    in_parallel(measurement, name, jobs, works)
+    in_parallel(measurement, name, concurrent.futures.ThreadPoolExecutor(jobs), works)
 
 
 def measure_speed(measurement: Measurement) -> None:
@@ -363,6 +421,8 @@ def measure_peer(measurement: Measurement) -> None:
                 checkpointing,
                 *map(str, measurement.scale.batches),
             ]
+            device = measurement.budget.device
+            visible = (device.uuid or str(device.index)) if device.kind == "gpu" else ""
             try:
                 ended = subprocess.run(
                     command,
@@ -370,14 +430,17 @@ def measure_peer(measurement: Measurement) -> None:
                     capture_output=True,
                     text=True,
                     timeout=max(measurement.clock.left(), _STARTED_WITH_SECONDS),
+                    env={**os.environ, "CUDA_VISIBLE_DEVICES": visible},
                 )
             except subprocess.TimeoutExpired:
                 raise OutOfTimeError from None
             if ended.returncode:
-                # Without the packages, or with a version that is unlike, there is no peer.
-                last = ended.stderr.strip().splitlines()[-1:] or ["no message"]
-                say(f"no peer: {last[0]}")
-                return
+                last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+                if last.startswith("ModuleNotFoundError"):
+                    say(f"no peer: {last}")
+                    return
+                notice_failure(measurement, f"PyTorch: {last}")
+                continue
             with measurement.peers.open("a", encoding="utf-8") as file:
                 file.write(ended.stdout.splitlines()[-1] + "\n")
             advance(number, "")
@@ -427,7 +490,7 @@ def write_results(measurement: Measurement) -> None:
             "peer": peer_rows(measurement),
             "failures": failures + gpu_tables.failures(ledger),
         }
-    _write(measurement.folder / "results.json", results)
+    _write(measurement.results, results)
     table = gpu_tables.as_markdown(results)
     (measurement.folder / "table.md").write_text(table, encoding="utf-8")
     print(table)

@@ -1,16 +1,18 @@
-"""Trials that share a GPU but not its time: each is set up beside others, and steps alone.
+"""Trials that share a GPU, and take turns at the steps that are timed.
 
 Most of a trial's time is the host's: starting, building the graph, loading kernels. Several do that
-at once; who steps holds a lock, so that its seconds are those of a GPU that nobody else uses.
+at once, with a step of one example each; who is timed holds a lock. A trial of a single micro-batch
+does all of its steps in its turn, the first, which builds the graph, among them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from bertbench.locking import locked
 
 TARGET = "timed_trial:run_in_turn"
 """Target of `bertbench.trial.measure_batches`."""
@@ -38,14 +40,6 @@ def run_in_turn(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], 
     if len(request.batches) > 1:
         # The step is traced, and kernels are loaded, for any micro-batch.
         trainer.step(random_batch(request.workload, request.levers.accumulation_steps))
-    with turn(os.environ[TURN_VARIABLE]):
+    with locked(Path(os.environ[TURN_VARIABLE]), lambda: None):
         for batch in request.batches:
             send(measure_steps(request, trainer, device, batch))
-
-
-@contextlib.contextmanager
-def turn(path: str) -> Iterator[None]:
-    """Hold a lock that one process has at a time; the system lets go of it if the process ends."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

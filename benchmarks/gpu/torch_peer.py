@@ -93,11 +93,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for batch in sorted(arguments.batches):
         if on_gpu and not fits(batch):
             break
-        seconds = []
-        for _ in range(_STEPS):
-            began = time.monotonic()
-            step(batch)
-            seconds.append(time.monotonic() - began)
+        seconds: list[float] = []
+        try:
+            for _ in range(_STEPS):
+                began = time.monotonic()
+                step(batch)
+                seconds.append(time.monotonic() - began)
+        except torch.OutOfMemoryError:
+            break
         rates[str(batch)] = batch / statistics.median(seconds[1:])
     return {
         "model": arguments.model,
