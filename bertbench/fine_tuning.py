@@ -14,6 +14,7 @@ import numpy as np
 
 from bertbench.devices import Budget
 from bertbench.errors import OutOfMemoryError
+from bertbench.locking import alone_in
 from bertbench.output_folder import (
     describe_file,
     hash_arrays,
@@ -149,35 +150,36 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
         **job.record,
     }
     # The folder is made once everything that can be wrong with the input has been read.
-    prepare_output(settings, identity, record, plan)
-    write_model_files(settings, files, job.workload.config)
-    predict_batch = min(settings.predict_batch_size, micro_batch)
-    predict = make_predict(variables, job.workload, predict_batch, strategy)
-    scorer = None if job.make_scorer is None else job.make_scorer(predict)
-    began = time.monotonic()
-    try:
-        trained = train_model(
-            variables,
-            job.workload,
-            settings,
-            levers,
-            micro_batch,
-            job.train_arrays,
-            steps,
-            scorer,
-            strategy,
-        )
-    except OutOfMemoryError as error:
-        step_down(job.workload, settings, budget, micro_batch, levers, error)
-    results = {
-        "task": job.task,
-        **trained,
-        "train_seconds": round(time.monotonic() - began, 3),
-        "micro_batch": micro_batch,
-        "levers": levers.to_json(),
-    }
-    record_results(settings, results)
-    return FineTuned(predict, results)
+    with alone_in(settings.output_dir):
+        prepare_output(settings, identity, record, plan)
+        write_model_files(settings, files, job.workload.config)
+        predict_batch = min(settings.predict_batch_size, micro_batch)
+        predict = make_predict(variables, job.workload, predict_batch, strategy)
+        scorer = None if job.make_scorer is None else job.make_scorer(predict)
+        began = time.monotonic()
+        try:
+            trained = train_model(
+                variables,
+                job.workload,
+                settings,
+                levers,
+                micro_batch,
+                job.train_arrays,
+                steps,
+                scorer,
+                strategy,
+            )
+        except OutOfMemoryError as error:
+            step_down(job.workload, settings, budget, micro_batch, levers, error)
+        results = {
+            "task": job.task,
+            **trained,
+            "train_seconds": round(time.monotonic() - began, 3),
+            "micro_batch": micro_batch,
+            "levers": levers.to_json(),
+        }
+        record_results(settings, results)
+        return FineTuned(predict, results)
 
 
 def _load(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job) -> FineTuned:

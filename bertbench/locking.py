@@ -1,10 +1,15 @@
-"""One probe of a device at a time: two would meet each other's memory, and repeat each other."""
+"""One probe of a device at a time, and one run in a folder.
+
+Two probes would meet each other's memory, and repeat each other; two runs would write the same
+files.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -59,3 +64,31 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
                 on_wait()
             time.sleep(_ASK_EVERY_SECONDS)
         yield
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder in the block, which is made if it is not there; no file is left in it.
+
+    Raises:
+        InputError: another process holds it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"cannot use the output folder ({error})", path=folder) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                "another run is writing to this folder",
+                path=folder,
+                hint="wait for its end, or choose another --output_dir",
+            ) from error
+        except OSError:
+            pass  # A file system without locks: as if nobody else were there.
+        yield
+    finally:
+        os.close(descriptor)

@@ -28,6 +28,10 @@ def read_plan(path: Path) -> PlannedSetting:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and "chosen" not in values and "plans" in values:
+            raise InputError(
+                "plans of several workloads", hint="make one with --model and --seq-len"
+            )
         chosen = values["chosen"]
         planned = PlannedSetting(
             int(values["target_batch"]),
@@ -35,11 +39,15 @@ def read_plan(path: Path) -> PlannedSetting:
             levers_from_json(chosen),
             int(chosen.get("replicas", 1)),
         )
+        if type(planned.levers.accumulation_steps) is not int:
+            raise TypeError("accumulation_steps is no whole number")
     except OSError as error:
         raise InputError(f"cannot read the plan ({error.strerror})", path=path) from error
     except json.JSONDecodeError as error:
         raise InputError(f"not valid JSON ({error.msg})", path=path, line=error.lineno) from error
-    except (KeyError, TypeError, ValueError) as error:
+    except InputError as error:
+        raise InputError(str(error), path=path) from error
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise InputError(
             f"not a plan ({error!r})", path=path, hint="make one with `bertbench plan --json FILE`"
         ) from error

@@ -174,8 +174,15 @@ def read_data(classifier: ClassifierSettings, output_dir: Path) -> Classificatio
         task = find_task(source.task_name, language=source.xnli_language)
         return read_task(task, source.data_dir, names)
     labels = source.labels
-    if labels is None and not source.is_regression and "train" not in names:
-        labels = recorded_labels(output_dir)
+    if not source.is_regression and "train" not in names:
+        recorded = recorded_labels(output_dir)
+        if labels is not None and recorded is not None and tuple(labels) != recorded:
+            raise InputError(
+                f"--labels {','.join(labels)} are not those that were trained",
+                path=output_dir,
+                hint=f"give --labels {','.join(recorded)}, or none",
+            )
+        labels = labels or recorded
     chosen = {split: source.files[split] for split in names}
     return read_table_task(dataclasses.replace(source, files=chosen, labels=labels))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from finetune.config import BertConfig, to_original_json, variable_shapes
@@ -320,7 +321,8 @@ def export_hugging_face(
             value = value.T
         arrays[hugging_face_name(name, prefix)] = np.ascontiguousarray(value)
     # transformers refuses a file that does not say which framework's tensors it holds.
-    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    with file_errors(folder):
+        save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
     # The library makes it readable for its owner alone.
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
@@ -381,8 +383,10 @@ def copy_original_files(model: StoredModel, vocab_file: str | Path, folder: Path
 
 @contextlib.contextmanager
 def file_errors(folder: Path) -> Iterator[None]:
-    """Turn the errors in which TensorFlow wraps those of the file system back into OSError."""
+    """Turn the errors in which libraries wrap those of the file system back into OSError."""
     try:
         yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write to {folder} ({error})") from error
     except tf.errors.OpError as error:
         raise OSError(f"cannot write to {folder} ({error.message})") from error

@@ -155,12 +155,18 @@ def test_plan_alone_prints_the_papers_grid() -> None:
         (["plan", "--checkpointing", "some"], ["some", "full"]),
         (["plan", "--no-such-flag"], ["no-such-flag"]),
         (["probe", "--models", "bert-tiny", "--seq-lens", "many"], ["many"]),
+        (["probe", "--models", "bert-tiny", "--seq-lens", ""], ["names nothing"]),
+        (["probe", "--models", ""], ["names nothing"]),
         (["probe", "--device", "gpu:77"], ["gpu:77"]),
         (["probe", "--memory", "900TiB"], ["more than"]),
         (["run", "classifier", "--task_name", "NoSuchTask", "--demo"], ["NoSuchTask", "MRPC"]),
         (["run", "squad", "--train_file", "no-such.json"], ["--output_dir"]),
         (["run", "squad", "--demo", "--tune_threshold"], ["--version_2_with_negative"]),
         (["run", "squad", "--demo", "--keep_best"], ["--evaluate_every_steps"]),
+        (["run", "squad", "--demo", "--num_train_epochs", "nan"], ["num_train_epochs", "finite"]),
+        (["run", "squad", "--demo", "--num_train_epochs", "inf"], ["num_train_epochs", "finite"]),
+        (["run", "squad", "--demo", "--warmup_proportion", "nan"], ["warmup_proportion"]),
+        (["run", "squad", "--demo", "--learning_rate", "-1"], ["learning_rate"]),
         (["eval", "squad", "no-such.json", "other.json"], ["no-such.json"]),
     ],
 )  # fmt: skip
@@ -259,6 +265,14 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
         bertbench(*classifier_arguments(output, *columns, "--dev_file", dev, "--do_train")),
         "--train_file",
     )
+    # In another order the columns of the probabilities would have other names than in training.
+    for labels in ("c,b,a", "a,b,d"):
+        fails_with_one_line(
+            bertbench(
+                *classifier_arguments(output, *columns, "--dev_file", dev, "--labels", labels)
+            ),
+            "not those that were trained", "a,b,c",
+        )  # fmt: skip
 
 
 def test_best_weights_are_those_of_the_record(tmp_path: Path) -> None:
@@ -439,6 +453,11 @@ def test_killed_run_continues_on_the_same_curve(tmp_path: Path) -> None:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
+    # Two runs in one folder would write the same files.
+    os.kill(process.pid, signal.SIGSTOP)
+    before = log.read_bytes()
+    fails_with_one_line(bertbench(*arguments), "another run is writing")
+    assert log.read_bytes() == before
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     resumed = bertbench(

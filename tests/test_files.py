@@ -20,6 +20,29 @@ def test_writes_text_as_it_is(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    link, path = tmp_path / "link", tmp_path / "folder" / "a.txt"
+    link.symlink_to(path)
+    for content in ("first", "second"):
+        write_atomically(link, content)
+        assert link.is_symlink()
+        assert path.read_text() == content
+    assert os.listdir(path.parent) == ["a.txt"]
+
+
+def test_what_is_no_regular_file_is_written_to(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(pipe, "through")
+        assert os.read(reader, 100) == b"through"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_failure_keeps_the_old_file_and_leaves_no_other(

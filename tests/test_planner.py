@@ -183,6 +183,26 @@ def test_plan_file_round_trip(tmp_path: Path) -> None:
     path.write_text(json.dumps(values))
     with pytest.raises(InputError, match="do not reach"):
         read_plan(path)
+    for key, wrong in (
+        ("checkpointing", None),
+        ("checkpointing", 3),
+        ("accumulation_steps", None),
+        ("accumulation_steps", "1"),
+        ("micro_batch", 1e400),
+    ):
+        values = plan.to_json()
+        values["chosen"][key] = wrong
+        path.write_text(json.dumps(values))
+        with pytest.raises(InputError, match="not a plan"):
+            read_plan(path)
+    values = plan.to_json()
+    values["chosen"]["checkpointing"] = "some"
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"plan\.json: unknown checkpointing policy 'some'"):
+        read_plan(path)
+    path.write_text('{"target_batch": 32, "plans": []}')
+    with pytest.raises(InputError, match="several workloads"):
+        read_plan(path)
     path.write_text('{"chosen": 3}')
     with pytest.raises(InputError, match="not a plan"):
         read_plan(path)

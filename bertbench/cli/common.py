@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +43,19 @@ class MemorySize(click.ParamType):
     ) -> int | None:
         """Parse text; the error names the flag through `InputError`."""
         return value if isinstance(value, int) else parse_bytes(str(value))
+
+
+class FiniteFloat(click.FloatRange):
+    """A number in a range, neither infinite nor not a number."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Parse and check."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def device_options(command: _Command) -> _Command:

@@ -17,6 +17,7 @@ from bertbench.catalogue import find_accelerator
 from bertbench.cli.common import (
     CONTEXT,
     GO_ON_VARIABLE,
+    FiniteFloat,
     allowed_levers,
     device_options,
     json_option,
@@ -61,9 +62,9 @@ def _shared_options(command: Any) -> Any:
                      show_default=True, help="Effective batch, whatever fits at a time."),
         click.option("--predict_batch_size", "--eval_batch_size", type=click.IntRange(1),
                      default=8, show_default=True, help="At most so many at a time to predict."),
-        click.option("--learning_rate", type=float, default=5e-5, show_default=True),
-        click.option("--num_train_epochs", type=float, default=3.0, show_default=True),
-        click.option("--warmup_proportion", type=click.FloatRange(0, 1), default=0.1,
+        click.option("--learning_rate", type=FiniteFloat(0), default=5e-5, show_default=True),
+        click.option("--num_train_epochs", type=FiniteFloat(0), default=3.0, show_default=True),
+        click.option("--warmup_proportion", type=FiniteFloat(0, 1), default=0.1,
                      show_default=True),
         click.option("--save_checkpoints_steps", type=click.IntRange(1), default=1000,
                      show_default=True, help="Also every ten minutes."),
@@ -221,7 +222,8 @@ def _run_squad(context: click.Context, flags: dict[str, Any], goes_on: bool) -> 
 @_switch(
     "--do_predict",
     None,
-    "Write probabilities for the test split. Default: if a --test_file is given.",
+    "Write probabilities for the test split. Default: if a --test_file is given, and neither "
+    "--do_train nor --do_eval is.",
 )
 @click.option("--max_seq_length", type=click.IntRange(8), default=128, show_default=True)
 @click.pass_context
