@@ -201,7 +201,8 @@ def _load(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job) ->
             results["global_step"] = int(step)
     head = [name for name in unset if not name.startswith("bert/")]
     if head:
-        say(f"warning: {', '.join(head)} are random: train first, or give trained weights")
+        names = "all weights" if len(unset) == len(variables) else ", ".join(head)
+        say(f"warning: {names} are random: train first, or give trained weights")
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     predict = make_predict(variables, job.workload, settings.predict_batch_size, strategy)
     return FineTuned(predict, results)

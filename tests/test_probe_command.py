@@ -432,6 +432,18 @@ def ledger(tmp_path: Path, *arguments: str) -> Result:
     )
 
 
+def test_a_list_tells_heads_apart_where_there_are_several(tmp_path: Path) -> None:
+    budget = make_budget(resolve_device("cpu"), 512 * MIB_BYTES)
+    for head, named in (("squad", False), ("classifier", True)):
+        with open_ledger(tmp_path / "l.sqlite") as open_:
+            workload = published_workload("bert-tiny", 64, head)
+            record(open_, budget, versions_key(), workload, Levers(), Trial(1, "fits", 1))
+        for flags in ((), ("--trials",)):
+            shown_ = ledger(tmp_path, "list", *flags).output
+            assert ("bert-tiny squad" in shown_) is named
+            assert ("bert-tiny classifier" in shown_) is named
+
+
 def test_the_ledger_is_listed_exported_and_pruned(tmp_path: Path, limits: dict[int, int]) -> None:
     import pandas as pd
 

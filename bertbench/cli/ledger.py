@@ -57,6 +57,11 @@ def list_(ledger_file: Path | None, each: bool, json_file: Path | None) -> None:
     console = terminal()
     console.print(f"{path}: {len(rows)} trials of {len(limits)} cells", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
+    several_heads = len({row.head for row in rows}) > 1
+
+    def named(model: str, head: str) -> str:
+        return f"{model} {head}" if several_heads else model
+
     titles = ("model", "seq", "levers", "budget", "fits", "no more", "trials")
     if each:
         titles = ("time (UTC)", "model", "seq", "levers", "batch", "outcome", "peak")
@@ -67,13 +72,13 @@ def list_(ledger_file: Path | None, each: bool, json_file: Path | None) -> None:
         for row in rows:
             peak = format_bytes(row.trial.peak_bytes) if row.trial.peak_bytes else "-"
             table.add_row(
-                row.time_utc[:16].replace("T", " "), row.model, str(row.seq_len),
+                row.time_utc[:16].replace("T", " "), named(row.model, row.head), str(row.seq_len),
                 _levers(row.levers), str(row.trial.batch), row.trial.outcome, peak,
             )  # fmt: skip
     else:
         for cell in limits:
             table.add_row(
-                cell["model"], str(cell["seq_len"]), _levers(cell["levers"]),
+                named(cell["model"], cell["head"]), str(cell["seq_len"]), _levers(cell["levers"]),
                 format_bytes(cell["budget_bytes"]), _number(cell["largest_that_fits"]),
                 _number(cell["smallest_out_of_memory"]), str(cell["trials"]),
             )  # fmt: skip
