@@ -79,7 +79,7 @@ def run_classifier(
         files, settings.do_lower_case, settings.max_seq_length
     )
     # All splits before training: a bad file should not be found out hours later.
-    data = read_data(classifier, settings.output_dir)
+    data = read_data(classifier, settings.output_dir, files.init_checkpoint)
     splits = {
         name: featurize(examples, tokenizer, max_seq_length=settings.max_seq_length)
         for name, examples in data.splits.items()
@@ -154,11 +154,13 @@ def run_classifier(
     return results
 
 
-def read_data(classifier: ClassifierSettings, output_dir: Path) -> ClassificationData:
+def read_data(
+    classifier: ClassifierSettings, output_dir: Path, init_checkpoint: Path | None = None
+) -> ClassificationData:
     """Read the splits that are needed.
 
     Labels of one's own tables are those of the training file; without training, those that an
-    earlier training left in the output folder's record.
+    earlier training left in the record of the output folder, or in that of the checkpoint's.
 
     Raises:
         InputError: a file or label is wrong, or unknown.
@@ -175,11 +177,16 @@ def read_data(classifier: ClassifierSettings, output_dir: Path) -> Classificatio
         return read_task(task, source.data_dir, names)
     labels = source.labels
     if not source.is_regression and "train" not in names:
-        recorded = recorded_labels(output_dir)
+        folder, recorded = output_dir, recorded_labels(output_dir)
+        if recorded is None and init_checkpoint is not None:
+            folder = init_checkpoint if init_checkpoint.is_dir() else init_checkpoint.parent
+            recorded = recorded_labels(folder)
+            if recorded is not None and labels is not None and {*labels} != {*recorded}:
+                recorded = None  # Other names for what was trained elsewhere.
         if labels is not None and recorded is not None and tuple(labels) != recorded:
             raise InputError(
                 f"--labels {','.join(labels)} are not those that were trained",
-                path=output_dir,
+                path=folder,
                 hint=f"give --labels {','.join(recorded)}, or none",
             )
         labels = labels or recorded

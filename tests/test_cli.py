@@ -266,13 +266,23 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
         "--train_file",
     )
     # In another order the columns of the probabilities would have other names than in training.
-    for labels in ("c,b,a", "a,b,d"):
+    other = ["--init_checkpoint", output]
+    for folder, labels, more in (
+        (output, "c,b,a", []),
+        (output, "a,b,d", []),
+        (tmp_path / "other", "c,b,a", other),
+    ):
+        asked = ["--dev_file", dev, "--labels", labels, *more]
         fails_with_one_line(
-            bertbench(
-                *classifier_arguments(output, *columns, "--dev_file", dev, "--labels", labels)
-            ),
-            "not those that were trained", "a,b,c",
-        )  # fmt: skip
+            bertbench(*classifier_arguments(folder, *columns, *asked)),
+            "not those that were trained",
+            "a,b,c",
+        )
+    elsewhere = bertbench(
+        *classifier_arguments(tmp_path / "other", *columns, "--dev_file", dev, *other)
+    )
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert elsewhere.stdout.split("eval_loss")[1][:12] == first.stdout.split("eval_loss")[1][:12]
 
 
 def test_best_weights_are_those_of_the_record(tmp_path: Path) -> None:
