@@ -168,10 +168,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="trials at a time; default: what the card holds")
     arguments = parser.parse_args()
     scale = QUICK if arguments.quick else FULL
-    device = resolve_device(arguments.device)
-    if device.kind == "cpu" and not arguments.quick:
-        parser.error("no GPU is attached; --quick does without one")
     try:
+        device = resolve_device(arguments.device)
+        if device.kind == "cpu" and not arguments.quick:
+            parser.error("no GPU is attached; --quick does without one")
         check_alone(device)
         budget = make_budget(device, (arguments.memory or scale.memory_mib) * MIB_BYTES)
         check_free(budget)
