@@ -38,6 +38,7 @@ import functools
 import math
 from collections.abc import Mapping
 
+from bertbench.bisection import last_that_holds
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import BLOCK_TOKENS, examples_per_block
 from finetune.config import BertConfig
@@ -172,15 +173,7 @@ def max_micro_batch(
         predicted = predict_footprint(workload, levers, micro_batch, device_kind=device_kind)
         return predicted.peak_bytes <= budget_bytes
 
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return last_that_holds(fits)
 
 
 @dataclasses.dataclass(frozen=True)

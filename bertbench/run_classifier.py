@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,21 +178,35 @@ def read_data(
         return read_task(task, source.data_dir, names)
     labels = source.labels
     if not source.is_regression and "train" not in names:
-        folder, recorded = output_dir, recorded_labels(output_dir)
-        if recorded is None and init_checkpoint is not None:
-            folder = init_checkpoint if init_checkpoint.is_dir() else init_checkpoint.parent
-            recorded = recorded_labels(folder)
-            if recorded is not None and labels is not None and {*labels} != {*recorded}:
-                recorded = None  # Other names for what was trained elsewhere.
-        if labels is not None and recorded is not None and tuple(labels) != recorded:
-            raise InputError(
-                f"--labels {','.join(labels)} are not those that were trained",
-                path=folder,
-                hint=f"give --labels {','.join(recorded)}, or none",
-            )
-        labels = labels or recorded
+        labels = _trained_labels(labels, output_dir, init_checkpoint)
     chosen = {split: source.files[split] for split in names}
     return read_table_task(dataclasses.replace(source, files=chosen, labels=labels))
+
+
+def _trained_labels(
+    labels: Sequence[str] | None, output_dir: Path, init_checkpoint: Path | None
+) -> tuple[str, ...] | None:
+    """Labels in the order in which they were trained; those given if no record tells.
+
+    Raises:
+        InputError: those given are not those of the record.
+    """
+    given = None if labels is None else tuple(labels)
+    folder, recorded = output_dir, recorded_labels(output_dir)
+    if recorded is None and init_checkpoint is not None:
+        folder = init_checkpoint if init_checkpoint.is_dir() else init_checkpoint.parent
+        recorded = recorded_labels(folder)
+        if recorded is not None and given is not None and {*given} != {*recorded}:
+            return given  # Other names for what was trained elsewhere.
+    if recorded is None or given is None:
+        return given or recorded
+    if given != recorded:
+        raise InputError(
+            f"--labels {','.join(given)} are not those that were trained",
+            path=folder,
+            hint=f"give --labels {','.join(recorded)}, or none",
+        )
+    return recorded
 
 
 def score_logits(

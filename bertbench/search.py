@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
+from bertbench.bisection import last_that_holds
 from bertbench.trial import Trial
 
 LARGEST_BATCH = 1 << 16
@@ -236,14 +237,7 @@ def _predicted_limit(
     """Largest batch up to `largest` that is predicted to fit; 0 if none, None if not predicted."""
     if predict is None:
         return None
-    low, high = 0, largest + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if predict(middle) <= budget_bytes:
-            low = middle
-        else:
-            high = middle
-    return low
+    return last_that_holds(lambda batch: predict(batch) <= budget_bytes, at_most=largest)
 
 
 def _first_batches(

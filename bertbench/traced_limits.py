@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence, Set
 
 from bertbench.allocations import Memory, Replay
+from bertbench.bisection import last_that_holds
 from bertbench.extrapolation import largest_batch
 from bertbench.search import LARGEST_BATCH
 from bertbench.traced_steps import replay_step, step_requests, traced_peak_bytes
@@ -54,7 +55,7 @@ class TracedStep:
     def limit(self, at_most: int = LARGEST_BATCH, fitting: int = 0) -> int:
         """Largest batch that fits; see `bertbench.extrapolation.largest_batch`."""
         # A replay takes up to a second, and what is alive at once a fraction of a millisecond.
-        bound = _last(lambda batch: self._alive(batch) <= 1.0, fitting, at_most)
+        bound = last_that_holds(lambda batch: self._alive(batch) <= 1.0, fitting, at_most)
         if bound <= fitting:
             return fitting
         limit = largest_batch(
@@ -102,15 +103,3 @@ class TracedStep:
         alive_bytes = traced_peak_bytes(self.workload, self.levers, batch)
         assert alive_bytes is not None
         return (alive_bytes + self.memory.held_bytes) / self.memory.total_bytes
-
-
-def _last(holds: Callable[[int], bool], low: int, at_most: int) -> int:
-    """The last number from `low` on for which something holds that holds for all before it."""
-    step = 1
-    while low + step <= at_most and holds(low + step):
-        low, step = low + step, 2 * step
-    high = min(low + step, at_most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low

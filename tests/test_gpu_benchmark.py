@@ -234,7 +234,7 @@ def test_what_fails_again_and_again_is_given_up(
 
 
 def test_results_of_another_card_are_left_alone(measure: types.ModuleType, tmp_path: Path) -> None:
-    path, budget = tmp_path / "results.json", make_budget(H100, 4 * GIB_BYTES)
+    path, budget = tmp_path / "budget.json", make_budget(H100, 4 * GIB_BYTES)
     assert measure.is_of(path, budget)
     path.write_text(json.dumps({"budget": budget.to_json()}))
     busy = dataclasses.replace(H100, free_bytes=70 * GIB_BYTES)

@@ -240,6 +240,11 @@ def plans_of(scale: Scale, budget: Budget) -> list[tuple[int, Budget, Plan | Non
     return rows
 
 
+def plan_questions(scale: Scale, budget: Budget) -> list[Question]:
+    """The steps of `plans`."""
+    return [plan_question(plan, its) for _, its, plan in plans_of(scale, budget) if plan]
+
+
 def placement_questions(scale: Scale, budget: Budget) -> list[Question]:
     """The plan of `placement` with the optimizer's state on the device, and on the host."""
     plan = plan_for(scale.planned, scale.targets[0], budget)

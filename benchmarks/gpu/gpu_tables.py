@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gpu_parts import Question, peak_on_capped_cpu, settled
+from gpu_parts import Question, peak_on_capped_cpu, plan_question, settled
 
 from bertbench.bytes import MIB_BYTES, format_bytes
 from bertbench.devices import Budget
@@ -92,8 +92,7 @@ def plan_row(target: int, budget: Budget, plan: Plan | None, ledger: sqlite3.Con
     if plan is None:
         return row
     chosen = plan.chosen
-    trials = find(ledger, budget, versions_key(), plan.workload, chosen.levers)
-    trial = next((t for t in reversed(trials) if t.batch == chosen.micro_batch), None)
+    trial = plan_question(plan, budget).answers(ledger).get(chosen.micro_batch)
     return {
         **row,
         "plan": describe_entry(chosen),

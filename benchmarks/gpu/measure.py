@@ -49,7 +49,7 @@ from gpu_parts import (
     choice_questions,
     limit_on_capped_cpu,
     placement_questions,
-    plan_question,
+    plan_questions,
     plans_of,
     settled,
     speed_questions,
@@ -147,11 +147,6 @@ class Measurement:
         return self.folder / "expected.json"
 
     @property
-    def results(self) -> Path:
-        """All that was measured."""
-        return self.folder / "results.json"
-
-    @property
     def peers(self) -> Path:
         """Results of the peer, a line of JSON each."""
         return self.folder / "peer.jsonl"
@@ -181,23 +176,16 @@ def main() -> None:
     clock = Clock(time.monotonic() + 60 * (arguments.minutes - _WRITING_MINUTES))
     jobs = arguments.jobs or jobs_for(budget)
     measurement = Measurement(scale, budget, arguments.out, jobs, clock)
-    if not is_of(measurement.results, budget):
+    subject = arguments.out / "budget.json"
+    if not is_of(subject, budget):
         parser.error(f"{arguments.out} has results of another device or budget: name another --out")
+    _write(subject, {"budget": budget.to_json()})
     os.environ[TURN_VARIABLE] = str(arguments.out.resolve() / "turn.lock")
-    measures: dict[str, Callable[[Measurement], None]] = {
-        "cells": measure_cells,
-        "speed": measure_speed,
-        "plans": measure_plans,
-        "choice": measure_choice,
-        "placement": measure_placement,
-        "peer": measure_peer,
-        "xla": measure_xla,
-    }
     waiting = functools.partial(say, f"waiting for a probe of {device.label} to end")
     with locked(lock_path(device), waiting):
         try:
             for part in arguments.part:
-                measures[part](measurement)
+                measure_part(measurement, part)
         except OutOfTimeError:
             say("the time is over; the same command goes on from here")
         except BrokenError as error:
@@ -206,11 +194,19 @@ def main() -> None:
             write_results(measurement)
 
 
-def is_of(results: Path, budget: Budget) -> bool:
-    """Whether results are of the same device, driver and budget, or there are none."""
-    if not results.exists():
+def measure_part(measurement: Measurement, part: str) -> None:
+    """Measure what a part has left."""
+    if part in _MEASURED_OTHERWISE:
+        _MEASURED_OTHERWISE[part](measurement)
+    else:
+        ask(measurement, part, _QUESTIONS[part](measurement.scale, measurement.budget))
+
+
+def is_of(subject: Path, budget: Budget) -> bool:
+    """Whether a folder's file says the same device, driver and budget, or is not there yet."""
+    if not subject.exists():
         return True
-    before = json.loads(results.read_text(encoding="utf-8"))["budget"]
+    before = json.loads(subject.read_text(encoding="utf-8"))["budget"]
     return budget_from_json(before).key() == budget.key()
 
 
@@ -297,17 +293,15 @@ def work_out_expected(measurement: Measurement) -> None:
         futures = [pool.submit(limit_on_capped_cpu, measurement.budget, *cell) for cell in missing]
         for cell, future in zip(missing, futures, strict=True):
             limits[_name(cell)] = future.result()
-    budget_bytes = measurement.budget.budget_bytes
-    _write(measurement.expected, {"budget_bytes": budget_bytes, "limits": limits})
+    _write(measurement.expected, limits)
 
 
 def read_expected(measurement: Measurement) -> dict[str, int | None]:
-    """Limits of the capped CPU under the same budget; none before they have been worked out."""
+    """Limits of the capped CPU; none before they have been worked out."""
     if not measurement.expected.exists():
         return {}
-    read = json.loads(measurement.expected.read_text(encoding="utf-8"))
-    limits: dict[str, int | None] = read["limits"]
-    return limits if read["budget_bytes"] == measurement.budget.budget_bytes else {}
+    limits: dict[str, int | None] = json.loads(measurement.expected.read_text(encoding="utf-8"))
+    return limits
 
 
 def _name(cell: Cell) -> str:
@@ -355,29 +349,6 @@ def ask(measurement: Measurement, name: str, questions: Sequence[Question]) -> N
     in_parallel(measurement, name, concurrent.futures.ThreadPoolExecutor(jobs), works)
 
 
-def measure_speed(measurement: Measurement) -> None:
-    """Time one micro-batch at every setting."""
-    ask(measurement, "speed", speed_questions(measurement.scale, measurement.budget))
-
-
-def measure_xla(measurement: Measurement) -> None:
-    """Time what XLA compiles."""
-    ask(measurement, "xla", xla_questions(measurement.scale, measurement.budget))
-
-
-def measure_plans(measurement: Measurement) -> None:
-    """Run the plan for every target and budget."""
-    ask(
-        measurement,
-        "plans",
-        [
-            plan_question(plan, budget)
-            for _, budget, plan in plans_of(measurement.scale, measurement.budget)
-            if plan is not None
-        ],
-    )
-
-
 def measure_choice(measurement: Measurement) -> None:
     """Run the plan for the last target, and its rivals."""
     with open_ledger(measurement.timings) as ledger:
@@ -389,11 +360,6 @@ def measure_choice(measurement: Measurement) -> None:
             )
         ]
     ask(measurement, "choice", questions)
-
-
-def measure_placement(measurement: Measurement) -> None:
-    """Run a plan with the optimizer's state on the device, and on the host."""
-    ask(measurement, "placement", placement_questions(measurement.scale, measurement.budget))
 
 
 def measure_peer(measurement: Measurement) -> None:
@@ -447,12 +413,11 @@ def measure_peer(measurement: Measurement) -> None:
 
 
 def peer_rows(measurement: Measurement) -> list[dict[str, Any]]:
-    """What the peer has answered under the same budget."""
+    """What the peer has answered."""
     if not measurement.peers.exists():
         return []
     lines = measurement.peers.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [row for row in rows if row["budget_bytes"] == measurement.budget.budget_bytes]
+    return [json.loads(line) for line in lines]
 
 
 def write_results(measurement: Measurement) -> None:
@@ -490,10 +455,23 @@ def write_results(measurement: Measurement) -> None:
             "peer": peer_rows(measurement),
             "failures": failures + gpu_tables.failures(ledger),
         }
-    _write(measurement.results, results)
+    _write(measurement.folder / "results.json", results)
     table = gpu_tables.as_markdown(results)
     (measurement.folder / "table.md").write_text(table, encoding="utf-8")
     print(table)
+
+
+_QUESTIONS: dict[str, Callable[[Scale, Budget], list[Question]]] = {
+    "speed": speed_questions,
+    "plans": plan_questions,
+    "placement": placement_questions,
+    "xla": xla_questions,
+}
+_MEASURED_OTHERWISE: dict[str, Callable[[Measurement], None]] = {
+    "cells": measure_cells,
+    "choice": measure_choice,
+    "peer": measure_peer,
+}
 
 
 def _write(path: Path, values: Any) -> None:

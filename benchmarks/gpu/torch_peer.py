@@ -17,6 +17,7 @@ import statistics
 import time
 from typing import Any
 
+from bertbench.bisection import last_that_holds
 from bertbench.workload import published_workload
 
 _STEPS = 4
@@ -105,24 +106,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": arguments.model,
         "seq_len": arguments.seq_len,
-        "budget_bytes": arguments.budget_bytes,
         "attention": arguments.attention,
         "checkpointing": arguments.checkpointing,
-        "max_batch": _largest(fits) if on_gpu else None,
+        "max_batch": last_that_holds(fits, at_most=_LARGEST) if on_gpu else None,
         "examples_per_second": rates,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _largest(fits: Any) -> int:
-    low, high = 0, 1
-    while high < _LARGEST and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 if __name__ == "__main__":

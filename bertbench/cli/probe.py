@@ -189,13 +189,11 @@ def command(
             hint="name the TPU with --device tpu:NAME",
         )
     on_cpu = named[0].kind == "cpu"
-    names = _items((_CPU_MODELS if on_cpu else _PAPER_MODELS) if models is None else models)
-    lengths = [
-        _length(item)
-        for item in _items(
-            (_CPU_SEQ_LENS if on_cpu else _PAPER_SEQ_LENS) if seq_lens is None else seq_lens
-        )
-    ]
+    if models is None:
+        models = _CPU_MODELS if on_cpu else _PAPER_MODELS
+    if seq_lens is None:
+        seq_lens = _CPU_SEQ_LENS if on_cpu else _PAPER_SEQ_LENS
+    names, lengths = _items(models), [_length(item) for item in _items(seq_lens)]
     levers = Levers(
         parse_checkpointing(checkpointing), accumulation, precision, optimizer, xla, placement
     )
