@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from finetune.json_files import json_text
+
 SETTINGS = {"max_seq_length": 384, "doc_stride": 128, "max_query_length": 64}
 FIELDS = ("input_ids", "input_mask", "segment_ids", "start_positions", "end_positions")
 
@@ -52,7 +54,7 @@ def main() -> None:
         parser.error("--data and --vocab are needed, or --quick")
     if arguments.side:
         run = {"ours": run_ours, "cached": run_ours, "original": run_original}[arguments.side]
-        print(json.dumps(run(arguments)))
+        print(json_text(run(arguments)))
         return
     results: dict[str, Any] = {"data": arguments.data.name, **SETTINGS}
     with tempfile.TemporaryDirectory() as work:
@@ -66,7 +68,7 @@ def main() -> None:
         results |= {"speedup": round(ratio, 2), "features_equal": same}
         print(f"{ratio:.1f} times as fast, features {'equal' if same else 'DIFFERENT'}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json_text(results, indent=1) + "\n", encoding="utf-8")
     sys.exit(0 if results.get("features_equal", True) else 1)
 
 

@@ -15,7 +15,6 @@ some of these settings.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from bertbench.traced_steps import trace_of
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import parse_checkpointing
+from finetune.json_files import json_text
 
 _POLICIES = {
     "bert-tiny": ("none", "selective", "full", "nested"),
@@ -81,7 +81,7 @@ def main() -> None:
         rows.append(row)
         _show(row)
         if arguments.json:
-            text = json.dumps({"trials": rows}, indent=2)
+            text = json_text({"trials": rows}, indent=2)
             arguments.json.write_text(text + "\n", encoding="utf-8")
     measured = [row for row in rows if row["measured_bytes"] is not None]
     for kind in ("exact", "parts", "formula"):

@@ -47,6 +47,7 @@ from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import POLICIES, Checkpointing
 from finetune.config import parameter_count
+from finetune.json_files import json_text
 from finetune.optimizers import OPTIMIZERS
 from finetune.precisions import PRECISIONS
 
@@ -138,7 +139,7 @@ def main() -> None:
     arguments = parser.parse_args()
     scale = QUICK if arguments.quick else FULL
     if arguments.keras_hub:
-        print(json.dumps(time_keras_hub(scale, *map(int, arguments.keras_hub))))
+        print(json_text(time_keras_hub(scale, *map(int, arguments.keras_hub))))
         return
     mebibytes = arguments.memory or scale.memory_mib
     budget = make_budget(resolve_device(arguments.device), mebibytes * MIB_BYTES)
@@ -146,7 +147,7 @@ def main() -> None:
     for name in arguments.part:
         results[name] = parts[name](scale, budget)
         if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            arguments.json.write_text(json_text(results, indent=2) + "\n", encoding="utf-8")
 
 
 def policies(scale: Scale, budget: Budget) -> list[dict[str, Any]]:

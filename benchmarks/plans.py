@@ -13,7 +13,6 @@ About 40 minutes for 200 requests on two cores; `--quick` makes ten.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 from pathlib import Path
@@ -28,6 +27,7 @@ from bertbench.least_memory import find_least_memory
 from bertbench.planner import make_plan
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, published_workload
+from finetune.json_files import json_text
 
 _MODELS = ("bert-tiny", "bert-mini", "bert-small", "bert-medium")
 _SEQ_LENS = (64, 96, 128, 192, 256, 320, 384, 512)
@@ -77,7 +77,7 @@ def main() -> None:
         rows.append(row)
         _show(row)
         if arguments.json:
-            text = json.dumps({"requests": rows}, indent=2)
+            text = json_text({"requests": rows}, indent=2)
             arguments.json.write_text(text + "\n", encoding="utf-8")
     outcomes = [row["outcome"] for row in rows]
     full = [

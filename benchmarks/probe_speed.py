@@ -38,6 +38,7 @@ from bertbench.probing import probe_cell
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import POLICIES, parse_checkpointing
+from finetune.json_files import json_text
 
 Row = dict[str, Any]
 
@@ -171,7 +172,7 @@ def _ratio(rows: list[Row]) -> float:
 
 
 def _write(path: Path, rows: list[Row]) -> None:
-    path.write_text(json.dumps({"cells": rows}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text({"cells": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import tempfile
@@ -36,6 +35,7 @@ from bertbench.probing import probe_cell
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, published_workload
 from finetune.checkpointing import parse_checkpointing
+from finetune.json_files import json_text
 
 _MARK = "BERTBENCH_PROBE_TRUST"
 _TEMPORARY = tempfile.gettempdir()
@@ -55,7 +55,7 @@ def main() -> None:
         "leftovers": leftovers(10 if arguments.quick else 200),
     }
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        arguments.json.write_text(json_text(results, indent=2) + "\n", encoding="utf-8")
 
 
 def repeat(times: int) -> list[dict[str, Any]]:

@@ -42,6 +42,7 @@ from bertbench.lever_settings import all_policies, cuts
 from bertbench.planner import make_plan
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, levers_from_json, published_workload
+from finetune.json_files import json_text
 
 _CASES = (
     "bert-tiny:squad:128:32",
@@ -225,7 +226,7 @@ def _name(levers: Levers, micro_batch: int) -> str:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text(values, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ minute.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from bertbench.ledger_file import open_ledger
 from bertbench.trial import Trial
 from bertbench.workload import Levers, published_workload
 from finetune.checkpointing import POLICIES, parse_checkpointing
+from finetune.json_files import json_text
 
 _MODELS, _SEQ_LENS = ("bert-tiny", "bert-base"), (64, 128, 256, 384, 512)
 _CELLS = 400
@@ -58,7 +58,7 @@ def main() -> None:
             flush=True,
         )
     if arguments.json:
-        text = json.dumps({"reports": rows}, indent=2)
+        text = json_text({"reports": rows}, indent=2)
         arguments.json.write_text(text + "\n", encoding="utf-8")
 
 

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Sequence
 
 from bertbench.bytes import MIB_BYTES
+from finetune.json_files import json_text
 
 CHUNK_BYTES = 256
 """What the allocator hands out at least; it gives multiples of this."""
@@ -202,7 +203,7 @@ def recording_to_text(recording: Recording) -> str:
         names,
         [index[name] for name in recording.operations],
     ]
-    return base64.b85encode(zlib.compress(json.dumps(values).encode(), 6)).decode()
+    return base64.b85encode(zlib.compress(json_text(values).encode(), 6)).decode()
 
 
 def recording_from_text(text: str) -> Recording:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from bertbench.bytes import GIB_BYTES, MIB_BYTES, format_bytes
 from bertbench.hostmemory import host_memory
 from finetune.errors import InputError
+from finetune.json_files import json_text
 
 GPU_CONTEXT_RESERVE_BYTES = 600 * MIB_BYTES
 """Left free on a GPU by default: the CUDA context and the handles and workspaces of cuBLAS and
@@ -95,7 +95,7 @@ class Device:
 
         Peers do not count: a trial runs on one of them.
         """
-        return json.dumps(self.key_values(), sort_keys=True)
+        return json_text(self.key_values(), sort_keys=True)
 
     def key_values(self) -> dict[str, Any]:
         """What `key` is the text of."""
@@ -183,7 +183,7 @@ class Budget:
     def key(self) -> str:
         """Canonical text for the ledger: equal where the same trial has the same outcome."""
         values = {**self.device.key_values(), "budget_bytes": self.budget_bytes}
-        return json.dumps(values, sort_keys=True)
+        return json_text(values, sort_keys=True)
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON."""

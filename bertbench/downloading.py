@@ -33,6 +33,7 @@ from bertbench.bytes import MIB_BYTES
 from bertbench.errors import WorkError
 from bertbench.progress import Advance, progress, say
 from finetune.files import write_atomically
+from finetune.json_files import json_text
 
 Checked = Literal["SHA-256", "server's MD5", "length", "nothing"]
 """What a file was compared with."""
@@ -204,7 +205,7 @@ def _receive(url: str, part: Path) -> _Remote:
             offset = 0
             remote = _describe(url, response.headers)
             _discard(part)
-            write_atomically(_state_path(part), json.dumps(dataclasses.asdict(remote)) + "\n")
+            write_atomically(_state_path(part), json_text(dataclasses.asdict(remote)) + "\n")
         _append(response, part, remote, offset)
     return remote
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.hostmemory import oom_kill_counts
+from finetune.json_files import json_text
 
 Message = dict[str, Any]
 
@@ -338,7 +339,7 @@ def _child_main(
     faulthandler.enable(file=2, all_threads=False)
 
     def send(message: Mapping[str, Any]) -> None:
-        line = json.dumps(message).encode() + b"\n"
+        line = json_text(message).encode() + b"\n"
         while line:
             line = line[os.write(messages.fileno(), line) :]
 

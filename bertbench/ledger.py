@@ -22,6 +22,7 @@ from bertbench.ledger_file import explained
 from bertbench.repetition import Recorded
 from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload
+from finetune.json_files import json_text
 
 _NEAREST_LENGTHS = 3
 
@@ -269,7 +270,7 @@ def versions_key() -> str:
         "bertbench": _version("bertbench"),
         "python": ".".join(platform.python_version_tuple()[:2]),
     }
-    return json.dumps(versions, sort_keys=True)
+    return json_text(versions, sort_keys=True)
 
 
 def _now() -> str:

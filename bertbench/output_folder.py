@@ -21,6 +21,7 @@ from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, to_original_json
 from finetune.errors import InputError
 from finetune.files import write_atomically
+from finetune.json_files import json_text
 
 RUN_FILE = "run.json"
 _RUN_FILES = (
@@ -201,7 +202,7 @@ def record_results(settings: RunSettings, results: Mapping[str, Any]) -> None:
 
 
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    write_atomically(folder / RUN_FILE, json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write_atomically(folder / RUN_FILE, json_text(record, indent=1, sort_keys=True) + "\n")
 
 
 def _versions() -> dict[str, str]:

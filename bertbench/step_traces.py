@@ -25,6 +25,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from finetune.json_files import json_text
+
 DIMENSIONS = {
     "n": "examples of the micro-batch",
     "e": "examples of the block at hand",
@@ -208,7 +210,7 @@ def traces_to_bytes(traces: Mapping[str, StepTrace]) -> bytes:
     written = io.BytesIO()
     with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, trace in sorted(traces.items()):
-            text = json.dumps(_trace_values(trace), separators=(",", ":"))
+            text = json_text(_trace_values(trace), separators=(",", ":"))
             archive.writestr(zipfile.ZipInfo(f"{name}.json"), text, zipfile.ZIP_DEFLATED, 9)
     return written.getvalue()
 

@@ -10,6 +10,7 @@ from typing import Any
 from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing, parse_checkpointing
 from finetune.config import HEADS, BertConfig, is_trained, preset, variable_shapes
 from finetune.errors import InputError
+from finetune.json_files import json_text
 from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, PLACEMENTS
 from finetune.precisions import EXACT_PRECISION, PRECISIONS
 
@@ -57,13 +58,13 @@ class Workload:
         """Canonical text: equal exactly for workloads that are the same work."""
         values = dataclasses.asdict(self)
         del values["model"]
-        return json.dumps(values, sort_keys=True)
+        return json_text(values, sort_keys=True)
 
     def model_key(self) -> str:
         """Canonical text of all but the sequence length."""
         values = dataclasses.asdict(self)
         del values["model"], values["seq_len"]
-        return json.dumps(values, sort_keys=True)
+        return json_text(values, sort_keys=True)
 
 
 def workload_from_key(model: str, key: str) -> Workload:
@@ -136,7 +137,7 @@ class Levers:
 
     def key(self) -> str:
         """Canonical text for the ledger."""
-        return json.dumps(self.to_json(), sort_keys=True)
+        return json_text(self.to_json(), sort_keys=True)
 
 
 def check_layers(workload: Workload, checkpointing: Checkpointing) -> None:

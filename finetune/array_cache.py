@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from finetune.json_files import json_text
+
 _logger = logging.getLogger(__name__)
 
 DEFAULT_LIMIT_BYTES = 8 << 30
@@ -52,7 +54,7 @@ class CacheEntry:
 
 def hash_key(**parts: Any) -> str:
     """SHA-256 of JSON-able parts, as a cache key."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json_text(parts, sort_keys=True).encode()).hexdigest()
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:
@@ -144,7 +146,7 @@ def _store(folder: Path, key: str, pieces: Iterable[Arrays], extra: dict[str, An
                     files[name].write(np.ascontiguousarray(array).data)
                     described[name][1][0] += len(array)
         content = {"arrays": described, "extra": extra}
-        (temporary / _ENTRY).write_text(json.dumps(content), encoding="utf-8")
+        (temporary / _ENTRY).write_text(json_text(content), encoding="utf-8")
         # An entry that is there is damaged, or another process has just made the same.
         shutil.rmtree(folder / key, ignore_errors=True)
         os.replace(temporary, folder / key)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError
+from finetune.json_files import json_text
 
 HEADS = ("squad", "classifier", "regressor")
 """Task heads: `squad` scores each token as start and end, `classifier` scores the pooled output for
@@ -159,7 +160,7 @@ def to_original_json(config: BertConfig) -> str:
     values = dataclasses.asdict(config)
     if config.hidden_act == "gelu_tanh":
         values["hidden_act"] = "gelu"
-    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+    return json_text(values, indent=2, sort_keys=True) + "\n"
 
 
 def _preset(layers: int, hidden: int, vocab_size: int = 30522) -> BertConfig:

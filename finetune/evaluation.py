@@ -13,6 +13,7 @@ from pathlib import Path
 
 from finetune.checkpoints import save_weights
 from finetune.files import write_atomically
+from finetune.json_files import json_text
 from finetune.modeling import Variables
 
 EVAL_LOG_NAME = "eval_log.jsonl"
@@ -125,5 +126,5 @@ def _score(evaluation: Evaluation, record: EvalRecord) -> float:
 
 
 def _write_log(output_dir: Path, records: list[EvalRecord]) -> None:
-    lines = (json.dumps({"step": r.step, **r.metrics}) + "\n" for r in records)
+    lines = (json_text({"step": r.step, **r.metrics}) + "\n" for r in records)
     write_atomically(output_dir / EVAL_LOG_NAME, "".join(lines))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -24,6 +23,7 @@ from safetensors.numpy import save_file
 
 from finetune.config import BertConfig, to_original_json, variable_shapes
 from finetune.errors import InputError
+from finetune.json_files import json_text
 from finetune.tokenization import load_tokenizer
 from finetune.weights import find_checkpoint, open_safetensors, open_tf_checkpoint
 
@@ -345,7 +345,7 @@ def hugging_face_name(name: str, prefix: str = "bert.") -> str:
 
 
 def _write_json(path: Path, values: object) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text(values, indent=2) + "\n", encoding="utf-8")
 
 
 # The original's format

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Any, TypeVar
 
@@ -76,3 +77,37 @@ def get_value(
             hint=hint,
         )
     return value
+
+
+def json_text(
+    values: Any,
+    *,
+    indent: int | None = None,
+    sort_keys: bool = False,
+    separators: tuple[str, str] | None = None,
+) -> str:
+    """Returns values as JSON, where a number that is not finite is null.
+
+    JSON has no NaN and no infinity: most readers refuse a whole file for one of them.
+
+    Args:
+        values: as for `json.dumps`, whose further arguments have the same meaning here.
+        indent: as there.
+        sort_keys: as there.
+        separators: as there.
+    """
+    style: dict[str, Any] = {"indent": indent, "sort_keys": sort_keys, "separators": separators}
+    try:
+        return json.dumps(values, allow_nan=False, **style)
+    except ValueError:
+        return json.dumps(_with_nulls(values), allow_nan=False, **style)
+
+
+def _with_nulls(values: Any) -> Any:
+    if isinstance(values, float):
+        return values if math.isfinite(values) else None
+    if isinstance(values, dict):
+        return {key: _with_nulls(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_with_nulls(value) for value in values]
+    return values

@@ -24,6 +24,7 @@ from finetune.evaluation import (
     truncate_eval_log,
 )
 from finetune.files import write_atomically
+from finetune.json_files import json_text
 from finetune.step import Batch, Trainer, pad_batch
 
 LOG_NAME = "train_log.jsonl"
@@ -140,7 +141,7 @@ def resume(trainer: Trainer, output_dir: Path) -> int:
     log_path = output_dir / LOG_NAME
     if log_path.exists():
         kept = [record for record in read_log(log_path) if record.step <= step]
-        lines = (json.dumps(dataclasses.asdict(record)) + "\n" for record in kept)
+        lines = (json_text(dataclasses.asdict(record)) + "\n" for record in kept)
         write_atomically(log_path, "".join(lines))
     truncate_eval_log(output_dir, step)
     return step
@@ -232,7 +233,7 @@ def train(
                 save_what_is_whole()
                 raise
             step = record.step
-            log.write(json.dumps(dataclasses.asdict(record)) + "\n")
+            log.write(json_text(dataclasses.asdict(record)) + "\n")
             listener.on_step(record)
 
 

@@ -18,6 +18,7 @@ from bertbench.ledger_file import read_ledger
 from bertbench.trial import trial_from_json
 from bertbench.workload import levers_from_json, published_workload
 from finetune.errors import InputError
+from finetune.json_files import json_text
 from reports.cells import Cell, model_order, read_cells, setting_order
 from reports.places import name_places
 from reports.tables import count_cells, limit_text, system_name
@@ -174,7 +175,7 @@ def _matched(first: list[Cell], second: list[Cell], by: Callable[[Cell], Any]) -
 def _key(cell: Cell) -> tuple[Any, ...]:
     """What cells have in common that are compared: names only where this version knows no more."""
     row = cell.newest
-    levers = json.dumps(row.levers, sort_keys=True) if cell.levers is None else cell.levers.key()
+    levers = json_text(row.levers, sort_keys=True) if cell.levers is None else cell.levers.key()
     if cell.workload is None:
         return row.model, row.head, row.seq_len, levers
     return cell.workload.key(), levers
@@ -232,7 +233,7 @@ def _rows_of(values: Mapping[str, Any]) -> list[LedgerRow]:
     """Trials of a probe's file, as a ledger has them."""
     named = dict(values["device"])
     budget = budget_from_json({"budget_bytes": named.pop("budget_bytes"), "device": named})
-    versions = json.dumps(values["versions"], sort_keys=True)
+    versions = json_text(values["versions"], sort_keys=True)
     rows: list[LedgerRow] = []
     for cell in values["cells"]:
         workload = published_workload(cell["model"], cell["seq_len"], cell["head"])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
 from bertbench.paper import PAPER_MODELS, PUBLISHED_MAX_BATCH
+from finetune.json_files import json_text
 from reports.cells import AT_LEAST, BELOW, CERTIFIED, Cell, model_order, setting_order
 from reports.places import Place, name_places
 
@@ -120,7 +120,7 @@ def write_tables(cells: Sequence[Cell], suffix: str) -> str:
         suffix: of the format, one of `FORMATS`.
     """
     if suffix == ".json":
-        return json.dumps({"cells": [cell.to_json() for cell in cells]}, indent=1) + "\n"
+        return json_text({"cells": [cell.to_json() for cell in cells]}, indent=1) + "\n"
     if suffix == ".csv":
         return str(cells_frame(cells).to_csv(index=False))
     tables = published_tables(cells)

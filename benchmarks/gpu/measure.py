@@ -74,6 +74,7 @@ from bertbench.probing import probe_cell
 from bertbench.progress import progress, say
 from bertbench.trial import Trial, measure_batches
 from finetune.errors import InputError
+from finetune.json_files import json_text
 
 PARTS = ("cells", "speed", "plans", "choice", "placement", "peer", "xla")
 _STEPS = 4
@@ -475,7 +476,7 @@ _MEASURED_OTHERWISE: dict[str, Callable[[Measurement], None]] = {
 
 
 def _write(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text(values, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

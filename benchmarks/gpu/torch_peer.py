@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from typing import Any
 
 from bertbench.bisection import last_that_holds
 from bertbench.workload import published_workload
+from finetune.json_files import json_text
 
 _STEPS = 4
 _LARGEST = 4096
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("checkpointing", choices=("none", "full"))
     parser.add_argument("batches", type=int, nargs="+")
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments)))
+    print(json_text(measure(arguments)))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

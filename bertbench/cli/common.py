@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from bertbench.devices import Budget, make_budget
 from bertbench.workload import Levers
 from finetune.errors import InputError
 from finetune.files import write_atomically
+from finetune.json_files import json_text
 from finetune.optimizers import OPTIMIZERS, PLACEMENTS
 from finetune.precisions import PRECISIONS
 
@@ -177,7 +177,7 @@ def resolve_budget(device: str, memory: int | None) -> Budget:
 
 def write_json(path: Path, values: Any) -> None:
     """Write a result file, or standard output for `-`."""
-    text = json.dumps(values, indent=1) + "\n"
+    text = json_text(values, indent=1) + "\n"
     if str(path) == "-":
         click.echo(text, nl=False)
     else:

@@ -5,7 +5,6 @@ Reproduces `write_predictions` and `get_final_text` of `run_squad.py` in google-
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from finetune.errors import InputError
 from finetune.files import write_atomically
+from finetune.json_files import json_text
 from finetune.tasks.squad import SquadFeatures
 from finetune.tasks.squad_examples import SquadExample, SquadExamples
 from finetune.tokenization import basic_tokenize
@@ -199,7 +199,7 @@ def write_predictions(predictions: SquadPredictions, output_dir: str | os.PathLi
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            write_atomically(folder / name, json.dumps(content, indent=4) + "\n")
+            write_atomically(folder / name, json_text(content, indent=4) + "\n")
     except OSError as error:
         raise InputError(
             f"cannot write the predictions ({error.strerror})",

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.errors import InputError
+from finetune.json_files import json_text
 from finetune.tasks.classification import ClassificationData, ClassificationExamples
 from finetune.tasks.classification_metrics import REGRESSION_METRICS, Metric
 
@@ -206,7 +207,7 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
         yield (
             number,
             {
-                key: value if isinstance(value, str) else json.dumps(value)
+                key: value if isinstance(value, str) else json_text(value)
                 for key, value in values.items()
                 if value is not None
             },

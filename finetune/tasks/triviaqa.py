@@ -18,7 +18,6 @@ training split, and of a verified set only what is verified. It differs in this:
 from __future__ import annotations
 
 import functools
-import json
 import os
 import random
 import re
@@ -31,7 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from finetune.errors import InputError
-from finetune.json_files import get_value, load_json
+from finetune.json_files import get_value, json_text, load_json
 
 MAX_WORDS = 800
 SEED = 10
@@ -224,7 +223,7 @@ def convert_pairs(
             outcome, qa = _answer(pair, context, data.split == "train", version_2_with_negative)
             if outcome in _WRITTEN:
                 paragraph = {"context": context, "qas": [{"id": qas_id, **qa}]}
-                entries[qas_id] = json.dumps({"title": pair.title, "paragraphs": [paragraph]})
+                entries[qas_id] = json_text({"title": pair.title, "paragraphs": [paragraph]})
         elif outcome in ("missing", "unreadable") and not first_lost:
             first_lost = str(folders.get(pair.source, Path()) / pair.filename)
         counts[outcome] += 1
@@ -238,7 +237,7 @@ def convert_pairs(
     if not entries:
         reasons = ", ".join(f"{n} {OUTCOMES[outcome]}" for outcome, n in counts.items())
         raise InputError(f"no question remains ({reasons})", hint="raise --max_words")
-    version = json.dumps(data.version)
+    version = json_text(data.version)
     return Conversion(
         text=f'{{"version": {version}, "data": [\n' + ",\n".join(entries.values()) + "\n]}\n",
         counts={outcome: counts[outcome] for outcome in OUTCOMES},
