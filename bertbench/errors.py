@@ -13,6 +13,10 @@ class StoppedEarlyError(WorkError):
     """The user interrupted; what was done is saved. Exit code 130, as shells have it."""
 
 
+class NotFiniteError(WorkError, FloatingPointError):
+    """A model that gives no numbers; as with `FloatingPointError`, training does not save it."""
+
+
 class OutOfMemoryError(WorkError):
     """A training step ran out of the device's memory.
 

@@ -212,7 +212,9 @@ def _trained_labels(
 def score_logits(
     data: ClassificationData, features: ClassificationFeatures, logits: np.ndarray
 ) -> dict[str, float]:
-    """The task's metrics and the mean loss, of logits `[n, labels]` or `[n, 1]`."""
+    """The task's metrics and the mean loss, of finite logits `[n, labels]` or `[n, 1]`."""
+    # In float64, where no loss of finite float32 numbers overflows.
+    logits = logits.astype(np.float64)
     if features.label_values is not None:
         values = logits[:, 0]
         scores = evaluate(data.metrics, features.label_values, values)

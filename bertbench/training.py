@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bertbench.errors import OutOfMemoryError, StoppedEarlyError, WorkError
+from bertbench.errors import NotFiniteError, OutOfMemoryError, StoppedEarlyError, WorkError
 from bertbench.outcomes import classify_error, summarise_error
 from bertbench.planner import describe_setting
 from bertbench.progress import progress, say
@@ -305,9 +305,26 @@ def make_predict(
         what = f"predicting {batch_size} examples at a time: give a smaller --predict_batch_size"
         with memory_errors_explained(what):
             batches = list(predict(predictor, data, batch_size, on_batch=on_batch))
-        return np.concatenate(batches, axis=1 if workload.head == "squad" else 0)
+        logits = np.concatenate(batches, axis=1 if workload.head == "squad" else 0)
+        check_finite(np.moveaxis(logits, 1, 0) if workload.head == "squad" else logits)
+        return logits
 
     return predict_rows
+
+
+def check_finite(logits: np.ndarray) -> None:
+    """See that a model gave numbers for all its examples, the rows of the logits.
+
+    Raises:
+        NotFiniteError: says for how many it did not, and why that may be.
+    """
+    wrong = ~np.isfinite(logits).all(axis=tuple(range(1, logits.ndim)))
+    if wrong.any():
+        raise NotFiniteError(
+            f"the model's output is not finite for {int(wrong.sum()):,} of {len(wrong):,} inputs, "
+            f"first for number {int(wrong.argmax()) + 1:,}: its weights are damaged, or its "
+            "training diverged; train again with a smaller learning rate or in float32"
+        )
 
 
 def predict_with_progress(

@@ -85,8 +85,17 @@ def evaluate_now(
     """Score the model, log it, and keep its weights if they are the best so far.
 
     The weights are written before the log names them the best.
+
+    Raises:
+        FloatingPointError: a score is not finite.
     """
     record = EvalRecord(step, {name: float(v) for name, v in evaluation.evaluate().items()})
+    for name, value in record.metrics.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the evaluation's {name} is {value} after step {step}; use a smaller learning "
+                "rate or, if it is not float32 already, another precision"
+            )
     records = [r for r in read_eval_log(output_dir) if r.step < step] + [record]
     if evaluation.keep_best and best_record(evaluation, records) is record:
         save_weights(output_dir / BEST_FOLDER, variables, step)

@@ -177,7 +177,8 @@ def train(
 
     Raises:
         InputError: there is no data.
-        FloatingPointError: the loss or the gradient is not finite; the last checkpoint stays.
+        FloatingPointError: the loss, the gradient or a score is not finite; the last checkpoint
+            stays.
         OSError: a checkpoint or log could not be written.
         tensorflow.errors.OpError: an operation failed; `ResourceExhaustedError` if a step does not
             fit in memory.
@@ -206,6 +207,8 @@ def train(
                 # Before the checkpoint: a run killed in between does both again.
                 try:
                     evaluated = evaluate_now(evaluation, trainer.variables, step, output_dir)
+                except FloatingPointError:  # Such weights must not be saved.
+                    raise
                 except Exception:
                     save_what_is_whole()
                     raise

@@ -327,7 +327,7 @@ def test_wrong_arguments(letters: Tokenizer) -> None:
         predict_answers(examples, features, good, good[:, :-1], do_lower_case=True)
     for value in (math.nan, math.inf):
         bad = logits_of(features, (0, 3, value))
-        with pytest.raises(InputError, match="not finite"):
+        with pytest.raises(FloatingPointError, match="not finite"):
             predict_answers(examples, features, good, bad, do_lower_case=True)
     with pytest.raises(InputError, match="n_best_size 0"):
         predict_answers(examples, features, good, good, n_best_size=0, do_lower_case=True)

@@ -101,7 +101,8 @@ def predict_answers(
         of having none.
 
     Raises:
-        InputError: a logit is not finite, or `n_best_size` or `max_answer_length` is below 1.
+        FloatingPointError: a logit is not finite.
+        InputError: `n_best_size` or `max_answer_length` is below 1.
         ValueError: the logits do not have the shape of the features.
     """
     start = np.asarray(start_logits, np.float64)
@@ -115,10 +116,7 @@ def predict_answers(
             hint="the original's are 20 and 30",
         )
     if not (np.isfinite(start).all() and np.isfinite(end).all()):
-        raise InputError(
-            "the model gives logits that are not finite",
-            hint="its training diverged; train again with a lower learning rate",
-        )
+        raise FloatingPointError("the model gives logits that are not finite")
 
     # Features of a question are neighbours: question i has rows bounds[i] to bounds[i + 1].
     bounds = np.searchsorted(features.example_index, np.arange(len(examples) + 1))
