@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import secrets
+import stat
+from collections.abc import Collection
 from pathlib import Path
+
+_TEMPORARY = re.compile(r"\.(.+)\.(?:[0-9]+|[0-9a-f]{16})\.tmp")
+"""Names of the hidden files; those with a process's number are of earlier versions."""
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Write a file so that a reader, or a power cut, meets the old content or the new.
 
     The content goes to a hidden file in the same folder, is flushed to the disk, and then takes the
-    name. The file gets the mode that the user's umask gives to new files.
+    name. Nobody can know the hidden file's name before, and no link is followed to it. A new file
+    gets the mode that the user's umask gives to new files, one that is replaced keeps its own.
 
     Args:
         path: the file; one that is there is replaced. A symbolic link stays, and leads to the new
@@ -29,16 +38,47 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
         return
     if target.is_symlink():
         target = target.resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # A part of the name will do: a file system has a longest one.
+    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
+    made = False
     try:
-        with temporary.open("wb") as file:
+        descriptor = _create(temporary, target)
+        made = True
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        if made:
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename == str(temporary):
             # The hidden file would mean nothing to the user.
             error.filename = str(target)
         raise
+
+
+def _create(temporary: Path, target: Path) -> int:
+    """Make a file that was not there, with the mode of the one that it is to replace."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    if not target.exists():
+        return os.open(temporary, flags, 0o666)
+    mode = stat.S_IMODE(target.stat().st_mode) & 0o777
+    descriptor = os.open(temporary, flags, mode)
+    # Some file systems know no modes; elsewhere the umask may have taken something away.
+    with contextlib.suppress(OSError):
+        os.fchmod(descriptor, mode)
+    return descriptor
+
+
+def remove_temporaries(folder: Path, names: Collection[str]) -> None:
+    """Remove what killed processes have left of writing some files of a folder.
+
+    Args:
+        folder: it need not exist. The caller sees to it that nobody else writes to it now.
+        names: of the files.
+    """
+    for path in folder.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is not None and match[1] in names:
+            path.unlink(missing_ok=True)

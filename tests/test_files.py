@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.files import write_atomically
+from finetune.files import remove_temporaries, write_atomically
 
 
 def test_writes_text_as_it_is(tmp_path: Path) -> None:
@@ -96,3 +96,51 @@ def test_mode_is_that_of_new_files(tmp_path: Path, umask: int, mode: int) -> Non
     finally:
         os.umask(previous)
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    path.chmod(mode)
+    write_atomically(path, "new")
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_what_lies_under_the_hidden_name_is_never_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody who could guess the name would lay a link there, to another file of the user."""
+    other = tmp_path / "other"
+    other.write_text("of somebody else")
+    tokens = iter(["0" * 16, "1" * 16])
+    monkeypatch.setattr("secrets.token_hex", lambda size: next(tokens))
+    (tmp_path / f".a.txt.{'0' * 16}.tmp").symlink_to(other)
+    (tmp_path / f".a.txt.{os.getpid()}.tmp").symlink_to(other)
+    with pytest.raises(FileExistsError):
+        write_atomically(tmp_path / "a.txt", "new")
+    write_atomically(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert other.read_text() == "of somebody else"
+    assert len([path for path in tmp_path.iterdir() if path.is_symlink()]) == 2
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    for name in ("x" * 255, "é" * 127):
+        write_atomically(tmp_path / name, name)
+        assert (tmp_path / name).read_text() == name
+
+
+def test_remains_of_killed_processes_go_and_nothing_else(tmp_path: Path) -> None:
+    token = "0123456789abcdef"
+    gone = [".a.txt.4711.tmp", f".a.txt.{token}.tmp", f".checkpoint.{token}.tmp"]
+    kept = [
+        "a.txt", ".a.txt.swp.tmp", ".a.txt.tmp", f".b.txt.{token}.tmp", f"a.txt.{token}.tmp",
+        ".a.txt.47x.tmp",
+    ]  # fmt: skip
+    for name in gone + kept:
+        (tmp_path / name).write_text("")
+    remove_temporaries(tmp_path, ["a.txt", "checkpoint"])
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+    remove_temporaries(tmp_path / "nowhere", ["a.txt"])
