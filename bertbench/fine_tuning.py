@@ -184,7 +184,7 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
 
 def _load(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job) -> FineTuned:
     strategy = open_device(budget)
-    from finetune.checkpoints import list_checkpoints
+    from finetune.checkpoint_files import list_checkpoints
 
     variables = _create(settings, job.workload, strategy)
     source = files.init_checkpoint

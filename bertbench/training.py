@@ -92,7 +92,7 @@ def train_model(
     """
     import tensorflow as tf
 
-    from finetune.checkpoints import list_checkpoints
+    from finetune.checkpoint_files import list_checkpoints
     from finetune.evaluation import BEST_FOLDER, EvalRecord, Evaluation, best_record, read_eval_log
     from finetune.optimization import OptimizerSettings
     from finetune.step import make_trainer
@@ -246,7 +246,7 @@ def train_model(
 
 def _saved_step(folder: Path) -> int:
     """Optimizer steps of the newest checkpoint; 0 without one."""
-    from finetune.checkpoints import list_checkpoints
+    from finetune.checkpoint_files import list_checkpoints
 
     saved = [path.name.rpartition("-")[2] for path in list_checkpoints(folder)]
     return int(saved[-1]) if saved else 0

@@ -4,19 +4,20 @@
 `…/adam_v`) and `global_step`, so the original's tools read it, and any output folder can be the
 `init_checkpoint` of a next stage.
 A checkpoint exists only once it is complete: the files are written under a temporary name,
-flushed, renamed, and then the `checkpoint` file is replaced.
+flushed, renamed, and then the `checkpoint` file is replaced. `finetune.checkpoint_files` says which
+of them are there.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import tensorflow as tf
 
+from finetune.checkpoint_files import PREFIX, STATE_FILE, list_checkpoints
 from finetune.errors import DamagedFileError, InputError
 from finetune.files import write_atomically
 from finetune.modeling import Variables
@@ -26,7 +27,6 @@ from finetune.weights import open_tf_checkpoint
 _logger = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
-_PREFIX = "model.ckpt-"
 _SUFFIXES = (".data-00000-of-00001", ".index")
 
 
@@ -98,9 +98,9 @@ def save_weights(output_dir: Path, variables: Variables, step: int) -> Path:
 
 
 def _write(output_dir: Path, named: Mapping[str, tf.Variable], step: int) -> Path:
-    prefix = output_dir / f"{_PREFIX}{step}"
+    prefix = output_dir / f"{PREFIX}{step}"
     temporary = output_dir / f".tmp-{prefix.name}"
-    _remove_temporaries(output_dir)
+    remove_half_written(output_dir)
     try:
         tf.raw_ops.SaveV2(
             prefix=str(temporary),
@@ -118,26 +118,16 @@ def _write(output_dir: Path, named: Mapping[str, tf.Variable], step: int) -> Pat
         # TensorFlow's file system wraps what the operating system said.
         raise OSError(f"cannot write the checkpoint {prefix} ({error.message})") from error
     finally:
-        _remove_temporaries(output_dir)
+        remove_half_written(output_dir)
     _write_state_file(output_dir, prefix.name)
     return prefix
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Prefixes of the complete checkpoints of a folder, oldest step first."""
-    found = {}
-    for index in output_dir.glob(f"{_PREFIX}*.index"):
-        match = re.fullmatch(rf"{_PREFIX}([0-9]+)", index.stem)
-        if match and Path(f"{index.with_suffix('')}.data-00000-of-00001").is_file():
-            found[int(match[1])] = index.with_suffix("")
-    return [found[step] for step in sorted(found)]
 
 
 def restore_state(output_dir: Path, variables: Variables, state: OptimizerState) -> int | None:
     """Continue from the newest complete checkpoint of a folder.
 
     One that cannot be read, as after a disk error, is passed over with a warning: an older one
-    only costs the steps since it.
+    only costs the steps since it. Afterwards the file `checkpoint` names what was restored.
 
     Args:
         output_dir: the folder; it need not exist.
@@ -149,6 +139,7 @@ def restore_state(output_dir: Path, variables: Variables, state: OptimizerState)
 
     Raises:
         InputError: the newest checkpoint is of another model, or all are damaged.
+        OSError: the file `checkpoint` cannot be written.
     """
     every = _named_state(variables, state)
     first_damage: InputError | None = None
@@ -166,6 +157,8 @@ def restore_state(output_dir: Path, variables: Variables, state: OptimizerState)
             _logger.warning("passing over a damaged checkpoint: %s", error)
             first_damage = first_damage or error
             continue
+        # For the original's tools; a kill or a full disk may have left it behind.
+        _write_state_file(output_dir, prefix.name)
         return int(state.step.numpy())
     if first_damage is not None:
         raise first_damage
@@ -191,10 +184,16 @@ def _remove(prefix: Path) -> None:
         Path(f"{prefix}{suffix}").unlink(missing_ok=True)
 
 
-def _remove_temporaries(output_dir: Path) -> None:
+def remove_half_written(output_dir: Path) -> None:
     """Remove what a save that failed, or that a kill cut short, has left: as large as a model."""
-    for path in output_dir.glob(f".tmp-{_PREFIX}*"):
+    for path in output_dir.glob(f".tmp-{PREFIX}*"):
         path.unlink(missing_ok=True)
+    whole = set(list_checkpoints(output_dir))
+    for suffix in _SUFFIXES:
+        for path in output_dir.glob(f"{PREFIX}*{suffix}"):
+            prefix = path.with_name(path.name.removesuffix(suffix))
+            if prefix.name.removeprefix(PREFIX).isdecimal() and prefix not in whole:
+                path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -204,5 +203,7 @@ def _flush(path: Path) -> None:
 
 def _write_state_file(output_dir: Path, newest: str) -> None:
     """Name the newest checkpoint in the text form that `tf.train.latest_checkpoint` reads."""
+    path = output_dir / STATE_FILE
     text = f'model_checkpoint_path: "{newest}"\nall_model_checkpoint_paths: "{newest}"\n'
-    write_atomically(output_dir / "checkpoint", text)
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_atomically(path, text)

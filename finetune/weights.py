@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 from safetensors import SafetensorError, safe_open
 
+from finetune.checkpoint_files import other_checkpoints, preferred_checkpoints
 from finetune.errors import DamagedFileError, InputError
 from finetune.modeling import Variables
+
+_logger = logging.getLogger(__name__)
 
 _HEAD_NAMES = frozenset(
     {"output_weights", "output_bias", "cls/squad/output_weights", "cls/squad/output_bias"}
@@ -43,14 +47,16 @@ def find_checkpoint(path: str | Path) -> Path:
     Args:
         path: the prefix of a TensorFlow checkpoint (`bert_model.ckpt`), its `.index` file, a
             `.safetensors` file, or a folder that holds one of them. In a folder that training
-            left, the best weights come first if they were kept, then the newest checkpoint that
-            its `checkpoint` file names.
+            left, the best weights come first if they were kept, then the newest checkpoint, see
+            `finetune.checkpoint_files`. One that is damaged is passed over with a warning.
 
     Returns:
         A `.safetensors` file, or the prefix of a TensorFlow checkpoint.
 
     Raises:
-        InputError: nothing is there, or only a format that is not read, such as pickles.
+        InputError: nothing is there, several checkpoints that are not steps of one training, or
+            only a format that is not read, such as pickles.
+        DamagedFileError: all checkpoints of the folder are damaged.
     """
     path = Path(path)
     if path.suffix == ".safetensors" and path.is_file():
@@ -60,14 +66,18 @@ def find_checkpoint(path: str | Path) -> Path:
     if Path(f"{path}.index").is_file():
         return path
     if path.is_dir():
-        for folder in (path / "best", path):
-            latest = tf.train.latest_checkpoint(str(folder))
-            if latest is not None:
-                return Path(latest)
+        places = (path / "best", path)
+        trained = (prefix for place in places for prefix in preferred_checkpoints(place))
+        readable = _first_readable(trained)
+        if readable is not None:
+            return readable
         for name in ("model.safetensors", "bert_model.ckpt"):
             found = path / name
             if found.is_file() or Path(f"{found}.index").is_file():
                 return found
+        readable = _first_readable(other_checkpoints(path))
+        if readable is not None:
+            return readable
         if (path / "pytorch_model.bin").is_file():
             raise InputError(
                 "only pytorch_model.bin is there, a pickle, and pickles are never loaded",
@@ -80,6 +90,30 @@ def find_checkpoint(path: str | Path) -> Path:
         hint="give the prefix of a TensorFlow checkpoint (…/bert_model.ckpt) or a folder with "
         "model.safetensors",
     )
+
+
+def _first_readable(prefixes: Iterable[Path]) -> Path | None:
+    """The first of several checkpoints whose weights can all be read; None if there are none.
+
+    Raises:
+        DamagedFileError: of the first one, if none can be read.
+    """
+    first_damage: DamagedFileError | None = None
+    for prefix in prefixes:
+        try:
+            shapes, read = open_tf_checkpoint(prefix)
+            for name in shapes:
+                # What belongs to a variable, as the optimizer's moments, is no weight.
+                if name.rpartition("/")[0] not in shapes:
+                    read(name)
+        except DamagedFileError as error:
+            _logger.warning("passing over a damaged checkpoint: %s", error)
+            first_damage = first_damage or error
+            continue
+        return prefix
+    if first_damage is not None:
+        raise first_damage
+    return None
 
 
 def load_weights(variables: Variables, init_checkpoint: str | Path) -> LoadReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ import pytest
 import tensorflow as tf
 from tiny_models import CONFIG, Arrays, eagerly, random_batch, tiny_trainer, values_of
 
+from finetune.checkpoint_files import list_checkpoints
 from finetune.checkpoints import (
     KEPT_CHECKPOINTS,
-    list_checkpoints,
     restore_state,
     save_state,
     save_weights,
@@ -23,6 +24,7 @@ from finetune.errors import InputError
 from finetune.modeling import create_variables
 from finetune.optimization import OptimizerState, create_state
 from finetune.step import Trainer
+from finetune.weights import find_checkpoint, load_weights
 
 SEQ_LEN = 5
 DATA = ".data-00000-of-00001"
@@ -146,13 +148,22 @@ def test_interrupted_save_leaves_the_last_checkpoint(
         patch.setattr(os, "replace", power_cut)
         with pytest.raises(KeyboardInterrupt):
             save_state(tmp_path, *model(8, seed=2))
-    restored = model()
     # Two renames make a checkpoint: data, then index. The third only names it.
     step = 8 if calls_before == 2 else 4
+    assert Path(tf.train.latest_checkpoint(str(tmp_path))).name == "model.ckpt-4"
+    # Whoever reads takes the same one, whatever that file says.
+    assert find_checkpoint(tmp_path) == tmp_path / f"model.ckpt-{step}"
+    other = model()
+    load_weights(other[0], tmp_path)
+    assert_equal((other[0], model()[1]), (model(seed=2 if step == 8 else 1)[0], model()[1]))
+    restored = model()
     assert restore_state(tmp_path, *restored) == step
     assert_equal(restored, model(step, seed=2 if step == 8 else 1))
-    assert Path(tf.train.latest_checkpoint(str(tmp_path))).name == "model.ckpt-4"
+    # From then on the original's tools do too.
+    assert Path(tf.train.latest_checkpoint(str(tmp_path))).name == f"model.ckpt-{step}"
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".tmp")]
+    names = {path.name.partition(".data")[0] for path in tmp_path.glob("*.data-*")}
+    assert names == {path.name for path in list_checkpoints(tmp_path)}
     save_state(tmp_path, *model(9, seed=3))
     assert restore_state(tmp_path, *model()) == 9
 
@@ -172,7 +183,12 @@ def test_remains_of_a_killed_process_are_ignored(tmp_path: Path) -> None:
     assert restore_state(tmp_path, *model()) == 4
     # They are as large as the model, so the next save clears them away.
     save_state(tmp_path, *model(5))
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".tmp")]
+    assert sorted(os.listdir(tmp_path)) == [
+        "checkpoint",
+        *(f"model.ckpt-{step}{suffix}" for step in (4, 5) for suffix in (DATA, ".index")),
+        f"model.ckpt-best{DATA}",
+        "model.ckpt-best.index",
+    ]
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
@@ -225,6 +241,44 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert restore_state(tmp_path, *restored) == 4
     assert_equal(restored, model(4, seed=1))
     assert "model.ckpt-8" in caplog.text
+    assert Path(tf.train.latest_checkpoint(str(tmp_path))).name == "model.ckpt-4"
+
+
+@pytest.mark.parametrize("where", [0, -1])
+def test_every_reader_passes_over_a_flipped_bit(
+    tmp_path: Path, where: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the first and in the last tensor of the newest checkpoint."""
+    save_weights(tmp_path, model(seed=1)[0], 4)
+    good = find_checkpoint(tmp_path)
+    for suffix in (".index", DATA):
+        shutil.copy(f"{good}{suffix}", tmp_path / f"kept{suffix}")
+    path = Path(f"{save_weights(tmp_path, model(seed=2)[0], 8)}{DATA}")
+    for suffix in (".index", DATA):
+        os.replace(tmp_path / f"kept{suffix}", f"{good}{suffix}")
+    data = bytearray(path.read_bytes())
+    data[where] ^= 1
+    path.write_bytes(data)
+    variables = model()[0]
+    assert load_weights(variables, tmp_path).source == good
+    for name, variable in model(seed=1)[0].items():
+        np.testing.assert_array_equal(variables[name], variable)
+    assert "passing over a damaged checkpoint" in caplog.text
+    for path in tmp_path.glob(f"model.ckpt-4{DATA}"):
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(InputError, match=r"model\.ckpt-8: cannot read"):
+        find_checkpoint(tmp_path)
+
+
+def test_damaged_best_weights_give_way_to_the_newest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = save_state(tmp_path, *model(8))
+    best = save_weights(tmp_path / "best", model()[0], 4)
+    assert find_checkpoint(tmp_path) == best
+    Path(f"{best}.index").write_bytes(b"")
+    assert find_checkpoint(tmp_path) == newest
+    assert "best/model.ckpt-4" in caplog.text
 
 
 def test_another_model_is_not_taken_for_damage(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ from bertbench.running import RunSettings, choose_levers
 from bertbench.stepping_down import follow, step_down
 from bertbench.trial import Trial
 from bertbench.workload import Levers, published_workload
+from finetune.checkpoint_files import list_checkpoints
 from finetune.checkpointing import Checkpointing
-from finetune.checkpoints import list_checkpoints
 from finetune.errors import InputError
 from finetune.training import read_log
 

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 from tiny_models import eagerly, random_batch, tiny_trainer, values_of
 
-from finetune.checkpoints import list_checkpoints
+from finetune.checkpoint_files import list_checkpoints
 from finetune.evaluation import (
     BEST_FOLDER,
     EVAL_LOG_NAME,

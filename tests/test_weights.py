@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,8 @@ def test_folder_prefers_the_newest_training_checkpoint(tmp_path: Path) -> None:
     prefix = save_tf(tmp_path, random_values("squad", seed=2))
     assert find_checkpoint(tmp_path) == prefix
     (tmp_path / "checkpoint").write_text("not what TensorFlow writes")
+    assert find_checkpoint(tmp_path) == prefix
+    Path(f"{prefix}.index").unlink()
     assert find_checkpoint(tmp_path) == tmp_path / "model.safetensors"
 
 
@@ -197,8 +200,29 @@ def test_folder_of_the_original_release(tmp_path: Path) -> None:
     prefix = save_tf(tmp_path, random_values("squad"))
     for suffix in (".index", ".data-00000-of-00001"):
         Path(f"{prefix}{suffix}").rename(tmp_path / f"bert_model.ckpt{suffix}")
-    (tmp_path / "checkpoint").unlink()
-    assert load_weights(model(), tmp_path).source == tmp_path / "bert_model.ckpt"
+    for content in (None, "", 'model_checkpoint_path: "/build/bert_model.ckpt"\n'):
+        (tmp_path / "checkpoint").unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "checkpoint").write_text(content)
+        assert load_weights(model(), tmp_path).source == tmp_path / "bert_model.ckpt"
+
+
+def test_folder_of_another_program(tmp_path: Path) -> None:
+    prefix = save_tf(tmp_path, random_values("squad"))
+    for suffix in (".index", ".data-00000-of-00001"):
+        shutil.copy(f"{prefix}{suffix}", tmp_path / f"ckpt-2{suffix}")
+        Path(f"{prefix}{suffix}").rename(tmp_path / f"ckpt-10{suffix}")
+    (tmp_path / "checkpoint").write_bytes(b"\xff\x00")
+    assert load_weights(model(), tmp_path).source == tmp_path / "ckpt-10"
+
+
+def test_nothing_outside_a_folder_is_opened(tmp_path: Path) -> None:
+    outside = save_tf(tmp_path / "outside", random_values("squad"))
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    for named in (outside, f"../outside/{outside.name}"):
+        (inside / "checkpoint").write_text(f'model_checkpoint_path: "{named}"\n')
+        assert "no checkpoint found" in message_of(model(), inside)
 
 
 # What goes wrong

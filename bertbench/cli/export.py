@@ -16,6 +16,7 @@ from bertbench.output_folder import RUN_FILE
 from bertbench.progress import say
 from bertbench.quiet import muted_stderr
 from bertbench.running import ModelFiles, find_model_files, load_config_and_tokenizer
+from finetune.checkpoint_files import PREFIX, list_checkpoints
 from finetune.errors import InputError
 from finetune.tokenization import infer_do_lower_case
 
@@ -127,20 +128,16 @@ def _find_weights(model_dir: Path, checkpoint: str | None) -> Path:
     if checkpoint is None:
         return model_dir
     if checkpoint.isdecimal():
-        prefix = model_dir / f"model.ckpt-{checkpoint}"
-        if not Path(f"{prefix}.index").is_file():
-            steps = sorted(
-                int(path.stem.rpartition("-")[2])
-                for path in model_dir.glob("model.ckpt-*.index")
-                if path.stem.rpartition("-")[2].isdecimal()
-            )
-            there = ", ".join(map(str, steps))
-            raise InputError(
-                f"there is no checkpoint of step {checkpoint}",
-                path=model_dir,
-                hint=f"there are those of {there}" if steps else "give a checkpoint's name",
-            )
-        return prefix
+        prefixes = list_checkpoints(model_dir)
+        for prefix in prefixes:
+            if prefix.name == f"{PREFIX}{checkpoint}":
+                return prefix
+        there = ", ".join(prefix.name.removeprefix(PREFIX) for prefix in prefixes)
+        raise InputError(
+            f"there is no checkpoint of step {checkpoint}",
+            path=model_dir,
+            hint=f"there are those of {there}" if there else "give a checkpoint's name",
+        )
     inside = model_dir / checkpoint
     return inside if inside.is_file() or Path(f"{inside}.index").is_file() else Path(checkpoint)
 

@@ -1,0 +1,117 @@
+"""Which TensorFlow checkpoints a folder holds; every reader asks here.
+
+A checkpoint is whole once its index and all of its data are there, because a training writes the
+index last. The newest whole one is what counts. The file `checkpoint` names one too, but it is
+replaced after the index, so a kill or a full disk in between leaves it behind, and in a folder that
+was copied it may name a path of another machine. So it decides only between checkpoints that have
+no step in their names, and nothing outside the folder is ever opened because of it.
+
+This module does not import TensorFlow.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+
+from finetune.errors import InputError
+
+_logger = logging.getLogger(__name__)
+
+STATE_FILE = "checkpoint"
+PREFIX = "model.ckpt-"
+
+_INDEX = ".index"
+_FIRST_PART = re.compile(r"(.+)\.data-00000-of-([0-9]{5})")
+_OWN = re.compile(rf"{re.escape(PREFIX)}([0-9]{{1,18}})")
+_NUMBERED = re.compile(r"(.*?)-?([0-9]*)")
+_NAMED = re.compile(rb'^\s*model_checkpoint_path\s*:\s*"((?:[^"\\\n]|\\.)+)"', re.MULTILINE)
+_MOST_STATE_BYTES = 1 << 20
+_MOST_SHOWN = 100
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Prefixes of the whole checkpoints that a training has left in a folder, oldest step first."""
+    steps = {int(match[1]): name for name in _whole(folder) if (match := _OWN.fullmatch(name))}
+    return [folder / steps[step] for step in sorted(steps)]
+
+
+def preferred_checkpoints(folder: Path) -> list[Path]:
+    """Prefixes of the checkpoints that a folder offers, in the order in which to try them.
+
+    Those of a training come from the newest to the oldest; where there are none, it is the one that
+    the file `checkpoint` names. What that file says else is warned about.
+    """
+    whole = _whole(folder)
+    steps = list_checkpoints(folder)
+    found = [path.name for path in reversed(steps)]
+    named = _read_state(folder)
+    name = None if named is None else re.split(r"[/\\]", named)[-1]
+    if not found and name in whole:
+        found = [name]
+    if named is not None and found and not _agrees(folder, named, found[0]):
+        what = f"names {named[:_MOST_SHOWN]!r}" if named else "cannot be read"
+        _logger.warning("%s %s: using %s", folder / STATE_FILE, what, found[0])
+    return [folder / name for name in found]
+
+
+def other_checkpoints(folder: Path) -> list[Path]:
+    """Prefixes of checkpoints of other programs, newest first, where nothing names one of them.
+
+    Raises:
+        InputError: they are not steps of one training, so that nothing tells which is meant.
+    """
+    found = sorted(_whole(folder), key=lambda name: int(_number(name)[1] or 0), reverse=True)
+    if len({_number(name)[0] for name in found}) > 1:
+        raise InputError(
+            f"several checkpoints are there ({', '.join(sorted(found)[:3])})",
+            path=folder,
+            hint="name one of them instead of the folder",
+        )
+    return [folder / name for name in found]
+
+
+def _whole(folder: Path) -> set[str]:
+    """Names of the checkpoints of a folder whose index and data are all there."""
+    try:
+        files = {path.name for path in folder.iterdir() if path.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    found = set()
+    for match in filter(None, map(_FIRST_PART.fullmatch, files)):
+        name, count = match[1], match[2]
+        needed = {f"{name}.data-{part:05}-of-{count}" for part in range(int(count))}
+        if needed | {f"{name}{_INDEX}"} <= files and not name.startswith("."):
+            found.add(name)
+    return found
+
+
+def _number(name: str) -> tuple[str, str]:
+    match = _NUMBERED.fullmatch(name)
+    return (name, "") if match is None else (match[1], match[2])
+
+
+def _read_state(folder: Path) -> str | None:
+    """What the file `checkpoint` names; "" if that cannot be told, None without the file."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        return "" if os.path.lexists(path) else None
+    try:
+        with path.open("rb") as file:
+            match = _NAMED.search(file.read(_MOST_STATE_BYTES))
+    except OSError:
+        return ""
+    return "" if match is None else match[1].decode("utf-8", "replace")
+
+
+def _agrees(folder: Path, named: str, used: str) -> bool:
+    """Whether a state file needs no word: it names what is used, or an older step of it."""
+    parent, _, name = named.rpartition("/")
+    if parent and parent not in (os.path.abspath(folder), os.path.realpath(folder)):
+        return False
+    older, newest = _OWN.fullmatch(name), _OWN.fullmatch(used)
+    if older is not None and newest is not None:
+        return int(older[1]) <= int(newest[1])
+    return name == used
