@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bertbench.attached import resolve_device, tpu_device
-from bertbench.devices import Budget, device_from_json, make_budget
+from bertbench.devices import Budget, make_budget
 from bertbench.ledger import find, record, versions_key
+from bertbench.probe_file import read_probe_file
 from bertbench.probing import plenty_seconds
 from bertbench.trial import Trial, measure_batches
-from bertbench.workload import Levers, Workload, levers_from_json, published_workload
+from bertbench.workload import Levers, Workload
 from finetune.errors import InputError
 
 
@@ -81,30 +81,13 @@ def read_claims(path: Path) -> tuple[Budget, list[Claim], int]:
     Raises:
         InputError: not such a file, or of a device that is not here.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        named = dict(values["device"])
-        budget_bytes = int(named.pop("budget_bytes"))
-        claimed = device_from_json(named)
-        cells = [cell for cell in values["cells"] if cell["certificate"]]
-        claims = [
-            Claim(
-                published_workload(cell["model"], cell["seq_len"], cell["head"]),
-                levers_from_json(cell["levers"]),
-                cell["certificate"]["fits"]["batch"] if cell["certificate"]["fits"] else 0,
-                cell["certificate"]["oom"]["batch"],
-            )
-            for cell in cells
-        ]
-        others = len(values["cells"]) - len(cells)
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", path=path) from error
-    except InputError:  # a model or lever that this version does not know
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            "not a probe's result", path=path, hint="give a file of `bertbench probe --json`"
-        ) from error
+    probed = read_probe_file(path)
+    claimed = probed.device
+    claims = [
+        Claim(cell.workload, cell.levers, *cell.certificate)
+        for cell in probed.cells
+        if cell.certificate is not None
+    ]
     if claimed.tpu is not None:
         found = tpu_device(claimed.tpu, claimed.total_bytes)
     else:
@@ -116,7 +99,7 @@ def read_claims(path: Path) -> tuple[Budget, list[Claim], int]:
             path=path,
             hint="certificates hold for the device that they were measured on; probe this one",
         )
-    return make_budget(found, budget_bytes), claims, others
+    return make_budget(found, probed.budget_bytes), claims, len(probed.cells) - len(claims)
 
 
 def check_claim(

@@ -9,7 +9,7 @@ from typing import Any
 from bertbench.bytes import GIB_BYTES, MIB_BYTES, format_bytes
 from bertbench.hostmemory import host_memory
 from finetune.errors import InputError
-from finetune.json_files import json_text
+from finetune.json_files import MOST_WHOLE, build, get_whole, json_text
 
 GPU_CONTEXT_RESERVE_BYTES = 600 * MIB_BYTES
 """Left free on a GPU by default: the CUDA context and the handles and workspaces of cuBLAS and
@@ -110,17 +110,29 @@ class Device:
 
 
 def device_from_json(values: dict[str, Any]) -> Device:
-    """Read what `Device.to_json` wrote."""
-    held_by = tuple((int(pid), str(name), int(size)) for pid, name, size in values["held_by"])
-    tpu = values.get("tpu")
-    return Device(
-        **{
+    """Read what `Device.to_json` wrote; unknown keys are ignored.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(values, dict):
+        raise InputError("not a device")
+    tpu, peers, held = values.get("tpu"), values.get("peers") or (), values.get("held_by") or ()
+    whole = all(isinstance(one, list | tuple) and len(one) == 3 for one in held)
+    if not isinstance(peers, list | tuple) or not whole:
+        raise InputError("not a device")
+    device = build(
+        Device,
+        {
             **values,
-            "held_by": held_by,
-            "tpu": TpuSettings(**tpu) if tpu else None,
-            "peers": tuple(map(device_from_json, values.get("peers", ()))),
-        }
+            "held_by": tuple((pid, str(name), size) for pid, name, size in held),
+            "tpu": build(TpuSettings, tpu) if tpu else None,
+            "peers": tuple(map(device_from_json, peers)),
+        },
     )
+    if min(device.total_bytes, device.free_bytes, device.index) < 0:
+        raise InputError("not a device")
+    return device
 
 
 def together(devices: Sequence[Device]) -> Device:
@@ -191,8 +203,13 @@ class Budget:
 
 
 def budget_from_json(values: dict[str, Any]) -> Budget:
-    """Read what `Budget.to_json` wrote."""
-    return Budget(device_from_json(values["device"]), int(values["budget_bytes"]))
+    """Read what `Budget.to_json` wrote.
+
+    Raises:
+        InputError: it is something else.
+    """
+    size_bytes = get_whole(values, "budget_bytes", 1, MOST_WHOLE)
+    return Budget(device_from_json(values.get("device", {})), size_bytes)
 
 
 def default_budget_bytes(device: Device) -> int:

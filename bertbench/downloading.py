@@ -12,7 +12,6 @@ import binascii
 import contextlib
 import dataclasses
 import http.client
-import json
 import math
 import os
 import re
@@ -32,8 +31,9 @@ import pooch
 from bertbench.bytes import MIB_BYTES
 from bertbench.errors import WorkError
 from bertbench.progress import Advance, progress, say
+from finetune.errors import InputError
 from finetune.files import write_atomically
-from finetune.json_files import json_text
+from finetune.json_files import build, json_text, load_object
 
 Checked = Literal["SHA-256", "server's MD5", "length", "nothing"]
 """What a file was compared with."""
@@ -286,8 +286,8 @@ def _state_path(part: Path) -> Path:
 
 def _read_state(part: Path, url: str) -> _Remote | None:
     try:
-        remote = _Remote(**json.loads(_state_path(part).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        remote = build(_Remote, load_object(_state_path(part), what="the state of a download"))
+    except InputError:
         return None
     return remote if remote.url == url else None
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,7 +20,9 @@ from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, to_original_json
 from finetune.errors import InputError
 from finetune.files import write_atomically
-from finetune.json_files import json_text
+from finetune.json_files import json_text, load_object
+
+_T = TypeVar("_T")
 
 RUN_FILE = "run.json"
 _RUN_FILES = (
@@ -58,11 +59,28 @@ def describe_file(path: Path) -> dict[str, str]:
     return {"path": str(path), "sha256": hash_file(path)}
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read what a run has recorded about itself.
+
+    Raises:
+        InputError: there is no record, or it is damaged.
+    """
+    hint = "give an --output_dir of `bertbench run`, and for a new run one without a record"
+    # Scores of earlier versions may be NaN.
+    return load_object(folder / RUN_FILE, what="the record of a run", hint=hint, finite=False)
+
+
+def _part(record: Mapping[str, Any], name: str, kind: type[_T]) -> _T:
+    """A part of a record, empty if the record has none of that kind."""
+    found = record.get(name)
+    return found if isinstance(found, kind) else kind()
+
+
 def recorded_labels(folder: Path) -> tuple[str, ...] | None:
     """The labels of the classifier that a folder's run has trained; None if it says nothing."""
     try:
-        labels = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["labels"]
-    except (OSError, ValueError, KeyError, TypeError):
+        labels = read_record(folder).get("labels")
+    except InputError:
         return None
     return tuple(map(str, labels)) if isinstance(labels, list) and labels else None
 
@@ -112,14 +130,11 @@ def prepare_output(
         for pattern in _RUN_FILES:
             for old in folder.glob(pattern):
                 old.unlink()
-    earlier = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise InputError(f"cannot use the output folder ({error})", path=folder) from error
-    if earlier is not None and not isinstance(earlier, dict):
-        raise InputError("not the record of a run", path=path, hint="choose another --output_dir")
+    earlier = read_record(folder) if path.exists() else None
     if earlier is None and any(folder.glob("model.ckpt-*")):
         raise InputError(
             "the output folder holds checkpoints of something else",
@@ -133,7 +148,7 @@ def prepare_output(
                 path=folder,
                 hint="choose another --output_dir, or --overwrite_output_dir to start again",
             )
-        before = earlier.get("identity", {})
+        before = _part(earlier, "identity", dict)
         changed = [key for key in identity if before.get(key) != identity[key]]
         if changed:
             raise InputError(
@@ -141,8 +156,8 @@ def prepare_output(
                 path=folder,
                 hint="choose another --output_dir, or --overwrite_output_dir to start again",
             )
-        now, before = extra.get("evaluation"), earlier.get("evaluation")
-        if now and before and now != before:
+        now, then = extra.get("evaluation"), earlier.get("evaluation")
+        if now and then and now != then:
             raise InputError(
                 "the output folder holds a run that was evaluated on other data",
                 path=folder,
@@ -164,8 +179,8 @@ def prepare_output(
             "identity": dict(identity),
             "settings": settings_json(settings),
             **extra,
-            "invocations": [*(earlier or {}).get("invocations", []), begun],
-            "steps_down": (earlier or {}).get("steps_down", []),
+            "invocations": [*_part(earlier or {}, "invocations", list), begun],
+            "steps_down": _part(earlier or {}, "steps_down", list),
         },
     )
 
@@ -176,17 +191,16 @@ def recorded_steps_down(folder: Path) -> list[dict[str, Any]]:
     Empty if there is no run, or no readable record; `prepare_output` says what is wrong with it.
     """
     try:
-        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = _part(read_record(folder), "steps_down", list)
+    except InputError:
         return []
-    found = record.get("steps_down") if isinstance(record, dict) else None
-    return found if isinstance(found, list) else []
+    return [values for values in found if isinstance(values, dict)]
 
 
 def add_step_down(settings: RunSettings, values: Mapping[str, Any]) -> None:
     """Add to the run's record what it could not go on with, and what comes after it."""
-    record = json.loads((settings.output_dir / RUN_FILE).read_text(encoding="utf-8"))
-    steps_down = [*record.get("steps_down", []), dict(values)]
+    record = read_record(settings.output_dir)
+    steps_down = [*_part(record, "steps_down", list), dict(values)]
     _write_record(settings.output_dir, {**record, "steps_down": steps_down})
 
 
@@ -195,10 +209,9 @@ def record_results(settings: RunSettings, results: Mapping[str, Any]) -> None:
     path = settings.output_dir / RUN_FILE
     if not path.is_file():
         return
-    record = json.loads(path.read_text(encoding="utf-8"))
-    _write_record(
-        settings.output_dir, {**record, "results": {**record.get("results", {}), **results}}
-    )
+    record = read_record(settings.output_dir)
+    results = {**_part(record, "results", dict), **results}
+    _write_record(settings.output_dir, {**record, "results": results})
 
 
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -24,8 +24,9 @@ from bertbench.output_folder import add_step_down, recorded_steps_down
 from bertbench.planner import PlanEntry, describe_setting
 from bertbench.progress import say
 from bertbench.running import RunSettings, plan_run
-from bertbench.workload import Levers, Workload, levers_from_json
+from bertbench.workload import MOST_BATCH, Levers, Workload, levers_from_json
 from finetune.errors import InputError
+from finetune.json_files import MOST_WHOLE, get_whole
 
 _NEXT_SHARE = 0.9
 """Predicted peak of the next plan, at most, as a part of that of the one that did not fit."""
@@ -74,18 +75,24 @@ class StepDown:
 
 
 def step_down_from_json(values: dict[str, Any]) -> StepDown:
-    """Read what `StepDown.to_json` wrote."""
-    before, after = values["from"], values["to"]
+    """Read what `StepDown.to_json` wrote.
+
+    Raises:
+        InputError: it is something else.
+    """
+    before, after = (values.get(name) for name in ("from", "to"))
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        raise InputError("a step down has no settings")
     return StepDown(
-        str(values["at"]),
-        str(values["device"]),
-        int(values["step"]),
-        int(values["budget_bytes"]),
-        int(before["micro_batch"]),
+        str(values.get("at")),
+        str(values.get("device")),
+        get_whole(values, "step", 0, MOST_WHOLE),
+        get_whole(values, "budget_bytes", 1, MOST_WHOLE),
+        get_whole(before, "micro_batch", 1, MOST_BATCH),
         levers_from_json(before),
-        int(after["micro_batch"]),
+        get_whole(after, "micro_batch", 1, MOST_BATCH),
         levers_from_json(after),
-        str(values["message"]),
+        str(values.get("message")),
     )
 
 
@@ -112,9 +119,9 @@ def follow(
     for values in recorded_steps_down(settings.output_dir):
         try:
             down = step_down_from_json(values)
-        except (KeyError, TypeError, ValueError) as error:
+        except InputError as error:
             raise InputError(
-                f"not the record of a run ({error!r})",
+                f"not the record of a run ({error})",
                 path=settings.output_dir,
                 hint="choose another --output_dir, or --overwrite_output_dir to start again",
             ) from error

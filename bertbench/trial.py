@@ -15,6 +15,7 @@ from bertbench.hostmemory import host_memory
 from bertbench.isolation import Ending, Message, run_isolated
 from bertbench.outcomes import Outcome, classify_error, classify_exit, shorten, summarise_error
 from bertbench.workload import Levers, Workload, levers_from_json, workload_from_json
+from finetune.json_files import build
 
 TARGET = "bertbench.trial_step:run_trial"
 """What a trial's process runs: training steps for every batch of a `TrialRequest`."""
@@ -57,9 +58,12 @@ class Trial:
 
 
 def trial_from_json(values: Mapping[str, Any]) -> Trial:
-    """Read what `Trial.to_json` wrote; unknown keys are ignored."""
-    known = {field.name for field in dataclasses.fields(Trial)}
-    return Trial(**{key: value for key, value in values.items() if key in known})
+    """Read what `Trial.to_json` wrote; unknown keys are ignored.
+
+    Raises:
+        InputError: it is something else.
+    """
+    return build(Trial, values)
 
 
 @dataclasses.dataclass(frozen=True)

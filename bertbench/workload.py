@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing, parse_checkpointing
 from finetune.config import HEADS, BertConfig, is_trained, preset, variable_shapes
 from finetune.errors import InputError
-from finetune.json_files import json_text
+from finetune.json_files import build, get_whole, json_text, parse_json
 from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, PLACEMENTS
 from finetune.precisions import EXACT_PRECISION, PRECISIONS
+
+MOST_BATCH = 1 << 20
+"""Largest batch, of all kinds; the largest that BERT has been trained with is 2 ** 16."""
+
+_MOST_LABELS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Workload:
         """Refuse what no graph could be built for."""
         if self.head not in HEADS:
             raise InputError(f"unknown task head {self.head!r}", hint=f"use {' or '.join(HEADS)}")
+        if not 1 <= self.num_labels <= _MOST_LABELS:
+            raise InputError(f"{self.num_labels:,} labels, and there are 1 to {_MOST_LABELS:,}")
         if not 1 <= self.seq_len <= self.config.max_position_embeddings:
             raise InputError(
                 f"sequence length {self.seq_len} is outside 1 to "
@@ -76,14 +82,27 @@ def workload_from_key(model: str, key: str) -> Workload:
 
     Raises:
         InputError: it is the key of no workload of this version.
-        KeyError, TypeError, ValueError: likewise.
     """
-    return workload_from_json({"model": model, **json.loads(key)})
+    try:
+        values = parse_json(key)
+    except ValueError as error:
+        raise InputError(f"not a workload ({error})") from error
+    if not isinstance(values, dict):
+        raise InputError("not a workload")
+    return workload_from_json({"model": model, **values})
 
 
 def workload_from_json(values: Mapping[str, Any]) -> Workload:
-    """Read what `dataclasses.asdict` made of a workload."""
-    return Workload(**{**values, "config": BertConfig(**values["config"])})
+    """Read what `dataclasses.asdict` made of a workload.
+
+    Raises:
+        InputError: it is no workload of this version.
+    """
+    config = values.get("config")
+    shape = {field.name for field in dataclasses.fields(BertConfig)}
+    if not isinstance(config, dict) or not config.keys() <= shape:
+        raise InputError("a workload of another version")
+    return build(Workload, {**values, "config": build(BertConfig, config)})
 
 
 def published_workload(model: str, seq_len: int, head: str = "squad") -> Workload:
@@ -158,13 +177,16 @@ def levers_from_json(values: dict[str, Any]) -> Levers:
     """Read what `Levers.to_json` wrote; unknown keys are ignored.
 
     Raises:
-        InputError: unknown checkpointing policy, optimizer, precision or placement.
+        InputError: unknown checkpointing policy, optimizer, precision or placement, or a value of
+            another type.
     """
-    known = {field.name for field in dataclasses.fields(Levers)}
-    chosen = {key: value for key, value in values.items() if key in known}
+    chosen = dict(values)
     if "checkpointing" in chosen:
+        if not isinstance(chosen["checkpointing"], str):
+            raise InputError(f"{chosen['checkpointing']!r} is no checkpointing policy")
         chosen["checkpointing"] = parse_checkpointing(chosen["checkpointing"])
-    levers = Levers(**chosen)
+    get_whole(chosen, "accumulation_steps", 1, MOST_BATCH, default=1)
+    levers = build(Levers, chosen)
     for kind, name, known_names in (
         ("optimizer", levers.optimizer, OPTIMIZERS),
         ("precision", levers.precision, PRECISIONS),

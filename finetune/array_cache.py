@@ -8,8 +8,8 @@ memory can be made (piece by piece) and used.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.json_files import json_text
+from finetune.json_files import json_text, parse_json
 
 _logger = logging.getLogger(__name__)
 
@@ -113,12 +113,15 @@ def load_or_make(
 
 def _load(entry: Path) -> CacheEntry | None:
     try:
-        described = json.loads((entry / _ENTRY).read_text(encoding="utf-8"))
+        described = parse_json((entry / _ENTRY).read_text(encoding="utf-8"), finite=False)
+        extra = dict(described["extra"])
         arrays: dict[str, np.ndarray] = {}
-        for name, (dtype, shape) in described["arrays"].items():
+        for name, (dtype, shape) in dict(described["arrays"]).items():
             path = entry / name
-            size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-            if path.stat().st_size != size:
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            # What is no plain file of numbers would be taken for addresses in memory.
+            plain = path.parent == entry and not np.dtype(dtype).hasobject and min(shape) >= 0
+            if not plain or path.stat().st_size != size:
                 return None
             # An empty file cannot be mapped.
             arrays[name] = (
@@ -128,7 +131,7 @@ def _load(entry: Path) -> CacheEntry | None:
         os.utime(entry)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return CacheEntry(arrays, described["extra"], True)
+    return CacheEntry(arrays, extra, True)
 
 
 def _store(folder: Path, key: str, pieces: Iterable[Arrays], extra: dict[str, Any]) -> None:

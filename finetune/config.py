@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError
-from finetune.json_files import json_text
+from finetune.json_files import json_text, load_object
 
 HEADS = ("squad", "classifier", "regressor")
 """Task heads: `squad` scores each token as start and end, `classifier` scores the pooled output for
@@ -26,6 +25,11 @@ TARGET_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """Arrays `[examples]` that a head is trained on, beside `INPUT_NAMES`; int32, but float32 for
 `label_values`."""
+
+
+# TensorFlow counts the rows of a matrix in 32 bits in many of its kernels.
+_MOST_SIZE = 2**31 - 1
+_MOST_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,9 @@ class BertConfig:
             # To Python, true is also an int.
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{field} must be a positive integer, not {value!r}")
+            most = _MOST_LAYERS if field == "num_hidden_layers" else _MOST_SIZE
+            if value > most:
+                raise InputError(f"{field} is {value:,}, and at most {most:,} can be built")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"hidden_size {self.hidden_size} is not a multiple of "
@@ -110,23 +117,12 @@ def from_json_file(path: str | Path) -> BertConfig:
     Raises:
         InputError: the file is missing, not JSON, not of a BERT model, or inconsistent.
     """
-    path = Path(path)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"cannot read the model configuration ({error.strerror})",
-            path=path,
-            hint="give the bert_config.json that came with the checkpoint",
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 text ({error.reason})", path=path) from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"not valid JSON ({error.msg})", path=path, line=error.lineno) from error
-    except RecursionError as error:
-        raise InputError(f"not valid JSON ({error})", path=path) from error
-    if not isinstance(raw, dict):
-        raise InputError("not a JSON object", path=path)
+    raw = load_object(
+        path,
+        what="the model configuration",
+        hint="give the bert_config.json that came with the checkpoint",
+        finite=False,  # What is no number is refused by the field's name.
+    )
     try:
         return from_mapping(raw)
     except InputError as error:

@@ -6,14 +6,13 @@ All of it follows from `eval_log.jsonl`, so a run that was interrupted decides a
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from finetune.checkpoints import save_weights
 from finetune.files import write_atomically
-from finetune.json_files import json_text
+from finetune.json_files import json_text, load_json_lines, warn_of_damage
 from finetune.modeling import Variables
 
 EVAL_LOG_NAME = "eval_log.jsonl"
@@ -57,24 +56,33 @@ class EvalRecord:
 
 
 def read_eval_log(output_dir: Path) -> list[EvalRecord]:
-    """Read a folder's evaluations; a last line cut short by a kill is left out."""
+    """Read a folder's evaluations; lines that are damaged or cut short are left out."""
     try:
-        text = (output_dir / EVAL_LOG_NAME).read_text(encoding="utf-8")
+        return _read_log(output_dir)[0]
     except FileNotFoundError:
         return []
+
+
+def _read_log(output_dir: Path) -> tuple[list[EvalRecord], int]:
+    """The evaluations, and the number of damaged lines between them."""
+    lines = load_json_lines(output_dir / EVAL_LOG_NAME)
     records = []
-    for line in text.splitlines():
-        try:
-            values = json.loads(line)
-            records.append(EvalRecord(values.pop("step"), values))
-        except (json.JSONDecodeError, AttributeError, KeyError):
-            break
-    return records
+    for values in lines.values:
+        step = values.pop("step", None)
+        # JSON has no word for what is not a number.
+        scores = {name: math.nan if value is None else value for name, value in values.items()}
+        if type(step) is int and all(type(score) in (int, float) for score in scores.values()):
+            records.append(EvalRecord(step, scores))
+    return records, lines.damaged + len(lines.values) - len(records)
 
 
 def truncate_eval_log(output_dir: Path, last_step: int) -> None:
-    """Forget the evaluations of steps that are about to be done again."""
-    records = read_eval_log(output_dir)
+    """Forget the evaluations of steps that are about to be done again, and damaged lines."""
+    try:
+        records, damaged = _read_log(output_dir)
+    except FileNotFoundError:
+        return
+    warn_of_damage(output_dir / EVAL_LOG_NAME, damaged)
     if records:
         _write_log(output_dir, [record for record in records if record.step <= last_step])
 
@@ -128,7 +136,7 @@ def out_of_patience(evaluation: Evaluation, records: list[EvalRecord]) -> bool:
 
 
 def _score(evaluation: Evaluation, record: EvalRecord) -> float:
-    value = record.metrics[evaluation.metric]
+    value = record.metrics.get(evaluation.metric, math.nan)
     if not math.isfinite(value):
         return -math.inf
     return value if evaluation.greater_is_better else -value

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and files that are read up to a bound."""
 
 from __future__ import annotations
 
@@ -10,8 +10,39 @@ import stat
 from collections.abc import Collection
 from pathlib import Path
 
+from finetune.errors import InputError
+
+GIB_BYTES = 1 << 30
+DATA_LIMIT_BYTES = 4 * GIB_BYTES
+"""No file that is read as a whole may be larger, unless it says so."""
+
+_BLOCK_BYTES = 1 << 20
+
 _TEMPORARY = re.compile(r"\.(.+)\.(?:[0-9]+|[0-9a-f]{16})\.tmp")
 """Names of the hidden files; those with a process's number are of earlier versions."""
+
+
+def read_bytes(path: str | os.PathLike[str], *, limit_bytes: int = DATA_LIMIT_BYTES) -> bytes:
+    """Read a file, or a pipe, that may be of any size.
+
+    Args:
+        path: the file.
+        limit_bytes: largest size that is read; an endless file such as `/dev/zero` ends there too.
+
+    Raises:
+        InputError: it is larger.
+        OSError: it cannot be read.
+    """
+    blocks, left = [], limit_bytes
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            blocks.append(block)
+            left -= len(block)
+            if left < 0:
+                raise InputError(
+                    f"larger than {limit_bytes:,} bytes, which is more than is read", path=path
+                )
+    return b"".join(blocks)
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -24,13 +55,14 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     Args:
         path: the file; one that is there is replaced. A symbolic link stays, and leads to the new
             content; into what is no regular file, a pipe or a device, the content is written.
-        content: text is written as UTF-8, with line ends as they are.
+        content: text is written as UTF-8, with line ends as they are, and half a surrogate pair, as
+            in a file name that is not UTF-8, as an escape.
 
     Raises:
         OSError: the folder is missing or cannot be written to, or the disk is full. Then the old
             file is as it was, and nothing else is left behind.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     target = Path(path)
     if target.exists() and not target.is_file():
         with target.open("wb") as stream:

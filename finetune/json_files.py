@@ -1,43 +1,266 @@
-"""JSON data files from outside: read with errors that say where the file is wrong."""
+"""JSON from files: read up to bounds, with errors that say where a file is wrong.
+
+Files of our own are read here too: a disk may have damaged them, and another may have made them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import logging
 import math
 import os
-from typing import Any, TypeVar
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, NoReturn, TypeVar
 
 from finetune.errors import InputError
+from finetune.files import DATA_LIMIT_BYTES, read_bytes
+
+OWN_LIMIT_BYTES = 64 << 20
+"""Files of settings and results that are larger are none of ours."""
+
+MOST_WHOLE = 2**63 - 1
+"""Largest integer that is read: what SQLite, NumPy and TensorFlow hold."""
+
+_MOST_DEPTH = 100
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
 
-def load_json(path: str | os.PathLike[str], *, hint: str, what: str = "the questions") -> Any:
+def parse_json(text: str, *, finite: bool = True) -> Any:
+    """Parse a JSON text whose numbers and depth are within bounds.
+
+    Args:
+        text: the text.
+        finite: refuse NaN, infinities and numbers that are too large for a float.
+
+    Raises:
+        ValueError: it is not such a text; `json.JSONDecodeError` where the place is known.
+    """
+    odd: dict[str, Any] = {"parse_float": _finite, "parse_constant": _refuse} if finite else {}
+    try:
+        value = json.loads(text, parse_int=_whole, **odd)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    _check_depth(value)
+    return value
+
+
+def _whole(digits: str) -> int:
+    # Python itself refuses more than 4,300 digits, and says so in words about itself.
+    if len(digits) > 20 or abs(number := int(digits)) > MOST_WHOLE:
+        raise ValueError(f"the number {digits[:20]}... is beyond 64 bits")
+    return number
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return number
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse what Python could read, but not always write or compare."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(_MOST_DEPTH):
+        inner: list[Any] = []
+        for node in level:
+            inner += node.values() if isinstance(node, dict) else node
+        level = [node for node in inner if isinstance(node, (dict, list))]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
+
+
+def load_json(
+    path: str | os.PathLike[str],
+    *,
+    hint: str = "",
+    what: str = "the questions",
+    finite: bool = True,
+    limit_bytes: int = DATA_LIMIT_BYTES,
+) -> Any:
     """Reads a JSON file, with or without a byte order mark.
 
     Args:
         path: the file.
         hint: what to do if there is no such file.
         what: what it holds, for that message.
+        finite: see `parse_json`.
+        limit_bytes: largest file.
 
     Raises:
         InputError: it cannot be read or is not JSON in UTF-8.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
+        data = read_bytes(path, limit_bytes=limit_bytes).removeprefix(_BYTE_ORDER_MARK)
+    except OSError as error:
+        raise InputError(f"cannot read {what} ({error.strerror})", path=path, hint=hint) from error
+    again = "make or fetch the file again"
+    try:
+        return parse_json(data.decode("utf-8"), finite=finite)
     except json.JSONDecodeError as error:
         raise InputError(
             f"not JSON ({error.msg}, column {error.colno})",
             path=path,
             line=error.lineno,
-            hint="fetch the file again",
+            hint=again,
         ) from error
-    # Beside text that is not UTF-8, a ValueError is a number of too many digits.
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error})", path=path, hint="fetch the file again") from error
-    except OSError as error:
-        raise InputError(f"cannot read {what} ({error.strerror})", path=path, hint=hint) from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"not JSON (not UTF-8: {error.reason})", path=path, line=line, hint=again
+        ) from error
+    except ValueError as error:
+        raise InputError(f"not JSON ({error})", path=path, hint=again) from error
+
+
+def load_object(
+    path: str | os.PathLike[str], *, what: str, hint: str = "", finite: bool = True
+) -> dict[str, Any]:
+    """Reads a file of settings or results: a JSON object of moderate size.
+
+    Args:
+        path: the file.
+        what: what it holds, as in `the plan`.
+        hint: what to do if it is not that.
+        finite: see `parse_json`; False for what earlier versions may have written.
+
+    Raises:
+        InputError: it cannot be read or is none.
+    """
+    values = load_json(path, hint=hint, what=what, finite=finite, limit_bytes=OWN_LIMIT_BYTES)
+    if not isinstance(values, dict):
+        raise InputError(f"{_kind(values)}, not {what}: not a JSON object", path=path, hint=hint)
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonLines:
+    """What is in a file of JSON lines.
+
+    Attributes:
+        values: an object for each line that is one, in the file's order.
+        damaged: how many other lines there are, but for a last one that a kill has cut short.
+    """
+
+    values: tuple[dict[str, Any], ...]
+    damaged: int = 0
+
+
+def load_json_lines(path: str | os.PathLike[str]) -> JsonLines:
+    """Reads a log of JSON objects, one a line, and passes over lines that are none.
+
+    Raises:
+        InputError: it is far too large.
+        OSError: it cannot be read.
+    """
+    lines = read_bytes(path).split(b"\n")
+    cut_short = lines.pop()  # Empty after a line that is whole.
+    found: list[dict[str, Any]] = []
+    damaged = 0
+    for number, line in enumerate([*lines, cut_short], 1):
+        try:
+            value = parse_json(line.decode("utf-8"), finite=False)
+        except ValueError:  # Not UTF-8, or not JSON.
+            value = None
+        if isinstance(value, dict):
+            found.append(value)
+        elif number <= len(lines):
+            damaged += 1
+    return JsonLines(tuple(found), damaged)
+
+
+def warn_of_damage(path: str | os.PathLike[str], damaged: int) -> None:
+    """Say in one line that lines of a log were passed over, if there were any."""
+    if damaged:
+        lines = "a damaged line" if damaged == 1 else f"{damaged:,} damaged lines"
+        _logger.warning("%s: passed over %s", os.fspath(path), lines)
+
+
+def build(kind: type[_T], values: Mapping[str, Any]) -> _T:
+    """Makes a dataclass of an object's values; keys that it does not know are left out.
+
+    Fields of plain types are checked: `int`, `float`, `str`, `bool`, or one of them or None, and
+    `Literal`.
+
+    Args:
+        kind: the dataclass.
+        values: by the names of its fields.
+
+    Raises:
+        InputError: a value is missing, has another type, or is a number out of all bounds.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{_kind(values)} instead of an object")
+    wanted = _field_types(kind)  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if field.name not in values and not optional:
+            raise InputError(f"no {field.name!r}")
+        if field.name in values and not _fits(values[field.name], wanted[field.name]):
+            raise InputError(f"{field.name!r} is {str(values[field.name])[:40]!r}")
+    return kind(**{name: value for name, value in values.items() if name in wanted})
+
+
+@functools.cache
+def _field_types(kind: type) -> dict[str, tuple[Any, ...]]:
+    """The plain types, or texts, that each field may have; empty if it is of another kind."""
+    found = {}
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if typing.get_origin(hint) is typing.Literal:
+            found[field.name] = typing.get_args(hint)
+            continue
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        several = typing.get_args(hint) if union else (hint,)
+        plain = (int, float, str, bool, type(None))
+        found[field.name] = several if all(one in plain for one in several) else ()
+    return found
+
+
+def _fits(value: Any, wanted: tuple[Any, ...]) -> bool:
+    if not wanted:
+        return True
+    if isinstance(wanted[0], str):
+        return isinstance(value, str) and value in wanted
+    # To Python, true is also an int.
+    if isinstance(value, bool):
+        return bool in wanted
+    if isinstance(value, int):
+        return (int in wanted or float in wanted) and abs(value) <= MOST_WHOLE
+    return isinstance(value, wanted)
+
+
+def get_whole(
+    node: Mapping[str, Any], key: str, least: int, most: int, default: int | None = None
+) -> int:
+    """Returns `node[key]` if it is an integer within bounds, or `default` if there is none.
+
+    Raises:
+        InputError: it is not.
+    """
+    value = node.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise InputError(f"{key!r} is {str(value)[:40]!r}, not an integer from {least} to {most:,}")
+    return value
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
+    return "null" if value is None else names.get(type(value), "a number")
 
 
 def get_value(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from finetune.evaluation import (
     truncate_eval_log,
 )
 from finetune.files import write_atomically
-from finetune.json_files import json_text
+from finetune.json_files import build, json_text, load_json_lines, warn_of_damage
 from finetune.step import Batch, Trainer, pad_batch
 
 LOG_NAME = "train_log.jsonl"
@@ -125,7 +124,8 @@ class Ending(enum.Enum):
 def resume(trainer: Trainer, output_dir: Path) -> int:
     """Continue from the newest readable checkpoint of a folder, if there is one.
 
-    Log lines of later steps are removed, because those steps are about to be done again.
+    Log lines of later steps are removed, because those steps are about to be done again, and so
+    are damaged ones.
 
     Args:
         trainer: changed.
@@ -140,7 +140,9 @@ def resume(trainer: Trainer, output_dir: Path) -> int:
     step = restore_state(output_dir, trainer.variables, trainer.state) or 0
     log_path = output_dir / LOG_NAME
     if log_path.exists():
-        kept = [record for record in read_log(log_path) if record.step <= step]
+        records, damaged = _read_log(log_path)
+        warn_of_damage(log_path, damaged)
+        kept = [record for record in records if record.step <= step]
         lines = (json_text(dataclasses.asdict(record)) + "\n" for record in kept)
         write_atomically(log_path, "".join(lines))
     truncate_eval_log(output_dir, step)
@@ -291,14 +293,18 @@ def _one_step(
 
 
 def read_log(path: Path) -> list[StepRecord]:
-    """Read a training log; a last line cut short by a kill is left out."""
+    """Read a training log; lines that are damaged or cut short are left out."""
+    return _read_log(path)[0]
+
+
+def _read_log(path: Path) -> tuple[list[StepRecord], int]:
+    """The steps, and the number of damaged lines between them."""
+    lines = load_json_lines(path)
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(StepRecord(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
-            break
-    return records
+    for values in lines.values:
+        with contextlib.suppress(InputError):
+            records.append(build(StepRecord, values))
+    return records, lines.damaged + len(lines.values) - len(records)
 
 
 def predict(

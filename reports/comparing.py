@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import Any
 from rich.table import Table
 
 from bertbench.cli.common import terminal
-from bertbench.devices import budget_from_json
+from bertbench.devices import Budget
 from bertbench.ledger import LedgerRow, read_rows
 from bertbench.ledger_file import read_ledger
-from bertbench.trial import trial_from_json
-from bertbench.workload import levers_from_json, published_workload
+from bertbench.probe_file import ProbeFile, read_probe_file
 from finetune.errors import InputError
 from finetune.json_files import json_text
 from reports.cells import Cell, model_order, read_cells, setting_order
@@ -217,28 +215,19 @@ def read_either(path: Path) -> list[Cell]:
         with read_ledger(path) as ledger:
             return read_cells(read_rows(ledger))
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return read_cells(_rows_of(values))
-    except InputError as error:  # a model or lever that this version does not know
-        raise InputError(str(error), path=path) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            "neither a ledger nor a probe's result",
-            path=path,
-            hint="give a ledger, or a file of `bertbench probe --json`",
-        ) from error
+        return read_cells(_rows_of(read_probe_file(path)))
+    except InputError as error:
+        raise InputError(f"neither a ledger nor a probe's result: {error}") from error
 
 
-def _rows_of(values: Mapping[str, Any]) -> list[LedgerRow]:
+def _rows_of(probed: ProbeFile) -> list[LedgerRow]:
     """Trials of a probe's file, as a ledger has them."""
-    named = dict(values["device"])
-    budget = budget_from_json({"budget_bytes": named.pop("budget_bytes"), "device": named})
-    versions = json_text(values["versions"], sort_keys=True)
+    budget = Budget(probed.device, probed.budget_bytes)
+    versions = json_text(probed.versions, sort_keys=True)
     rows: list[LedgerRow] = []
-    for cell in values["cells"]:
-        workload = published_workload(cell["model"], cell["seq_len"], cell["head"])
-        levers = levers_from_json(cell["levers"])
-        for trial in cell["trials"]:
+    for cell in probed.cells:
+        workload, levers = cell.workload, cell.levers
+        for trial in cell.trials:
             rows.append(
                 LedgerRow(
                     id=len(rows) + 1,
@@ -249,8 +238,8 @@ def _rows_of(values: Mapping[str, Any]) -> list[LedgerRow]:
                     head=workload.head,
                     seq_len=workload.seq_len,
                     levers=levers.to_json(),
-                    versions=values["versions"],
-                    trial=trial_from_json(trial),
+                    versions=dict(probed.versions),
+                    trial=trial,
                     question=(budget.key(), versions, workload.key(), levers.key()),
                 )
             )

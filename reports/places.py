@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterable
 
 from bertbench.bytes import MIB_BYTES, format_bytes
 from bertbench.devices import Device
 from bertbench.ledger import LedgerRow
+from finetune.json_files import parse_json
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -79,7 +79,7 @@ def place_of(row: LedgerRow) -> Place:
 @functools.lru_cache(maxsize=1024)
 def _place(device: str, budget_bytes: int, budget_key: str, versions: str) -> Place:
     try:
-        values = json.loads(budget_key)
+        values = parse_json(budget_key)
         kind, driver = str(values["kind"]), str(values.get("driver") or "")
         zone = " ".join(w for w in str(values.get("tpu") or "").split() if w != "None")
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -89,6 +89,6 @@ def _place(device: str, budget_bytes: int, budget_key: str, versions: str) -> Pl
 
 def _versions(text: str) -> dict[str, str]:
     try:
-        return {str(name): str(version) for name, version in json.loads(text).items()}
+        return {str(name): str(version) for name, version in parse_json(text).items()}
     except (ValueError, AttributeError):
         return {}

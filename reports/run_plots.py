@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from finetune.errors import InputError
+from finetune.json_files import load_json
 from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.squad_metrics import QuestionScores, precision_recall, score_questions
 from reports.figures import INK, Picture, add_legend, look_of, panels
@@ -95,8 +95,8 @@ def precision_recall_picture(run: Run) -> Picture | None:
         examples = read_squad(data, is_training=False, version_2_with_negative=True)
         scores = score_questions(
             examples,
-            best_answers(json.loads(candidates.read_text(encoding="utf-8"))),
-            json.loads(odds.read_text(encoding="utf-8")),
+            best_answers(load_json(candidates, what="the candidates")),
+            load_json(odds, what="the null odds"),
         )
     except (InputError, ValueError, OSError, TypeError, AttributeError, KeyError):
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import Any
 
 import pandas as pd
 
-from bertbench.output_folder import RUN_FILE
+from bertbench.output_folder import RUN_FILE, read_record
 from finetune.errors import InputError
+from finetune.json_files import JsonLines, load_json_lines, warn_of_damage
 
 TRAIN_LOG, EVAL_LOG = "train_log.jsonl", "eval_log.jsonl"
 _STEP_COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "seconds")
+_MOST = 1e15
 _NO_SCORES = {
     "best_step", "global_step", "micro_batch", "skipped_answers", "total", "train_loss",
     "train_seconds",
@@ -97,25 +98,17 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: there is no run in it.
     """
-    path = folder / RUN_FILE
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    if not (folder / RUN_FILE).exists():
         raise InputError(
-            f"no run in this folder ({error.strerror})",
-            path=path,
-            hint="give an --output_dir of `bertbench run`",
-        ) from error
-    except ValueError as error:
-        raise InputError(f"not the record of a run ({error})", path=path) from error
-    if not isinstance(record, dict):
-        raise InputError("not the record of a run", path=path)
+            "no run in this folder", path=folder, hint="give an --output_dir of `bertbench run`"
+        )
+    record = read_record(folder)
     steps = _read_lines(folder / TRAIN_LOG, _STEP_COLUMNS)
     return Run(folder, record, steps, _read_lines(folder / EVAL_LOG, ("step",)))
 
 
 def _read_lines(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Numbers in a file of JSON lines, up to one that was cut short; none without the file.
+    """Numbers in a file of JSON lines; none without the file. Damaged lines are passed over.
 
     Args:
         path: the file.
@@ -123,19 +116,19 @@ def _read_lines(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """
     found: list[dict[str, float]] = []
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        lines = load_json_lines(path)
     except OSError:
-        text = ""
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            break
-        numbers = {}
-        if isinstance(value, dict):
-            numbers = {name: float(v) for name, v in value.items() if isinstance(v, (int, float))}
+        lines = JsonLines(())
+    for values in lines.values:
+        # NaN is no number, and neither is what no training has: no axis could show it.
+        numbers = {
+            name: float(v)
+            for name, v in values.items()
+            if isinstance(v, (int, float)) and abs(v) <= _MOST
+        }
         if set(columns) <= numbers.keys():
             found.append(numbers)
+    warn_of_damage(path, lines.damaged + len(lines.values) - len(found))
     names = dict.fromkeys([*columns, *(name for line in found for name in line)])
     return pd.DataFrame(found, columns=list(names), dtype=float)
 

@@ -176,7 +176,7 @@ def test_plan_file_round_trip(tmp_path: Path) -> None:
         if reached:
             assert read_plan(path).replicas == 2
         else:
-            with pytest.raises(InputError, match="do not reach"):
+            with pytest.raises(InputError, match="do not reach" if replicas else "'replicas' is"):
                 read_plan(path)
     values = plan.to_json()
     values["chosen"]["accumulation_steps"] = 1
@@ -198,7 +198,7 @@ def test_plan_file_round_trip(tmp_path: Path) -> None:
     values = plan.to_json()
     values["chosen"]["checkpointing"] = "some"
     path.write_text(json.dumps(values))
-    with pytest.raises(InputError, match=r"plan\.json: unknown checkpointing policy 'some'"):
+    with pytest.raises(InputError, match=r"plan\.json: .*unknown checkpointing policy 'some'"):
         read_plan(path)
     path.write_text('{"target_batch": 32, "plans": []}')
     with pytest.raises(InputError, match="several workloads"):
@@ -207,7 +207,7 @@ def test_plan_file_round_trip(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a plan"):
         read_plan(path)
     path.write_text('{\n"chosen": ]')
-    with pytest.raises(InputError, match=r"plan\.json:2: not valid JSON"):
+    with pytest.raises(InputError, match=r"plan\.json:2: not JSON"):
         read_plan(path)
 
 

@@ -192,5 +192,5 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{"])
 def test_what_is_no_run(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(InputError, match="not the record of a run"):
+    with pytest.raises(InputError, match=r"run\.json.*not (JSON|the record of a run)"):
         read_run(tmp_path)

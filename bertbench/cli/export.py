@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from bertbench.quiet import muted_stderr
 from bertbench.running import ModelFiles, find_model_files, load_config_and_tokenizer
 from finetune.checkpoint_files import PREFIX, list_checkpoints
 from finetune.errors import InputError
+from finetune.json_files import load_object
 from finetune.tokenization import infer_do_lower_case
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -154,13 +154,7 @@ def _read_record(model_dir: Path) -> Mapping[str, Any]:
 def _read_object(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read it ({error})", path=path) from error
-    if not isinstance(values, dict):
-        raise InputError("not a JSON object", path=path)
-    return values
+    return load_object(path, what="what belongs to the model", finite=False)
 
 
 def _find_case(

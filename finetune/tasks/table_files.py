@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from finetune.errors import InputError
-from finetune.json_files import json_text
+from finetune.files import read_bytes
+from finetune.json_files import json_text, parse_json
 from finetune.tasks.classification import ClassificationData, ClassificationExamples
 from finetune.tasks.classification_metrics import REGRESSION_METRICS, Metric
 
@@ -139,7 +139,7 @@ def parse_number(text: str, path: Path, line: int) -> float:
 def _read_text(path: Path, hint: str) -> str:
     try:
         # Some copies of MRPC begin with a byte order mark.
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise InputError(
             f"cannot read the data ({error.strerror})", path=path, hint=hint
@@ -198,8 +198,8 @@ def _named(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
 def _read_json_lines(path: Path) -> Iterator[Row]:
     for number, line in enumerate(read_lines(path), 1):
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(line, finite=False)
+        except ValueError as error:
             raise InputError(f"not JSON ({error})", path=path, line=number) from error
         if not isinstance(values, dict):
             raise InputError("not a JSON object", path=path, line=number)
