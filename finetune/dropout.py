@@ -7,6 +7,11 @@ have drawn, so that accumulating micro-batches equals one large batch with dropo
 Both follow from Philox, a counter-based generator (Salmon et al. 2011, "Parallel random numbers:
 as easy as 1, 2, 3"): block c of a stream depends on the key and on c alone, and holds four
 32-bit numbers. An example row of n elements is given ceil(n / 4) blocks of its own.
+
+A third promise is that masks are the same whatever computes them: TensorFlow's kernels on any
+device, or a program compiled by XLA. TensorFlow documents that of Philox's integers alone
+(`tf.random.Generator`). A uniform float is made of an integer's low 23 bits by TensorFlow's kernels
+and of its high ones by XLA, so masks are made of the integers here.
 """
 
 from __future__ import annotations
@@ -15,10 +20,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import tensorflow as tf
 
 _PHILOX = 1
 _SITES = 1 << 16
+_BITS = 23
+"""Low bits of a number that decide; as many as TensorFlow's kernels make a float32 of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +92,25 @@ def draw_mask(
         raise ValueError(f"dropout needs the size of a row to be known, got shape {row_shape}")
     blocks = math.ceil(row_elements / 4)
     counter = tf.bitcast(tf.stack([key.first_row * blocks, key.step * _SITES + site]), tf.uint64)
-    uniform = tf.raw_ops.StatelessRandomUniformV2(
+    # Unsigned: GPUs have no kernels that compare int32 tensors, the host would do it for them.
+    numbers = tf.raw_ops.StatelessRandomUniformFullIntV2(
         shape=tf.stack([rows, blocks * 4]),
         key=tf.constant([key.seed], tf.uint64),
         counter=counter,
         alg=_PHILOX,
+        dtype=tf.uint32,
     )  # [rows, 4 * blocks]
-    mask = uniform >= rate
+    # In place: a graph gives the numbers' memory to the result.
+    numbers = tf.bitwise.bitwise_and(numbers, tf.constant((1 << _BITS) - 1, tf.uint32))
+    mask = numbers >= tf.constant(_dropped_numbers(rate), tf.uint32)
     if row_elements != blocks * 4:
         mask = mask[:, :row_elements]
     return tf.reshape(mask, [rows, *row_shape])
+
+
+def _dropped_numbers(rate: float) -> int:
+    """How many of the 2**23 numbers are dropped: those that, over 2**23, are below the rate."""
+    return math.ceil(float(np.float32(rate)) * (1 << _BITS))
 
 
 def apply_mask(x: tf.Tensor, mask: tf.Tensor, rate: float) -> tf.Tensor:

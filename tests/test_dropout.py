@@ -8,7 +8,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.dropout import DropoutKey, dropout
+from finetune.dropout import DropoutKey, draw_mask, dropout
 
 LARGEST_SEED = 2**63 - 1
 
@@ -41,6 +41,58 @@ def test_micro_batch_draws_its_rows_of_the_whole(
     whole = mask_of((rows, *row_shape), key_of(seed, step, first), site=site)
     part = mask_of((rows - cut, *row_shape), key_of(seed, step, first + cut), site=site)
     np.testing.assert_array_equal(part, whole[cut:])
+
+
+def philox(seed: int, low: int, high: int) -> list[int]:
+    """One block of Philox-4x32-10, after Salmon et al. 2011, section 3.3 and table 2."""
+    word = 2**32
+    counter = [low % word, low // word % word, high % word, high // word % word]
+    key = [seed % word, seed // word]
+    for _ in range(10):
+        first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [
+            second // word ^ counter[1] ^ key[0],
+            second % word,
+            first // word ^ counter[3] ^ key[1],
+            first % word,
+        ]
+        key = [(key[0] + 0x9E3779B9) % word, (key[1] + 0xBB67AE85) % word]
+    return counter
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    rows=st.integers(1, 4),
+    row_shape=st.lists(st.integers(1, 5), min_size=1, max_size=2),
+    first=st.one_of(st.integers(0, 2**40), st.integers(2**32 - 20, 2**32)),
+    seed=st.integers(0, LARGEST_SEED),
+    step=st.one_of(st.integers(0, 2**40), st.integers(2**16 - 1, 2**16)),
+    site=st.integers(0, 2**16 - 1),
+    rate=st.one_of(st.floats(0.01, 0.99), st.sampled_from([0.1, 0.25, 0.5])),
+)
+def test_masks_are_the_same_whatever_draws_them(
+    rows: int, row_shape: list[int], first: int, seed: int, step: int, site: int, rate: float
+) -> None:
+    """TensorFlow's kernels, alone and in a graph, XLA, and the generator as published."""
+
+    def draw(step: tf.Tensor, first_row: tf.Tensor) -> tf.Tensor:
+        return draw_mask(
+            tf.constant(rows), row_shape, rate, DropoutKey(seed, step, first_row), site
+        )
+
+    key = tf.constant(step, tf.int64), tf.constant(first, tf.int64)
+    elements = int(np.prod(row_shape))
+    blocks = -(-elements // 4)
+    expected = []
+    for row in range(first, first + rows):
+        numbers = [
+            number
+            for block in range(row * blocks, (row + 1) * blocks)
+            for number in philox(seed, block, step * 2**16 + site)
+        ]
+        expected += [number % 2**23 / 2**23 >= np.float32(rate) for number in numbers[:elements]]
+    for drawn in (draw, tf.function(draw), tf.function(draw, jit_compile=True)):
+        np.testing.assert_array_equal(drawn(*key), np.reshape(expected, (rows, *row_shape)))
 
 
 @pytest.mark.parametrize("xla", [False, True])

@@ -118,16 +118,21 @@ def test_exact_update_with_padded_rows(head: str, policy: str) -> None:
     assert_same_training(head, plan, padded, cached_trainer(head, SEQ_LEN), whole)
 
 
-@pytest.mark.parametrize(("policy", "rows"), [("full", 4), ("selective", 10)])
+@pytest.mark.parametrize(
+    ("policy", "rows", "accumulation_steps"),
+    [("none", 5, 1), ("full", 4, 2), ("selective", 10, 2)],
+)
 def test_exact_update_compiled_by_xla(
-    monkeypatch: pytest.MonkeyPatch, policy: str, rows: int
+    monkeypatch: pytest.MonkeyPatch, policy: str, rows: int, accumulation_steps: int
 ) -> None:
-    # XLA draws other dropout masks than TensorFlow's kernels do, so it is compared with itself.
+    """A run may go on with XLA, or on a TPU, where it began with TensorFlow's own kernels."""
     monkeypatch.setattr(checkpointing, "BLOCK_TOKENS", dict.fromkeys(BLOCK_TOKENS, 2 * 3))
     config = dataclasses.replace(CONFIG, num_hidden_layers=1)
     batches = [random_batch(rows, 3, seed=seed) for seed in range(4)]
-    plan = tiny_trainer("squad", 3, accumulation_steps=2, policy=policy, xla=True, config=config)
-    whole = tiny_trainer("squad", 3, xla=True, config=config)
+    plan = tiny_trainer(
+        "squad", 3, accumulation_steps=accumulation_steps, policy=policy, xla=True, config=config
+    )
+    whole = tiny_trainer("squad", 3, config=config)
     assert_same_training("squad", plan, batches, whole, batches, config)
 
 

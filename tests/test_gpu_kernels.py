@@ -86,7 +86,7 @@ def test_a_step_stays_on_the_gpu(
         if not name.startswith(_EAGER)
         for node in context.context().get_function_def(name).node_def
     ]
-    assert {"BatchMatMulV2", "StatelessRandomUniformV2"} <= {node.op for node in nodes}
+    assert {"BatchMatMulV2", "StatelessRandomUniformFullIntV2"} <= {node.op for node in nodes}
     crossing = {}
     for node in nodes:
         kernel = next((kernel for kernel in kernels_of(node.op) if takes(kernel, node)), None)

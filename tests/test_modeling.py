@@ -266,12 +266,12 @@ def test_full_runs_the_layers_it_names_twice_but_for_their_last_product() -> Non
         "MatMul": 5,
         "BatchMatMulV2": 2,
         "Softmax": 1,
-        "StatelessRandomUniformV2": 3,
+        "StatelessRandomUniformFullIntV2": 3,
         "Tanh": 1,
     }
     for operation, count in again.items():
         # The embeddings' dropout is drawn again with the first layer.
-        extra = int(operation == "StatelessRandomUniformV2")
+        extra = int(operation == "StatelessRandomUniformFullIntV2")
         assert full[operation] - none[operation] == 2 * count + extra, operation
         assert first[operation] - none[operation] == count + extra, operation
 

@@ -184,7 +184,7 @@ def test_masks_are_drawn_when_their_layer_is_reached(policy: str) -> None:
 
     graph = gradients.get_concrete_function().graph
     needed = operations_before(graph.outputs)
-    masks = [op for op in needed if op.type == "StatelessRandomUniformV2"]
+    masks = [op for op in needed if op.type == "StatelessRandomUniformFullIntV2"]
     assert masks
     # Every mask comes after the embeddings, and one of a recomputation after the loss.
     before = [{other.type for other in operations_before(mask.outputs)} for mask in masks]
