@@ -22,7 +22,7 @@ from finetune.errors import InputError
 from finetune.files import write_atomically
 from finetune.tasks.squad import SquadFeatures
 from finetune.tasks.squad_cache import SquadSource, default_cache_dir, load_squad_features
-from finetune.tasks.squad_examples import SquadExamples
+from finetune.tasks.squad_examples import SquadExamples, describe_skipped
 from finetune.tasks.squad_metrics import (
     evaluate_v1,
     evaluate_v2,
@@ -116,9 +116,9 @@ def run_squad(
             cache_dir,
         )
         record["train_file"] = describe_file(squad.train_file)
-        record["skipped_answers"] = train.extra["skipped"]
+        record["skipped_answers"] = sum(train.extra["skipped"].values())
         if train.was_there and train.extra["skipped"]:
-            say(f"left out {train.extra['skipped']} questions whose answer is not at its offset")
+            say(describe_skipped(train.extra["skipped"]))
     # Read before training: a bad file should not be found out hours later.
     dev = None
     if squad.predict_file is not None:
@@ -173,8 +173,8 @@ def run_squad(
         ),
     )
     results = dict(tuned.results)
-    if train is not None and train.extra["skipped"]:
-        results["skipped_answers"] = train.extra["skipped"]
+    if record.get("skipped_answers"):
+        results["skipped_answers"] = record["skipped_answers"]
     if dev is not None:
         with progress("predict", len(dev.features), "windows") as advance:
             predictions = answer(tuned.predict, lambda done, _: advance(done, ""))

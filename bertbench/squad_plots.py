@@ -46,12 +46,12 @@ def draw_pictures(scores: QuestionScores, folder: Path) -> list[Path]:
         title = f"{titles[name]}, average precision {curve.average_precision:.1f} %"
         files.append(folder / f"{name}.png")
         precision_recall_figure(curve, title).savefig(files[-1])
-    for name, group in (("HasAns", scores.has_answer), ("NoAns", ~scores.has_answer)):
+    # The script's range, 0 to 1, is that of probabilities, and would leave most of BERT's odds out.
+    edges = np.histogram_bin_edges(scores.no_answer_odds, 20)
+    for name, group in (("hasAns", scores.has_answer), ("noAns", ~scores.has_answer)):
         if group.any():
             files.append(folder / f"na_prob_hist_{name}.png")
-            odds = scores.no_answer_odds
-            edges = np.linspace(odds.min(), odds.max() + 1e-9, 21)
-            odds_figure(odds[group], edges, name).savefig(files[-1])
+            odds_figure(scores.no_answer_odds[group], edges, name).savefig(files[-1])
     return files
 
 
@@ -73,7 +73,7 @@ def odds_figure(odds: npt.NDArray[np.float64], edges: npt.NDArray[np.float64], n
     axes.hist(
         odds, bins=edges.tolist(), weights=np.full(len(odds), 1 / len(odds)), color="tab:blue"
     )
-    kind = "with an answer" if name == "HasAns" else "without an answer"
+    kind = "with an answer" if name == "hasAns" else "without an answer"
     axes.set(xlabel="null odds", ylabel="proportion of questions")
     axes.set_title(f"Questions {kind}", fontsize="medium")
     return figure

@@ -189,13 +189,11 @@ def test_a_context_of_a_hundred_thousand_characters(tmp_path: Path, tokenizer: T
 
 def test_runs_end_with_one_line(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    empty, twice, latin = (tmp_path / name for name in ("empty.json", "twice.json", "latin.json"))
+    empty, latin = (tmp_path / name for name in ("empty.json", "latin.json"))
     empty.write_text(squad_json(("", [question("q")])))
-    twice.write_text(squad_json(("a fox", [question("q"), question("q")])))
     latin.write_bytes(squad_json(("caf\u00e9", [])).encode().replace(b"\\u00e9", b"\xe9"))
     for path, word in (
         (empty, "empty"),
-        (twice, "already"),
         (latin, "not JSON"),
         (tmp_path, "cannot read"),
     ):

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 
 from finetune.errors import InputError
 from finetune.tasks.squad import SquadFeatures, featurize
-from finetune.tasks.squad_examples import SquadExamples, SquadParagraph, read_squad
+from finetune.tasks.squad_examples import (
+    BEFORE_WORDS,
+    ELSEWHERE,
+    EMPTY,
+    OUTSIDE,
+    WHITE_SPACE,
+    SquadExamples,
+    SquadParagraph,
+    read_squad,
+)
+from finetune.tasks.squad_predictions import predict_answers
 from finetune.tokenization import Tokenizer, load_tokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -114,7 +124,8 @@ def test_training_answer_becomes_a_span_of_words(squad_file: Any) -> None:
         ("nothere", 0),
         ("two", 0),  # at another place than the file says
         ("three", 8 + 1000),
-        ("three", -5),
+        ("three", -4),  # counted from the end, as the original does
+        ("three", -50),
         ("three four", 8),  # ends behind the paragraph
         ("", 0),
         ("", 4),
@@ -191,7 +202,8 @@ PLACE = r"data\[0\]\.paragraphs\[0\]"
         (lambda root: paragraph_of(root).pop("context"), f"{PLACE} has no 'context'"),
         (lambda root: paragraph_of(root).update(qas=None), f"'qas' in {PLACE} is NoneType"),
         (lambda root: qa_of(root).pop("id"), rf"{PLACE}\.qas\[0\] has no 'id'"),
-        (lambda root: qa_of(root).update(id=7), rf"'id' in {PLACE}\.qas\[0\] is int"),
+        (lambda root: qa_of(root).update(id=None), rf"'id' in {PLACE}\.qas\[0\] is NoneType"),
+        (lambda root: qa_of(root).update(id=True), rf"'id' in {PLACE}\.qas\[0\] is bool"),
         (lambda root: qa_of(root).pop("answers"), rf"{PLACE}\.qas\[0\] has no 'answers'"),
         (
             lambda root: qa_of(root)["answers"][0].pop("answer_start"),
@@ -201,10 +213,8 @@ PLACE = r"data\[0\]\.paragraphs\[0\]"
             lambda root: qa_of(root)["answers"][0].update(answer_start=True),
             r"'answer_start' in .* is bool, not int",
         ),
-        (
-            lambda root: paragraph_of(root)["qas"].append(qa_of(root)),
-            rf"{PLACE}\.qas\[1\] has the id 'q', which {PLACE}\.qas\[0\] has already",
-        ),
+        (lambda root: qa_of(root).update(answers=None), "has 0 answers"),
+        (lambda root: qa_of(root).update(answers={}), "'answers' in .* is dict, not list"),
         (
             lambda root: qa_of(root)["answers"].append({"text": "one", "answer_start": 0}),
             rf"{PLACE}\.qas\[0\] .*has 2 answers, but training needs exactly 1",
@@ -239,6 +249,114 @@ def test_impossible_questions_of_version_2(squad_file: Any) -> None:
             is_training=True,
             version_2_with_negative=True,
         )
+
+
+@pytest.mark.parametrize(("flag", "expected"), [(1, True), (0, False), (None, False)])
+def test_a_number_as_flag_counts_as_in_the_original(
+    squad_file: Any, caplog: pytest.LogCaptureFixture, flag: int | None, expected: bool
+) -> None:
+    path = squad_file(one_question("one two", "one", is_impossible=flag))
+    (example,) = read_squad(path, is_training=True, version_2_with_negative=True)
+    assert example.is_impossible is expected
+    assert "'is_impossible' is null or a number (1)" in caplog.text
+    with pytest.raises(InputError, match="is str, not bool"):
+        read_squad(
+            squad_file(one_question("one two", "one", is_impossible="false")),
+            is_training=True,
+            version_2_with_negative=True,
+        )
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_odd_files_are_read_as_the_original_does(
+    squad_file: Any, caplog: pytest.LogCaptureFixture, is_training: bool
+) -> None:
+    root = one_question("one two", "one", id=7)
+    questions = paragraph_of(root)["qas"]
+    questions += [{**questions[0], "id": "7"}, {**questions[0], "id": 7, "question": "b"}]
+    if not is_training:
+        questions.append({"id": 1.5, "question": "c", "answers": None})
+        questions.append({"id": "unlabelled", "question": "d"})
+    path = squad_file(root)
+    examples = read_squad(path, is_training=is_training, version_2_with_negative=False)
+    more = [] if is_training else ["1.5", "unlabelled"]
+    assert [example.qas_id for example in examples] == ["7", "7", "7", *more]
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith(f"{path}: read as the original does: ids that are numbers (")
+    assert "ids that occur before, of which the last question's answer counts (2)" in message
+    assert ("answers are null (1)" in message) is not is_training
+
+
+def test_of_equal_ids_the_last_is_predicted(squad_file: Any, letters: Tokenizer) -> None:
+    root = one_question("one two", "one")
+    paragraph_of(root)["qas"] *= 2
+    examples = read_squad(squad_file(root), is_training=False, version_2_with_negative=True)
+    features = features_of(examples, letters, training=False)
+    logits = np.zeros(features.input_ids.shape)
+    offset = int(np.argmax(features.token_to_orig[1] >= 0))
+    logits[0, offset] = 9.0  # "o" for the first question,
+    logits[1, offset + 3] = 9.0  # "t" for the second.
+    for version_2 in (False, True):
+        predictions = predict_answers(
+            examples, features, logits, logits, do_lower_case=True,
+            version_2_with_negative=version_2,
+        )  # fmt: skip
+        assert predictions.predictions == {"q": "t"}
+        assert list(predictions.nbest) == ["q"]
+
+
+SPACES = "\u202f\xa0\u3000\t\x0b"
+
+
+@given(
+    st.text(st.sampled_from(f"ab {SPACES}"), min_size=1, max_size=12),
+    st.integers(-14, 14),
+    st.integers(1, 8),
+    st.booleans(),
+)
+@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_answers_are_found_where_the_original_finds_them(
+    squad_file: Any, context: str, start: int, length: int, spoil: bool
+) -> None:
+    text = context[start : start + length] + "b" * spoil
+    path = squad_file(one_question(context, text, start))
+    examples = read_squad(path, is_training=True, version_2_with_negative=False)
+    words, word_of_char = reference_words(context)
+    try:
+        first, last = word_of_char[start], word_of_char[start + len(text) - 1]
+    except IndexError:  # With which the original ends.
+        first, last = 1, 0
+    found = " ".join(words[first : last + 1])
+    if text.split() and " ".join(text.split()) in found:
+        (example,) = examples
+        assert example.answer_words == (range(len(words))[first], last)
+        return
+    (skip,) = examples.skipped
+    assert not len(examples)
+    said_elsewhere = skip.reason in (ELSEWHERE, OUTSIDE)
+    if text.split():
+        # The reason is true: the text stands at its offset, or it does not.
+        stands_there = text == context[start : start + len(text)]
+        assert not (stands_there and said_elsewhere)
+        assert (skip.reason == BEFORE_WORDS) <= (first < 0)
+    else:
+        assert skip.reason == EMPTY
+
+
+def test_the_reason_of_an_answer_with_a_no_break_space_is_named(
+    squad_file: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = one_question("about 10\xa0km and 10\u202fkm", "10\xa0km", 6)
+    paragraph_of(root)["qas"] += [
+        {"id": "narrow", "question": "a", "answers": [{"text": "10\u202fkm", "answer_start": 16}]},
+        {"id": "moved", "question": "a", "answers": [{"text": "10\xa0km", "answer_start": 7}]},
+    ]
+    examples = read_squad(squad_file(root), is_training=True, version_2_with_negative=False)
+    assert [(example.qas_id, example.answer_words) for example in examples] == [("narrow", (3, 4))]
+    assert [skip.reason for skip in examples.skipped] == [WHITE_SPACE, ELSEWHERE]
+    assert "left out 2 questions: 1 with an answer with white space that" in caplog.text
+    assert "U+00A0; 1 with an answer that is not at its offset; the first is 'q'" in caplog.text
 
 
 # Features

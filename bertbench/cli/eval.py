@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,7 +12,12 @@ from bertbench.cli.common import CONTEXT, json_option, write_json
 from finetune.errors import InputError
 from finetune.json_files import load_json
 
+# The default of `--na-prob-thresh` in evaluate-v2.0.py, which is meant for probabilities.
+_SCRIPT_THRESHOLD = 1.0
 _FILE = click.Path(dir_okay=False, path_type=Path)
+
+if TYPE_CHECKING:
+    from finetune.tasks.squad_metrics import QuestionScores
 
 
 @click.group(context_settings=CONTEXT)
@@ -38,7 +43,8 @@ def command() -> None:
 @click.option(
     "--na_prob_thresh",
     type=float,
-    help="Leave questions with greater odds unanswered (2.0). Default: keep what is answered.",
+    help="Leave questions with greater odds unanswered (2.0). Default: 1, as in the official "
+    "script; inf keeps what is answered.",
 )
 @click.option("--out_file", type=_FILE, help="Write the scores as JSON here.")
 @click.option("--out_image_dir", type=click.Path(file_okay=False, path_type=Path),
@@ -94,9 +100,8 @@ def squad(
         if odds is None and na_prob_thresh is not None:
             raise InputError("--na_prob_thresh needs --na_prob_file")
         scores = score_questions(examples, answers, odds)
-        results = evaluate_v2(
-            scores, threshold=na_prob_thresh, best_thresholds=na_prob_file is not None
-        )
+        threshold = None if odds is None else _threshold(scores, na_prob_thresh)
+        results = evaluate_v2(scores, threshold=threshold, best_thresholds=odds is not None)
         if out_image_dir is not None:
             if odds is None:
                 raise InputError("--out_image_dir needs --na_prob_file")
@@ -113,6 +118,25 @@ def squad(
     if str(json_file) != "-":
         for name, score in results.items():
             click.echo(f"{name} = {score}")
+
+
+def _threshold(scores: QuestionScores, given: float | None) -> float:
+    """The threshold on the null odds; say what the official script's leaves out, if none is given.
+
+    Raises:
+        InputError: it is not a number.
+    """
+    if given is not None and math.isnan(given):
+        raise InputError("--na_prob_thresh nan is not a number")
+    if given is None:
+        silent = scores.is_answered & (scores.no_answer_odds > _SCRIPT_THRESHOLD)
+        if silent.any():
+            click.echo(
+                f"{int(silent.sum()):,} of the answers count as none, as in the official script: "
+                f"their null odds are above {_SCRIPT_THRESHOLD:g}; --na_prob_thresh inf keeps them",
+                err=True,
+            )
+    return _SCRIPT_THRESHOLD if given is None else given
 
 
 def _read_values(path: Path, kind: type) -> dict[str, Any]:

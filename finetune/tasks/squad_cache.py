@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,7 @@ from finetune.tasks.squad_examples import SquadExamples, read_squad
 from finetune.tokenization import load_tokenizer
 
 # To be raised with every change that gives other features.
-_FEATURES_VERSION = 1
+_FEATURES_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def load_squad_features(
 
     Returns:
         The arrays of `finetune.tasks.squad.SquadFeatures`, and as extra `num_examples` and the
-        number of `skipped` questions.
+        numbers of `skipped` questions by reason.
 
     Raises:
         InputError: see `SquadSource.read` and `featurize`; or no question has a window.
@@ -119,7 +120,8 @@ def load_squad_features(
             max_query_length=source.max_query_length,
             is_training=source.is_training,
         )
-        extra = {"num_examples": len(questions), "skipped": len(questions.skipped)}
+        skipped = Counter(answer.reason for answer in questions.skipped)
+        extra = {"num_examples": len(questions), "skipped": dict(sorted(skipped.items()))}
         return (chunk.arrays() for chunk in chunks), extra
 
     entry = load_or_make(cache_dir, source.key(), make)

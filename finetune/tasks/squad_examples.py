@@ -10,7 +10,8 @@ import logging
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from finetune.errors import InputError
@@ -56,7 +57,7 @@ class SquadExample:
     """A question.
 
     Attributes:
-        qas_id: its id, unique in the file.
+        qas_id: its id; several questions of a file may have the same.
         question: its text.
         paragraph: where the answer is to be found.
         answer_text: the training answer; "" if impossible or not read for training.
@@ -85,19 +86,35 @@ class SquadExample:
         return self.paragraph.doc_tokens
 
 
+# Why an answer is left out, as it follows "an answer".
+EMPTY = "that is empty"
+OUTSIDE = "whose offset is outside of the paragraph"
+ELSEWHERE = "that is not at its offset"
+BEFORE_WORDS = "that begins in the white space before the first word"
+WHITE_SPACE = "with white space that to the original is a part of a word, such as U+00A0"
+
+# What the original reads although it is odd.
+_NUMBER_ID = "ids that are numbers"
+_SAME_ID = "ids that occur before, of which the last question's answer counts"
+_NULL_ANSWERS = "questions whose answers are null"
+_ODD_FLAG = "questions whose 'is_impossible' is null or a number"
+
+
 @dataclass(frozen=True)
 class SkippedAnswer:
-    """A training question left out because its answer is not where the file says.
+    """A training question left out because its answer cannot be found, as in the original.
 
     Attributes:
         qas_id: the question.
         answer_text: the answer as in the file.
         found_text: the words at the answer's offset; "" if the offset is outside the paragraph.
+        reason: why, as in `ELSEWHERE`.
     """
 
     qas_id: str
     answer_text: str
     found_text: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,7 @@ class SquadExamples:
     """The questions of a file, in its order, and those left out.
 
     Attributes:
-        items: the questions.
+        items: the questions; ids may occur more than once.
         skipped: training questions left out.
     """
 
@@ -122,10 +139,20 @@ class SquadExamples:
         return self.items[index]
 
 
+def describe_skipped(reasons: Mapping[str, int]) -> str:
+    """Says in a line how many questions were left out, by reason."""
+    parts = (f"{count:,} with an answer {reason}" for reason, count in reasons.items())
+    return f"left out {sum(reasons.values()):,} questions: {'; '.join(parts)}"
+
+
 def read_squad(
     path: str | os.PathLike[str], *, is_training: bool, version_2_with_negative: bool
 ) -> SquadExamples:
     """Reads a file in SQuAD's format.
+
+    What the original's `read_squad_examples` takes is taken, with one line of warning that counts
+    what is odd: ids that are numbers or occur twice, answers of null, and an `is_impossible` that
+    is null or a number. Ids become texts, as in the files of predictions.
 
     Args:
         path: a JSON file of SQuAD 1.1 or 2.0.
@@ -134,35 +161,36 @@ def read_squad(
         version_2_with_negative: questions may be impossible (SQuAD 2.0).
 
     Raises:
-        InputError: not a file in this format, an id occurs twice, or, for training, a possible
-            question does not have exactly one answer.
+        InputError: not a file in this format, or, for training, a possible question does not have
+            exactly one answer.
     """
     root = load_json(path, hint=_HINT)
     examples: list[SquadExample] = []
     skipped: list[SkippedAnswer] = []
-    seen: dict[str, str] = {}
+    seen: set[str] = set()
+    odd: Counter[str] = Counter()
     for where, qa, paragraph in _iter_questions(root, path):
-        qas_id = _get(qa, "id", str, where, path)
-        if qas_id in seen:
-            raise InputError(
-                f"{where} has the id {qas_id!r}, which {seen[qas_id]} has already",
-                path=path,
-                hint="give every question an id of its own",
-            )
-        seen[qas_id] = where
         example = _read_question(
-            qa, qas_id, paragraph, where, path, is_training, version_2_with_negative
+            qa, paragraph, where, path, is_training, version_2_with_negative, odd
         )
+        odd[_SAME_ID] += example.qas_id in seen
+        seen.add(example.qas_id)
         if isinstance(example, SkippedAnswer):
             skipped.append(example)
         else:
             examples.append(example)
+    if odd.total():
+        parts = (f"{what} ({count:,})" for what, count in odd.items() if count)
+        _logger.warning("%s: read as the original does: %s", os.fspath(path), "; ".join(parts))
     if skipped:
+        first = skipped[0]
         _logger.warning(
-            "%s: left out %d questions whose answer is not where the file says; the first is %s",
+            "%s: %s; the first is %r: %.60r against %.60r",
             os.fspath(path),
-            len(skipped),
-            skipped[0],
+            describe_skipped(Counter(skip.reason for skip in skipped)),
+            first.qas_id,
+            first.answer_text,
+            first.found_text,
         )
     return SquadExamples(tuple(examples), tuple(skipped))
 
@@ -183,20 +211,25 @@ def _iter_questions(
 
 def _read_question(
     qa: object,
-    qas_id: str,
     paragraph: SquadParagraph,
     where: str,
     path: str | os.PathLike[str],
     is_training: bool,
     version_2_with_negative: bool,
+    odd: Counter[str],
 ) -> SquadExample | SkippedAnswer:
+    """Reads a question, and counts what is odd about it."""
     question = _get(qa, "question", str, where, path)
-    needs_flag = version_2_with_negative and is_training
-    is_impossible = version_2_with_negative and _get(
-        qa, "is_impossible", bool, where, path, default=None if needs_flag else False
-    )
+    assert isinstance(qa, dict)  # What has a question is an object.
+    qas_id = _read_id(qa, where, path, odd)
+    is_impossible = version_2_with_negative and _read_flag(qa, where, path, is_training, odd)
     # An unlabelled file to predict on may leave out the answers.
-    answers = _get(qa, "answers", list, where, path, default=None if is_training else [])
+    answers = _get(qa, "answers", object, where, path, default=None if is_training else [])
+    if answers is None:
+        odd[_NULL_ANSWERS] += 1
+        answers = []
+    else:
+        answers = _get(qa, "answers", list, where, path, default=[])
     gold = tuple(
         _get(answer, "text", str, f"{where}.answers[{i}]", path) for i, answer in enumerate(answers)
     )
@@ -211,11 +244,63 @@ def _read_question(
             else "correct the file",
         )
     offset = _get(answers[0], "answer_start", int, f"{where}.answers[0]", path)
-    last_offset = offset + len(gold[0]) - 1
-    first = last = -1
-    if 0 <= offset <= last_offset < len(paragraph.context):
-        first, last = paragraph.word_at(offset), paragraph.word_at(last_offset)
-    found = " ".join(paragraph.doc_tokens[first : last + 1]) if first >= 0 else ""
-    if first < 0 or " ".join(gold[0].split()) not in found:
-        return SkippedAnswer(qas_id, gold[0], found)
-    return SquadExample(qas_id, question, paragraph, gold[0], (first, last), False, gold)
+    found, answer_words = _find_answer(paragraph, gold[0], offset)
+    if isinstance(answer_words, str):
+        return SkippedAnswer(qas_id, gold[0], found, answer_words)
+    return SquadExample(qas_id, question, paragraph, gold[0], answer_words, False, gold)
+
+
+def _read_id(
+    qa: dict[str, object], where: str, path: str | os.PathLike[str], odd: Counter[str]
+) -> str:
+    qas_id = qa.get("id")
+    if isinstance(qas_id, (int, float)) and not isinstance(qas_id, bool):
+        odd[_NUMBER_ID] += 1
+        return str(qas_id)
+    return _get(qa, "id", str, where, path)
+
+
+def _read_flag(
+    qa: dict[str, object],
+    where: str,
+    path: str | os.PathLike[str],
+    is_training: bool,
+    odd: Counter[str],
+) -> bool:
+    """Whether a question is impossible; a file to predict on need not say, as it is not asked."""
+    flag = qa.get("is_impossible", None if is_training else False)
+    if isinstance(flag, bool):
+        return flag
+    if "is_impossible" in qa and (flag is None or isinstance(flag, (int, float))):
+        odd[_ODD_FLAG] += 1
+        return bool(flag)
+    return _get(qa, "is_impossible", bool, where, path)
+
+
+def _find_answer(
+    paragraph: SquadParagraph, text: str, offset: int
+) -> tuple[str, tuple[int, int] | str]:
+    """Finds the words of an answer as the original does.
+
+    Its offsets are Python's indices, so that one below 0 counts from the paragraph's end. Unlike
+    there, an empty answer is left out: the original would train on a span that ends before it
+    begins.
+
+    Returns:
+        The words at the offset, and the first and last of them, or why it cannot be found.
+    """
+    size, words = len(paragraph.context), paragraph.doc_tokens
+    cleaned = " ".join(text.split())
+    last_offset = offset + len(text) - 1
+    if not cleaned:
+        return "", EMPTY
+    if not (-size <= offset < size and -size <= last_offset < size):
+        return "", OUTSIDE
+    first, last = paragraph.word_at(offset % size), paragraph.word_at(last_offset % size)
+    found = " ".join(words[first : last + 1])
+    if cleaned in found:
+        # The original's first word is -1 where the only word has white space before it.
+        return found, (first % len(words), last)
+    if " ".join(paragraph.context[offset : last_offset + 1].split()) != cleaned:
+        return found, ELSEWHERE
+    return found, BEFORE_WORDS if first < 0 else WHITE_SPACE

@@ -82,12 +82,16 @@ def evaluate_v1(
 class QuestionScores:
     """Each question's scores by version 2.0, before any threshold; n questions in file order.
 
+    An id is one question: of several with the same id the last counts, in the first one's place.
+
     Attributes:
         has_answer: bool [n], the file has an answer.
         is_answered: bool [n], the prediction is not "".
         exact: float64 [n], 0 or 1; for a question without answer, whether the prediction is "".
         f1: float64 [n], the same for F1.
         no_answer_odds: float64 [n], the greater, the likelier is "no answer".
+        by_odds: int [n], the questions by rising odds; those of equal odds in the order in which
+            the odds were given, which need not be that of the questions.
     """
 
     has_answer: npt.NDArray[np.bool_] = field(repr=False)
@@ -95,6 +99,7 @@ class QuestionScores:
     exact: npt.NDArray[np.float64] = field(repr=False)
     f1: npt.NDArray[np.float64] = field(repr=False)
     no_answer_odds: npt.NDArray[np.float64] = field(repr=False)
+    by_odds: npt.NDArray[np.intp] = field(repr=False)
 
     def at_threshold(self, threshold: float) -> QuestionScores:
         """Scores when questions with odds above a threshold are left unanswered."""
@@ -106,6 +111,7 @@ class QuestionScores:
             np.where(silent, right, self.exact),
             np.where(silent, right, self.f1),
             self.no_answer_odds,
+            self.by_odds,
         )
 
 
@@ -126,14 +132,20 @@ def score_questions(
     Raises:
         InputError: there are no questions, or one has no prediction or no odds.
     """
+    questions = {example.qas_id: example for example in examples}
+    if not questions:
+        raise InputError("no questions to evaluate", hint="give a file with questions")
+    for what, known in (("prediction", predictions), ("null odds", no_answer_odds)):
+        missing = [] if known is None else [qas_id for qas_id in questions if qas_id not in known]
+        if missing:
+            others = f", nor have {len(missing) - 1:,} others" if len(missing) > 1 else ""
+            raise InputError(
+                f"question {missing[0]!r} has no {what}{others}",
+                hint="predict all questions of the file",
+            )
+    odds = dict.fromkeys(questions, 0.0) if no_answer_odds is None else no_answer_odds
     rows = []
-    for example in examples:
-        qas_id = example.qas_id
-        for what, known in (("prediction", predictions), ("null odds", no_answer_odds)):
-            if known is not None and qas_id not in known:
-                raise InputError(
-                    f"question {qas_id!r} has no {what}", hint="predict all questions of the file"
-                )
+    for qas_id, example in questions.items():
         text = predictions[qas_id]
         answers = [answer for answer in example.gold_answers if normalize_answer(answer)] or [""]
         rows.append(
@@ -142,15 +154,16 @@ def score_questions(
                 bool(text),
                 max(exact_match_score(text, answer) for answer in answers),
                 max(_f1_with_silence(text, answer) for answer in answers),
-                0.0 if no_answer_odds is None else no_answer_odds[qas_id],
+                float(odds[qas_id]),
             )
         )
-    if not rows:
-        raise InputError("no questions to evaluate", hint="give a file with questions")
-    has_answer, is_answered, exact, f1, odds = (
+    has_answer, is_answered, exact, f1, odds_of_rows = (
         np.array(column) for column in zip(*rows, strict=True)
     )
-    return QuestionScores(has_answer, is_answered, exact, f1, odds.astype(np.float64))
+    row_of = {qas_id: row for row, qas_id in enumerate(questions)}
+    by_odds = sorted((qas_id for qas_id in odds if qas_id in row_of), key=lambda i: odds[i])
+    order = np.array([row_of[qas_id] for qas_id in by_odds])
+    return QuestionScores(has_answer, is_answered, exact, f1, odds_of_rows, order)
 
 
 def evaluate_v2(
@@ -178,8 +191,8 @@ def evaluate_v2(
     for prefix, group in groups.items():
         total = int(group.sum())
         if total:
-            results[f"{prefix}exact"] = 100.0 * float(final.exact[group].sum()) / total
-            results[f"{prefix}f1"] = 100.0 * float(final.f1[group].sum()) / total
+            results[f"{prefix}exact"] = 100.0 * _sum(final.exact[group]) / total
+            results[f"{prefix}f1"] = 100.0 * _sum(final.f1[group]) / total
             results[f"{prefix}total"] = total
     if best_thresholds:
         for name, values in (("exact", scores.exact), ("f1", scores.f1)):
@@ -195,8 +208,8 @@ def find_best_threshold(
     """Finds the odds above which questions are best left unanswered (`find_best_thresh`).
 
     As in the official script, thresholds are tried between single questions, also between
-    questions of equal odds, 0 stands for leaving all unanswered, and an answer that the
-    prediction already leaves out cannot come back.
+    questions of equal odds (in the order of `scores.by_odds`), 0 stands for leaving all
+    unanswered, and an answer that the prediction already leaves out cannot come back.
 
     Args:
         scores: of all questions.
@@ -205,7 +218,7 @@ def find_best_threshold(
     Returns:
         The average in percent that is reached, and the threshold.
     """
-    order = np.argsort(scores.no_answer_odds, kind="stable")
+    order = scores.by_odds
     change = np.where(scores.has_answer, values, np.where(scores.is_answered, -1.0, 0.0))[order]
     unanswered = float((~scores.has_answer).sum())
     # Added one by one, like the official script, whose rounding decides between near ties.
@@ -228,11 +241,13 @@ def tune_threshold(scores: QuestionScores, values: npt.NDArray[np.float64]) -> f
     Returns:
         The least of the best thresholds, to use as `null_score_diff_threshold`.
     """
-    order = np.argsort(scores.no_answer_odds, kind="stable")
+    order = scores.by_odds
     odds = scores.no_answer_odds[order]
     change = (values - (~scores.has_answer))[order]
     gains = np.concatenate([[0.0], np.cumsum(change)[np.append(odds[1:] != odds[:-1], True)]])
-    thresholds = np.concatenate([[odds[0] - 1.0], np.unique(odds)])
+    # Below odds so large that 1 is lost in them, too.
+    below = min(odds[0] - 1.0, np.nextafter(odds[0], -np.inf))
+    thresholds = np.concatenate([[below], np.unique(odds)])
     return float(thresholds[np.argmax(gains)])
 
 
@@ -267,7 +282,7 @@ def precision_recall(
     answerable = int(scores.has_answer.sum())
     if not answerable:
         return None
-    order = np.argsort(scores.no_answer_odds, kind="stable")
+    order = scores.by_odds
     odds = scores.no_answer_odds[order]
     right = np.cumsum(np.where(scores.has_answer, values, 0.0)[order])
     precision = right / np.arange(1, len(order) + 1)
@@ -276,8 +291,13 @@ def precision_recall(
     last = np.append(odds[1:] != odds[:-1], True)
     precisions = np.concatenate([[1.0], precision[last]])
     recalls = np.concatenate([[0.0], recall[last]])
-    average = 100.0 * float(np.sum(precisions[1:] * np.diff(recalls)))
+    average = 100.0 * _sum(precisions[1:] * np.diff(recalls))
     return PrecisionRecall(precisions.tolist(), recalls.tolist(), average)
+
+
+def _sum(values: npt.NDArray[np.float64]) -> float:
+    """Adds one by one, as the official script does; NumPy's `sum` rounds differently."""
+    return float(np.cumsum(values)[-1])
 
 
 def _f1_with_silence(prediction: str, answer: str) -> float:
