@@ -100,7 +100,7 @@ def leftovers(trials: int) -> dict[str, Any]:
         os.environ["TMPDIR"] = tempfile.tempdir = folder
         budget = make_budget(resolve_device("cpu"), 96 * MIB_BYTES)
         workload = published_workload("bert-tiny", 16)
-        # The fork server and its resource tracker stay as long as this process does.
+        # The fork server stays as long as this process does.
         measure_batches(workload, Levers(), budget, [1], steps=2)
         before = _there(folder)
         outcomes: dict[str, int] = {}

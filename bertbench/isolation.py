@@ -1,58 +1,47 @@
 """Run a function in a fresh process that cannot harm this one, and learn how it ended.
 
-The process is forked from a server that has TensorFlow imported but has never run an op
-(`multiprocessing`'s fork server with `bertbench.preload`), so it starts in a fraction of a second,
-and its environment variables still decide how TensorFlow allocates. What it sends is kept even
-when it crashes later, and nothing of it stays: no process, no file.
-
-Linux forks; elsewhere, where a fork after loading system frameworks is unsafe, each process
-imports TensorFlow anew. Windows is not supported.
+`bertbench.fork_server` starts it, with TensorFlow imported. What it sends is kept even when it
+crashes later, nothing of it stays, neither process nor file, and no wait for it is without end.
+Windows is not supported.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import faulthandler
-import importlib
 import json
 import math
-import multiprocessing
 import os
-import shutil
+import select
 import signal
 import sys
 import tempfile
-import threading
 import time
-import types
-from collections.abc import Callable, Iterator, Mapping
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext, SpawnProcess
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import psutil
+
+from bertbench.errors import WorkError
+from bertbench.fork_server import OWN_KEY, Message, Request
+from bertbench.forking import Started, read_number, start
 from bertbench.hostmemory import oom_kill_counts
-from finetune.json_files import json_text
-
-Message = dict[str, Any]
-
-PRELOAD = ("bertbench.preload",)
+from bertbench.temporary import temporary_folder
 
 # A message is a line of JSON; the largest carries what a large model asked of its allocator.
 _MESSAGE_LIMIT_BYTES = 1 << 24
-_ERROR_TEXT_LIMIT = 1 << 16
 # TensorFlow's allocator lists every chunk that it holds when it fails: a megabyte at times.
 _PRINTED_LIMIT_BYTES = 1 << 23
 _TAIL_LINES = 5
-_KILL_SECONDS = 10.0
 _ASK_EVERY_SECONDS = 0.2
 
-# Messages of this module's own, which callers do not see, have this key.
-_OWN = "isolation"
+KILL_SECONDS = 10.0
+"""Longest time that a killed process takes to end."""
 
-# Held for all that multiprocessing does with its list of processes, and with the environment.
-_start_lock = threading.Lock()
+_NOT_KNOWN = "how it ended is not known: the process that waits for its end does not tell"
+
+# Processes of this one's trials that could not be ended.
+_not_ended: set[int] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +52,8 @@ class Ending:
         exit_code: its exit code; the negative number of the signal that ended it; None if it
             could not be ended.
         timed_out: it was silent for too long, and was killed for that.
-        stopped: why it was killed by request, see `run_isolated`; else empty.
+        stopped: why it was killed by request, see `run_isolated`, or why its end is not known;
+            else empty.
         garbage: what it sent that is no message, for which it was killed; else empty.
         error: type name and text of the exception that left the function.
         printed: the end of what it printed.
@@ -125,20 +115,18 @@ def run_isolated(
         How the process ended.
     """
     started = time.monotonic()
+    _check_ended()
     oom_kills_before = oom_kill_counts()
-    with (
-        tempfile.TemporaryFile() as log,
-        # TensorFlow writes the code that it generates to temporary files, and a process that is
-        # killed does not take them away.
-        tempfile.TemporaryDirectory(prefix="bertbench-", ignore_cleanup_errors=True) as folder,
-    ):
-        variables = {**environment, "TMPDIR": folder}
-        process, reader = _start(target, payload, variables, log.fileno())
+    # TensorFlow writes the code that it generates to temporary files, and a process that is
+    # killed does not take them away.
+    with tempfile.TemporaryFile() as log, temporary_folder() as folder:
+        variables = {**os.environ, **environment, "TMPDIR": str(folder)}
+        trial = start(Request(target, payload, variables, sys.path), log.fileno())
         try:
-            with reader:
-                inbox = _receive(process, reader, timeout_seconds, on_message, stop)
+            inbox = _receive(trial, timeout_seconds, on_message, stop)
         finally:
-            exit_code = _end(process)
+            exit_code = _end(trial)
+            trial.close()
         return Ending(
             exit_code=exit_code,
             timed_out=inbox.timed_out,
@@ -166,20 +154,20 @@ class _Inbox:
 
 
 def _receive(
-    process: ForkServerProcess | SpawnProcess,
-    reader: Connection,
+    trial: Started,
     timeout_seconds: float,
     on_message: Callable[[Message], None],
     stop: Callable[[], str] | None,
 ) -> _Inbox:
     """Pass messages on until the process has ended, hangs or sends garbage."""
-    # The pipe is read raw and in lines: a half-written message of a dying or hanging process then
-    # never blocks this one, as `Connection.recv` would.
     inbox = _Inbox()
     deadline = time.monotonic() + timeout_seconds
+    has_ended = False
     # What is there already is read before the first question: a result stands.
     ask_at = time.monotonic() + _ASK_EVERY_SECONDS if stop else math.inf
-    sources: list[Any] = [reader, process.sentinel]
+    sources = select.poll()
+    sources.register(trial.messages, select.POLLIN)
+    sources.register(trial.status, select.POLLIN)
     while True:
         now = time.monotonic()
         if stop is not None and now >= ask_at:
@@ -187,16 +175,19 @@ def _receive(
             if inbox.stopped:
                 return inbox
             ask_at = now + _ASK_EVERY_SECONDS
-        ready = wait(sources, max(min(deadline, ask_at) - now, 0.0))
+        ready = dict(sources.poll(max(min(deadline, ask_at) - now, 0.0) * 1000))
         if not ready:
             if time.monotonic() < deadline:
                 continue
-            inbox.timed_out = True
+            inbox.timed_out = not has_ended
+            inbox.stopped = _NOT_KNOWN if has_ended else ""
             return inbox
-        if reader in ready:
-            chunk = os.read(reader.fileno(), 1 << 16)
+        if trial.messages in ready:
+            chunk = os.read(trial.messages, 1 << 16)
             if not chunk:
-                sources.remove(reader)
+                sources.unregister(trial.messages)
+                has_ended = True  # and its keeper is about to tell how
+                deadline = min(deadline, time.monotonic() + KILL_SECONDS)
             elif _take(inbox, chunk, on_message):
                 deadline = time.monotonic() + timeout_seconds
             if inbox.garbage:
@@ -204,6 +195,7 @@ def _receive(
         else:
             # It has ended. What it sent before was readable before its end was, so nothing is
             # left; a process that it started may still hold the pipe open.
+            inbox.stopped = "" if ready[trial.status] & select.POLLIN else _NOT_KNOWN
             return inbox
 
 
@@ -218,9 +210,9 @@ def _take(inbox: _Inbox, chunk: bytes, on_message: Callable[[Message], None]) ->
         if not isinstance(message, dict):
             inbox.garbage = repr(line[:100])
             return False
-        if message.get(_OWN) == "started":
+        if message.get(OWN_KEY) == "started":
             inbox.preloaded = bool(message["preloaded"])
-        elif message.get(_OWN) == "error":
+        elif message.get(OWN_KEY) == "error":
             inbox.error = (str(message["type"]), str(message["message"]))
         else:
             on_message(message)
@@ -229,151 +221,46 @@ def _take(inbox: _Inbox, chunk: bytes, on_message: Callable[[Message], None]) ->
     return bool(lines)
 
 
-def _start(
-    target: str, payload: Mapping[str, Any], environment: dict[str, str], log: int
-) -> tuple[ForkServerProcess | SpawnProcess, Connection]:
-    context: ForkServerContext | SpawnContext
-    if sys.platform == "linux":
-        context = multiprocessing.get_context("forkserver")
-        # Takes effect at the server's first start, and is harmless after it.
-        context.set_forkserver_preload(list(PRELOAD))
-    else:
-        context = multiprocessing.get_context("spawn")
-    reader, writer = context.Pipe(duplex=False)
-    # A Connection is how multiprocessing hands over a file descriptor.
-    log_writer = Connection(os.dup(log), readable=False)
-    with writer, log_writer, _start_lock:
-        # The server's own changes of the environment, in another thread, are not for the process.
-        arguments = (target, dict(payload), {**os.environ, **environment}, writer, log_writer)
-        process = context.Process(target=_child_main, args=arguments, name="bertbench-trial")
-        try:
-            with _server_environment(), _without_main():
-                process.start()
-        except (EOFError, OSError) as error:
-            reader.close()
-            raise RuntimeError(f"cannot start a process for trials ({error!r})") from error
-    return process, reader
-
-
-@contextlib.contextmanager
-def _server_environment() -> Iterator[None]:
-    """Let the server find `bertbench.preload`, and have its children log their warnings.
-
-    The server does not take this process's `sys.path` over in older Pythons, and a module that it
-    cannot import is skipped in silence. TensorFlow's log level is fixed when it is imported.
-    """
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.environ.get("PYTHONPATH")
-    chosen = {
-        "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root,
-        "TF_CPP_MIN_LOG_LEVEL": "1",
-    }
-    before = {name: os.environ.get(name) for name in chosen}
-    os.environ.update(chosen)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Keep multiprocessing from running the main script again in every child.
-
-    It does so for functions that live there. Ours never do, and a script without an
-    `if __name__ == "__main__"` would start its probe again in every trial.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _end(process: ForkServerProcess | SpawnProcess) -> int | None:
+def _end(trial: Started) -> int | None:
     """Kill what is left of a process and its descendants; return its exit code."""
-    pid = process.pid
-    assert pid is not None
-    if not wait([process.sentinel], 0):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        wait([process.sentinel], _KILL_SECONDS)
-    # The group outlives its leader when the process has started others.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-    # Starting a process polls all others, and an exit code can be read only once.
-    with _start_lock:
-        exit_code = process.exitcode
+    with contextlib.suppress(EOFError):
+        exit_code = read_number(trial.status, 0)
         if exit_code is not None:
-            process.close()
-    return exit_code
+            return exit_code  # and its keeper has ended its descendants
+    for kill in (os.kill, os.killpg):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(trial.pid, signal.SIGKILL)
+    with contextlib.suppress(EOFError):
+        exit_code = read_number(trial.status, KILL_SECONDS)
+        if exit_code is not None:
+            return exit_code
+    # Whoever should tell does not; the process may be dead all the same.
+    deadline = time.monotonic() + KILL_SECONDS
+    while _is_running(trial.pid):
+        if time.monotonic() > deadline:
+            _not_ended.add(trial.pid)
+            return None
+        time.sleep(0.05)
+    return -signal.SIGKILL
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _check_ended() -> None:
+    """Refuse to measure beside a process that holds memory and cannot be ended."""
+    _not_ended.intersection_update([pid for pid in _not_ended if _is_running(pid)])
+    if _not_ended:
+        raise WorkError(
+            f"process {min(_not_ended)} of an earlier trial cannot be ended and holds its memory: "
+            "trials beside it would tell nothing; end it, or start the machine again"
+        )
 
 
 def _read_end(log: int) -> str:
     start = max(os.fstat(log).st_size - _PRINTED_LIMIT_BYTES, 0)
     return os.pread(log, _PRINTED_LIMIT_BYTES, start).decode(errors="replace")
-
-
-def _child_main(
-    target: str,
-    payload: Message,
-    environment: Mapping[str, str],
-    messages: Connection,
-    log: Connection,
-) -> None:
-    """Begin an isolated process: everything that must precede the target's first line."""
-    os.setsid()
-    for stream in (1, 2):
-        os.dup2(log.fileno(), stream)
-    log.close()
-    os.environ.clear()
-    os.environ.update(environment)
-    tempfile.tempdir = None  # what the server has found before
-    _die_with_parent(environment["TMPDIR"])
-    _yield_to_others()
-    faulthandler.enable(file=2, all_threads=False)
-
-    def send(message: Mapping[str, Any]) -> None:
-        line = json_text(message).encode() + b"\n"
-        while line:
-            line = line[os.write(messages.fileno(), line) :]
-
-    send({_OWN: "started", "preloaded": "tensorflow" in sys.modules})
-    module, _, function = target.partition(":")
-    try:
-        getattr(importlib.import_module(module), function)(payload, send)
-    except Exception as error:
-        # The log keeps only the last lines; the parent must see the type to tell what it means.
-        text = str(error)
-        half = _ERROR_TEXT_LIMIT // 2
-        if len(text) > _ERROR_TEXT_LIMIT:
-            text = f"{text[:half]}\n{text[-half:]}"
-        send({_OWN: "error", "type": type(error).__name__, "message": text})
-        raise
-
-
-def _die_with_parent(folder: str) -> None:
-    # The kernel's own PR_SET_PDEATHSIG watches the fork server, which is not the parent meant here.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        shutil.rmtree(folder, ignore_errors=True)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _yield_to_others() -> None:
-    """Leave no core file, and be the process that the kernel kills when host memory runs out."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")

@@ -70,7 +70,7 @@ def start_grandchild(payload: Payload, send: Send) -> None:
 def _message_pipe(send: Send) -> int:
     """Dig the file descriptor of the messages out of the closure of `send`."""
     cells = dict(zip(send.__code__.co_freevars, send.__closure__ or (), strict=True))
-    return int(cells["messages"].cell_contents.fileno())
+    return int(cells["messages"].cell_contents)
 
 
 def allocate(payload: Payload, send: Send) -> None:

@@ -189,7 +189,9 @@ SCRIPT = """
 import sys
 sys.path[:0] = {paths!r}
 print("script starts", flush=True)
+from bertbench import forking
 from bertbench.isolation import run_isolated
+forking.PRELOAD = "json"  # imported at once
 run_isolated("isolation_targets:start_grandchild", {{"then": {then!r}}}, environment={{}},
              timeout_seconds=60, on_message=lambda m: print(*m["pids"], flush=True))
 print("script ends", flush=True)

@@ -1,0 +1,216 @@
+"""The caller's side of `bertbench.fork_server`: one server for a process, started when needed."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from typing import IO
+
+from bertbench.errors import WorkError
+from bertbench.fork_server import NUMBER, READY, Descriptors, Request
+from bertbench.progress import say
+
+START_SECONDS = 600.0
+"""Longest time in which a server imports TensorFlow, be it from a slow disk."""
+
+REPLY_SECONDS = 60.0
+"""Longest time in which a server that is up starts a trial."""
+
+_END_SECONDS = 5.0
+
+PRELOAD = "tensorflow" if sys.platform == "linux" else ""
+"""What a server imports before it forks. On macOS a fork after loading system frameworks is unsafe,
+so that each trial imports for itself."""
+
+# TensorFlow's log level is fixed when it is imported; trials log their warnings.
+_VARIABLES = {"TF_CPP_MIN_LOG_LEVEL": "1"}
+
+_lock = threading.Lock()
+_server: _Server | None = None
+
+
+class _SilentError(Exception):
+    """A server is there and does not answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Server:
+    """A server; `owner` is the process that started it, which a fork of that process is not."""
+
+    owner: int
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+    log: IO[bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """A trial's process.
+
+    Attributes:
+        pid: its number.
+        messages: file descriptor to read its messages from.
+        status: file descriptor to read its exit code from, see `read_number`.
+        life: file descriptor that holds it; when it is closed, the trial is ended.
+    """
+
+    pid: int
+    messages: int
+    status: int
+    life: int
+
+    def close(self) -> None:
+        """Close all descriptors."""
+        for number in (self.messages, self.status, self.life):
+            os.close(number)
+
+
+def start(request: Request, log: int) -> Started:
+    """Have a trial started, by a new server if the one that is there is dead or silent.
+
+    Args:
+        request: what is to run.
+        log: file descriptor for what it prints.
+
+    Raises:
+        WorkError: a second server fails too, or the system allows no more processes.
+        OSError: this process cannot have more files, or the system more processes.
+    """
+    global _server
+    with tempfile.TemporaryFile() as file, _lock:
+        file.write(json.dumps(dataclasses.asdict(request)).encode())
+        file.flush()
+        for last in (False, True):
+            is_new = _server is None or _server.owner != os.getpid()
+            server = _server = _launch() if is_new else _server
+            assert server is not None
+            try:
+                if is_new:
+                    _wait_until_ready(server)
+                return _ask(server, file.fileno(), log)
+            except (_SilentError, EOFError, ConnectionError) as error:
+                why = _explain(server, error)
+                _stop()
+                if last:
+                    raise WorkError(f"the process that starts trials {why}, twice") from error
+                say(f"the process that starts trials {why}: starting another one")
+            except BaseException:
+                _stop()  # it may be half-way
+                raise
+    raise AssertionError("not reached")
+
+
+def read_number(descriptor: int, seconds: float) -> int | None:
+    """Read what a keeper wrote; None if nothing comes in time.
+
+    Raises:
+        EOFError: the writer is gone.
+    """
+    poll = select.poll()  # takes numbers above 1023 too, unlike `select.select`
+    poll.register(descriptor, select.POLLIN)
+    if not poll.poll(seconds * 1000):
+        return None
+    data = os.read(descriptor, NUMBER.size)
+    if len(data) < NUMBER.size:
+        raise EOFError
+    return int(NUMBER.unpack(data)[0])
+
+
+def _launch() -> _Server:
+    control, far = socket.socketpair()
+    log = tempfile.TemporaryFile()  # noqa: SIM115 -- it stays open as long as the server
+    with far:
+        code = f"from bertbench.fork_server import serve; serve{(far.fileno(), PRELOAD)}"
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path}; {code}"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **_VARIABLES},
+            pass_fds=[far.fileno()],
+            start_new_session=True,  # a Ctrl-C on the terminal is not for it
+        )
+    return _Server(os.getpid(), process, control, log)
+
+
+def _wait_until_ready(server: _Server) -> None:
+    server.control.settimeout(START_SECONDS)
+    try:
+        answer = server.control.recv(1)
+    except TimeoutError as error:
+        raise _SilentError(f"was not ready within {START_SECONDS:g} s") from error
+    if answer != READY:
+        raise EOFError
+
+
+def _ask(server: _Server, request: int, log: int) -> Started:
+    with contextlib.ExitStack() as kept, contextlib.ExitStack() as given:
+        # New pipes for every try: should a trial have begun in one that failed, it ends.
+        messages, there_messages = _pipe(kept, given)
+        there_caller, life = _pipe(given, kept)
+        status, there_status = _pipe(kept, given)
+        crossing = Descriptors(request, there_messages, log, there_caller, there_status)
+        late = _SilentError(f"did not answer within {REPLY_SECONDS:g} s")
+        server.control.settimeout(REPLY_SECONDS)
+        try:
+            socket.send_fds(server.control, [b"t"], dataclasses.astuple(crossing))
+        except TimeoutError as error:
+            raise late from error
+        given.close()
+        pid = read_number(status, REPLY_SECONDS)
+        if pid is None:
+            raise late
+        if pid < 0:
+            raise OSError(-pid, os.strerror(-pid))
+        kept.pop_all()
+        return Started(pid, messages, status, life)
+
+
+def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
+    """Make a pipe whose ends are closed with these stacks."""
+    ends = os.pipe()
+    reader.callback(os.close, ends[0])
+    writer.callback(os.close, ends[1])
+    return ends
+
+
+def _explain(server: _Server, error: Exception) -> str:
+    """Say what a server did instead of answering."""
+    if isinstance(error, _SilentError):
+        return str(error)
+    try:
+        code = server.process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        return "closed its connection"
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    server.log.seek(0)
+    lines = server.log.read().decode(errors="replace").split("\n")
+    printed = [line.strip() for line in lines if line.strip()]
+    return f"ended with exit code {code}" + (f" ({printed[-1]})" if printed else "")
+
+
+def _stop() -> None:
+    """End the server of this process, also one that is stopped; its trials are others' children."""
+    global _server
+    server, _server = _server, None
+    if server is None or server.owner != os.getpid():
+        return
+    server.control.close()
+    server.log.close()
+    server.process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.process.wait(_END_SECONDS)
+
+
+atexit.register(_stop)
