@@ -154,10 +154,16 @@ class TestRead:
         ],
     )
     def test_a_wrong_line_is_named(self, tmp_path: Path, row: str, message: str) -> None:
-        write_mrpc(tmp_path, "1\t1\t2\ta\tb", row)
+        write_mrpc(tmp_path, "1\t1\t2\ta\tb", row, "1\t1\t2\ta\tb")
         with pytest.raises(InputError) as error:
             read_examples(MRPC, tmp_path, "train")
         assert message in str(error.value)
+
+    def test_empty_lines_at_the_end_are_no_examples(self, tmp_path: Path) -> None:
+        path = write_mrpc(tmp_path, "1\t1\t2\ta\tb", "", "")
+        assert len(read_examples(MRPC, tmp_path, "train")) == 1
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+        assert len(read_examples(MRPC, tmp_path, "train")) == 1
 
     def test_not_utf8(self, tmp_path: Path) -> None:
         path = write_mrpc(tmp_path, "1\t1\t2\ta\tb")
@@ -180,6 +186,18 @@ class TestRead:
         (tmp_path / f"{split}.tsv").write_text("1\t1\t2\ta\tb\n0\t3\t4\tc\td\n")
         with pytest.raises(InputError, match=r"\.tsv:1: the header is missing"):
             read_examples(MRPC, tmp_path, split)
+
+    def test_columns_in_another_order_are_no_examples(self, tmp_path: Path) -> None:
+        (tmp_path / "test.tsv").write_text("sentence\tindex\nA dog.\t0\n")
+        with pytest.raises(InputError, match=r"test\.tsv:1: 'sentence' is column 1 instead of 2"):
+            read_examples(find_task("SST-2"), tmp_path, "test")
+        names = HEADER.replace("#1 S", "#3 S").replace("#2 S", "#1 S").replace("#3 S", "#2 S")
+        (tmp_path / "train.tsv").write_text(f"{names}1\t1\t2\ta\tb\n")
+        with pytest.raises(InputError, match=r"'#1 string' is column 5 instead of 4"):
+            read_examples(MRPC, tmp_path, "train")
+        # Other names, as of a translation, say nothing.
+        (tmp_path / "test.tsv").write_text("nummer\tsatz\n0\tEin Hund.\n")
+        assert read_examples(find_task("SST-2"), tmp_path, "test").texts_a == ("Ein Hund.",)
 
     def test_a_header_where_none_belongs_is_no_example(self, tmp_path: Path) -> None:
         (tmp_path / "dev.tsv").write_text("source\tlabel\tstar\tsentence\ngj04\t1\t\tA dog.\n")

@@ -110,14 +110,26 @@ def test_labels_of_the_dev_file_are_those_of_training(tmp_path: Path) -> None:
         ("x.csv", "text,label\n", "no examples"),
         ("x.csv", "", "no examples"),
         ("x.tsv", "text\tlabel\na\tb\tc\n", r"x\.tsv:2: 3 columns instead of 2"),
-        ("x.tsv", "text\tlabel\n\n", r"x\.tsv:2: empty line"),
+        ("x.tsv", "text\tlabel\n\na\tb\n", r"x\.tsv:2: empty line"),
         ("x.tsv", "text\ttext\na\tb\n", r"x\.tsv:1: two columns have the same name"),
         ("x.tsv", "words\tlabel\na\tb\nc\td\n", r"x\.tsv:2: no column 'text'.*words, label"),
         ("x.tsv", "text\tlabel\na\tb\nc\tb\n", "only the label b"),
         ("x.jsonl", '{"text": "a"}\n', r"x\.jsonl:1: no column 'label'"),
         ("x.jsonl", '{"text": "a", "label": 1}\n{"te', r"x\.jsonl:2: not JSON"),
         ("x.jsonl", "[1]\n", r"x\.jsonl:1: not a JSON object"),
-        ("x.jsonl", '{"text": null, "label": 1}\n{"text": "a", "label": 2}\n', r":1: no column"),
+        ("x.jsonl", '{"text": null, "label": 1}\n{"text": "a", "label": 2}\n', r":1: neither a t"),
+        (
+            "x.jsonl",
+            '{"text": "a", "label": NaN}\n{"text": "a", "label": 2}\n',
+            r":1: neither .*fin",
+        ),
+        ("x.jsonl", '{"text": "a", "label": 1}\n{"text": "a", "label": [2]}\n', r":2: neither a t"),
+        ("x.jsonl", '{"text": "a", "label": 1e999}\n{"text": "a", "label": 2}\n', r":1: neither"),
+        ("x.csv", "text,label\na,1\nb,\n", r"x\.csv:3: no label in the column 'label'; fill"),
+        ("x.tsv", "text\tlabel\na\t1\nb\t  \n", r"x\.tsv:3: no label in the column 'label'"),
+        ("x.csv", "text,label\na,1\nb,nan\n", r"x\.csv:3: the label 'nan' stands for a missing"),
+        ("x.csv", "text,label\na,1\nb,2\nc,<NA>\n", r"x\.csv:4: the label '<NA>' stands for"),
+        ("x.csv", "text,label\na,no\nb,yes\nc,no \n", r":4: the label 'no ' differs from 'no'"),
         ("x.xlsx", "", "unknown kind of file '.xlsx'"),
     ],
 )
@@ -126,6 +138,60 @@ def test_wrong_files(tmp_path: Path, name: str, content: str, message: str) -> N
     path.write_text(content)
     with pytest.raises(InputError, match=message):
         read_table_task(TableTask({"train": path}, "text"))
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl"])
+def test_files_as_editors_leave_them(tmp_path: Path, suffix: str) -> None:
+    """A byte order mark, Windows' line ends, and empty lines at the end."""
+    path = write(tmp_path / f"train{suffix}", ROWS)
+    expected = read_table_task(TableTask({"train": path}, "text")).splits["train"]
+    content = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    path.write_bytes(b"\xef\xbb\xbf" + content + b"\r\n\r\n")
+    again = read_table_task(TableTask({"train": path}, "text")).splits["train"]
+    assert again.texts_a == expected.texts_a
+    assert again.label_ids.tolist() == expected.label_ids.tolist()
+
+
+def test_an_empty_line_of_a_single_column_is_an_empty_text(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text("text\na\n\n")
+    assert [row["text"] for _, row in read_table(tmp_path / "x.tsv")] == ["a", ""]
+
+
+def test_a_label_that_looks_missing_is_one_if_it_is_listed(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("text,label\na,nan\nb,null\n")
+    data = read_table_task(TableTask({"train": path}, "text", labels=("null", "nan")))
+    assert data.splits["train"].label_ids.tolist() == [1, 0]
+    path.write_text("text,label\na,nan\nb,\n")
+    with pytest.raises(InputError, match=r"x\.csv:3: no label"):
+        read_table_task(TableTask({"train": path}, "text", labels=("null", "nan")))
+    with pytest.raises(InputError, match="is empty"):
+        read_table_task(TableTask({"train": path}, "text", labels=("", "nan")))
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-Infinity", "", "1e39", "-1e39", "1_0", "0x1"])
+def test_a_number_to_predict_is_finite(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(f"text,label\na,1.5\nb,{number}\n")
+    with pytest.raises(InputError, match=r"x\.csv:3: (label '.*' is not a number|no label)"):
+        read_table_task(TableTask({"train": path}, "text", is_regression=True))
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (["1", "01", "001", "2"], ("001", "01", "1", "2")),
+        (["-0", "0", "00", "-1"], ("-1", "-0", "0", "00")),
+        (["10", "9", "x"], ("10", "9", "x")),
+        (["9" * 5000, "1"], ("1", "9" * 5000)),
+    ],
+)
+def test_the_order_of_labels_is_total(
+    tmp_path: Path, found: list[str], expected: tuple[str, ...]
+) -> None:
+    for labels in (found, found[::-1]):
+        path = write(tmp_path / "x.tsv", [{"text": "a", "label": label} for label in labels])
+        assert read_table_task(TableTask({"train": path}, "text")).labels == expected
 
 
 def test_not_utf8(tmp_path: Path) -> None:

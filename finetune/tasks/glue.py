@@ -19,7 +19,7 @@ import numpy as np
 from finetune.errors import InputError
 from finetune.tasks.classification import ClassificationData, ClassificationExamples
 from finetune.tasks.classification_metrics import REGRESSION_METRICS, Metric
-from finetune.tasks.table_files import parse_number, read_lines
+from finetune.tasks.table_files import parse_number, read_lines, without_empty_end
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class SplitFormat:
         guid: column of the example's name; None: its line number from 0, as in the original.
         has_header: whether the first line names the columns.
         only: a column, and the value that it has in the lines to keep; None keeps all.
+        names: what the published header calls the sentences' columns, in lower case.
         skips_malformed: lines with another number of columns are left out and counted. Only for
             files that are published like that.
     """
@@ -47,6 +48,7 @@ class SplitFormat:
     guid: int | None = None
     has_header: bool = True
     only: tuple[int, str] | None = None
+    names: tuple[str, ...] = ()
     skips_malformed: bool = False
 
 
@@ -88,38 +90,49 @@ class GlueTask:
 
 _NLI_LABELS = ("contradiction", "entailment", "neutral")
 # A few questions of the published training file hold line ends.
-_QQP_LABELLED = SplitFormat("", 6, text_a=3, text_b=4, label=5, guid=0, skips_malformed=True)
+_QQP_NAMES = ("question1", "question2")
+_QQP_LABELLED = SplitFormat(
+    "", 6, text_a=3, text_b=4, label=5, guid=0, names=_QQP_NAMES, skips_malformed=True
+)
+_MRPC_NAMES = ("#1 string", "#2 string")
+_PAIR_NAMES = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 
 
 def _pair_task(
-    name: str, labels: tuple[str, ...], metrics: tuple[Metric, ...] = ("accuracy",)
+    name: str, labels: tuple[str, ...], names: tuple[str, str] = _PAIR_NAMES
 ) -> GlueTask:
     """A task whose files are `index, sentence, sentence, label`."""
-    labelled = SplitFormat("train.tsv", columns=4, text_a=1, text_b=2, label=3, guid=0)
+    labelled = SplitFormat("train.tsv", columns=4, text_a=1, text_b=2, label=3, guid=0, names=names)
     return GlueTask(
         name,
         labels,
         train=labelled,
         dev=dataclasses.replace(labelled, file="dev.tsv"),
-        test=SplitFormat("test.tsv", columns=3, text_a=1, text_b=2, guid=0),
-        metrics=metrics,
+        test=SplitFormat("test.tsv", columns=3, text_a=1, text_b=2, guid=0, names=names),
     )
 
 
 def _mnli_split(file: str, columns: int, label: int | None) -> SplitFormat:
-    return SplitFormat(file, columns, text_a=8, text_b=9, label=label, guid=0)
+    return SplitFormat(file, columns, text_a=8, text_b=9, label=label, guid=0, names=_PAIR_NAMES)
 
 
 def _xnli(language: str) -> GlueTask:
     def evaluated(file: str, label: int | None) -> SplitFormat:
-        return SplitFormat(file, 19, text_a=6, text_b=7, label=label, only=(0, language))
+        return SplitFormat(
+            file, 19, text_a=6, text_b=7, label=label, only=(0, language), names=_PAIR_NAMES
+        )
 
     return GlueTask(
         name="XNLI",
         labels=_NLI_LABELS,
         train=SplitFormat(
-            f"multinli/multinli.train.{language}.tsv", columns=3, text_a=0, text_b=1, label=2
+            f"multinli/multinli.train.{language}.tsv",
+            columns=3,
+            text_a=0,
+            text_b=1,
+            label=2,
+            names=("premise", "hypo"),
         ),
         dev=evaluated("xnli.dev.tsv", 1),
         test=evaluated("xnli.test.tsv", None),
@@ -133,7 +146,7 @@ TASKS: tuple[GlueTask, ...] = (
         labels=("0", "1"),
         train=SplitFormat("train.tsv", columns=4, text_a=3, label=1, has_header=False),
         dev=SplitFormat("dev.tsv", columns=4, text_a=3, label=1, has_header=False),
-        test=SplitFormat("test.tsv", columns=2, text_a=1),
+        test=SplitFormat("test.tsv", columns=2, text_a=1, names=("sentence",)),
         metrics=("matthews", "accuracy"),
     ),
     GlueTask(
@@ -150,34 +163,38 @@ TASKS: tuple[GlueTask, ...] = (
     GlueTask(
         name="MRPC",
         labels=("0", "1"),
-        train=SplitFormat("train.tsv", columns=5, text_a=3, text_b=4, label=0),
-        dev=SplitFormat("dev.tsv", columns=5, text_a=3, text_b=4, label=0),
-        test=SplitFormat("test.tsv", columns=5, text_a=3, text_b=4),
+        train=SplitFormat("train.tsv", columns=5, text_a=3, text_b=4, label=0, names=_MRPC_NAMES),
+        dev=SplitFormat("dev.tsv", columns=5, text_a=3, text_b=4, label=0, names=_MRPC_NAMES),
+        test=SplitFormat("test.tsv", columns=5, text_a=3, text_b=4, names=_MRPC_NAMES),
         metrics=("f1", "accuracy"),
     ),
-    _pair_task("QNLI", _ENTAILMENT),
+    _pair_task("QNLI", _ENTAILMENT, ("question", "sentence")),
     GlueTask(
         name="QQP",
         labels=("0", "1"),
         train=dataclasses.replace(_QQP_LABELLED, file="train.tsv"),
         dev=dataclasses.replace(_QQP_LABELLED, file="dev.tsv"),
-        test=SplitFormat("test.tsv", 3, text_a=1, text_b=2, guid=0),
+        test=SplitFormat("test.tsv", 3, text_a=1, text_b=2, guid=0, names=_QQP_NAMES),
         metrics=("f1", "accuracy"),
     ),
     _pair_task("RTE", _ENTAILMENT),
     GlueTask(
         name="SST-2",
         labels=("0", "1"),
-        train=SplitFormat("train.tsv", columns=2, text_a=0, label=1),
-        dev=SplitFormat("dev.tsv", columns=2, text_a=0, label=1),
-        test=SplitFormat("test.tsv", columns=2, text_a=1, guid=0),
+        train=SplitFormat("train.tsv", columns=2, text_a=0, label=1, names=("sentence",)),
+        dev=SplitFormat("dev.tsv", columns=2, text_a=0, label=1, names=("sentence",)),
+        test=SplitFormat("test.tsv", columns=2, text_a=1, guid=0, names=("sentence",)),
     ),
     GlueTask(
         name="STS-B",
         labels=(),
-        train=SplitFormat("train.tsv", columns=10, text_a=7, text_b=8, label=9, guid=0),
-        dev=SplitFormat("dev.tsv", columns=10, text_a=7, text_b=8, label=9, guid=0),
-        test=SplitFormat("test.tsv", columns=9, text_a=7, text_b=8, guid=0),
+        train=SplitFormat(
+            "train.tsv", columns=10, text_a=7, text_b=8, label=9, guid=0, names=_PAIR_NAMES
+        ),
+        dev=SplitFormat(
+            "dev.tsv", columns=10, text_a=7, text_b=8, label=9, guid=0, names=_PAIR_NAMES
+        ),
+        test=SplitFormat("test.tsv", columns=9, text_a=7, text_b=8, guid=0, names=_PAIR_NAMES),
         metrics=("spearman", "pearson"),
     ),
     _pair_task("WNLI", ("0", "1")),
@@ -241,14 +258,14 @@ def read_examples(
 
     Raises:
         InputError: the file is missing, empty or not UTF-8, or a line has too few or too many
-            columns or an unknown label, or the header is missing.
+            columns or an unknown label, or the header is missing or in another order.
     """
     layout = task.splits[split]
     path = Path(data_dir) / layout.file
     first = int(layout.has_header)
     rows: list[tuple[int, list[str]]] = []
     skipped: list[int] = []
-    for index, line in enumerate(read_lines(path, hint=_FOLDER_HINT)):
+    for index, line in enumerate(without_empty_end(read_lines(path, hint=_FOLDER_HINT))):
         cells = line.split("\t")
         if len(cells) != layout.columns:
             if layout.skips_malformed and index >= first:
@@ -269,6 +286,8 @@ def read_examples(
                 line=1,
                 hint=f"{task.name}'s {split} split begins with a line that names the columns",
             )
+        if layout.has_header and index == 0:
+            _check_names(cells, layout, path)
         if index >= first and (layout.only is None or cells[layout.only[0]] == layout.only[1]):
             rows.append((index, cells))
     if not rows:
@@ -303,6 +322,20 @@ def read_examples(
         label_values=label_values,
         skipped_lines=tuple(skipped),
     )
+
+
+def _check_names(header: list[str], layout: SplitFormat, path: Path) -> None:
+    """Refuses a header that names the sentences' columns in another order than is published."""
+    found = [name.strip().lower() for name in header]
+    wanted = (layout.text_a, layout.text_b)
+    for column, name in zip(wanted, layout.names, strict=False):
+        if column is not None and found[column] != name and name in found:
+            raise InputError(
+                f"{name!r} is column {found.index(name) + 1} instead of {column + 1}",
+                path=path,
+                line=1,
+                hint="put the columns in the published order, or give --train_file and columns",
+            )
 
 
 _FOLDER_HINT = "give the folder that holds the task's .tsv files"

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,12 @@ from finetune.tasks.classification_metrics import REGRESSION_METRICS, Metric
 
 _SUFFIXES = (".tsv", ".csv", ".jsonl")
 
-Row = tuple[int, Mapping[str, str]]
-"""A line's number from 1, and its cells by column."""
+# How programs spell that a value is missing, in lower case.
+_MISSING = frozenset({"nan", "<na>", "#n/a", "null"})
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+Row = tuple[int, Mapping[str, str | None]]
+"""A line's number from 1, and its cells by column; None: neither a text nor a finite number."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class TableTask:
         text_a: column of the (first) sentence.
         text_b: column of the second sentence; None for single sentences.
         label: column of the label; the test split need not have it.
-        labels: all labels, in the order of their ids; None takes those of the training file.
+        labels: all labels, in the order of their ids; None takes those of the training file, in
+            which a word for a missing value, such as "nan", is then none.
         is_regression: the label is a number to predict.
         metrics: what to report; None: accuracy (for two labels also F1 of the second), or Pearson
             and Spearman correlation.
@@ -99,7 +104,10 @@ def read_table(path: str | os.PathLike[str]) -> Iterator[Row]:
     if path.suffix == ".csv":
         return _read_csv(path)
     if path.suffix == ".tsv":
-        return _named(path, ((n, line.split("\t")) for n, line in enumerate(read_lines(path), 1)))
+        lines = read_lines(path)
+        if lines and "\t" in lines[0]:  # In a single column, an empty line is an empty text.
+            lines = without_empty_end(lines)
+        return _named(path, ((n, line.split("\t")) for n, line in enumerate(lines, 1)))
     raise InputError(
         f"unknown kind of file {path.suffix!r}", path=path, hint=f"use {', '.join(_SUFFIXES)}"
     )
@@ -121,17 +129,26 @@ def read_lines(path: Path, *, hint: str = "") -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
+def without_empty_end(lines: list[str]) -> list[str]:
+    """Returns the lines but the empty ones at the end, which editors and programs leave there."""
+    count = len(lines)
+    while count and not lines[count - 1]:
+        count -= 1
+    return lines[:count]
+
+
 def parse_number(text: str, path: Path, line: int) -> float:
     """Reads the label of a regression.
 
     Raises:
-        InputError: it is not a finite number.
+        InputError: it is not a finite number, as float32 too.
     """
     try:
-        value = float(text)
+        # Python alone takes "1_0" for a number.
+        value = math.nan if "_" in text else float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) <= _LARGEST_FLOAT32:
         raise InputError(f"label {text!r} is not a number", path=path, line=line)
     return value
 
@@ -196,47 +213,75 @@ def _named(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(without_empty_end(read_lines(path)), 1):
         try:
             values = parse_json(line, finite=False)
         except ValueError as error:
             raise InputError(f"not JSON ({error})", path=path, line=number) from error
         if not isinstance(values, dict):
             raise InputError("not a JSON object", path=path, line=number)
-        # As TSV would spell it: true stays apart from 1, and 1 from 1.0.
-        yield (
-            number,
-            {
-                key: value if isinstance(value, str) else json_text(value)
-                for key, value in values.items()
-                if value is not None
-            },
-        )
+        yield number, {key: _spelled(value) for key, value in values.items()}
+
+
+def _spelled(value: object) -> str | None:
+    """As TSV would spell it: true stays apart from 1, and 1 from 1.0."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return json_text(value)
+    return None
 
 
 def _find_labels(task: TableTask, tables: Mapping[str, list[Row]]) -> tuple[str, ...]:
     if task.labels is not None:
         if len(set(task.labels)) != len(task.labels) or len(task.labels) < 2:
             raise InputError(f"labels {', '.join(task.labels)} are not two or more different ones")
+        if not all(label.strip() for label in task.labels):
+            raise InputError(f"one of the labels {','.join(task.labels)} is empty")
         return task.labels
     if "train" not in task.files:
         raise InputError(
             "the labels are unknown without training", hint="list them, as in --labels no,yes"
         )
     path = task.files["train"]
-    found = {_cell(row, task.label, path) for row in tables["train"]}
-    if len(found) < 2:
+    lines: dict[str, int] = {}
+    for row in tables["train"]:
+        lines.setdefault(_label(row, task.label, path), row[0])
+    spellings: dict[str, str] = {}
+    for label, line in lines.items():
+        if label.strip().lower() in _MISSING:
+            raise InputError(
+                f"the label {label!r} stands for a missing value",
+                path=path,
+                line=line,
+                hint=f"if it is one of the labels, list them all, as in --labels no,{label}",
+            )
+        other = spellings.setdefault(label.strip(), label)
+        if other != label:
+            raise InputError(
+                f"the label {label!r} differs from {other!r} only in white space around it",
+                path=path,
+                line=line,
+                hint="spell it in one way, or list all labels with --labels",
+            )
+    if len(lines) < 2:
         raise InputError(
-            f"the column {task.label!r} has only the label {', '.join(found)}", path=path
+            f"the column {task.label!r} has only the label {', '.join(lines)}", path=path
         )
-    if len(found) > 1000:
+    if len(lines) > 1000:
         raise InputError(
-            f"the column {task.label!r} has {len(found)} different labels",
+            f"the column {task.label!r} has {len(lines)} different labels",
             path=path,
             hint="for numbers to predict use --regression",
         )
-    are_numbers = all(label.removeprefix("-").isdecimal() for label in found)
-    return tuple(sorted(found, key=int if are_numbers else str))
+    return tuple(sorted(lines, key=_label_order(lines)))
+
+
+def _label_order(labels: Iterable[str]) -> Callable[[str], tuple[int, str]]:
+    """Orders numbers by value and other labels by text; no two labels are equal in it."""
+    if all(label.removeprefix("-").isdecimal() and len(label) < 100 for label in labels):
+        return lambda label: (int(label), label)
+    return lambda label: (0, label)
 
 
 def _examples(
@@ -247,7 +292,7 @@ def _examples(
     values = np.zeros(len(rows), np.float32) if task.is_regression else None
     if split != "test":
         for index, row in enumerate(rows):
-            label = _cell(row, task.label, path)
+            label = _label(row, task.label, path)
             if values is not None:
                 values[index] = parse_number(label, path, row[0])
             elif label in ids:
@@ -270,10 +315,27 @@ def _examples(
     )
 
 
+def _label(row: Row, column: str, path: Path) -> str:
+    label = _cell(row, column, path)
+    if not label.strip():
+        raise InputError(
+            f"no label in the column {column!r}",
+            path=path,
+            line=row[0],
+            hint="fill it in, or leave out the line",
+        )
+    return label
+
+
 def _cell(row: Row, column: str, path: Path) -> str:
     line, cells = row
     if column not in cells:
         raise InputError(
             f"no column {column!r}", path=path, line=line, hint=f"there are {', '.join(cells)}"
         )
-    return cells[column]
+    text = cells[column]
+    if text is None:
+        raise InputError(
+            f"neither a text nor a finite number in the column {column!r}", path=path, line=line
+        )
+    return text
