@@ -59,20 +59,36 @@ CREATE TABLE recordings (
 
 
 def default_ledger_path() -> Path:
-    """`$BERTBENCH_LEDGER`, or `bertbench/ledger.sqlite` in the user's folder for such state."""
+    """`$BERTBENCH_LEDGER`, or `ledger.sqlite` in `state_folder()`.
+
+    Raises:
+        InputError: the user has no home.
+    """
     chosen = os.environ.get("BERTBENCH_LEDGER")
     if chosen:
         return Path(chosen)
-    home = Path.home()
+    folder = state_folder()
+    if folder is None:
+        raise InputError(
+            "no place for the ledger is known: the user has no home folder",
+            hint="name a file with BERTBENCH_LEDGER, or set HOME",
+        )
+    return folder / "ledger.sqlite"
+
+
+def state_folder() -> Path | None:
+    """`bertbench` in the user's folder for such state; None if the user has no home."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    if sys.platform != "darwin" and os.path.isabs(state):
+        return Path(state) / "bertbench"
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither HOME nor an entry for the user
+        return None
     if sys.platform == "darwin":
-        base = home / "Library" / "Application Support"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
-    else:
-        state = os.environ.get("XDG_STATE_HOME", "")
-        # The XDG specification has relative paths ignored.
-        base = Path(state) if os.path.isabs(state) else home / ".local" / "state"
-    return base / "bertbench" / "ledger.sqlite"
+        return home / "Library" / "Application Support" / "bertbench"
+    return home / ".local" / "state" / "bertbench"
 
 
 @contextlib.contextmanager

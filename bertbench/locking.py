@@ -11,21 +11,93 @@ import errno
 import fcntl
 import os
 import re
+import socket
+import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bertbench.devices import Device
-from bertbench.ledger_file import default_ledger_path
+from bertbench.ledger_file import state_folder
+from bertbench.progress import say
 from finetune.errors import InputError
+
+LOCKS_VARIABLE = "BERTBENCH_LOCKS"
+"""Names another folder for the locks of devices; a test must not wait for its user's probes."""
 
 _ASK_EVERY_SECONDS = 0.2
 
 
-def lock_path(device: Device) -> Path:
-    """File of this user that is locked while a device is probed, whatever the ledger."""
-    name = re.sub(r"[^\w.:-]", "_", device.uuid or device.label)
-    return default_ledger_path().with_name(f"{name}.lock")
+@contextlib.contextmanager
+def devices_held(devices: Sequence[Device]) -> Iterator[None]:
+    """Keep this user's other probes off devices, whatever their ledgers and temporary folders.
+
+    Another user's probe is not waited for: a lock that others can open is one that they can hold
+    for ever. Of others `bertbench.devices.check_free` and `check_alone` tell.
+    """
+    folder = _lock_folder()
+    if folder is None:
+        say(
+            "warning: no folder for locks can be used; do not probe the same device twice at the "
+            f"same time, or name a folder with {LOCKS_VARIABLE}"
+        )
+        yield
+        return
+    labels = ", ".join(device.label for device in devices)
+    with contextlib.ExitStack() as held:
+        # In one order, so that no two probes wait for each other.
+        for path in sorted({folder / _lock_name(device) for device in devices}):
+
+            def on_wait(path: Path = path) -> None:
+                say(f"waiting for another probe of {labels} to end ({_holder(path)})")
+
+            held.enter_context(locked(path, on_wait))
+        yield
+
+
+def _lock_folder() -> Path | None:
+    """A folder that only this user can enter, the same for all of the user's probes here.
+
+    So neither `TMPDIR` nor `XDG_RUNTIME_DIR` names it, which depend on how a shell was started.
+    """
+    chosen = os.environ.get(LOCKS_VARIABLE)
+    if chosen:
+        candidates = [Path(chosen)]
+    else:
+        candidates = [Path(f"/tmp/bertbench-{os.geteuid()}")]
+        state = state_folder()
+        if state is not None:
+            # Machines may share it.
+            candidates.append(state / f"locks-{socket.gethostname()}")
+    return next((folder for folder in candidates if _is_private(folder)), None)
+
+
+def _is_private(folder: Path) -> bool:
+    """Make a folder if it is not there; whether it is this user's alone and can be used."""
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700)
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            return False
+        if stat.S_IMODE(status.st_mode) != 0o700:
+            folder.chmod(0o700)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _lock_name(device: Device) -> str:
+    return re.sub(r"[^\w.:-]", "_", device.uuid or device.label) + ".lock"
+
+
+def _holder(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        text = ""
+    return f"process {text}" if text.isdecimal() else "of this user"
 
 
 @contextlib.contextmanager
@@ -33,37 +105,52 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold a lock in the block; the system releases it when the process ends, however it does.
 
     Args:
-        path: a file, made if it does not exist and left there empty: were it deleted, another
-            process could hold a lock on the deleted file while a third makes a new one.
+        path: a file, made if it does not exist and left there: were it deleted, another process
+            could hold a lock on the deleted file while a third makes a new one.
         on_wait: called once if another process holds it.
 
     Raises:
         InputError: the file cannot be written.
     """
+    waiting = False
+    while True:
+        descriptor = _open_lock(path)
+        try:
+            if _try_lock(descriptor):
+                # Somebody may have tidied up since it was opened.
+                if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f"{os.getpid()}\n".encode())
+                    yield
+                    return
+                continue
+        finally:
+            os.close(descriptor)
+        if not waiting:
+            waiting = True
+            on_wait()
+        time.sleep(_ASK_EVERY_SECONDS)
+
+
+def _open_lock(path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise InputError(
             f"cannot lock the device ({error.strerror})",
             path=path,
-            hint="choose another folder with BERTBENCH_LEDGER",
+            hint=f"name another folder with {LOCKS_VARIABLE}",
         ) from error
-    with file:
-        waiting = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                # A folder on a network may know no locks; nothing is lost there but this.
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    break
-            if not waiting:
-                waiting = True
-                on_wait()
-            time.sleep(_ASK_EVERY_SECONDS)
-        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # A folder on a network may know no locks; nothing is lost there but this.
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bertbench.locking import LOCKS_VARIABLE
+
 SHARED_DIR = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -16,8 +18,9 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BERTBENCH_CACHE", str(folder))
-        # The lock of a device is beside the ledger: do not wait for the user's own probes.
         patch.setenv("BERTBENCH_LEDGER", str(folder / "ledger.sqlite"))
+        # Do not wait for the user's own probes.
+        patch.setenv(LOCKS_VARIABLE, str(folder / "locks"))
         yield folder
 
 

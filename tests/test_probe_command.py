@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from bertbench.errors import WorkError
 from bertbench.extrapolation import largest_batch
 from bertbench.ledger import read_rows, record, versions_key
 from bertbench.ledger_file import open_ledger
-from bertbench.locking import lock_path, locked
+from bertbench.locking import devices_held, locked
 from bertbench.probing import Cell, plenty_seconds, predict_cell_seconds, probe_cell
 from bertbench.search import Certificate, SearchResult
 from bertbench.traced_steps import replay_step
@@ -212,7 +213,7 @@ def test_a_lock_is_released_by_a_kill(tmp_path: Path) -> None:
 def test_a_second_probe_of_a_device_waits(
     tmp_path: Path, limits: dict[int, int], monkeypatch: pytest.MonkeyPatch, checks: bool
 ) -> None:
-    """With another ledger too."""
+    """With a ledger in another folder too, and other places for what it keeps."""
     file = tmp_path / "p.json"
     if checks:
         probe(tmp_path, "--seq-lens", "64", "--json", str(file))
@@ -229,15 +230,20 @@ def test_a_second_probe_of_a_device_waits(
     results: list[Result] = []
 
     def second() -> None:
+        other = tmp_path / "other"
+        monkeypatch.setenv("BERTBENCH_LEDGER", str(other / "ledger.sqlite"))
+        monkeypatch.setenv("XDG_STATE_HOME", str(other))
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(other))
+        monkeypatch.setenv("TMPDIR", str(other))
         results.append(check(tmp_path, file) if checks else probe(tmp_path, "--seq-lens", "64"))
 
-    with locked(lock_path(resolve_device("cpu")), lambda: None):
+    with devices_held([resolve_device("cpu")]):
         thread = threading.Thread(target=second)
         thread.start()
         assert not measured.wait(1.5)
     thread.join(60)
     assert measured.is_set()
-    assert "waiting for another probe of cpu to end" in results[0].output
+    assert f"waiting for another probe of cpu to end (process {os.getpid()})" in results[0].output
     assert results[0].exit_code == 0
 
 

@@ -69,7 +69,7 @@ from bertbench.devices import (
 )
 from bertbench.ledger import find, record, versions_key
 from bertbench.ledger_file import open_ledger
-from bertbench.locking import lock_path, locked
+from bertbench.locking import devices_held
 from bertbench.probing import probe_cell
 from bertbench.progress import progress, say
 from bertbench.trial import Trial, measure_batches
@@ -182,8 +182,7 @@ def main() -> None:
         parser.error(f"{arguments.out} has results of another device or budget: name another --out")
     _write(subject, {"budget": budget.to_json()})
     os.environ[TURN_VARIABLE] = str(arguments.out.resolve() / "turn.lock")
-    waiting = functools.partial(say, f"waiting for a probe of {device.label} to end")
-    with locked(lock_path(device), waiting):
+    with devices_held([device]):
         try:
             for part in arguments.part:
                 measure_part(measurement, part)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ from bertbench.devices import (
 from bertbench.errors import WorkError
 from bertbench.ledger import versions_key
 from bertbench.ledger_file import default_ledger_path, open_ledger
-from bertbench.locking import lock_path, locked
+from bertbench.locking import devices_held
 from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.probing import predict_cell_seconds, probe_cell
 from bertbench.progress import say
@@ -202,7 +201,7 @@ def command(
     for workload in workloads:
         check_layers(workload, levers.checkpointing)
     interrupted = False
-    with _locked(named):
+    with devices_held(named):
         budgets = _budgets(named, memory, share)
         if on_cpu and models is None and seq_lens is None:
             say(
@@ -295,19 +294,6 @@ def _budgets(named: Sequence[Device], memory: int | None, share: bool) -> list[B
     return budgets
 
 
-@contextlib.contextmanager
-def _locked(named: Sequence[Device]) -> Iterator[None]:
-    """Keep other probes off the devices; their trials would be in the way, and repeat ours."""
-    labels = ", ".join(device.label for device in named)
-    with contextlib.ExitStack() as held:
-        # In one order, so that no two probes wait for each other.
-        for path in sorted({lock_path(device) for device in named}):
-            held.enter_context(
-                locked(path, lambda: say(f"waiting for another probe of {labels} to end"))
-            )
-        yield
-
-
 def _nothing_else(context: click.Context) -> None:
     """Refuse flags beside `--check` that the file answers already."""
     for flag in given_flags(context, _BESIDE_CHECK):
@@ -330,7 +316,7 @@ def _check(
         raise InputError("no cell has a certificate", path=path)
     checks: list[Check] = []
     interrupted = False
-    with _locked([budget.device]), open_ledger(ledger_path) as ledger:
+    with devices_held([budget.device]), open_ledger(ledger_path) as ledger:
         budget, claims, others = read_claims(path)  # the device as it is now
         if not share:
             check_alone(budget.device)
