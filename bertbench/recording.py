@@ -37,7 +37,7 @@ def recorded_allocations(device: str) -> Iterator[list[Recording]]:
             yield result
         finally:
             tf.profiler.experimental.stop()
-        for path in Path(folder).rglob("*.xplane.pb"):
+        for path in sorted(Path(folder).rglob("*.xplane.pb")):
             recording = _read(path.read_bytes(), device)
             if recording is not None:
                 result.append(recording)

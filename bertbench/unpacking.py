@@ -71,11 +71,11 @@ def unpack(archive: Path, folder: Path) -> None:
             advance(_mib(archive.stat().st_size), "")
     except _DAMAGED as error:
         raise ArchiveError(f"cannot be unpacked ({error})") from error
-    top = list(inner.iterdir())
+    top = sorted(inner.iterdir())
     if not top:
         raise ArchiveError("holds no files")
     if len(top) == 1 and top[0].is_dir():
-        top = list(top[0].iterdir())
+        top = sorted(top[0].iterdir())
     folder.mkdir(exist_ok=True)
     for child in top:
         target = folder / child.name

@@ -149,7 +149,7 @@ def compare_cells(before: Sequence[Cell], after: Sequence[Cell]) -> Comparison:
         for cell in sorted(cells, key=lambda cell: -cell.newest.id):
             group.setdefault(_key(cell), []).append(cell)
     pairs: list[Pair] = []
-    for key in groups[0].keys() & groups[1].keys():
+    for key in [key for key in groups[0] if key in groups[1]]:
         first, second = list(groups[0][key]), list(groups[1][key])
         found = _matched(first, second, lambda cell: (cell.place.device, cell.place.budget_bytes))
         found += _matched(first, second, lambda cell: cell.place.budget_bytes)
@@ -185,7 +185,7 @@ def _order(cell: Cell) -> tuple[Any, ...]:
 
 
 def _mean_ratio(before: Mapping[int, float], after: Mapping[int, float]) -> float | None:
-    ratios = [after[batch] / before[batch] for batch in before.keys() & after.keys()]
+    ratios = [after[batch] / before[batch] for batch in before if batch in after]
     return _geometric_mean(ratios) if ratios else None
 
 

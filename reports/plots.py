@@ -32,7 +32,7 @@ def limits_picture(cells: Sequence[Cell], where: str) -> Picture | None:
     """
     known = [cell for cell in cells if cell.max_batch is not None and cell.of_limit]
     models = sorted({cell.model for cell in known}, key=model_order)[-_MOST_PANELS:]
-    settings = sorted({(setting_order(c.levers), c.setting) for c in known}, key=lambda s: s[0])
+    settings = sorted({(setting_order(c.levers), c.setting) for c in known})
     looks = {name: look_of(number) for number, (_, name) in enumerate(settings[:_MOST_SETTINGS])}
     if not models:
         return None

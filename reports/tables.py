@@ -81,7 +81,7 @@ def published_tables(cells: Sequence[Cell]) -> list[Table]:
 
 
 def _table(title: str, cells: Sequence[Cell]) -> Table:
-    settings = sorted({(setting_order(c.levers), c.setting) for c in cells}, key=lambda s: s[0])
+    settings = sorted({(setting_order(c.levers), c.setting) for c in cells})
     limits = {(c.model, c.newest.seq_len, c.setting): limit_text(c) for c in cells}
     systems = sorted({(model_order(c.model), c.newest.seq_len, c.model) for c in cells})
     with_published = any(model in PAPER_MODELS for _, _, model in systems)
