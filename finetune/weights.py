@@ -12,6 +12,7 @@ import tensorflow as tf
 from safetensors import SafetensorError, safe_open
 
 from finetune.checkpoint_files import other_checkpoints, preferred_checkpoints
+from finetune.checkpoint_index import check_index
 from finetune.errors import DamagedFileError, InputError
 from finetune.modeling import Variables
 
@@ -176,7 +177,7 @@ def open_tf_checkpoint(prefix: Path, *, hint: str = "fetch or export it again") 
         hint: what the user should do if it cannot be read.
 
     Returns:
-        Shapes by name, and a function from a name to its array.
+        Shapes by name of the tensors that hold numbers, and a function from a name to its array.
 
     Raises:
         DamagedFileError: it cannot be read; the function raises it too.
@@ -185,6 +186,7 @@ def open_tf_checkpoint(prefix: Path, *, hint: str = "fetch or export it again") 
     def damaged(what: str, error: Exception) -> DamagedFileError:
         return DamagedFileError(f"cannot read {what} ({error})", path=prefix, hint=hint)
 
+    numbers = check_index(prefix, hint=hint)
     # TensorFlow's reader raises by the kind of damage: OpError, or Python's own exceptions.
     kinds = (tf.errors.OpError, RuntimeError, ValueError, LookupError)
     try:
@@ -199,7 +201,7 @@ def open_tf_checkpoint(prefix: Path, *, hint: str = "fetch or export it again") 
         except kinds as error:
             raise damaged(f"{name} from the TensorFlow checkpoint", error) from error
 
-    return {name: tuple(shape) for name, shape in shapes.items()}, read
+    return {name: tuple(shape) for name, shape in shapes.items() if name in numbers}, read
 
 
 def open_safetensors(path: Path) -> _Reader:
