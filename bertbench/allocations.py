@@ -11,12 +11,11 @@ import base64
 import bisect
 import dataclasses
 import functools
-import json
 import zlib
 from collections.abc import Sequence
 
 from bertbench.bytes import MIB_BYTES
-from finetune.json_files import json_text
+from finetune.json_files import json_text, parse_json
 
 CHUNK_BYTES = 256
 """What the allocator hands out at least; it gives multiples of this."""
@@ -24,6 +23,9 @@ CHUNK_BYTES = 256
 _UNSPLIT_CHUNKS = 128 * MIB_BYTES // CHUNK_BYTES
 """A free chunk is handed out whole unless it is at least twice as large as what is asked for, or
 leaves at least this much."""
+
+_RECORDING_BYTES = 256 * MIB_BYTES
+"""Largest text of a recording; those of a BERT-Large step are below 3 MiB."""
 
 _ADDRESS_BITS = 36  # 16 TiB in chunks
 _ADDRESS_MASK = (1 << _ADDRESS_BITS) - 1
@@ -210,10 +212,34 @@ def recording_from_text(text: str) -> Recording:
     """Read what `recording_to_text` wrote.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is something else, or too large to be one.
     """
     try:
-        events, sizes, names, numbers = json.loads(zlib.decompress(base64.b85decode(text)))
-        return Recording(tuple(events), tuple(sizes), tuple(names[n] for n in numbers))
-    except (zlib.error, TypeError, IndexError) as error:
+        decompress = zlib.decompressobj()
+        data = decompress.decompress(base64.b85decode(text), _RECORDING_BYTES)
+        if not decompress.eof:
+            raise ValueError("cut short, or too large")
+        events, sizes, names, numbers = parse_json(data.decode())
+        operations = tuple(str(names[number]) for number in numbers)
+        recording = Recording(tuple(events), tuple(sizes), operations)
+        _check_recording(recording)
+    except (zlib.error, TypeError, LookupError, ValueError) as error:
         raise ValueError(f"not a recording of allocations ({error})") from error
+    return recording
+
+
+def _check_recording(recording: Recording) -> None:
+    """Refuse what no allocator can have been asked: an end without a beginning, and the like."""
+    begun, alive = 0, set()
+    for event in recording.events:
+        if event == begun:
+            alive.add(event)
+            begun += 1
+        elif ~event in alive:
+            alive.remove(~event)
+        else:
+            raise ValueError(f"event {event} out of order")
+    if not begun == len(recording.sizes) == len(recording.operations):
+        raise ValueError("another number of sizes than of allocations")
+    if any(type(size) is not int or size < 0 for size in recording.sizes):
+        raise ValueError("a size that is none")

@@ -13,6 +13,8 @@ from bertbench.ledger import LedgerRow
 from finetune.errors import InputError
 from finetune.files import write_atomically
 
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
+
 FORMATS = (".csv", ".parquet", ".json")
 
 
@@ -54,9 +56,24 @@ def export(rows: Sequence[LedgerRow], path: Path, *, overwrite: bool = False) ->
     write_atomically(path, _content(to_frame(rows), path))
 
 
+def neutralised(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same for CSV, where a spreadsheet would take some texts for formulas and run them.
+
+    Those get an apostrophe in front, as OWASP advises ("CSV Injection"); numbers stay as they are.
+    """
+
+    def plain(value: Any) -> Any:
+        text = isinstance(value, str) and value.startswith(_FORMULAS)
+        return f"'{value}" if text else value
+
+    texts = frame.select_dtypes(include=["object", "string"]).columns
+    named = frame.assign(**{name: frame[name].map(plain) for name in texts})
+    return named.rename(columns=plain)
+
+
 def _content(frame: Any, path: Path) -> str | bytes:
     if path.suffix == ".csv":
-        return str(frame.to_csv(index=False))
+        return str(neutralised(frame).to_csv(index=False))
     if path.suffix == ".json":
         return str(frame.to_json(orient="records", indent=1)) + "\n"
     try:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
+import errno
 import functools
 import gzip
+import lzma
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 import pooch
 
@@ -23,18 +27,47 @@ SUMS_FILE = "SHA256SUMS"
 """Name of the files that hold checksums, in the format of `sha256sum`."""
 
 _CHUNK_BYTES = 1 << 20
+
+_MOST_TIMES = 100
+_ALWAYS_BYTES = 64 * MIB_BYTES
+"""An archive may hold this much, or so many times its own size: text takes a fifth, zeros a
+thousandth."""
+
+_HEADER_BYTES = 512
+"""What a file counts for beside its content."""
+
+_LARGEST_READ_BYTES = 16 * MIB_BYTES
+
+_COMPRESSIONS: Mapping[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+}
+"""By what a file begins with."""
+
+# Python's readers of archives have no kind of error of their own for all damage.
 _DAMAGED = (
     zipfile.BadZipFile,
     tarfile.TarError,
     gzip.BadGzipFile,
     zlib.error,
+    lzma.LZMAError,
+    struct.error,
     EOFError,
+    # A name with a zero byte or not in its encoding, a place before the beginning.
+    ValueError,
+    OverflowError,
+    LookupError,
+    MemoryError,
     # What zipfile raises for a password, and for a compression that it does not know.
     RuntimeError,
     FileExistsError,
     IsADirectoryError,
     NotADirectoryError,
 )
+
+# Of a name that no file can have; without a number, the decompressor speaks and not the system.
+_DAMAGED_NUMBERS = (None, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EILSEQ)
 
 _Opener = Callable[[], IO[bytes]]
 
@@ -55,21 +88,27 @@ def unpack(archive: Path, folder: Path) -> None:
 
     Raises:
         ArchiveError: the archive is damaged, or holds a name outside of the folder, a link or a
-            device.
+            device, or far more than its size lets expect.
     """
+    size_bytes = archive.stat().st_size
+    left_bytes = max(_ALWAYS_BYTES, _MOST_TIMES * size_bytes)
     inner = folder.with_name(f"{folder.name}-{archive.stem}")
     inner.mkdir()
     try:
         with (
             archive.open("rb") as file,
-            progress(f"unpack {archive.name}", _mib(archive.stat().st_size), "MiB") as advance,
+            progress(f"unpack {archive.name}", _mib(size_bytes), "MiB") as advance,
         ):
             read = _zip_members if archive.suffix == ".zip" else _tar_members
             for name, opener in read(file, inner):
-                _write(name, opener, inner)
+                left_bytes = _write(name, opener, inner, left_bytes)
                 advance(file.tell() // MIB_BYTES, "")
-            advance(_mib(archive.stat().st_size), "")
+            advance(_mib(size_bytes), "")
     except _DAMAGED as error:
+        raise ArchiveError(f"cannot be unpacked ({error or type(error).__name__})") from error
+    except OSError as error:
+        if error.errno not in _DAMAGED_NUMBERS:  # as of a full disk
+            raise
         raise ArchiveError(f"cannot be unpacked ({error})") from error
     top = sorted(inner.iterdir())
     if not top:
@@ -187,15 +226,32 @@ def _zip_members(file: IO[bytes], _: Path) -> Iterator[tuple[str, _Opener | None
 
 
 def _tar_members(file: IO[bytes], folder: Path) -> Iterator[tuple[str, _Opener | None]]:
-    with tarfile.open(fileobj=file) as archive:
+    begin = file.read(8)
+    file.seek(0)
+    plain = next((o(file) for b, o in _COMPRESSIONS.items() if begin.startswith(b)), file)
+    bounded: Any = _BoundedReader(plain)
+    with tarfile.open(fileobj=bounded, mode="r:") as archive:
         for member in archive:
             if not (member.isreg() or member.isdir()):
                 raise ArchiveError(f"holds {member.name!r}, which is neither file nor folder")
             opener = functools.partial(_extract, archive, member, folder)
             yield member.name, None if member.isdir() else opener
         # gzip compares its checksum only when it comes to its end.
-        while archive.fileobj is not None and archive.fileobj.read(_CHUNK_BYTES):
+        while bounded.read(_CHUNK_BYTES):
             pass
+
+
+class _BoundedReader:
+    """A file that does not return everything at once: a header may say that it is of any size."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _LARGEST_READ_BYTES:
+            raise ArchiveError(f"has a header of {size:,} bytes")
+        return self._file.read(size)
 
 
 def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> IO[bytes]:
@@ -203,23 +259,37 @@ def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) ->
     if hasattr(tarfile, "data_filter"):
         tarfile.data_filter(member, str(folder))
     file = archive.extractfile(member)
-    assert file is not None, "regular files have content"
+    if file is None:
+        raise ArchiveError(f"holds {member.name!r}, which has no content")
     return file
 
 
-def _write(name: str, opener: _Opener | None, folder: Path) -> None:
+def _write(name: str, opener: _Opener | None, folder: Path, left_bytes: int) -> int:
+    """Write a member, and return how many bytes may still be written."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\n" in name:
         raise ArchiveError(f"holds {name!r}, which would leave the folder")
+    left_bytes -= _HEADER_BYTES
+    if left_bytes < 0:
+        raise _too_much()
     if path.parts[:1] == ("__MACOSX",) or path.name == ".DS_Store":
-        return
+        return left_bytes
     target = folder.joinpath(*path.parts)
     if opener is None:
         target.mkdir(parents=True, exist_ok=True)
-        return
+        return left_bytes
     target.parent.mkdir(parents=True, exist_ok=True)
     with opener() as source, target.open("wb") as copy:
-        shutil.copyfileobj(source, copy, _CHUNK_BYTES)
+        while block := source.read(_CHUNK_BYTES):
+            left_bytes -= len(block)
+            if left_bytes < 0:
+                raise _too_much()
+            copy.write(block)
+    return left_bytes
+
+
+def _too_much() -> ArchiveError:
+    return ArchiveError(f"holds more than {_MOST_TIMES} times its own size")
 
 
 def _read_mrpc(path: Path) -> tuple[str, list[list[str]]]:

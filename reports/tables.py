@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from bertbench.ledger_export import neutralised
 from bertbench.paper import PAPER_MODELS, PUBLISHED_MAX_BATCH
 from finetune.json_files import json_text
 from reports.cells import AT_LEAST, BELOW, CERTIFIED, Cell, model_order, setting_order
@@ -122,7 +123,7 @@ def write_tables(cells: Sequence[Cell], suffix: str) -> str:
     if suffix == ".json":
         return json_text({"cells": [cell.to_json() for cell in cells]}, indent=1) + "\n"
     if suffix == ".csv":
-        return str(cells_frame(cells).to_csv(index=False))
+        return str(neutralised(cells_frame(cells)).to_csv(index=False))
     tables = published_tables(cells)
     write = _markdown if suffix == ".md" else _latex
     if not tables:

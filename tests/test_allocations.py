@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import zlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,3 +134,36 @@ def test_text_of_a_recording() -> None:
     for wrong in ("", "abc", text[:-9]):
         with pytest.raises(ValueError, match=r"recording|base85|JSON|Expecting"):
             recording_from_text(wrong)
+
+
+def packed(values: object, cut: int | None = None) -> str:
+    return base64.b85encode(zlib.compress(json.dumps(values).encode())[:cut]).decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        packed([[0, 1, ~1, ~1], [4, 4], [""], [0, 0]]),  # ends twice
+        packed([[~0], [], [""], []]),
+        packed([[1], [4], [""], [0]]),
+        packed([[0], [4, 4], [""], [0, 0]]),
+        packed([[0], [-4], [""], [0]]),
+        packed([["a"], [4], [""], [0]]),
+        packed([[0], [4], [""], [7]]),
+        packed([[0], [4], [""], [0]], cut=-3),
+        packed("text"),
+        packed([1, 2, 3, 4]),
+        "no base 85",
+    ],
+)
+def test_what_no_allocator_was_asked_is_no_recording(text: str) -> None:
+    with pytest.raises(ValueError, match="not a recording of allocations"):
+        recording_from_text(text)
+
+
+def test_a_recording_is_read_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = recording_to_text(Recording((0, 1, ~0), (8, 9), ("", "a")))
+    assert recording_from_text(text).sizes == (8, 9)
+    monkeypatch.setattr("bertbench.allocations._RECORDING_BYTES", 10)
+    with pytest.raises(ValueError, match="too large"):
+        recording_from_text(text)

@@ -227,3 +227,44 @@ def test_mrpc_itself_comes_out_byte_for_byte(tmp_path: Path, shared_dir: Path) -
     for split in lines:
         made = (tmp_path / "MRPC" / f"{split}.tsv").read_bytes()
         assert made == (source / f"{split}.tsv").read_bytes(), split
+
+
+def test_an_archive_of_far_more_than_its_size_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros = "\0" * 3_000_000
+    fits = make_zip(tmp_path / "fits.zip", {"a": zeros})
+    unpack(fits, tmp_path / "fits")
+    assert (tmp_path / "fits" / "a").stat().st_size == len(zeros)
+    monkeypatch.setattr("bertbench.unpacking._ALWAYS_BYTES", 2_900_000)
+    assert 100 * fits.stat().st_size < 2_900_000
+    tar = make_tar(tmp_path / "x.tar.gz", member("a"), text=zeros.encode())
+    for archive in (fits, tar):
+        with pytest.raises(ArchiveError, match="more than 100 times its own size"):
+            unpack(archive, tmp_path / "out")
+    monkeypatch.setattr("bertbench.unpacking._MOST_TIMES", 10)
+    names = make_tar(tmp_path / "y.tar.gz", *(member(str(n)) for n in range(9000)), text=b"")
+    with pytest.raises(ArchiveError, match="more than 10 times its own size"):
+        unpack(names, tmp_path / "out2")
+
+
+def test_a_header_of_any_size_is_not_read(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("a")
+    header.type, header.size = tarfile.XHDTYPE, 200_000_000
+    (tmp_path / "x.tar").write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + bytes(9000))
+    with pytest.raises(ArchiveError, match=r"has a header of 200,000,\d+ bytes"):
+        unpack(tmp_path / "x.tar", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_all_compressions_of_tar(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"x.tar.{kind}"
+    with tarfile.open(path, f"w:{kind}") as archive:
+        info = member("a")
+        info.size = 4
+        archive.addfile(info, io.BytesIO(b"text"))
+    unpack(path, tmp_path / "out")
+    assert tree(tmp_path / "out") == {"a": "text"}
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ArchiveError, match="cannot be unpacked"):
+        unpack(path, tmp_path / "again")
