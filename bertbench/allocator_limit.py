@@ -9,8 +9,9 @@ import os
 from typing import Any
 
 from bertbench.allocations import Memory
-from bertbench.bytes import MIB_BYTES
+from bertbench.bytes import MIB_BYTES, format_bytes
 from bertbench.devices import Budget
+from bertbench.errors import WorkError
 from finetune.errors import InputError
 
 _FIRST_REGION_BYTES = 2 * MIB_BYTES
@@ -64,6 +65,7 @@ def apply_budget(budget: Budget) -> str:
     Raises:
         InputError: TensorFlow does not see the GPU, or not all of them.
         RuntimeError: the environment is not in force, or TensorFlow has run an op before.
+        WorkError: the system does not give the CPU's allocator its whole budget.
     """
     wrong = [
         f"{name}={os.environ.get(name)!r} instead of {value!r}"
@@ -131,11 +133,23 @@ def _reserve(tf: Any, budget_bytes: int) -> None:
     As a GPU's does. Left alone it takes ever larger pieces as it needs them, and what fits depends
     on where their borders happen to be: the same batch of BERT-Mini needed up to 12 % more in one
     process than in another. The system gives the pages only when they are used.
+
+    What runs out of memory later has then met the end of the budget, and not that of the system.
+
+    Raises:
+        WorkError: the system does not give so much.
     """
     mebibytes = (budget_bytes - _FIRST_REGION_BYTES) // MIB_BYTES
-    if mebibytes > 0:
+    if mebibytes <= 0:
+        return
+    try:
         with tf.device("CPU:0"):
             tf.raw_ops.Empty(shape=[mebibytes, MIB_BYTES], dtype=tf.uint8, init=False)
+    except tf.errors.ResourceExhaustedError as error:
+        raise WorkError(
+            f"the system does not give a process {format_bytes(budget_bytes)}: raise the limit of "
+            "its address space (`ulimit -v`), or give a smaller --memory"
+        ) from error
 
 
 def _set_small_chunks_aside(tf: Any, device: str, count: int) -> None:

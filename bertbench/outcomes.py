@@ -1,7 +1,9 @@
 """What a trial's end means: out of memory, or failed for another reason.
 
-Only a real exhaustion of memory may become a batch limit, so the recognisers ask for the kind of
-the error as well as for its words; everything they do not know is `failed`.
+Every device has an allocator with a limit, and only that allocator can say that a batch does not
+fit. Host memory that ran out says something about the machine and what else runs there. So the
+recognisers ask for the kind of the error as well as for its words; everything they do not know is
+`failed`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,20 @@ _OTHER_RESOURCE = re.compile(
     re.IGNORECASE,
 )
 
+_KERNEL_KILLED = "killed by the kernel for want of host memory"
+
+# Host memory that ran out: the kernel, the system's calls, the C++ and Python runtimes, oneDNN,
+# TensorFlow's allocators of host memory, and the refusal of a capped CPU's whole budget (see
+# `bertbench.allocator_limit`), which is asked for in rows of a MiB.
+_HOST_MEMORY_RE = re.compile(
+    _KERNEL_KILLED + r"|cannot allocate memory|\bENOMEM\b|bad_alloc|MemoryError"
+    r"|could not (?:create|allocate) (?:a )?(?:memory object|scratch)"
+    r"|pinned host memory|failed to alloc(?:ate)? \d+ bytes on host"
+    r"|by allocator (?:cpu|mklcpu|\w+_host_bfc)\b|Allocator \((?:cpu|mklcpu|\w+_host_bfc)\)"
+    r"|shape\[\d+,1048576\] and type uint8\b",
+    re.IGNORECASE,
+)
+
 # Codes of CUDA, ROCm and their libraries, and TensorFlow's word for a copy to a device whose
 # destination could not be allocated (tensorflow/tensorflow issue 7025).
 _DEVICE_MEMORY = (
@@ -55,12 +71,14 @@ _MEMORY_RE = re.compile(
     re.IGNORECASE,
 )
 
-# What TensorFlow's allocator itself logs once it has given up, see `classify_exit`.
+# What TensorFlow's allocator itself logs once it has given up, see `classify_exit`. An operation
+# that can do with less asks too, and goes on.
 _ALLOCATOR_FAILED_RE = re.compile(
     r"^[WE]\d{4} .* bfc_allocator\.cc:\d+\] (Allocator \(\S+\) ran out of memory trying to "
     r"allocate [^\n]*)",
     re.MULTILINE,
 )
+_NO_FAILURE = "this is not a failure"
 _CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 
 _SIGNAL_WORDS = {
@@ -74,7 +92,7 @@ _SIGNAL_WORDS = {
 
 
 def classify_error(type_name: str, message: str) -> Outcome:
-    """Tell whether an exception in a training step means that memory ran out.
+    """Tell whether an exception in a training step means that the device's memory ran out.
 
     Args:
         type_name: name of the exception's class, such as `ResourceExhaustedError`.
@@ -83,12 +101,19 @@ def classify_error(type_name: str, message: str) -> Outcome:
     Returns:
         `oom` or `failed`.
     """
-    if type_name in _EXHAUSTED_TYPES:
-        if _MEMORY_RE.search(message) and not _OTHER_RESOURCE.search(message):
-            return "oom"
-    elif type_name in _DEVICE_TYPES and _DEVICE_MEMORY_RE.search(message):
+    if memory_ran_out(type_name, message) and not _HOST_MEMORY_RE.search(message):
         return "oom"
     return "failed"
+
+
+def memory_ran_out(type_name: str, message: str) -> bool:
+    """Whether an exception means that memory ran out, be it the device's or the host's.
+
+    Less of either may do for a run; it is no evidence of a limit.
+    """
+    if type_name in _EXHAUSTED_TYPES:
+        return bool(_MEMORY_RE.search(message)) and not _OTHER_RESOURCE.search(message)
+    return type_name in _DEVICE_TYPES and bool(_DEVICE_MEMORY_RE.search(message))
 
 
 def summarise_error(type_name: str, message: str) -> str:
@@ -96,7 +121,7 @@ def summarise_error(type_name: str, message: str) -> str:
     lines = [line.strip() for line in message.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("[[", "[Op:", "Hint:"))]
     telling = [line for line in lines if _MEMORY_RE.search(line)]
-    if classify_error(type_name, message) == "oom" and telling:
+    if memory_ran_out(type_name, message) and telling:
         line = telling[0]
     elif lines and lines[0].startswith("Graph execution error"):
         line = lines[-1]
@@ -119,6 +144,8 @@ def classify_exit(
     batched matrix product, for instance, aborts with a failed check of its scratch tensor's type
     (seen in TensorFlow 2.21). A crash right after TensorFlow's allocator has logged that it
     gave up is therefore out of memory; the same words from anybody else, or another end, are not.
+    Neither is a kill by the kernel when the host's memory runs out: whoever filled it, it is not
+    the budget that was full.
 
     Args:
         exit_code: of the process; the negative number of the signal that ended it; None when it
@@ -137,24 +164,50 @@ def classify_exit(
     if exit_code > 0:
         return "failed", f"the trial's process ended with exit code {exit_code}"
     if -exit_code == signal.SIGKILL:
-        rising = [
-            source
-            for source, count in oom_kills_after.items()
-            if count > oom_kills_before.get(source, count)
-        ]
-        if rising:
-            return "oom", f"killed by the kernel for want of host memory ({rising[0]})"
-        return "failed", "killed by SIGKILL; not known to be out of memory"
+        return "failed", _explain_kill(oom_kills_before, oom_kills_after)
     try:
         number = signal.Signals(-exit_code)
     except ValueError:
         return "failed", f"killed by signal {-exit_code}"
     word = _SIGNAL_WORDS.get(number)
     killed = f"killed by {number.name}" + (f" ({word})" if word else "")
-    failures = _ALLOCATOR_FAILED_RE.findall(printed) if number in _CRASHES else []
-    if failures:
-        return "oom", f"{failures[-1]}, after which a kernel crashed ({killed})"
+    failure = _last_failure(printed) if number in _CRASHES else ""
+    if failure:
+        return "oom", f"{failure}, after which a kernel crashed ({killed})"
     return "failed", killed
+
+
+def recorded_outcome(outcome: Outcome, message: str) -> Outcome:
+    """Outcome of a trial that was recorded, by today's rules.
+
+    Earlier versions took the end of host memory for that of the device's.
+
+    Args:
+        outcome: that was recorded.
+        message: that was recorded with it.
+    """
+    no_evidence = _HOST_MEMORY_RE.search(message) or _NO_FAILURE in message
+    return "failed" if outcome == "oom" and no_evidence else outcome
+
+
+def _explain_kill(before: Mapping[str, int], after: Mapping[str, int]) -> str:
+    rising = [source for source, count in after.items() if count > before.get(source, count)]
+    if not rising:
+        return "killed by SIGKILL; not known to be out of memory"
+    return (
+        f"{_KERNEL_KILLED} ({rising[0]}), which tells nothing of the batch; end what holds the "
+        "memory, or give a smaller --memory"
+    )
+
+
+def _last_failure(printed: str) -> str:
+    """What the allocator logged last when it gave up, if no want of host memory followed."""
+    failures = [
+        found for found in _ALLOCATOR_FAILED_RE.finditer(printed) if _NO_FAILURE not in found[1]
+    ]
+    if not failures or _HOST_MEMORY_RE.search(printed, failures[-1].start()):
+        return ""
+    return failures[-1][1]
 
 
 def shorten(text: str, limit: int = MESSAGE_LIMIT) -> str:

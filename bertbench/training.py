@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bertbench.errors import NotFiniteError, OutOfMemoryError, StoppedEarlyError, WorkError
-from bertbench.outcomes import classify_error, summarise_error
+from bertbench.outcomes import memory_ran_out, summarise_error
 from bertbench.planner import describe_setting
 from bertbench.progress import progress, say
 from bertbench.running import RunSettings
@@ -266,7 +266,7 @@ def memory_errors_explained(what: str) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return classify_error(type(error).__name__, str(error)) == "oom"
+    return memory_ran_out(type(error).__name__, str(error))
 
 
 def _summary(error: Exception) -> str:

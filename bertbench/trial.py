@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,15 +11,26 @@ from typing import Any
 from bertbench.allocations import Recording, recording_from_text
 from bertbench.allocator_limit import child_environment
 from bertbench.bytes import MIB_BYTES, format_bytes
-from bertbench.devices import Budget, budget_from_json
+from bertbench.devices import Budget, budget_from_json, check_free
 from bertbench.hostmemory import host_memory
 from bertbench.isolation import Ending, Message, run_isolated
-from bertbench.outcomes import Outcome, classify_error, classify_exit, shorten, summarise_error
+from bertbench.nvml import list_gpus
+from bertbench.outcomes import (
+    Outcome,
+    classify_error,
+    classify_exit,
+    recorded_outcome,
+    shorten,
+    summarise_error,
+)
 from bertbench.workload import Levers, Workload, levers_from_json, workload_from_json
+from finetune.errors import InputError
 from finetune.json_files import build
 
 TARGET = "bertbench.trial_step:run_trial"
 """What a trial's process runs: training steps for every batch of a `TrialRequest`."""
+
+_GIVEN_BACK_SECONDS = 5.0
 
 _HOST_RESERVE_SHARE = 0.02
 _HOST_RESERVE_BYTES = 256 * MIB_BYTES
@@ -60,10 +72,17 @@ class Trial:
 def trial_from_json(values: Mapping[str, Any]) -> Trial:
     """Read what `Trial.to_json` wrote; unknown keys are ignored.
 
+    What an earlier version took for the end of a device's memory and was not is `failed`, see
+    `bertbench.outcomes.recorded_outcome`.
+
     Raises:
         InputError: it is something else.
     """
-    return build(Trial, values)
+    trial = build(Trial, values)
+    sizes = (trial.peak_bytes, trial.process_peak_bytes, trial.step_seconds, trial.seconds)
+    if trial.batch < 1 or not all(size is None or 0 <= size < math.inf for size in sizes):
+        raise InputError(f"a number of the trial of batch {trial.batch} is out of range")
+    return dataclasses.replace(trial, outcome=recorded_outcome(trial.outcome, trial.message))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +160,8 @@ def measure_batches(
       batch that fits;
     - `{"event": "error", "batch", "type", "message"}` for an exception, after which it ends.
       An exception that leaves it counts for the batch that was next;
+    - `{"event": "paused"}` before one of these, if the process was stopped and went on since it
+      began. What it measured after that is no evidence of a limit, and no time;
     - `{"event": "recording", "batch", "recording"}`, the text of a
       `bertbench.allocations.Recording`, if that is asked for.
 
@@ -188,16 +209,20 @@ def _measure_in_one_process(
 ) -> list[Trial]:
     trials: list[Trial] = []
     texts: list[str] = []
+    paused = False
     began = time.monotonic()
 
     def add(outcome: Outcome, message: str = "", measured: Message | None = None) -> None:
         nonlocal began
         now = time.monotonic()
+        doubt = _doubt(request.budget, paused) if outcome == "oom" else ""
+        if doubt:
+            outcome, message = "failed", shorten(f"{doubt} ({message})")
         trial = Trial(
             batch=request.batches[len(trials)],
             outcome=outcome,
             peak_bytes=measured["peak_bytes"] if measured else None,
-            step_seconds=measured["step_seconds"] if measured else None,
+            step_seconds=measured["step_seconds"] if measured and not paused else None,
             seconds=now - began,
             message=message,
             fresh=not trials,
@@ -209,6 +234,7 @@ def _measure_in_one_process(
             on_trial(trial)
 
     def on_message(message: Message) -> None:
+        nonlocal paused
         if len(trials) == len(request.batches) or (trials and trials[-1].outcome != "fits"):
             return
         event = message.get("event")
@@ -220,6 +246,8 @@ def _measure_in_one_process(
             if on_recording is not None:
                 for recording in _readable(texts):
                     on_recording(request.batches[0], recording)
+        elif event == "paused":
+            paused = True
         elif event == "recording":
             texts.append(str(message["recording"]))
         elif event == "trial":
@@ -262,6 +290,36 @@ def _host_exhausted() -> str:
         f"stopped before the machine would swap: {format_bytes(free_bytes)} of its "
         f"{format_bytes(total_bytes)} were left; give a smaller --memory, or end what holds them"
     )
+
+
+def _doubt(budget: Budget, paused: bool) -> str:
+    """Say why a device's memory that ran out may not have been the budget's; "" if it was."""
+    if paused:
+        return (
+            "the trial was stopped and went on, and TensorFlow waits for memory by the clock; "
+            "the same command tries again"
+        )
+    if budget.device.kind != "gpu":
+        return ""
+    deadline = time.monotonic() + _GIVEN_BACK_SECONDS
+    while True:
+        try:
+            _check_free_now(budget)
+        except InputError as error:
+            # What a process held is given back a moment after its end.
+            if time.monotonic() > deadline:
+                return str(error)
+        else:
+            return ""
+        time.sleep(0.1)
+
+
+def _check_free_now(budget: Budget) -> None:
+    """Refuse a GPU that others have taken memory of since the budget was made."""
+    now = {gpu.uuid: gpu for gpu in list_gpus()}
+    for device in budget.device.each:
+        if device.uuid in now:
+            check_free(dataclasses.replace(budget, device=now[device.uuid]))
 
 
 def _is_result(message: Message, batch: int) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,6 +43,31 @@ def run_trial(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], No
         tensorflow.errors.ResourceExhaustedError: a batch does not fit.
     """
     request = request_from_payload(payload)
+    paused = _notice_pauses()
+
+    def tell(message: Mapping[str, Any]) -> None:
+        if paused.is_set():
+            send({"event": "paused"})
+        send(message)
+
+    try:
+        _run_batches(request, tell)
+    except Exception:
+        if paused.is_set():
+            send({"event": "paused"})
+        raise
+
+
+def _notice_pauses() -> threading.Event:
+    """Return what is set once this process has been stopped and goes on, as by Ctrl-Z and `fg`."""
+    paused = threading.Event()
+    signal.signal(signal.SIGCONT, lambda number, frame: paused.set())
+    # TensorFlow's own calls of the system go on as without the handler.
+    signal.siginterrupt(signal.SIGCONT, False)
+    return paused
+
+
+def _run_batches(request: TrialRequest, send: Callable[[Mapping[str, Any]], None]) -> None:
     tpu_settings = request.budget.device.tpu
     if tpu_settings is not None:
         strategy, device = tpu.connect(tpu_settings), "TPU:0"

@@ -87,6 +87,9 @@ def train(payload: Payload, send: Send) -> None:
     script = payload["levers"]["optimizer"]
     kind, _, at = script.partition("@")
     for batch in payload["batches"]:
+        if kind == "paused" and batch >= int(at):
+            send({"event": "paused"})
+            kind, at = "oom", str(batch + 1)
         if kind and batch >= int(at or 1 << 30):
             if kind in ("exit", "segfault", "SIGKILL", "hang", "garbage"):
                 crash({"how": kind}, send)
@@ -106,3 +109,16 @@ def train(payload: Payload, send: Send) -> None:
         result = {"batch": batch, "peak_bytes": batch * 1000 + os.getpid(), "step_seconds": 0.5}
         send({"event": "trial", **result})
         send({"event": "progress"})
+
+
+def stop_in_a_step(payload: Payload, send: Send) -> None:
+    """A trial that is stopped in its step, and runs out of memory when it goes on."""
+    from bertbench import trial_step
+
+    def measure(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        raise ResourceExhaustedError("OOM when allocating tensor with shape[2]")
+
+    trial_step.measure_steps = measure
+    trial_step.build_trainer = trial_step.start_tensorflow = lambda *arguments: None
+    trial_step.run_trial(payload, send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -360,6 +361,54 @@ def test_a_trial_is_stopped_before_the_machine_swaps(monkeypatch: pytest.MonkeyP
     )
     assert trial.outcome == "failed"
     assert "300 MiB of its 16.0 GiB were left; give a smaller --memory" in trial.message
+
+
+def test_a_trial_that_was_stopped_and_went_on_is_no_limit_and_no_time() -> None:
+    fits, oom = measure("paused@4", [4, 8])
+    assert (fits.outcome, fits.step_seconds) == ("fits", None)
+    assert fits.peak_bytes is not None
+    assert oom.outcome == "failed"
+    assert "was stopped and went on" in oom.message
+    assert oom.message.endswith("OOM when allocating tensor with shape[2])")
+
+
+def test_a_trial_notices_that_it_was_stopped() -> None:
+    def check() -> None:
+        for process in psutil.Process().children(recursive=True):
+            if process.status() == psutil.STATUS_STOPPED:
+                process.send_signal(signal.SIGCONT)
+
+    (trial,) = measure_batches(
+        published_workload("bert-tiny", 64),
+        Levers(),
+        Budget(CPU, 64 * MIB_BYTES),
+        [4],
+        target="isolation_targets:stop_in_a_step",
+        check=check,
+    )
+    assert trial.outcome == "failed"
+    assert "was stopped and went on" in trial.message
+
+
+@pytest.mark.parametrize(("free_mib", "outcome"), [(100, "oom"), (63, "failed")])
+def test_a_gpu_that_others_took_memory_of_meanwhile_is_no_limit(
+    monkeypatch: pytest.MonkeyPatch, free_mib: int, outcome: str
+) -> None:
+    gpu = Device("gpu", 0, "Card", "GPU-1", 1 << 30, 1 << 30)
+    now = dataclasses.replace(
+        gpu, free_bytes=free_mib * MIB_BYTES, held_by=((77, "other", 900 * MIB_BYTES),)
+    )
+    monkeypatch.setattr(trial_module, "list_gpus", lambda: [now])
+    monkeypatch.setattr(trial_module, "_GIVEN_BACK_SECONDS", 0.3)
+    (trial,) = measure_batches(
+        published_workload("bert-tiny", 64),
+        Levers(optimizer="oom@4"),
+        Budget(gpu, 64 * MIB_BYTES),
+        [4],
+        target="isolation_targets:train",
+    )
+    assert trial.outcome == outcome
+    assert ("process 77 (other) holds 900 MiB" in trial.message) is (outcome == "failed")
 
 
 def test_a_result_that_is_there_stands(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,14 @@ import signal
 
 import pytest
 
-from bertbench.outcomes import MESSAGE_LIMIT, classify_error, classify_exit, summarise_error
+from bertbench.outcomes import (
+    MESSAGE_LIMIT,
+    classify_error,
+    classify_exit,
+    memory_ran_out,
+    recorded_outcome,
+    summarise_error,
+)
 
 EAGER_OOM = (
     "{{function_node __wrapped__Fill_device_/job:localhost/replica:0/task:0/device:CPU:0}} OOM "
@@ -77,6 +84,55 @@ OTHER = [
 ]
 
 
+# Host memory that ran out: of the machine, of a limit on a process, of what others left.
+HOST = [
+    (
+        "ResourceExhaustedError",
+        "OOM when allocating tensor with shape[8] on /job:localhost/replica:0/task:0/device:CPU:0 "
+        "by allocator cpu",
+    ),
+    ("ResourceExhaustedError", "OOM when allocating tensor with shape[8] by allocator mklcpu"),
+    (
+        "ResourceExhaustedError",
+        "OOM when allocating tensor with shape[8] by allocator gpu_host_bfc",
+    ),
+    # A capped CPU's whole budget under `ulimit -v`, before any batch.
+    (
+        "ResourceExhaustedError",
+        "{{function_node __wrapped__Empty_device_/job:localhost/replica:0/task:0/device:CPU:0}} "
+        "OOM when allocating tensor with shape[1998,1048576] and type uint8 on "
+        "/job:localhost/replica:0/task:0/device:CPU:0 by allocator bfc_cpu_allocator_for_gpu "
+        "[Op:Empty]",
+    ),
+    ("ResourceExhaustedError", "out of memory: fork: Cannot allocate memory"),
+    ("ResourceExhaustedError", "out of memory (std::bad_alloc)"),
+    (
+        "InternalError",
+        "could not allocate pinned host memory of size: 4096; CUDA_ERROR_OUT_OF_MEMORY",
+    ),
+    (
+        "InternalError",
+        "failed to alloc 4096 bytes on host: CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+    ),
+    ("AbortedError", "Operation received an exception: could not create a memory object"),
+]
+
+
+@pytest.mark.parametrize(("type_name", "message"), HOST)
+def test_host_memory_that_ran_out_is_no_limit(type_name: str, message: str) -> None:
+    assert classify_error(type_name, message) == "failed"
+    assert recorded_outcome("oom", summarise_error(type_name, message)) == "failed"
+    # A run may go on with less all the same.
+    assert memory_ran_out(type_name, message) is (type_name != "AbortedError")
+
+
+@pytest.mark.parametrize(("type_name", "message"), EXHAUSTED)
+def test_what_was_recorded_of_a_device_stays(type_name: str, message: str) -> None:
+    assert recorded_outcome("oom", summarise_error(type_name, message)) == "oom"
+    assert recorded_outcome("fits", "") == "fits"
+    assert recorded_outcome("failed", summarise_error(type_name, message)) == "failed"
+
+
 @pytest.mark.parametrize(("type_name", "message"), EXHAUSTED)
 def test_exhausted_memory_is_recognised(type_name: str, message: str) -> None:
     assert classify_error(type_name, message) == "oom"
@@ -123,8 +179,16 @@ def test_a_summary_is_short() -> None:
 
 def test_a_kill_by_the_kernel_is_told_from_one_by_a_person() -> None:
     before = {"memory.events": 3, "vmstat": 10}
-    assert classify_exit(-9, before, {"memory.events": 4, "vmstat": 11})[0] == "oom"
-    assert classify_exit(-9, before, {"memory.events": 3, "vmstat": 11})[0] == "oom"
+    for after, source in (
+        ({"memory.events": 4, "vmstat": 11}, "memory.events"),
+        ({"memory.events": 3, "vmstat": 11}, "vmstat"),
+    ):
+        outcome, reason = classify_exit(-9, before, after, ALLOCATOR_LOG)
+        assert outcome == "failed"
+        assert reason == (
+            f"killed by the kernel for want of host memory ({source}), which tells nothing of the "
+            "batch; end what holds the memory, or give a smaller --memory"
+        )
     for after in (before, {}, {"another": 9}):
         outcome, reason = classify_exit(-9, before, after)
         assert (outcome, reason) == ("failed", "killed by SIGKILL; not known to be out of memory")
@@ -155,6 +219,19 @@ def test_a_crash_of_a_kernel_that_got_no_memory_is_out_of_memory() -> None:
         (-signal.SIGKILL, ALLOCATOR_LOG),
         (-signal.SIGABRT, "Allocator (x) ran out of memory trying to allocate 1.4KiB\n"),
         (-signal.SIGABRT, "OOM when allocating tensor"),
+        # The host's memory ran out too, or its allocator's alone.
+        (-signal.SIGABRT, ALLOCATOR_LOG + "  what():  std::bad_alloc\n"),
+        (-signal.SIGSEGV, ALLOCATOR_LOG + "mmap: Cannot allocate memory\n"),
+        (-signal.SIGABRT, ALLOCATOR_LOG.replace("bfc_cpu_allocator_for_gpu", "gpu_host_bfc")),
+        # What an operation asked for and can do without.
+        (
+            -signal.SIGSEGV,
+            ALLOCATOR_LOG.replace(
+                "requested by op MatMul_4",
+                " with freed_by_count=0. The caller indicates that "
+                "this is not a failure, but may mean that there could be performance gains",
+            ),
+        ),
     ],
 )
 def test_words_about_memory_alone_are_not(exit_code: int, printed: str) -> None:
