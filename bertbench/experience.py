@@ -17,7 +17,9 @@ from bertbench.devices import Device
 from bertbench.fitting import Room, has_trace, least_peak_bytes
 from bertbench.ledger import LedgerRow, read_device_rows, versions_key
 from bertbench.ledger_file import default_ledger_path, open_ledger
+from bertbench.limit import verdicts
 from bertbench.progress import say
+from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload, levers_from_json, workload_from_key
 from finetune.errors import InputError
 
@@ -138,7 +140,7 @@ def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: 
     """
     factors, errors = [], []
     of_workload: list[tuple[int, float]] = []
-    outcomes: dict[tuple[Levers, int], Outcomes] = {}
+    fresh: dict[tuple[Levers, int], list[Trial]] = {}  # by levers and budget
     for row in rows:
         trial = row.trial
         try:
@@ -155,20 +157,31 @@ def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: 
             room = Room(device_kind, row.budget_bytes)
             errors.append(trial.peak_bytes / least_peak_bytes(tried, levers, trial.batch, room) - 1)
         if trial.fresh and tried.key() == workload.key():
-            seen, budget = outcomes.get((levers, trial.batch), Outcomes()), {row.budget_bytes}
-            if trial.outcome == "oom":
-                seen = Outcomes(seen.fits_bytes - budget, seen.exceeds_bytes | budget)
-            else:
-                seen = Outcomes(seen.fits_bytes | budget, seen.exceeds_bytes - budget)
-            outcomes[levers, trial.batch] = seen
+            fresh.setdefault((levers, row.budget_bytes), []).append(trial)
     enough = len(factors) >= _LEAST_TRIALS
     return Experience(
         time_factor=statistics.median(factors) if enough else 1.0,
         trials=len(factors) if enough else 0,
         curve=() if device_kind == "cpu" else _curve(of_workload),
         margin=max(0.0, *errors) + _LEAST_MARGIN if len(errors) >= 2 * _LEAST_TRIALS else None,
-        outcomes=outcomes,
+        outcomes=_outcomes(fresh),
     )
+
+
+def _outcomes(
+    fresh: Mapping[tuple[Levers, int], Sequence[Trial]],
+) -> dict[tuple[Levers, int], Outcomes]:
+    """Put what was seen under several budgets together."""
+    outcomes: dict[tuple[Levers, int], Outcomes] = {}
+    for (levers, budget_bytes), trials in fresh.items():
+        for batch, trial in verdicts(trials).items():
+            seen = outcomes.get((levers, batch), Outcomes())
+            if trial.outcome == "oom":
+                seen = dataclasses.replace(seen, exceeds_bytes=seen.exceeds_bytes | {budget_bytes})
+            else:
+                seen = dataclasses.replace(seen, fits_bytes=seen.fits_bytes | {budget_bytes})
+            outcomes[levers, batch] = seen
+    return outcomes
 
 
 def _curve(factors: Sequence[tuple[int, float]]) -> tuple[tuple[float, float], ...]:

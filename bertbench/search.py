@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from bertbench.bisection import last_that_holds
+from bertbench.limit import Limit, contradictions, find_limit, verdicts
 from bertbench.trial import Trial
 
 LARGEST_BATCH = 1 << 16
@@ -62,7 +63,8 @@ class SearchResult:
     """What a search has found.
 
     Attributes:
-        max_batch: largest batch below which no tried batch ran out of memory; 0 if batch 1 does.
+        max_batch: largest batch below which no tried batch ran out of memory, see
+            `bertbench.limit`; 0 if none has fitted.
         certificate: None if the search was stopped, or not asked to certify.
         stopped_by: `oom`: a limit was measured. `max_batch`: all up to the bound that was asked
             for fits, and no limit was looked for. `failed`: a trial failed for another reason,
@@ -99,10 +101,9 @@ def find_max_batch(
 ) -> SearchResult:
     """Find the largest batch that fits.
 
-    The answer rests on trials only; the prediction and the peaks merely choose which to make. A
-    batch that was tried several times counts as its last trial in a fresh process says, or as its
-    last trial if none was fresh. Where trials contradict monotonicity, the smallest batch that
-    ran out of memory is the limit, and `SearchResult.contradictions` names the others.
+    The answer rests on trials only, as `bertbench.limit` reads them; the prediction and the peaks
+    merely choose which to make. `SearchResult.contradictions` names trials that a limit cannot
+    explain.
 
     Args:
         measure: makes trials. The first batch of a call is taken as measured in a fresh process.
@@ -127,20 +128,20 @@ def find_max_batch(
     known_count = len(trials)
     guesses: list[str] = []
     while True:
-        verdicts = _verdicts(trials)
-        low, high = _bracket(verdicts)
-        batches = _unsettled(verdicts, low, high, cap, certify)
+        limit = find_limit(trials)
+        low, high = _bracket(limit)
+        batches = _unsettled(limit, cap, certify)
         if batches is None:
             break
         if not batches:
-            limit = _predicted_limit(predict_peak_bytes, budget_bytes, (high or cap + 1) - 1)
+            bound = _predicted_limit(predict_peak_bytes, budget_bytes, (high or cap + 1) - 1)
             located = locate(low) if locate and len(guesses) < _BELIEVED else None
             if located is not None:
                 batches = [_guess(low, high, cap, located, guesses)]
             elif low == 0:
-                batches = _first_batches(limit, high, cap, examples_per_block)
+                batches = _first_batches(bound, high, cap, examples_per_block)
             else:
-                estimate = _estimate(verdicts, predict_peak_bytes, budget_bytes)
+                estimate = _estimate(trials, predict_peak_bytes, budget_bytes)
                 if low and not high and estimate and min(estimate, cap) > _REACH * low:
                     batches = [_REACH // 2 * low, _REACH * low]
                 else:
@@ -152,17 +153,15 @@ def find_max_batch(
         for index, trial in enumerate(found):
             trials.append(dataclasses.replace(trial, fresh=fresh or index == 0))
         if found[-1].outcome == "failed":
-            low, high = _bracket(_verdicts(trials))
+            low, _ = _bracket(find_limit(trials))
             return _result("failed", low, None, trials, known_count, found[-1].message)
         if len(batches) == 1:
             guesses.append(found[0].outcome)
 
-    if high is None:
+    if limit.oom is None:
         return _result("max_batch", low, None, trials, known_count, "")
-    certificate = None
-    if certify:
-        certificate = Certificate(verdicts[low] if low else None, verdicts[high])
-    result = _result("oom", low, certificate, trials, known_count, verdicts[high].message)
+    certificate = Certificate(limit.fits, limit.oom) if certify else None
+    result = _result("oom", low, certificate, trials, known_count, limit.oom.message)
     if low == 0 and predict_peak_bytes is not None:
         missing_bytes = predict_peak_bytes(1) - budget_bytes
         result = dataclasses.replace(
@@ -179,55 +178,34 @@ def _result(
     known_count: int,
     message: str,
 ) -> SearchResult:
-    contradictions = tuple(
-        (smaller, larger)
-        for smaller in trials
-        for larger in trials
-        if smaller.outcome == "oom" and larger.outcome == "fits" and smaller.batch <= larger.batch
-    )
     return SearchResult(
         max_batch=max_batch,
         certificate=certificate,
         stopped_by=stopped_by,
         trials=tuple(trials),
         measured=len(trials) - known_count,
-        contradictions=contradictions,
+        contradictions=contradictions(trials),
         message=message,
     )
 
 
-def _verdicts(trials: Sequence[Trial]) -> dict[int, Trial]:
-    """Return the trial that counts for each batch: a fresh one above one in a used process."""
-    verdicts: dict[int, Trial] = {}
-    for trial in trials:
-        before = verdicts.get(trial.batch)
-        if trial.outcome != "failed" and (before is None or trial.fresh or not before.fresh):
-            verdicts[trial.batch] = trial
-    return verdicts
+def _bracket(limit: Limit) -> tuple[int, int | None]:
+    """Return the largest batch that fits, or 0, and the smallest that does not."""
+    return limit.max_batch or 0, None if limit.oom is None else limit.oom.batch
 
 
-def _bracket(verdicts: dict[int, Trial]) -> tuple[int, int | None]:
-    """Return the largest batch that fits below the smallest that does not, and the latter."""
-    high = min((b for b, t in verdicts.items() if t.outcome == "oom"), default=None)
-    fitting = (b for b, t in verdicts.items() if t.outcome == "fits")
-    return max((b for b in fitting if high is None or b < high), default=0), high
-
-
-def _unsettled(
-    verdicts: dict[int, Trial], low: int, high: int | None, cap: int, certify: bool
-) -> list[int] | None:
+def _unsettled(limit: Limit, cap: int, certify: bool) -> list[int] | None:
     """Tell what is left once the limit is between two neighbours.
 
     Returns:
         The batch to repeat in a fresh process; an empty list while the limit is not that narrow;
         None when nothing is left. The batch that fits comes first: it costs no waiting.
     """
-    narrow = high == low + 1 or (high is None and low == cap)
-    if not narrow:
+    if not limit.neighbours and not (limit.oom is None and limit.max_batch == cap):
         return []
-    for batch in (low, high) if certify else ():
-        if batch and not verdicts[batch].fresh:
-            return [batch]
+    for trial in (limit.fits, limit.oom) if certify else ():
+        if trial is not None and not trial.fresh:
+            return [trial.batch]
     return None
 
 
@@ -269,12 +247,12 @@ def _first_batches(
 
 
 def _estimate(
-    verdicts: dict[int, Trial], predict: Callable[[int], int] | None, budget_bytes: int
+    trials: Sequence[Trial], predict: Callable[[int], int] | None, budget_bytes: int
 ) -> int | None:
     """Where the limit should be by what is known; None if nothing tells."""
     peaks = {
         batch: trial.peak_bytes
-        for batch, trial in verdicts.items()
+        for batch, trial in verdicts(trials).items()
         if trial.outcome == "fits" and trial.peak_bytes is not None
     }
     regular = sorted(batch for batch in peaks if batch >= 2)

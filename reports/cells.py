@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bertbench.ledger import LedgerRow
+from bertbench.limit import AT_LEAST, CERTIFIED, MEASURED, Limit, find_limit
 from bertbench.paper import PUBLISHED_MAX_BATCH
 from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload, levers_from_json, workload_from_key
@@ -18,16 +19,6 @@ from finetune.config import PRESETS, BertConfig
 from finetune.errors import InputError
 from reports.places import Place, place_of
 
-CERTIFIED, MEASURED, AT_LEAST, BELOW, FAILED = (
-    "certified",
-    "measured",
-    "at least",
-    "below",
-    "failed",
-)
-"""Evidence for a limit: both sides of it in fresh processes; both sides, but not in fresh ones, or
-not next to each other; only batches that fit; only batches that do not; no trial with an answer."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -35,20 +26,34 @@ class Cell:
 
     Attributes:
         rows: the trials, in the order of recording; at least one.
-        max_batch: largest micro-batch that fits; 0 if 1 does not; None if nothing tells.
-        evidence: how that is known, one of the words above.
-        fits: the trial of `max_batch`.
-        oom: the trial of the smallest batch beyond it that runs out of memory.
+        ends: where memory ends by these trials.
         model: its name for people: the published one of the same shape, or the recorded one, made
             longer where several shapes have it.
     """
 
     rows: tuple[LedgerRow, ...]
-    max_batch: int | None
-    evidence: str
-    fits: Trial | None
-    oom: Trial | None
+    ends: Limit
     model: str
+
+    @property
+    def max_batch(self) -> int | None:
+        """Largest micro-batch below which none ran out of memory; None if nothing tells."""
+        return self.ends.max_batch
+
+    @property
+    def evidence(self) -> str:
+        """How that is known, one of the words of `bertbench.limit`."""
+        return self.ends.evidence
+
+    @property
+    def fits(self) -> Trial | None:
+        """The trial of `max_batch`."""
+        return self.ends.fits
+
+    @property
+    def oom(self) -> Trial | None:
+        """The trial of the smallest batch that ran out of memory."""
+        return self.ends.oom
 
     @property
     def newest(self) -> LedgerRow:
@@ -129,6 +134,7 @@ class Cell:
             "levers": row.levers,
             "max_batch": self.max_batch,
             "evidence": self.evidence,
+            "fits_again": [trial.batch for trial in self.ends.fits_again],
             "published_max_batch": self.published,
             "peak_bytes": None if self.fits is None else self.fits.peak_bytes,
             "examples_per_second": self.examples_per_second,
@@ -144,9 +150,7 @@ def trial_rate(row: LedgerRow, trial: Trial) -> float | None:
 
 
 def read_cells(rows: Iterable[LedgerRow]) -> list[Cell]:
-    """Put trials together that answer the same question.
-
-    Of two trials of a batch the newer one counts, but a failed one never replaces an answer.
+    """Put trials together that answer the same question; see `bertbench.limit`.
 
     Returns:
         Cells by device, budget, model, length and levers.
@@ -189,32 +193,7 @@ def _workload(row: LedgerRow) -> Workload | None:
 
 
 def _cell(rows: Sequence[LedgerRow], model: str) -> Cell:
-    newest: dict[int, Trial] = {}
-    fresh: dict[int, Trial] = {}
-    for row in rows:
-        if row.trial.outcome != "failed":
-            newest[row.trial.batch] = row.trial
-            if row.trial.fresh:
-                fresh[row.trial.batch] = row.trial
-    # What a fresh process says of a batch is better than what another one says.
-    known = {**newest, **fresh}
-    fits = max((t for t in known.values() if t.outcome == "fits"), key=_batch, default=None)
-    largest = 0 if fits is None else fits.batch
-    # What runs out below a batch that fits is no limit: memory was in pieces, or others held it.
-    ooms = (t for t in known.values() if t.outcome == "oom" and t.batch > largest)
-    oom = min(ooms, key=_batch, default=None)
-    if fits is not None and oom is not None:
-        certified = oom.batch == fits.batch + 1 and fits.fresh and oom.fresh
-        return Cell(tuple(rows), fits.batch, CERTIFIED if certified else MEASURED, fits, oom, model)
-    if fits is not None:
-        return Cell(tuple(rows), fits.batch, AT_LEAST, fits, None, model)
-    if oom is not None and oom.batch == 1:
-        return Cell(tuple(rows), 0, CERTIFIED if oom.fresh else MEASURED, None, oom, model)
-    return Cell(tuple(rows), None, FAILED if oom is None else BELOW, None, oom, model)
-
-
-def _batch(trial: Trial) -> int:
-    return trial.batch
+    return Cell(tuple(rows), find_limit(row.trial for row in rows), model)
 
 
 def model_order(model: str) -> tuple[int, str]:

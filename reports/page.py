@@ -11,9 +11,10 @@ from typing import Any
 import jinja2
 
 from bertbench.bytes import format_bytes
+from bertbench.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
 from bertbench.planner import Plan, describe_setting
 from bertbench.progress import Advance, describe_duration
-from reports.cells import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED, Cell, trial_rate
+from reports.cells import Cell, trial_rate
 from reports.places import Place
 from reports.planning import Planned
 from reports.predictions import describe_errors
@@ -269,6 +270,9 @@ def _cell_row(cell: Cell, where: str) -> list[Value]:
     if cell.published and cell.limit is not None:
         ratio = cell.limit / cell.published
     beyond = "" if oom is None else f"{oom.batch}: {oom.message}"
+    if cell.ends.fits_again:
+        batches = ", ".join(str(trial.batch) for trial in cell.ends.fits_again)
+        beyond = f"{beyond}; above it fits again: {batches}"
     if cell.evidence == FAILED:
         beyond = row.trial.message
     return [

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bertbench.bytes import MIB_BYTES
+from bertbench.limit import AT_LEAST, CERTIFIED
 from bertbench.paper import PUBLISHED_MAX_BATCH
-from reports.cells import AT_LEAST, CERTIFIED, Cell, model_order, setting_order
+from reports.cells import Cell, model_order, setting_order
 from reports.figures import INK, Look, Picture, add_legend, look_of, panels
 from reports.places import Place
 from reports.predictions import Prediction

@@ -11,9 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 from bertbench.ledger import LedgerRow
+from bertbench.limit import CERTIFIED, FAILED
 from bertbench.paper import PAPER_MODELS
 from bertbench.planner import Plan
-from reports.cells import CERTIFIED, FAILED, Cell, read_cells
+from reports.cells import Cell, read_cells
 from reports.figures import Picture
 from reports.places import Place, name_places
 from reports.plan_plots import footprint_picture, front_picture, timeline_picture

@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 
 from bertbench.ledger_export import neutralised
+from bertbench.limit import AT_LEAST, BELOW, CERTIFIED
 from bertbench.paper import PAPER_MODELS, PUBLISHED_MAX_BATCH
 from finetune.json_files import json_text
-from reports.cells import AT_LEAST, BELOW, CERTIFIED, Cell, model_order, setting_order
+from reports.cells import Cell, model_order, setting_order
 from reports.places import Place, name_places
 
 SYSTEM = ("System", "Seq Length")

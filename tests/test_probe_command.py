@@ -462,7 +462,7 @@ def test_the_ledger_is_listed_exported_and_pruned(tmp_path: Path, limits: dict[i
     assert f"{len(rows)} trials of 2 cells" in " ".join(result.output.split())
     values = json.loads((tmp_path / "l.json").read_text())
     limits_found = [
-        (c["seq_len"], c["largest_that_fits"], c["smallest_out_of_memory"]) for c in values["cells"]
+        (c["seq_len"], c["max_batch"], c["smallest_out_of_memory"]) for c in values["cells"]
     ]
     assert limits_found == [(64, LIMIT, LIMIT + 1), (128, 9, 10)]
     assert len(values["trials"]) == len(rows)

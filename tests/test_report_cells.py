@@ -11,10 +11,11 @@ import pytest
 from ledger_rows import CPU, VERSIONS, failed, fits, oom, rows_of
 
 from bertbench.devices import Device, TpuSettings
+from bertbench.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
 from bertbench.trial import Trial
 from bertbench.workload import published_workload
 from finetune.config import preset
-from reports.cells import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED, read_cells
+from reports.cells import read_cells
 from reports.places import name_places
 from reports.tables import limit_text, published_tables, write_tables
 
@@ -32,9 +33,10 @@ from reports.tables import limit_text, published_tables, write_tables
         ([fits(31), oom(32), failed(32), failed(31)], 31, CERTIFIED, "31*"),
         # The newer one of two.
         ([oom(31), fits(31), oom(32)], 31, CERTIFIED, "31*"),
-        # Out of memory below what fits is no limit.
-        ([oom(8), fits(31), oom(32)], 31, CERTIFIED, "31*"),
-        ([oom(8), fits(31)], 31, AT_LEAST, ">=31"),
+        # What fits above a batch that does not is no limit.
+        ([fits(4), oom(5), fits(7), oom(8)], 4, CERTIFIED, "4*"),
+        ([oom(8), fits(31), oom(32)], None, BELOW, "<8"),
+        ([oom(8), fits(31)], None, BELOW, "<8"),
         ([fits(2), fits(5)], 5, AT_LEAST, ">=5"),
         ([oom(1)], 0, CERTIFIED, "0*"),
         ([oom(1, fresh=False)], 0, MEASURED, "0"),

@@ -20,6 +20,7 @@ from bertbench.ledger import (
     versions_key,
 )
 from bertbench.ledger_file import default_ledger_path, open_ledger
+from bertbench.limit import find_limit
 from bertbench.workload import levers_from_json
 from finetune.errors import InputError
 
@@ -62,11 +63,20 @@ def list_(ledger_file: Path | None, each: bool, json_file: Path | None) -> None:
     def named(model: str, head: str) -> str:
         return f"{model} {head}" if several_heads else model
 
-    titles = ("model", "seq", "levers", "budget", "fits", "no more", "trials")
+    titles: tuple[str, ...] = (
+        "model",
+        "seq",
+        "levers",
+        "budget",
+        "fits",
+        "no more",
+        "evidence",
+        "trials",
+    )
     if each:
         titles = ("time (UTC)", "model", "seq", "levers", "batch", "outcome", "peak")
     for title in titles:
-        left = title in ("model", "levers", "outcome", "time (UTC)")
+        left = title in ("model", "levers", "outcome", "evidence", "time (UTC)")
         table.add_column(title, justify="left" if left else "right", no_wrap=title != "levers")
     if each:
         for row in rows:
@@ -79,8 +89,8 @@ def list_(ledger_file: Path | None, each: bool, json_file: Path | None) -> None:
         for cell in limits:
             table.add_row(
                 named(cell["model"], cell["head"]), str(cell["seq_len"]), _levers(cell["levers"]),
-                format_bytes(cell["budget_bytes"]), _number(cell["largest_that_fits"]),
-                _number(cell["smallest_out_of_memory"]), str(cell["trials"]),
+                format_bytes(cell["budget_bytes"]), _number(cell["max_batch"]),
+                _number(cell["smallest_out_of_memory"]), cell["evidence"], str(cell["trials"]),
             )  # fmt: skip
     console.print(table)
 
@@ -165,10 +175,14 @@ def _exists(path: Path) -> None:
 
 def _limits(rows: list[LedgerRow]) -> list[dict[str, Any]]:
     """One line for each question: the largest batch that fits, and the smallest that does not."""
-    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    by_question: dict[tuple[str, ...], list[LedgerRow]] = {}
     for row in rows:
-        cell = cells.setdefault(
-            row.question,
+        by_question.setdefault(row.question, []).append(row)
+    cells = []
+    for of_question in by_question.values():
+        row = of_question[0]
+        limit = find_limit(row.trial for row in of_question)
+        cells.append(
             {
                 "model": row.model,
                 "head": row.head,
@@ -177,18 +191,14 @@ def _limits(rows: list[LedgerRow]) -> list[dict[str, Any]]:
                 "budget_bytes": row.budget_bytes,
                 "device": row.device,
                 "versions": row.versions,
-                "largest_that_fits": None,
-                "smallest_out_of_memory": None,
-                "trials": 0,
-            },
+                "max_batch": limit.max_batch,
+                "smallest_out_of_memory": None if limit.oom is None else limit.oom.batch,
+                "fits_again": [trial.batch for trial in limit.fits_again],
+                "evidence": limit.evidence,
+                "trials": len(of_question),
+            }
         )
-        cell["trials"] += 1
-        batch = row.trial.batch
-        if row.trial.outcome == "fits":
-            cell["largest_that_fits"] = max(cell["largest_that_fits"] or 0, batch)
-        elif row.trial.outcome == "oom":
-            cell["smallest_out_of_memory"] = min(cell["smallest_out_of_memory"] or batch, batch)
-    return list(cells.values())
+    return cells
 
 
 def _levers(values: dict[str, Any]) -> str:

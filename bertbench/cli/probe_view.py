@@ -218,10 +218,17 @@ def build_table(cells: Mapping[int, Cell], workloads: Sequence[Workload]) -> Tab
 def holes(cell: Cell) -> list[str]:
     """Tell of larger batches that fit where smaller ones do not, and of smaller ones that do not.
 
-    By the step's trace alone: what was tried is in the trials.
+    First of trials that tell so, then of the step's trace, for what was not tried.
     """
     title = f"{cell.workload.model} {cell.workload.seq_len}"
-    return [
+    measured = sorted({(a.batch, b.batch) for a, b in cell.result.contradictions})
+    pairs = "; ".join(
+        f"batch {larger} fits although {smaller} ran out of memory"
+        for smaller, larger in measured[:_SHOWN]
+    )
+    more = "; ..." if len(measured) > _SHOWN else ""
+    found = [f"{title}: {pairs}{more}"] if measured else []
+    return found + [
         f"{title}: {where} {cell.result.max_batch} these {what}, as memory is in other pieces "
         f"(predicted, not measured): {', '.join(map(str, batches[:_SHOWN]))}"
         + (", ..." if len(batches) > _SHOWN else "")
@@ -255,8 +262,6 @@ def _evidence(cell: Cell) -> str:
         return "failed"
     if result.stopped_by == "max_batch":
         return "not the limit"
-    if result.contradictions:
-        return "contradictory"
     return "certified" if result.certificate else "not certified"
 
 

@@ -1,0 +1,100 @@
+"""What the trials of one question say together: the limit, and the evidence for it.
+
+A question is a workload and levers under a budget of a device. The search, the report, the list of
+the ledger and the plans all take their answer from here. Pure: it starts nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from bertbench.trial import Trial
+
+CERTIFIED, MEASURED, AT_LEAST, BELOW, FAILED = (
+    "certified",
+    "measured",
+    "at least",
+    "below",
+    "failed",
+)
+"""Evidence for a limit: both sides of it in fresh processes; both sides, but not in fresh ones, or
+not next to each other; only batches that fit; only batches that do not; no trial with an answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """Where memory ends for a question, by its trials.
+
+    Attributes:
+        fits: trial of the largest batch below which no tried batch ran out of memory.
+        oom: trial of the smallest batch that ran out of memory.
+        fits_again: trials of batches above that one which fit all the same, the smallest first:
+            memory was in other pieces, or another process held some of it before.
+    """
+
+    fits: Trial | None = None
+    oom: Trial | None = None
+    fits_again: tuple[Trial, ...] = ()
+
+    @property
+    def max_batch(self) -> int | None:
+        """Batch of `fits`; 0 if batch 1 runs out of memory; None if nothing tells."""
+        if self.fits is not None:
+            return self.fits.batch
+        return 0 if self.oom is not None and self.oom.batch == 1 else None
+
+    @property
+    def neighbours(self) -> bool:
+        """Whether no batch is left between the one that fits and the one that does not."""
+        return self.oom is not None and self.oom.batch == (self.max_batch or 0) + 1
+
+    @property
+    def evidence(self) -> str:
+        """How the limit is known: one of the words of this module."""
+        if self.oom is None:
+            return FAILED if self.fits is None else AT_LEAST
+        if self.max_batch is None:
+            return BELOW
+        fresh = self.oom.fresh and (self.fits is None or self.fits.fresh)
+        return CERTIFIED if self.neighbours and fresh else MEASURED
+
+
+def find_limit(trials: Iterable[Trial]) -> Limit:
+    """Tell where memory ends by all trials of a question, in the order of their recording.
+
+    Of several trials of a batch one counts, see `verdicts`. Failed ones say nothing.
+    """
+    counted = verdicts(trials)
+    oom = min((b for b, t in counted.items() if t.outcome == "oom"), default=None)
+    fitting = sorted(batch for batch, trial in counted.items() if trial.outcome == "fits")
+    below = [batch for batch in fitting if oom is None or batch < oom]
+    return Limit(
+        fits=counted[below[-1]] if below else None,
+        oom=None if oom is None else counted[oom],
+        fits_again=tuple(counted[batch] for batch in fitting[len(below) :]),
+    )
+
+
+def verdicts(trials: Iterable[Trial]) -> dict[int, Trial]:
+    """Return the trial that counts for each batch.
+
+    What a fresh process says of a batch is better than what a used one says; of two alike the
+    newer counts, for what was wrong is measured again.
+    """
+    counted: dict[int, Trial] = {}
+    for trial in trials:
+        before = counted.get(trial.batch)
+        if trial.outcome != "failed" and (before is None or trial.fresh or not before.fresh):
+            counted[trial.batch] = trial
+    return counted
+
+
+def contradictions(trials: Sequence[Trial]) -> tuple[tuple[Trial, Trial], ...]:
+    """Pairs (a, b) of trials where a ran out of memory, and b, of no smaller batch, fits."""
+    return tuple(
+        (smaller, larger)
+        for smaller in trials
+        for larger in trials
+        if smaller.outcome == "oom" and larger.outcome == "fits" and smaller.batch <= larger.batch
+    )
