@@ -11,7 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
+from finetune.errors import InputError
 from finetune.tasks.squad_metrics import PrecisionRecall, QuestionScores, precision_recall
+
+# Sums and differences of axes stay finite.
+_LARGEST_DRAWN = 1e300
 
 
 def average_precisions(scores: QuestionScores) -> dict[str, PrecisionRecall]:
@@ -34,7 +38,15 @@ def draw_pictures(scores: QuestionScores, folder: Path) -> list[Path]:
 
     Returns:
         The files.
+
+    Raises:
+        InputError: the odds are beyond what can be drawn.
     """
+    largest = float(np.abs(scores.no_answer_odds).max())
+    if largest > _LARGEST_DRAWN:
+        raise InputError(
+            f"null odds of {largest:g} cannot be drawn", hint="leave out --out_image_dir"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     titles = {
         "pr_exact": "Precision-recall curve for exact match",
@@ -46,8 +58,7 @@ def draw_pictures(scores: QuestionScores, folder: Path) -> list[Path]:
         title = f"{titles[name]}, average precision {curve.average_precision:.1f} %"
         files.append(folder / f"{name}.png")
         precision_recall_figure(curve, title).savefig(files[-1])
-    # The script's range, 0 to 1, is that of probabilities, and would leave most of BERT's odds out.
-    edges = np.histogram_bin_edges(scores.no_answer_odds, 20)
+    edges = _bin_edges(scores.no_answer_odds)
     for name, group in (("hasAns", scores.has_answer), ("noAns", ~scores.has_answer)):
         if group.any():
             files.append(folder / f"na_prob_hist_{name}.png")
@@ -64,6 +75,18 @@ def precision_recall_figure(curve: PrecisionRecall, title: str) -> Figure:
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.05), ylim=(0, 1.05))
     axes.set_title(title, fontsize="medium")
     return figure
+
+
+def _bin_edges(odds: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Edges of 20 bins that hold all odds, and have a width also where the odds hardly differ.
+
+    The script's range, 0 to 1, is that of probabilities, and would leave most of BERT's odds out.
+    """
+    low, high = float(odds.min()), float(odds.max())
+    least = 40 * float(np.spacing(max(abs(low), abs(high))))
+    if high - low <= least:
+        low, high = low - max(least, 0.5), high + max(least, 0.5)
+    return np.linspace(low, high, 21)
 
 
 def odds_figure(odds: npt.NDArray[np.float64], edges: npt.NDArray[np.float64], name: str) -> Figure:

@@ -245,6 +245,19 @@ def test_dev_questions_without_the_answer_are_kept(folder: Folder) -> None:
     assert qas_of(conversion)["q--B.txt"][1]["answers"] == []
 
 
+@pytest.mark.parametrize("answer", [{}, {"Value": None, "Aliases": None}, "null"])
+def test_null_is_as_good_as_nothing(folder: Folder, answer: Any) -> None:
+    folder.document("A.txt", "Sunset Boulevard")
+    asked = question("q", "A.txt", answer=answer, SearchResults=None)
+    asked["EntityPages"][0]["Title"] = None
+    if answer == "null":
+        asked["Answer"] = None
+    folder.questions(asked, split="test", VerifiedEval=None)
+    assert nonzero(folder.convert()) == {"unanswered": 1}
+    with pytest.raises(InputError, match=r"Data\[0\](\.Answer)? has no '(Answer|Value)'"):
+        read_triviaqa(folder.file, "train")
+
+
 @pytest.mark.parametrize("negative", [False, True])
 def test_a_test_split_has_questions_to_answer(
     folder: Folder, tmp_path: Path, negative: bool

@@ -148,7 +148,7 @@ def _read_values(path: Path, kind: type) -> dict[str, Any]:
         raise InputError("not an object of question ids", path=path)
     for qas_id, value in values.items():
         if not isinstance(value, kinds) or isinstance(value, bool) or not _is_finite(value):
-            raise InputError(f"{qas_id!r} has {str(value)[:40]}, not {what}", path=path)
+            raise InputError(f"{qas_id!r} has {value!r:.40}, not {what}", path=path)
     return values
 
 

@@ -143,7 +143,7 @@ def read_triviaqa(path: str | os.PathLike[str], split: str | None = None) -> Tri
         InputError: not such a file, no pairs in it, a training question without an answer, or the
             name of a document that leads out of its folder.
     """
-    root = load_json(path, hint=_HINT)
+    root = _present(load_json(path, hint=_HINT))
     data = _get(root, "Data", list, "the top level", path)
     domain = _get(root, "Domain", str, "the top level", path)
     if split is None:
@@ -151,7 +151,7 @@ def read_triviaqa(path: str | os.PathLike[str], split: str | None = None) -> Tri
     is_verified = _get(root, "VerifiedEval", bool, "the top level", path, default=False)
     marks_documents = is_verified and domain == "Web"
     pairs: list[TriviaPair] = []
-    for i, datum in enumerate(data):
+    for i, datum in enumerate(map(_present, data)):
         where = f"Data[{i}]"
         if is_verified and not _get(datum, "QuestionPartOfVerifiedEval", bool, where, path):
             continue
@@ -161,7 +161,8 @@ def read_triviaqa(path: str | os.PathLike[str], split: str | None = None) -> Tri
             _read_aliases(datum, where, path, is_needed=split == "train"),
         )
         for key, source in _SOURCES.items():
-            for j, page in enumerate(_get(datum, key, list, where, path, default=[])):
+            pages = _get(datum, key, list, where, path, default=[])
+            for j, page in enumerate(map(_present, pages)):
                 in_page = f"{where}.{key}[{j}]"
                 # In the Wikipedia domain the mark is on questions only.
                 if marks_documents and not _get(page, _DOCUMENT_MARK, bool, in_page, path):
@@ -379,14 +380,23 @@ def _answer(
     return ("no_answer" if is_training else "unanswered"), qa
 
 
+def _present(node: Any) -> Any:
+    """Leaves out keys with null, which programs write for what is not there."""
+    if not isinstance(node, dict):
+        return node
+    return {key: value for key, value in node.items() if value is not None}
+
+
 def _read_aliases(
     datum: object, where: str, path: str | os.PathLike[str], *, is_needed: bool
 ) -> tuple[str, ...] | None:
     if isinstance(datum, dict) and "Answer" not in datum and not is_needed:
         return None
-    answer = _get(datum, "Answer", dict, where, path)
+    answer = _present(_get(datum, "Answer", dict, where, path))
     in_answer = f"{where}.Answer"
     aliases = _get(answer, "NormalizedAliases", list, in_answer, path, default=[])
+    if not aliases and not is_needed and not {"Value", "Aliases"} & answer.keys():
+        return None
     if not aliases:
         value = _get(answer, "Value", str, in_answer, path)
         aliases = [value, *_get(answer, "Aliases", list, in_answer, path, default=[])]
