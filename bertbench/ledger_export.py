@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from bertbench.ledger import LedgerRow
+from bertbench.terminal import clean_text
 from finetune.errors import InputError
 from finetune.files import write_atomically
 
@@ -73,7 +74,7 @@ def neutralised(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _content(frame: Any, path: Path) -> str | bytes:
     if path.suffix == ".csv":
-        return str(neutralised(frame).to_csv(index=False))
+        return clean_text(neutralised(frame).to_csv(index=False))
     if path.suffix == ".json":
         return str(frame.to_json(orient="records", indent=1)) + "\n"
     try:

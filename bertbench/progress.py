@@ -6,11 +6,9 @@ Everything goes to standard error; standard output is for results.
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,15 +18,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from bertbench.terminal import PlainConsole, clean_text, say
+
 LINE_EVERY_SECONDS = 15.0
 
 Advance = Callable[[int, str], None]
 """Takes how many items are finished in all, and what to say about them."""
-
-
-def say(text: str) -> None:
-    """Write a line for people to standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -44,7 +39,8 @@ def progress(description: str, total: int, unit: str, first: int = 0) -> Iterato
     Yields:
         A function to call after every item.
     """
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
+    description = clean_text(description)
     if console.is_terminal:
         with Progress(
             TextColumn(description, markup=False),
@@ -58,7 +54,7 @@ def progress(description: str, total: int, unit: str, first: int = 0) -> Iterato
             transient=False,
         ) as bar:
             task = bar.add_task(description, total=total, completed=first, note="")
-            yield lambda done, note: bar.update(task, completed=done, note=note)
+            yield lambda done, note: bar.update(task, completed=done, note=clean_text(note))
         return
     began = said = time.monotonic()
     ended = False

@@ -19,6 +19,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bertbench.terminal import clean_text
+
 INK = "#1b1e23"
 """Text and axes; a page puts its own colour in its place."""
 
@@ -182,4 +184,4 @@ class Picture:
                 buffer, format="svg", facecolor=background,
                 metadata={"Date": None, "Creator": "bertbench", "Title": self.title},
             )  # fmt: skip
-        return buffer.getvalue()
+        return clean_text(buffer.getvalue())

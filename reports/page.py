@@ -14,6 +14,7 @@ from bertbench.bytes import format_bytes
 from bertbench.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
 from bertbench.planner import Plan, describe_setting
 from bertbench.progress import Advance, describe_duration
+from bertbench.terminal import clean_text
 from reports.cells import Cell, trial_rate
 from reports.places import Place
 from reports.planning import Planned
@@ -74,7 +75,7 @@ def build_page(report: Report, advance: Advance = lambda done, note: None) -> st
     )
     environment.globals["zip"] = zip
     text = resources.files("reports").joinpath("templates/page.html").read_text(encoding="utf-8")
-    return environment.from_string(text).render(_values(report, advance))
+    return clean_text(environment.from_string(text).render(_values(report, advance)))
 
 
 def _values(report: Report, advance: Advance) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pandas as pd
 from bertbench.ledger_export import neutralised
 from bertbench.limit import AT_LEAST, BELOW, CERTIFIED
 from bertbench.paper import PAPER_MODELS, PUBLISHED_MAX_BATCH
+from bertbench.terminal import clean_text
 from finetune.json_files import json_text
 from reports.cells import Cell, model_order, setting_order
 from reports.places import Place, name_places
@@ -124,12 +125,12 @@ def write_tables(cells: Sequence[Cell], suffix: str) -> str:
     if suffix == ".json":
         return json_text({"cells": [cell.to_json() for cell in cells]}, indent=1) + "\n"
     if suffix == ".csv":
-        return str(neutralised(cells_frame(cells)).to_csv(index=False))
+        return clean_text(neutralised(cells_frame(cells)).to_csv(index=False))
     tables = published_tables(cells)
     write = _markdown if suffix == ".md" else _latex
     if not tables:
         return "no limits: only plans were tried\n" if cells else "no trials\n"
-    return "\n".join(map(write, tables))
+    return clean_text("\n".join(map(write, tables)))
 
 
 def _markdown(table: Table) -> str:
@@ -140,11 +141,15 @@ def _markdown(table: Table) -> str:
         *frame.itertuples(index=False),
     ]
     written = "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
-    return f"{table.title}\n\n{written}\n\n{NOTE.replace('*', chr(92) + '*')}\n"
+    return f"{_escaped(table.title)}\n\n{written}\n\n{NOTE.replace('*', chr(92) + '*')}\n"
+
+
+# What would be a cell, a style, code, a link or HTML. An underscore within a word is none of them.
+_MARKDOWN = {ord(plain): f"\\{plain}" for plain in "\\|*`<["}
 
 
 def _escaped(text: Any) -> str:
-    return str(text).replace("|", "\\|").replace("*", "\\*")
+    return " ".join(str(text).translate(_MARKDOWN).split("\n"))
 
 
 _LATEX: dict[str, str | int | None] = {
@@ -153,6 +158,8 @@ _LATEX: dict[str, str | int | None] = {
     "~": "\\textasciitilde{}",
     "^": "\\textasciicircum{}",
     "*": "$^*$",
+    "[": "{[}",
+    "\n": " ",
     "<": "$<$",
     ">": "$>$",
 }

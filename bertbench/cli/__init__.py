@@ -12,6 +12,7 @@ import click
 
 from bertbench.cli.common import CONTEXT, GO_ON_VARIABLE
 from bertbench.errors import SteppedDownError, StoppedEarlyError, WorkError
+from bertbench.terminal import clean_warnings, say
 from finetune.errors import InputError
 
 _VERBS = {
@@ -86,12 +87,13 @@ def main(arguments: list[str] | None = None) -> Any:
             run has to go on in one.
     """
     environment = dict(os.environ)
+    clean_warnings()
     try:
         cli.main(args=arguments, prog_name="bertbench", standalone_mode=False)
     except click.exceptions.Exit as finished:
         sys.exit(finished.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message(), file=sys.stderr)
+        say(error.format_message())
         sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
@@ -125,7 +127,7 @@ def _is_own_process() -> bool:
 
 def _go_on(error: SteppedDownError, environment: dict[str, str]) -> NoReturn:
     """Become a fresh process that runs the same command, in the same output folder."""
-    print(f"bertbench: {error}", file=sys.stderr, flush=True)
+    say(f"bertbench: {error}")
     sys.stdout.flush()
     environment[GO_ON_VARIABLE] = str(error.output_dir)
     try:
@@ -136,5 +138,5 @@ def _go_on(error: SteppedDownError, environment: dict[str, str]) -> NoReturn:
 
 def _fail(message: str, code: int) -> NoReturn:
     line = " ".join(message.split())
-    print(f"bertbench: {line}", file=sys.stderr)
+    say(f"bertbench: {line}")
     sys.exit(code)

@@ -13,6 +13,7 @@ from rich.console import Console
 from bertbench.attached import resolve_together
 from bertbench.bytes import parse_bytes
 from bertbench.devices import Budget, make_budget
+from bertbench.terminal import PlainConsole, echo
 from bertbench.workload import Levers
 from finetune.errors import InputError
 from finetune.files import write_atomically
@@ -179,16 +180,12 @@ def write_json(path: Path, values: Any) -> None:
     """Write a result file, or standard output for `-`."""
     text = json_text(values, indent=1) + "\n"
     if str(path) == "-":
-        click.echo(text, nl=False)
+        echo(text, nl=False)
     else:
         write_atomically(path, text)
 
 
 def terminal() -> Console:
-    """Console for results: the terminal's width there, 80 plain columns in a pipe.
-
-    Text is shown as it is: names and messages from outside may have brackets and colons in them.
-    """
-    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-    console = Console(**plain)
-    return console if console.is_terminal else Console(**plain, width=80)
+    """Console for results: the terminal's width there, 80 plain columns in a pipe."""
+    console = PlainConsole()
+    return console if console.is_terminal else PlainConsole(width=80)

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from bertbench.cli.common import CONTEXT, json_option, write_json
-from bertbench.progress import progress, say
+from bertbench.progress import progress
+from bertbench.terminal import echo, say
 from finetune.errors import InputError
 from finetune.files import write_atomically
 from finetune.tasks.triviaqa import (
@@ -194,14 +195,14 @@ def _summary(data: TriviaQA, conversion: Conversion, squad_file: Path) -> dict[s
 
 def _show(conversion: Conversion, squad_file: Path) -> None:
     plural = "" if conversion.questions == 1 else "s"
-    click.echo(f"{conversion.questions:,} question{plural} in {squad_file}")
+    echo(f"{conversion.questions:,} question{plural} in {squad_file}")
     for outcome, count in conversion.counts.items():
         if count:
-            click.echo(f"{count:>9,} {OUTCOMES[outcome]}")
+            echo(f"{count:>9,} {OUTCOMES[outcome]}")
     if conversion.first_lost:
         # As Python writes it: a name may hold what a terminal cannot show.
-        click.echo(f"{'':>9} first document lost: {conversion.first_lost!r}")
+        echo(f"{'':>9} first document lost: {conversion.first_lost!r}")
     if conversion.not_utf8:
-        click.echo(f"{conversion.not_utf8:>9,} contexts had bytes replaced that are not UTF-8")
+        echo(f"{conversion.not_utf8:>9,} contexts had bytes replaced that are not UTF-8")
     if conversion.not_needed:
-        click.echo(f"{conversion.not_needed:>9,} pairs not needed")
+        echo(f"{conversion.not_needed:>9,} pairs not needed")

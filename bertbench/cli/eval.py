@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bertbench.cli.common import CONTEXT, json_option, write_json
+from bertbench.terminal import echo, say
 from finetune.errors import InputError
 from finetune.json_files import load_json
 
@@ -93,7 +94,7 @@ def squad(
                 )
         missing = sum(example.qas_id not in answers for example in examples)
         if missing:
-            click.echo(f"{missing} questions without prediction count as wrong", err=True)
+            say(f"{missing} questions without prediction count as wrong")
         results = evaluate_v1(examples, answers)
     else:
         odds = None if na_prob_file is None else _read_values(na_prob_file, float)
@@ -110,14 +111,14 @@ def squad(
             curves = average_precisions(scores)
             results |= {f"{n}_ap": curve.average_precision for n, curve in curves.items()}
             for path in draw_pictures(scores, out_image_dir):
-                click.echo(f"wrote {path}", err=True)
+                say(f"wrote {path}")
     if out_file is not None:
         write_json(out_file, results)
     if json_file is not None:
         write_json(json_file, results)
     if str(json_file) != "-":
         for name, score in results.items():
-            click.echo(f"{name} = {score}")
+            echo(f"{name} = {score}")
 
 
 def _threshold(scores: QuestionScores, given: float | None) -> float:
@@ -131,7 +132,7 @@ def _threshold(scores: QuestionScores, given: float | None) -> float:
     if given is None:
         silent = scores.is_answered & (scores.no_answer_odds > _SCRIPT_THRESHOLD)
         if silent.any():
-            click.echo(
+            echo(
                 f"{int(silent.sum()):,} of the answers count as none, as in the official script: "
                 f"their null odds are above {_SCRIPT_THRESHOLD:g}; --na_prob_thresh inf keeps them",
                 err=True,

@@ -12,9 +12,9 @@ import click
 from bertbench.cli.common import CONTEXT, json_option, write_json
 from bertbench.errors import WorkError
 from bertbench.output_folder import RUN_FILE
-from bertbench.progress import say
 from bertbench.quiet import muted_stderr
 from bertbench.running import ModelFiles, find_model_files, load_config_and_tokenizer
+from bertbench.terminal import echo, say
 from finetune.checkpoint_files import PREFIX, list_checkpoints
 from finetune.errors import InputError
 from finetune.json_files import load_object
@@ -117,7 +117,7 @@ def command(
         write_json(json_file, results)
     if str(json_file) != "-":
         what = "encoder" if model.head is None else f"{model.head} model"
-        click.echo(
+        echo(
             f"{folder}: {what} of {model.parameters:,} parameters "
             f"from {model.checkpoint.name}, as {kind}"
         )

@@ -15,6 +15,7 @@ from bertbench.cli.common import CONTEXT, json_option, terminal, write_json
 from bertbench.errors import StoppedEarlyError
 from bertbench.fetch_catalogue import ENTRIES, GROUPS, Entry, find_entries
 from bertbench.fetching import Comparison, Fetched, fetch
+from bertbench.terminal import echo
 from finetune.errors import InputError
 from finetune.tasks.glue import find_task
 
@@ -107,14 +108,14 @@ def _usage(entry: Entry, root: Path) -> str | None:
 
 def _show_result(result: Fetched, root: Path) -> None:
     how = "was there already" if result.was_there else "fetched"
-    click.echo(f"{result.entry.name}: {how}, in {result.folder}")
+    echo(f"{result.entry.name}: {how}, in {result.folder}")
     for file in result.files:
-        click.echo(f"  {file.path.name}: SHA-256 {file.sha256} ({_COMPARED[file.checked]})")
+        echo(f"  {file.path.name}: SHA-256 {file.sha256} ({_COMPARED[file.checked]})")
     if result.members_checked:
-        click.echo("  the files in it have their published SHA-256")
+        echo("  the files in it have their published SHA-256")
     usage = _usage(result.entry, root)
     if usage is not None:
-        click.echo(f"  use: {usage}")
+        echo(f"  use: {usage}")
 
 
 def _size(entry: Entry) -> str:
@@ -132,23 +133,23 @@ def _show_list(entries: Sequence[Entry], _: Path) -> None:
         table.add_row(entry.name, _size(entry), checksum, entry.licence)
     terminal().print(table)
     for name, members in GROUPS.items():
-        click.echo(f"{name}: {len(members)} of these")
-    click.echo("`bertbench fetch --list NAME` shows addresses, checksums and other names.")
+        echo(f"{name}: {len(members)} of these")
+    echo("`bertbench fetch --list NAME` shows addresses, checksums and other names.")
 
 
 def _show_details(entries: Sequence[Entry], root: Path) -> None:
     for entry in entries:
-        click.echo(f"{entry.name}: {entry.what}, licence: {entry.licence}")
+        echo(f"{entry.name}: {entry.what}, licence: {entry.licence}")
         if entry.aliases:
-            click.echo(f"  also: {', '.join(entry.aliases)}")
-        click.echo(f"  ends up in {root / entry.folder}")
+            echo(f"  also: {', '.join(entry.aliases)}")
+        echo(f"  ends up in {root / entry.folder}")
         for source in entry.sources:
-            click.echo(f"  {source.url}")
-            click.echo(f"    by hand: put it at {root / source.path}")
+            echo(f"  {source.url}")
+            echo(f"    by hand: put it at {root / source.path}")
             size = "" if source.size_bytes is None else f", {source.size_bytes:,} bytes"
-            click.echo(f"    SHA-256 {source.sha256 or 'not published'}{size}")
+            echo(f"    SHA-256 {source.sha256 or 'not published'}{size}")
         for name, sha256 in entry.members.items():
-            click.echo(f"  {sha256}  {name}")
+            echo(f"  {sha256}  {name}")
 
 
 def _entry_json(entry: Entry) -> dict[str, Any]:

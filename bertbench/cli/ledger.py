@@ -21,6 +21,7 @@ from bertbench.ledger import (
 )
 from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.limit import find_limit
+from bertbench.terminal import echo
 from bertbench.workload import levers_from_json
 from finetune.errors import InputError
 
@@ -110,7 +111,7 @@ def export_(file: Path, ledger_file: Path | None, force: bool) -> None:
 
     _, rows = _read(ledger_file)
     export(rows, file, overwrite=force)
-    click.echo(f"{file}: {len(rows)} trials")
+    echo(f"{file}: {len(rows)} trials")
 
 
 @command.command("prune", context_settings=CONTEXT)
@@ -155,10 +156,10 @@ def prune_(
     with open_ledger(path) as ledger:
         if not yes:
             count = count_prunable(ledger, which)
-            click.echo(f"{path}: would take {count} trials away; add --yes to do it")
+            echo(f"{path}: would take {count} trials away; add --yes to do it")
             return
         count = prune(ledger, which)
-    click.echo(f"{path}: took {count} trials away")
+    echo(f"{path}: took {count} trials away")
 
 
 def _read(ledger_file: Path | None) -> tuple[Path, list[LedgerRow]]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +20,8 @@ from bertbench.checking import Check
 from bertbench.devices import Budget
 from bertbench.paper import PUBLISHED_MAX_BATCH, published_ratio
 from bertbench.probing import Cell
-from bertbench.progress import describe_duration, say
+from bertbench.progress import describe_duration
+from bertbench.terminal import PlainConsole, clean_text, say
 from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload
 
@@ -150,7 +151,8 @@ class View:
             tried = "".join(
                 f"  {t.batch} {'✓' if t.outcome == 'fits' else '✗'}" for t in running.trials
             )
-            lines.append(Text(f"{self.title(index)}: {what}, {elapsed}{tried}", style="dim"))
+            line = clean_text(f"{self.title(index)}: {what}, {elapsed}{tried}")
+            lines.append(Text(line, style="dim"))
         if lines:
             left = describe_duration(self.left_seconds())
             lines.append(Text(f"about {left} left", style="dim"))
@@ -163,7 +165,7 @@ def shown(
 ) -> Iterator[View]:
     """Show a probe while it runs: live on a terminal, a line for every trial elsewhere."""
     view = View(workloads, estimates, workers)
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    console = PlainConsole(stderr=True)
     if not console.is_terminal:
         yield view
         return

@@ -28,8 +28,8 @@ from bertbench.cli.common import (
 from bertbench.cli.original_flags import OriginalCommand, PathOrUrl, local_files
 from bertbench.devices import Budget, TpuSettings, make_budget
 from bertbench.errors import WorkError
-from bertbench.progress import say
 from bertbench.running import ModelFiles, RunSettings, find_model_files
+from bertbench.terminal import echo, say
 from finetune.checkpointing import parse_checkpointing
 from finetune.demo_data import demo_files
 from finetune.errors import InputError
@@ -392,5 +392,5 @@ def _report(results: dict[str, Any], flags: dict[str, Any]) -> None:
         return
     for name, value in results.items():
         if not isinstance(value, dict):
-            click.echo(f"{name} = {value}")
-    click.echo(f"output: {flags['remote'] or flags['output_dir']}")
+            echo(f"{name} = {value}")
+    echo(f"output: {flags['remote'] or flags['output_dir']}")

@@ -1,0 +1,63 @@
+"""The one way out to the terminal: text without what would command it.
+
+Names, labels and messages come from files and from the command line. An escape sequence in them
+could set the terminal's title or its clipboard, and a character that reverses the direction of
+text could show another name than the one that is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+_COMMANDS = [
+    *(code for code in range(0x20) if chr(code) not in "\n\t"),
+    *range(0x7F, 0xA0),
+    0x2028, 0x2029,  # line ends
+    *range(0x202A, 0x202F), *range(0x2066, 0x206A),  # directions of text
+    *range(0xD800, 0xE000),  # half a pair, as of a file name that is not UTF-8
+    0xFEFF,
+]  # fmt: skip
+_ESCAPES = {code: ascii(chr(code))[1:-1] for code in _COMMANDS}
+
+
+def clean_text(text: str) -> str:
+    r"""Writes control characters as Python does, as in `\x1b`; line ends and tabs stay."""
+    return text.translate(_ESCAPES)
+
+
+def echo(text: str, *, nl: bool = True) -> None:
+    """Write a result to standard output."""
+    click.echo(clean_text(text), nl=nl)
+
+
+def say(text: str) -> None:
+    """Write a line for people to standard error."""
+    print(clean_text(text), file=sys.stderr, flush=True)
+
+
+class PlainConsole(Console):
+    """Shows text as it is, cleaned: names from outside may have brackets and colons in them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make text of every string that is printed, also in the cells of tables."""
+        return super().render_str(clean_text(text), **options)
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return clean_text(super().format(record))
+
+
+def clean_warnings() -> None:
+    """Clean the warnings that libraries log while nobody has asked for them otherwise."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_PlainFormatter())
