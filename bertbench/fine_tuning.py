@@ -7,13 +7,13 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from bertbench.devices import Budget
 from bertbench.errors import OutOfMemoryError
+from bertbench.initial_weights import load_initial_weights
 from bertbench.locking import alone_in
 from bertbench.output_folder import (
     describe_file,
@@ -23,7 +23,7 @@ from bertbench.output_folder import (
     write_model_files,
 )
 from bertbench.progress import say
-from bertbench.running import ModelFiles, RunSettings, choose_levers, open_device
+from bertbench.running import RunSettings, choose_levers, open_device
 from bertbench.stepping_down import follow, step_down
 from bertbench.training import (
     Predict,
@@ -34,10 +34,9 @@ from bertbench.training import (
 )
 from bertbench.workload import Workload
 from finetune.errors import InputError
+from finetune.model_folder import ModelFiles
 from finetune.recipes import train_steps
-
-if TYPE_CHECKING:
-    from finetune.weights import LoadReport
+from finetune.tokenization import Tokenizer
 
 # Which of the two a configuration's `gelu` means is worth saying: they differ by family.
 _ACTIVATIONS = {"gelu_tanh": "GELU by tanh", "gelu_erf": "exact GELU"}
@@ -50,20 +49,24 @@ class Job:
     Attributes:
         task: its name, for the record.
         workload: model, head and sequence length.
+        tokenizer: with which the arrays were made.
         train_arrays: one row an example or window; None does not train.
         num_examples: what steps are counted by.
         make_scorer: gives the scores to take while training; None takes none.
         evaluation: what those scores depend on besides the model.
         record: what else belongs in `run.json`.
+        labels: of a classifier, in the order in which its rows are to be.
     """
 
     task: str
     workload: Workload
+    tokenizer: Tokenizer
     train_arrays: Mapping[str, np.ndarray] | None
     num_examples: int
     make_scorer: Callable[[Predict], Scorer] | None = None
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +122,9 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
     strategy = open_device(budget)
     variables = _create(settings, job.workload, strategy)
     if files.init_checkpoint is not None:
-        _load_into(variables, files.init_checkpoint)
+        load_initial_weights(
+            variables, files.init_checkpoint, job.workload.head, job.labels, trains=True
+        )
     identity = {
         "workload": json.loads(job.workload.key()),
         "data_sha256": hash_arrays(job.train_arrays),
@@ -141,7 +146,7 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
     record = {
         "task": job.task,
         "init_checkpoint": None if files.init_checkpoint is None else str(files.init_checkpoint),
-        "do_lower_case": settings.do_lower_case,
+        **vars(job.tokenizer.normalization),
         "files": {
             "config": describe_file(files.config_file),
             "vocab": describe_file(files.vocab_file),
@@ -152,7 +157,7 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
     # The folder is made once everything that can be wrong with the input has been read.
     with alone_in(settings.output_dir):
         prepare_output(settings, identity, record, plan)
-        write_model_files(settings, files, job.workload.config)
+        write_model_files(settings, job.tokenizer, job.workload.config)
         predict_batch = min(settings.predict_batch_size, micro_batch)
         predict = make_predict(variables, job.workload, predict_batch, strategy)
         scorer = None if job.make_scorer is None else job.make_scorer(predict)
@@ -194,12 +199,16 @@ def _load(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job) ->
     results: dict[str, Any] = {"task": job.task}
     unset = list(variables)
     if source is not None:
-        report = _load_into(variables, source)
+        report = load_initial_weights(
+            variables, source, job.workload.head, job.labels, trains=False
+        )
         unset = list(report.initialised)
         step = report.source.name.removeprefix("model.ckpt-")
         if step.isdecimal():
             results["global_step"] = int(step)
-    head = [name for name in unset if not name.startswith("bert/")]
+    # SQuAD has no use for the pooler.
+    needed = "cls/" if job.workload.head == "squad" else ("output_", "bert/pooler/")
+    head = [name for name in unset if name.startswith(needed)]
     if head:
         names = "all weights" if len(unset) == len(variables) else ", ".join(head)
         say(f"warning: {names} are random: train first, or give trained weights")
@@ -223,12 +232,3 @@ def _create(settings: RunSettings, workload: Workload, strategy: Any) -> dict[st
         return create_variables(
             workload.config, workload.head, num_labels=workload.num_labels, seed=settings.seed
         )
-
-
-def _load_into(variables: dict[str, Any], source: Path) -> LoadReport:
-    from finetune.weights import load_weights
-
-    with memory_errors_explained("weights were loaded: the model needs more memory"):
-        report = load_weights(variables, source)
-    say(f"weights: {len(report.loaded)} of {len(variables)} from {report.source.name}")
-    return report

@@ -14,17 +14,19 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bertbench.cloud_storage import RemoteFolder
-from bertbench.running import ModelFiles, RunSettings
+from bertbench.running import RunSettings
 from finetune.array_cache import hash_file
 from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, to_original_json
 from finetune.errors import InputError
 from finetune.files import write_atomically
 from finetune.json_files import json_text, load_object
+from finetune.model_folder import RUN_FILE
+from finetune.tokenization import Tokenizer
+from finetune.tokenizer_files import write_tokenizer_files
 
 _T = TypeVar("_T")
 
-RUN_FILE = "run.json"
 _RUN_FILES = (
     "model.ckpt-*",
     ".tmp-*",
@@ -74,15 +76,6 @@ def _part(record: Mapping[str, Any], name: str, kind: type[_T]) -> _T:
     """A part of a record, empty if the record has none of that kind."""
     found = record.get(name)
     return found if isinstance(found, kind) else kind()
-
-
-def recorded_labels(folder: Path) -> tuple[str, ...] | None:
-    """The labels of the classifier that a folder's run has trained; None if it says nothing."""
-    try:
-        labels = read_record(folder).get("labels")
-    except InputError:
-        return None
-    return tuple(map(str, labels)) if isinstance(labels, list) and labels else None
 
 
 def settings_json(settings: Any) -> dict[str, Any]:
@@ -229,11 +222,10 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def write_model_files(settings: RunSettings, files: ModelFiles, config: BertConfig) -> None:
-    """Leave configuration and vocabulary beside the weights, so the folder is a model folder."""
+def write_model_files(settings: RunSettings, tokenizer: Tokenizer, config: BertConfig) -> None:
+    """Leave configuration and tokenizer beside the weights, so the folder is a model folder."""
     folder = settings.output_dir
-    vocabulary = files.vocab_file.read_text(encoding="utf-8")
     for place in (folder, folder / "best") if settings.keep_best else (folder,):
         place.mkdir(exist_ok=True)
         write_atomically(place / "bert_config.json", to_original_json(config))
-        write_atomically(place / "vocab.txt", vocabulary)
+        write_tokenizer_files(place, tokenizer, config.max_position_embeddings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,15 @@ import numpy as np
 
 from bertbench.devices import Budget
 from bertbench.fine_tuning import Job, feature_arrays, fine_tune
-from bertbench.output_folder import hash_arrays, record_results, recorded_labels, settings_json
+from bertbench.output_folder import hash_arrays, record_results, settings_json
 from bertbench.progress import say
-from bertbench.running import ModelFiles, RunSettings, load_config_and_tokenizer
+from bertbench.running import RunSettings, check_segments, load_config_and_tokenizer
 from bertbench.training import OnProgress, Predict, Scorer, predict_with_progress
 from bertbench.workload import Workload
 from finetune.config import INPUT_NAMES, TARGET_NAMES
 from finetune.errors import InputError
+from finetune.head_labels import read_trained_head, recorded_labels
+from finetune.model_folder import ModelFiles
 from finetune.tasks.classification import (
     ClassificationData,
     ClassificationFeatures,
@@ -77,10 +78,12 @@ def run_classifier(
         bertbench.errors.WorkError: training failed.
     """
     config, tokenizer = load_config_and_tokenizer(
-        files, settings.do_lower_case, settings.max_seq_length
+        files, settings.tokenizer_flags, settings.max_seq_length, settings.earlier_run
     )
     # All splits before training: a bad file should not be found out hours later.
-    data = read_data(classifier, settings.output_dir, files.init_checkpoint)
+    data = read_data(classifier, settings.output_dir, files.weights_folder)
+    if any(examples.texts_b is not None for examples in data.splits.values()):
+        check_segments(config, files.config_file)
     splits = {
         name: featurize(examples, tokenizer, max_seq_length=settings.max_seq_length)
         for name, examples in data.splits.items()
@@ -109,6 +112,7 @@ def run_classifier(
             settings.max_seq_length,
             len(data.labels) or 1,
         ),
+        tokenizer=tokenizer,
         train_arrays=train_arrays,
         num_examples=0 if train_arrays is None else len(train_arrays["input_ids"]),
         make_scorer=None
@@ -122,6 +126,7 @@ def run_classifier(
             "classifier": settings_json(classifier),
             "skipped_lines": skipped,
         },
+        labels=data.labels,
     )
     tuned = fine_tune(files, settings, budget, job)
     results = dict(tuned.results)
@@ -156,12 +161,12 @@ def run_classifier(
 
 
 def read_data(
-    classifier: ClassifierSettings, output_dir: Path, init_checkpoint: Path | None = None
+    classifier: ClassifierSettings, output_dir: Path, weights_folder: Path | None = None
 ) -> ClassificationData:
     """Read the splits that are needed.
 
     Labels of one's own tables are those of the training file; without training, those that an
-    earlier training left in the record of the output folder, or in that of the checkpoint's.
+    earlier training left in the output folder, or that the folder of the weights names.
 
     Raises:
         InputError: a file or label is wrong, or unknown.
@@ -178,35 +183,19 @@ def read_data(
         return read_task(task, source.data_dir, names)
     labels = source.labels
     if not source.is_regression and "train" not in names:
-        labels = _trained_labels(labels, output_dir, init_checkpoint)
+        recorded = recorded_labels(output_dir)
+        if None not in (labels, recorded) and labels != recorded:
+            # The columns of the probabilities would have other names than in the record.
+            raise InputError(
+                f"--labels {','.join(labels or ())} are not those that were trained",
+                path=output_dir,
+                hint=f"give --labels {','.join(recorded or ())}, or none",
+            )
+        labels = labels or recorded
+        if labels is None and weights_folder is not None:
+            labels = read_trained_head(weights_folder).labels
     chosen = {split: source.files[split] for split in names}
     return read_table_task(dataclasses.replace(source, files=chosen, labels=labels))
-
-
-def _trained_labels(
-    labels: Sequence[str] | None, output_dir: Path, init_checkpoint: Path | None
-) -> tuple[str, ...] | None:
-    """Labels in the order in which they were trained; those given if no record tells.
-
-    Raises:
-        InputError: those given are not those of the record.
-    """
-    given = None if labels is None else tuple(labels)
-    folder, recorded = output_dir, recorded_labels(output_dir)
-    if recorded is None and init_checkpoint is not None:
-        folder = init_checkpoint if init_checkpoint.is_dir() else init_checkpoint.parent
-        recorded = recorded_labels(folder)
-        if recorded is not None and given is not None and {*given} != {*recorded}:
-            return given  # Other names for what was trained elsewhere.
-    if recorded is None or given is None:
-        return given or recorded
-    if given != recorded:
-        raise InputError(
-            f"--labels {','.join(given)} are not those that were trained",
-            path=folder,
-            hint=f"give --labels {','.join(recorded)}, or none",
-        )
-    return recorded
 
 
 def score_logits(

@@ -14,12 +14,13 @@ from bertbench.devices import Budget
 from bertbench.fine_tuning import Job, feature_arrays, fine_tune
 from bertbench.output_folder import describe_file, record_results, settings_json
 from bertbench.progress import progress, say
-from bertbench.running import ModelFiles, RunSettings, load_config_and_tokenizer
+from bertbench.running import RunSettings, check_segments, load_config_and_tokenizer
 from bertbench.training import OnProgress, Predict, Scorer
 from bertbench.workload import Workload
 from finetune.config import INPUT_NAMES, TARGET_NAMES
 from finetune.errors import InputError
 from finetune.files import write_atomically
+from finetune.model_folder import ModelFiles
 from finetune.tasks.squad import SquadFeatures
 from finetune.tasks.squad_cache import SquadSource, default_cache_dir, load_squad_features
 from finetune.tasks.squad_examples import SquadExamples, describe_skipped
@@ -35,6 +36,7 @@ from finetune.tasks.squad_predictions import (
     predict_answers,
     write_predictions,
 )
+from finetune.tokenization import Normalization
 
 _TRAIN_NAMES = INPUT_NAMES + TARGET_NAMES["squad"]
 
@@ -96,13 +98,13 @@ def run_squad(
         bertbench.errors.WorkError: training failed.
     """
     config, tokenizer = load_config_and_tokenizer(
-        files, settings.do_lower_case, settings.max_seq_length
+        files, settings.tokenizer_flags, settings.max_seq_length, settings.earlier_run
     )
+    check_segments(config, files.config_file)
     cache_dir = default_cache_dir() if settings.feature_cache else None
     source = functools.partial(
         SquadSource,
-        vocab_file=files.vocab_file,
-        do_lower_case=settings.do_lower_case,
+        tokenizer=tokenizer,
         max_seq_length=settings.max_seq_length,
         doc_stride=squad.doc_stride,
         max_query_length=squad.max_query_length,
@@ -141,7 +143,7 @@ def run_squad(
         assert dev is not None
         inputs = feature_arrays(dev.features, INPUT_NAMES)
         logits = predict(inputs, on_progress)
-        return answer_questions(dev, logits, squad, settings.do_lower_case)
+        return answer_questions(dev, logits, squad, tokenizer.normalization)
 
     def make_scorer(predict: Predict) -> Scorer:
         assert dev is not None
@@ -156,6 +158,7 @@ def run_squad(
         Job(
             task="squad",
             workload=Workload(name, config, "squad", settings.max_seq_length),
+            tokenizer=tokenizer,
             train_arrays=None
             if train is None
             else {name: train.arrays[name] for name in _TRAIN_NAMES},
@@ -194,7 +197,7 @@ def run_squad(
 
 
 def answer_questions(
-    dev: Questions, logits: np.ndarray, squad: SquadSettings, do_lower_case: bool
+    dev: Questions, logits: np.ndarray, squad: SquadSettings, normalization: Normalization
 ) -> SquadPredictions:
     """Turn logits `[2, n, s]` into answers, at the best threshold if it is to be tuned."""
     predictions = predict_answers(
@@ -203,7 +206,7 @@ def answer_questions(
         *logits,
         n_best_size=squad.n_best_size,
         max_answer_length=squad.max_answer_length,
-        do_lower_case=do_lower_case,
+        normalization=normalization,
         version_2_with_negative=squad.version_2_with_negative,
         null_score_diff_threshold=squad.null_score_diff_threshold,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,14 @@ from bertbench.workload import Levers, Workload, check_layers
 from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, from_json_file
 from finetune.errors import InputError
+from finetune.model_folder import RUN_FILE, ModelFiles, find_tokenizer
 from finetune.optimizers import EXACT_OPTIMIZER
 from finetune.precisions import EXACT_PRECISION
-from finetune.tokenization import Tokenizer, check_case, load_tokenizer
+from finetune.tokenization import Tokenizer
+from finetune.tokenizer_files import NORMALIZATION_KEYS
 
-_CONFIG_NAMES = ("bert_config.json", "config.json")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelFiles:
-    """Where a model comes from.
-
-    Attributes:
-        config_file: its shape.
-        vocab_file: its vocabulary.
-        init_checkpoint: its weights; None starts from random ones.
-    """
-
-    config_file: Path
-    vocab_file: Path
-    init_checkpoint: Path | None
+# Published models pad their vocabulary by at most a few hundred entries.
+_USUAL_UNUSED_ROWS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +41,6 @@ class RunSettings:
     Attributes:
         output_dir: results and checkpoints.
         max_seq_length: tokens per example.
-        do_lower_case: for an uncased model.
         train_batch_size: effective batch.
         predict_batch_size: examples at a time without gradients.
         learning_rate: peak.
@@ -61,6 +49,9 @@ class RunSettings:
         save_checkpoints_steps: most steps between checkpoints.
         seed: of initialisation, order and dropout.
         adam_bias_correction: see `finetune.optimization.OptimizerSettings`.
+        do_lower_case: for an uncased model; None: as the model's files say.
+        strip_accents: "é" becomes "e"; None likewise.
+        tokenize_chinese_chars: each Chinese character is a word of its own; None likewise.
         overwrite: forget an earlier run in the folder.
         plan_file: settings to run with; None makes a plan.
         checkpointing: policy to insist on.
@@ -78,7 +69,6 @@ class RunSettings:
 
     output_dir: Path
     max_seq_length: int
-    do_lower_case: bool
     train_batch_size: int
     predict_batch_size: int
     learning_rate: float
@@ -87,6 +77,9 @@ class RunSettings:
     save_checkpoints_steps: int
     seed: int
     adam_bias_correction: bool = False
+    do_lower_case: bool | None = None
+    strip_accents: bool | None = None
+    tokenize_chinese_chars: bool | None = None
     overwrite: bool = False
     plan_file: Path | None = None
     checkpointing: Checkpointing | None = None
@@ -101,69 +94,48 @@ class RunSettings:
     feature_cache: bool = True
     remote: RemoteFolder | None = None
 
+    @property
+    def earlier_run(self) -> tuple[Path, ...]:
+        """The output folder, if it holds a run that counts."""
+        there = not self.overwrite and (self.output_dir / RUN_FILE).is_file()
+        return (self.output_dir,) if there else ()
 
-def find_model_files(
-    model_dir: Path | None,
-    config_file: Path | None,
-    vocab_file: Path | None,
-    init_checkpoint: Path | None,
-) -> ModelFiles:
-    """Combine a model's folder with files that are named one by one, which come first.
-
-    Raises:
-        InputError: a file is neither named nor in the folder.
-    """
-
-    def locate(given: Path | None, names: tuple[str, ...], flag: str) -> Path:
-        if given is not None:
-            if not given.is_file():
-                raise InputError(f"no such file, given as {flag}", path=given)
-            return given
-        if model_dir is None:
-            raise InputError(f"{flag} is missing", hint=f"give --model FOLDER or {flag} FILE")
-        for name in names:
-            if (model_dir / name).is_file():
-                return model_dir / name
-        raise InputError(
-            f"no {' or '.join(names)} in the model's folder",
-            path=model_dir,
-            hint=f"give it with {flag}",
-        )
-
-    if model_dir is not None and not model_dir.is_dir():
-        raise InputError("no such model folder", path=model_dir)
-    return ModelFiles(
-        locate(config_file, _CONFIG_NAMES, "--bert_config_file"),
-        locate(vocab_file, ("vocab.txt",), "--vocab_file"),
-        init_checkpoint or model_dir,
-    )
+    @property
+    def tokenizer_flags(self) -> dict[str, bool | None]:
+        """What the flags say of the tokenizer."""
+        return {key: getattr(self, key) for key in NORMALIZATION_KEYS}
 
 
 def load_config_and_tokenizer(
-    files: ModelFiles, do_lower_case: bool, max_seq_length: int
+    files: ModelFiles,
+    asked: Mapping[str, bool | None],
+    max_seq_length: int,
+    trained_in: Sequence[Path] = (),
+    *,
+    insist: bool = False,
 ) -> tuple[BertConfig, Tokenizer]:
-    """Read a model's shape and vocabulary and see that they belong together.
+    """Read a model's shape and tokenizer and see that they belong together.
+
+    Args:
+        files: the model.
+        asked: what flags say of the tokenizer, see `finetune.model_folder.find_tokenizer`.
+        max_seq_length: tokens of an example.
+        trained_in: output folders of which a run's record counts before the weights' own.
+        insist: that something tells whether letters are lowered.
 
     Raises:
-        InputError: unreadable files, a vocabulary of another size than the model's, or sequences
-            longer than the model has positions for.
+        InputError: unreadable files, a vocabulary larger than the model's, sequences longer than
+            the model has positions for, or nothing tells.
     """
     config = from_json_file(files.config_file)
-    tokenizer = load_tokenizer(files.vocab_file, do_lower_case=do_lower_case)
+    found = find_tokenizer(files, asked, trained_in)
+    tokenizer = found.tokenizer
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"the vocabulary has {tokenizer.vocab_size} entries but the model only "
             f"{config.vocab_size} word embeddings",
             path=files.vocab_file,
-            hint="use the vocab.txt that came with the checkpoint",
-        )
-    if tokenizer.vocab_size < config.vocab_size - 512:
-        # Published models pad their vocabulary by at most a few hundred entries.
-        raise InputError(
-            f"the vocabulary has only {tokenizer.vocab_size} entries for the model's "
-            f"{config.vocab_size} word embeddings",
-            path=files.vocab_file,
-            hint="use the vocab.txt that came with the checkpoint",
+            hint="use the vocabulary that came with the checkpoint",
         )
     if max_seq_length > config.max_position_embeddings:
         raise InputError(
@@ -171,10 +143,39 @@ def load_config_and_tokenizer(
             f"{config.max_position_embeddings} positions",
             path=files.config_file,
         )
-    warning = check_case(do_lower_case, str(files.init_checkpoint or files.config_file))
-    if warning:
-        say(f"warning: {warning}")
+    if tokenizer.vocab_size < config.vocab_size - _USUAL_UNUSED_ROWS:
+        say(
+            f"warning: {files.vocab_file} has {tokenizer.vocab_size} entries for the model's "
+            f"{config.vocab_size} word embeddings: is it the model's?"
+        )
+    if insist and found.guess == "":
+        raise InputError(
+            "cannot tell whether this is an uncased model",
+            path=files.vocab_file,
+            hint="say --do_lower_case=true or --do_lower_case=false",
+        )
+    for remark in found.remarks:
+        say(f"warning: {remark}")
+    if found.guess is not None:
+        lower = tokenizer.normalization.do_lower_case
+        by = f"guessed from {found.guess}" if found.guess else "as nothing tells"
+        say(f"do_lower_case is {lower}, {by}; --do_lower_case={str(not lower).lower()} changes it")
     return config, tokenizer
+
+
+def check_segments(config: BertConfig, config_file: Path) -> None:
+    """See that a model tells two texts apart, as a task of pairs needs.
+
+    Raises:
+        InputError: it has embeddings for one segment only.
+    """
+    if config.type_vocab_size < 2:
+        raise InputError(
+            f"type_vocab_size is {config.type_vocab_size}: the model has no embedding for the "
+            "second of two texts",
+            path=config_file,
+            hint="use a model of two segments, or a task of single texts",
+        )
 
 
 def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> tuple[int, Levers]:

@@ -62,13 +62,13 @@ class Workload:
 
     def key(self) -> str:
         """Canonical text: equal exactly for workloads that are the same work."""
-        values = dataclasses.asdict(self)
+        values = {**dataclasses.asdict(self), "config": self.config.values()}
         del values["model"]
         return json_text(values, sort_keys=True)
 
     def model_key(self) -> str:
         """Canonical text of all but the sequence length."""
-        values = dataclasses.asdict(self)
+        values = {**dataclasses.asdict(self), "config": self.config.values()}
         del values["model"], values["seq_len"]
         return json_text(values, sort_keys=True)
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from finetune.config_keys import unknown_keys
 from finetune.errors import InputError
 from finetune.json_files import json_text, load_object
+
+_logger = logging.getLogger(__name__)
 
 HEADS = ("squad", "classifier", "regressor")
 """Task heads: `squad` scores each token as start and end, `classifier` scores the pooled output for
@@ -41,6 +46,8 @@ class BertConfig:
             Configuration files say only `gelu`; which of the two is meant depends on who wrote
             the file, see `from_json_file`.
         layer_norm_eps: 1e-12 in the original and in Hugging Face's configurations of BERT.
+        classifier_dropout: rate of the pooled output that a classifier drops; None:
+            `hidden_dropout_prob`.
     """
 
     vocab_size: int = 30522
@@ -55,6 +62,7 @@ class BertConfig:
     type_vocab_size: int = 2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
+    classifier_dropout: float | None = None
 
     def __post_init__(self) -> None:
         """Check what a graph built from these numbers would otherwise fail on, obscurely."""
@@ -83,8 +91,10 @@ class BertConfig:
             raise InputError(
                 f"hidden_act {self.hidden_act!r} is not supported", hint="use gelu or relu"
             )
-        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             value = getattr(self, field)
+            if value is None and field == "classifier_dropout":
+                continue
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise InputError(f"{field} must be in [0, 1), not {value!r}")
         for field in ("initializer_range", "layer_norm_eps"):
@@ -99,7 +109,30 @@ class BertConfig:
 
     def without_dropout(self) -> BertConfig:
         """Return the same model with every dropout rate 0."""
-        return dataclasses.replace(self, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        return dataclasses.replace(
+            self,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            classifier_dropout=None,
+        )
+
+    def values(self) -> dict[str, Any]:
+        """Fields by name for JSON, those left out that are not set."""
+        found = dataclasses.asdict(self)
+        return {name: value for name, value in found.items() if value is not None}
+
+
+_SHAPE_KEYS = frozenset(field.name for field in dataclasses.fields(BertConfig))
+
+# Other names of the two functions in Hugging Face's code.
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_python": "gelu_erf",
+}
 
 
 def from_json_file(path: str | Path) -> BertConfig:
@@ -112,7 +145,7 @@ def from_json_file(path: str | Path) -> BertConfig:
         path: the file.
 
     Returns:
-        The configuration; keys that do not shape the encoder are ignored.
+        The configuration; keys that are not known are warned about.
 
     Raises:
         InputError: the file is missing, not JSON, not of a BERT model, or inconsistent.
@@ -122,38 +155,43 @@ def from_json_file(path: str | Path) -> BertConfig:
         what="the model configuration",
         hint="give the bert_config.json that came with the checkpoint",
         finite=False,  # What is no number is refused by the field's name.
+        bounded=False,
     )
     try:
-        return from_mapping(raw)
+        config = from_mapping(raw)
+        unknown = unknown_keys(raw, _SHAPE_KEYS)
     except InputError as error:
         raise InputError(str(error), path=path) from error
+    if unknown:
+        _logger.warning("%s: not used: %s", path, ", ".join(unknown)[:200])
+    return config
 
 
 def from_mapping(raw: Mapping[str, Any]) -> BertConfig:
     """Make a configuration from the parsed JSON of either family; see `from_json_file`."""
     hugging_face = "model_type" in raw or "architectures" in raw
-    if raw.get("model_type", "bert") != "bert":
-        raise InputError(f"model_type is {raw['model_type']!r}, not 'bert'")
-    if raw.get("position_embedding_type", "absolute") != "absolute":
-        raise InputError("only absolute position embeddings are supported")
+    unknown_keys(raw, _SHAPE_KEYS)
     if "vocab_size" not in raw:
         raise InputError("vocab_size is missing", hint="is this a BERT configuration?")
-    known = {field.name for field in dataclasses.fields(BertConfig)}
-    values = {key: value for key, value in raw.items() if key in known}
+    values = {key: value for key, value in raw.items() if key in _SHAPE_KEYS}
     activation = values.get("hidden_act", "gelu")
     if activation == "gelu":
         values["hidden_act"] = "gelu_erf" if hugging_face else "gelu_tanh"
-    elif activation in ("gelu_new", "gelu_pytorch_tanh"):
-        values["hidden_act"] = "gelu_tanh"
+    elif isinstance(activation, str):
+        values["hidden_act"] = _ACTIVATIONS.get(activation, activation)
     return BertConfig(**values)
 
 
-def to_original_json(config: BertConfig) -> str:
+def to_original_json(config: BertConfig, more: Mapping[str, Any] = MappingProxyType({})) -> str:
     """Render a configuration that `from_json_file` and the original code both read.
 
     The activation keeps its precise name where the original's `gelu` would mean another function.
+
+    Args:
+        config: what to render.
+        more: further keys, which the original passes over.
     """
-    values = dataclasses.asdict(config)
+    values = {**config.values(), **more}
     if config.hidden_act == "gelu_tanh":
         values["hidden_act"] = "gelu"
     return json_text(values, indent=2, sort_keys=True) + "\n"

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -24,8 +25,9 @@ from safetensors.numpy import save_file
 from finetune.config import BertConfig, to_original_json, variable_shapes
 from finetune.errors import InputError
 from finetune.json_files import json_text
-from finetune.tokenization import load_tokenizer
-from finetune.weights import find_checkpoint, open_safetensors, open_tf_checkpoint
+from finetune.tokenization import Tokenizer
+from finetune.tokenizer_files import write_tokenizer_files
+from finetune.weights import check_encoder, find_checkpoint, missing_weight, open_weights
 
 _POOLER_PREFIX = "bert/pooler/"
 _OPTIMIZER_ENDINGS = ("/adam_m", "/adam_v")
@@ -118,8 +120,7 @@ def open_model(checkpoint: str | Path, config: BertConfig) -> StoredModel:
             shape than the configuration says, or it has both heads.
     """
     source = find_checkpoint(checkpoint)
-    opened = open_safetensors if source.suffix == ".safetensors" else open_tf_checkpoint
-    there, read = opened(source)
+    there, read = open_weights(source)
     head, num_labels = _find_head(source, there)
     shapes = {}
     for name, wanted in variable_shapes(config, head or "squad", num_labels).items():
@@ -129,11 +130,7 @@ def open_model(checkpoint: str | Path, config: BertConfig) -> StoredModel:
         if shape is None and head != "classifier" and name.startswith(_POOLER_PREFIX):
             continue
         if shape is None:
-            raise InputError(
-                f"the checkpoint has no {name}",
-                path=source,
-                hint="is its configuration file the one that belongs to it?",
-            )
+            raise missing_weight(source, name, there)
         if list(shape) != wanted:
             raise InputError(
                 f"{name} has shape {list(shape)} in the checkpoint but {wanted} by the "
@@ -142,6 +139,7 @@ def open_model(checkpoint: str | Path, config: BertConfig) -> StoredModel:
                 hint="use the configuration and vocabulary that belong to this checkpoint",
             )
         shapes[name] = shape
+    check_encoder(source, there, shapes)
     unused = set(there) - set(shapes) - {"global_step", "bert/embeddings/position_ids"}
     return StoredModel(
         checkpoint=source,
@@ -250,10 +248,9 @@ def _check_replaceable(target: Path, force: bool, sources: Sequence[Path]) -> No
 
 def export_hugging_face(
     model: StoredModel,
-    vocab_file: str | Path,
+    tokenizer: Tokenizer,
     folder: Path,
     *,
-    do_lower_case: bool,
     labels: Sequence[str] | None = None,
 ) -> None:
     """Write what `from_pretrained` of `transformers` opens.
@@ -263,56 +260,27 @@ def export_hugging_face(
 
     Args:
         model: the model.
-        vocab_file: its vocabulary.
+        tokenizer: with which it was trained.
         folder: an empty folder.
-        do_lower_case: whether it is an uncased model.
         labels: the classifier's classes; None names them LABEL_0 and so on.
 
     Raises:
-        InputError: the vocabulary or the weights cannot be read, or the number of labels differs.
+        InputError: the weights cannot be read, or the number of labels differs.
         OSError: the disk is full.
     """
-    if model.head != "classifier":
-        labels = None
-    elif labels is None:
-        labels = [f"LABEL_{index}" for index in range(model.num_labels)]
-    elif len(labels) != model.num_labels:
-        raise InputError(
-            f"{len(labels)} labels are named for a classifier of {model.num_labels}",
-            path=model.checkpoint,
-        )
-    tokenizer = load_tokenizer(vocab_file, do_lower_case=do_lower_case)
-    shutil.copyfile(vocab_file, folder / "vocab.txt")
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "BertTokenizer",
-            "do_lower_case": do_lower_case,
-            "do_basic_tokenize": True,
-            "tokenize_chinese_chars": True,
-            "strip_accents": None,
-            "unk_token": "[UNK]",
-            "sep_token": "[SEP]",
-            "pad_token": "[PAD]",
-            "cls_token": "[CLS]",
-            "mask_token": "[MASK]",
-            "model_max_length": model.config.max_position_embeddings,
-        },
-    )
+    named = _label_keys(model, labels)
+    write_tokenizer_files(folder, tokenizer, model.config.max_position_embeddings)
     config = {
         "architectures": [model.architecture],
         "model_type": "bert",
-        **dataclasses.asdict(model.config),
+        **model.config.values(),
         "hidden_act": _HUGGING_FACE_ACTIVATIONS[model.config.hidden_act],
         "pad_token_id": tokenizer.pad_id,
         "position_embedding_type": "absolute",
     }
     if model.is_regression:
         config["problem_type"] = "regression"
-    if labels is not None:
-        config["id2label"] = {str(index): label for index, label in enumerate(labels)}
-        config["label2id"] = {label: index for index, label in enumerate(labels)}
-    _write_json(folder / "config.json", config)
+    _write_json(folder / "config.json", {**config, **named})
     prefix = "" if model.head is None else "bert."
     arrays = {}
     for name in model.shapes:
@@ -327,10 +295,27 @@ def export_hugging_face(
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
+def _label_keys(model: StoredModel, labels: Sequence[str] | None) -> dict[str, Any]:
+    """What a configuration says of a classifier's labels; nothing for other heads."""
+    if model.head != "classifier":
+        return {}
+    if labels is None:
+        labels = [f"LABEL_{index}" for index in range(model.num_labels)]
+    if len(labels) != model.num_labels:
+        raise InputError(
+            f"{len(labels)} labels are named for a classifier of {model.num_labels}",
+            path=model.checkpoint,
+        )
+    return {
+        "id2label": {str(index): label for index, label in enumerate(labels)},
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+
+
 def hugging_face_name(name: str, prefix: str = "bert.") -> str:
     """Translate a variable's name into that of Hugging Face's parameter.
 
-    The inverse of `finetune.weights.original_name`.
+    The inverse of `finetune.safetensors_files.original_name`.
 
     Args:
         name: one of `finetune.config.variable_shapes`.
@@ -351,19 +336,23 @@ def _write_json(path: Path, values: object) -> None:
 # The original's format
 
 
-def export_checkpoint(model: StoredModel, vocab_file: str | Path, folder: Path) -> None:
+def export_checkpoint(
+    model: StoredModel, tokenizer: Tokenizer, folder: Path, labels: Sequence[str] | None = None
+) -> None:
     """Write a folder like those of the original release: weights alone, no optimizer state.
 
     Args:
         model: the model.
-        vocab_file: its vocabulary.
-        folder: an empty folder; gets `bert_model.ckpt.*`, `bert_config.json` and `vocab.txt`.
+        tokenizer: with which it was trained.
+        folder: an empty folder; gets `bert_model.ckpt.*`, `bert_config.json`, `vocab.txt`, and
+            `tokenizer_config.json`, which the original does not read.
+        labels: the classifier's classes.
 
     Raises:
-        InputError: the weights cannot be read.
+        InputError: the weights cannot be read, or the number of labels differs.
         OSError: the disk is full.
     """
-    copy_original_files(model, vocab_file, folder)
+    write_original_files(model, tokenizer, folder, labels)
     with tf.device("CPU:0"), file_errors(folder):
         tf.raw_ops.SaveV2(
             prefix=str(folder / "bert_model.ckpt"),
@@ -374,10 +363,18 @@ def export_checkpoint(model: StoredModel, vocab_file: str | Path, folder: Path) 
         )
 
 
-def copy_original_files(model: StoredModel, vocab_file: str | Path, folder: Path) -> None:
-    """Write configuration and vocabulary as the original release has them."""
-    shutil.copyfile(vocab_file, folder / "vocab.txt")
-    text = to_original_json(model.config)
+def write_original_files(
+    model: StoredModel, tokenizer: Tokenizer, folder: Path, labels: Sequence[str] | None
+) -> None:
+    """Write configuration and tokenizer as the original release has them, and a run reads them.
+
+    Raises:
+        InputError: the number of labels differs.
+        OSError: the disk is full.
+    """
+    write_tokenizer_files(folder, tokenizer, model.config.max_position_embeddings)
+    named = {} if labels is None else _label_keys(model, labels)
+    text = to_original_json(model.config, named)
     (folder / "bert_config.json").write_text(text, encoding="utf-8")
 
 

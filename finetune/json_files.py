@@ -33,19 +33,20 @@ _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-def parse_json(text: str, *, finite: bool = True) -> Any:
+def parse_json(text: str, *, finite: bool = True, bounded: bool = True) -> Any:
     """Parse a JSON text whose numbers and depth are within bounds.
 
     Args:
         text: the text.
         finite: refuse NaN, infinities and numbers that are too large for a float.
+        bounded: refuse integers beyond 64 bits; False makes floats of them.
 
     Raises:
         ValueError: it is not such a text; `json.JSONDecodeError` where the place is known.
     """
     odd: dict[str, Any] = {"parse_float": _finite, "parse_constant": _refuse} if finite else {}
     try:
-        value = json.loads(text, parse_int=_whole, **odd)
+        value = json.loads(text, parse_int=_whole if bounded else _whole_or_float, **odd)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     _check_depth(value)
@@ -57,6 +58,10 @@ def _whole(digits: str) -> int:
     if len(digits) > 20 or abs(number := int(digits)) > MOST_WHOLE:
         raise ValueError(f"the number {digits[:20]}... is beyond 64 bits")
     return number
+
+
+def _whole_or_float(digits: str) -> int | float:
+    return float(digits) if len(digits) > 18 else int(digits)
 
 
 def _finite(digits: str) -> float:
@@ -89,6 +94,7 @@ def load_json(
     hint: str = "",
     what: str = "the questions",
     finite: bool = True,
+    bounded: bool = True,
     limit_bytes: int = DATA_LIMIT_BYTES,
 ) -> Any:
     """Reads a JSON file, with or without a byte order mark.
@@ -98,6 +104,7 @@ def load_json(
         hint: what to do if there is no such file.
         what: what it holds, for that message.
         finite: see `parse_json`.
+        bounded: as there.
         limit_bytes: largest file.
 
     Raises:
@@ -109,7 +116,7 @@ def load_json(
         raise InputError(f"cannot read {what} ({error.strerror})", path=path, hint=hint) from error
     again = "make or fetch the file again"
     try:
-        return parse_json(data.decode("utf-8"), finite=finite)
+        return parse_json(data.decode("utf-8"), finite=finite, bounded=bounded)
     except json.JSONDecodeError as error:
         raise InputError(
             f"not JSON ({error.msg}, column {error.colno})",
@@ -127,7 +134,12 @@ def load_json(
 
 
 def load_object(
-    path: str | os.PathLike[str], *, what: str, hint: str = "", finite: bool = True
+    path: str | os.PathLike[str],
+    *,
+    what: str,
+    hint: str = "",
+    finite: bool = True,
+    bounded: bool = True,
 ) -> dict[str, Any]:
     """Reads a file of settings or results: a JSON object of moderate size.
 
@@ -136,11 +148,19 @@ def load_object(
         what: what it holds, as in `the plan`.
         hint: what to do if it is not that.
         finite: see `parse_json`; False for what earlier versions may have written.
+        bounded: as there; False for files of Hugging Face's, whose "no limit" is 10^30.
 
     Raises:
         InputError: it cannot be read or is none.
     """
-    values = load_json(path, hint=hint, what=what, finite=finite, limit_bytes=OWN_LIMIT_BYTES)
+    values = load_json(
+        path,
+        hint=hint,
+        what=what,
+        finite=finite,
+        bounded=bounded,
+        limit_bytes=OWN_LIMIT_BYTES,
+    )
     if not isinstance(values, dict):
         raise InputError(f"{_kind(values)}, not {what}: not a JSON object", path=path, hint=hint)
     return values

@@ -310,7 +310,8 @@ def classifier_logits(
         sequence_output: `[b, s, h]`.
         dropout_key: None for no dropout; the original drops 10 % of the pooled output,
             whatever the configuration says of the other rates. Here the configuration's
-            `hidden_dropout_prob` decides, which is 0.1 in every published model.
+            `classifier_dropout` decides, or else `hidden_dropout_prob`, which is 0.1 in every
+            published model.
 
     Returns:
         `[b, labels]`.
@@ -322,7 +323,10 @@ def classifier_logits(
             tf.convert_to_tensor(variables["bert/pooler/dense/bias"]),
         )
     )
-    pooled = dropout(pooled, config.hidden_dropout_prob, dropout_key, _POOLED_SITE)
+    rate = config.classifier_dropout
+    if rate is None:
+        rate = config.hidden_dropout_prob
+    pooled = dropout(pooled, rate, dropout_key, _POOLED_SITE)
     return tf.nn.bias_add(
         tf.matmul(pooled, variables["output_weights"], transpose_b=True),
         variables["output_bias"],

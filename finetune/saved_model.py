@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tensorflow as tf
 
 from finetune.config import INPUT_NAMES, BertConfig
-from finetune.export import StoredModel, copy_original_files, file_errors
+from finetune.export import StoredModel, file_errors, write_original_files
 from finetune.layers import dense
 from finetune.modeling import classifier_logits
+from finetune.tokenization import Tokenizer
 
 
-def export_saved_model(model: StoredModel, vocab_file: str | Path, folder: Path) -> None:
+def export_saved_model(
+    model: StoredModel, tokenizer: Tokenizer, folder: Path, labels: Sequence[str] | None = None
+) -> None:
     """Write a SavedModel that `tf.saved_model.load` and TensorFlow Serving open by themselves.
 
     Its signature `serving_default` takes `input_ids`, `input_mask` and `segment_ids`, int32
@@ -23,7 +26,7 @@ def export_saved_model(model: StoredModel, vocab_file: str | Path, folder: Path)
     `probabilities` `[batch, labels]` for a classifier (`logits` alone, `[batch, 1]`, for a
     regression), `sequence_output`
     `[batch, sequence, hidden]` and, with a pooler, `pooled_output` `[batch, hidden]` for an
-    encoder alone. There is no dropout in it. Configuration and vocabulary lie in `assets.extra`.
+    encoder alone. There is no dropout in it. Configuration and tokenizer lie in `assets.extra`.
 
     Example:
         `tf.saved_model.load(folder).signatures["serving_default"](input_ids=…, input_mask=…,
@@ -31,11 +34,12 @@ def export_saved_model(model: StoredModel, vocab_file: str | Path, folder: Path)
 
     Args:
         model: the model.
-        vocab_file: its vocabulary.
+        tokenizer: with which it was trained.
         folder: an empty folder.
+        labels: the classifier's classes.
 
     Raises:
-        InputError: the weights cannot be read.
+        InputError: the weights cannot be read, or the number of labels differs.
         OSError: the disk is full.
     """
     module = tf.Module()
@@ -55,7 +59,7 @@ def export_saved_model(model: StoredModel, vocab_file: str | Path, folder: Path)
         tf.saved_model.save(module, str(folder), signatures={"serving_default": serve})
     extra = folder / "assets.extra"
     extra.mkdir()
-    copy_original_files(model, vocab_file, extra)
+    write_original_files(model, tokenizer, extra, labels)
 
 
 def _outputs(

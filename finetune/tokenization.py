@@ -14,16 +14,22 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from typing import Any
 
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from finetune.errors import InputError
+from finetune.vocabulary import Vocabulary, read_vocabulary
 
 MAX_CHARS_PER_WORD = 200
+"""Longer words are unknown, in the original's code; 100 in Hugging Face's."""
+
 _BLOCK_TEXTS = 4096
-CLS, SEP, PAD, UNK = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
+
+# Noncharacters, which no text should hold. A lone surrogate, which the library refuses, becomes the
+# first: like it, it is in no vocabulary. The second begins the word that stands for an added token.
+_NOWHERE, _ADDED = "\uffff", "\ufdd0"
 
 # The blocks that the original calls Chinese: unified and compatibility ideographs, not kana, not
 # hangul, and none of the extensions added to Unicode after it was written.
@@ -40,45 +46,117 @@ _CJK_BLOCKS = (
 
 
 @dataclass(frozen=True)
+class Normalization:
+    """How text is changed before it is split, under the names of `tokenizer_config.json`.
+
+    Attributes:
+        do_lower_case: letters are lowered, for an uncased model.
+        strip_accents: "é" becomes "e"; None as the original: if letters are lowered.
+        tokenize_chinese_chars: each Chinese character is a word of its own.
+    """
+
+    do_lower_case: bool
+    strip_accents: bool | None = None
+    tokenize_chinese_chars: bool = True
+
+    @property
+    def strips_accents(self) -> bool:
+        """What `strip_accents` comes to."""
+        return self.do_lower_case if self.strip_accents is None else self.strip_accents
+
+
+UNCASED, CASED = Normalization(True), Normalization(False)
+"""Those of the original's two kinds of models."""
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Names of the tokens that have a task in every input."""
+
+    cls: str = "[CLS]"
+    sep: str = "[SEP]"
+    pad: str = "[PAD]"
+    unk: str = "[UNK]"
+
+
+@dataclass(frozen=True, order=True)
+class AddedToken:
+    """A token that is found in the text before anything is split, as a marker of an entity.
+
+    Attributes:
+        content: its spelling.
+        id: its row of the embedding.
+        normalized: it is looked for in normalized text, spelled as that spells it.
+        single_word: it is found only where no letter or digit touches it.
+    """
+
+    content: str
+    id: int
+    normalized: bool = False
+    single_word: bool = False
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """Turns text into WordPiece tokens and ids; never adds special tokens by itself.
 
     A text that spells `[CLS]` gives the pieces of the brackets and the letters, as in the original.
 
     Attributes:
-        vocab: token to id; the id is the token's line in the vocabulary file, counted from 0.
-        do_lower_case: whether text is lowered and its accents are stripped.
-        vocab_size: number of lines of the vocabulary file.
+        vocab: token to id; the id is the token's line in `vocab.txt`, counted from 0.
+        normalization: what is done to the text first.
+        vocab_size: number of ids, those without a token counted too.
+        special: names of the special tokens.
+        added: tokens that are found in the text before it is split.
+        max_chars_per_word: longer words are unknown.
     """
 
     vocab: Mapping[str, int] = field(repr=False)
-    do_lower_case: bool
+    normalization: Normalization
     vocab_size: int
+    special: SpecialTokens
+    added: tuple[AddedToken, ...]
+    max_chars_per_word: int
     _wordpiece: tokenizers.Tokenizer = field(repr=False, compare=False)
 
     @property
     def cls_id(self) -> int:
         """Id of `[CLS]`, which starts every input."""
-        return self.vocab[CLS]
+        return self.vocab[self.special.cls]
 
     @property
     def sep_id(self) -> int:
         """Id of `[SEP]`, which ends every segment."""
-        return self.vocab[SEP]
+        return self.vocab[self.special.sep]
 
     @property
     def pad_id(self) -> int:
         """Id of `[PAD]`, for positions that the input mask hides."""
-        return self.vocab[PAD]
+        return self.vocab[self.special.pad]
 
     @property
     def unk_id(self) -> int:
         """Id of `[UNK]`, for a word that no pieces spell."""
-        return self.vocab[UNK]
+        return self.vocab[self.special.unk]
+
+    def description(self) -> dict[str, Any]:
+        """All that decides which ids a text gets, JSON-able."""
+        return {
+            "vocab": dict(self.vocab),
+            "vocab_size": self.vocab_size,
+            "normalization": vars(self.normalization),
+            "special": vars(self.special),
+            "added": [vars(token) for token in self.added],
+            "max_chars_per_word": self.max_chars_per_word,
+        }
 
     def tokenize(self, text: str) -> list[str]:
         """Returns the WordPiece tokens of `text` (`FullTokenizer.tokenize`)."""
-        return self._wordpiece.encode(self._prepare(text), add_special_tokens=False).tokens
+        tokens = self._wordpiece.encode(self._prepare(text), add_special_tokens=False).tokens
+        return [
+            self.added[int(token[1:])].content if token.startswith(_ADDED) else token
+            for token in tokens
+        ]
 
     def ids(self, tokens: Iterable[str]) -> list[int]:
         """Returns the ids of tokens.
@@ -103,130 +181,123 @@ class Tokenizer:
         return ids
 
     def _prepare(self, text: str) -> str:
-        text = _spaced(text, self.do_lower_case)
-        # JSON may hold lone surrogates, which the library refuses; like the character put in their
-        # place, they are in no vocabulary.
-        return text if text.isascii() else re.sub("[\ud800-\udfff]", "\uffff", text)
+        if self.added:
+            text = self._marked(text.replace(_ADDED, _NOWHERE), normalized=False)
+        text = _normalized(text, self.normalization)
+        if self.added:
+            text = self._marked(text, normalized=True)
+        text = text.translate(_SPLIT_PUNCTUATION)
+        # JSON may hold lone surrogates.
+        return text if text.isascii() else re.sub("[\ud800-\udfff]", _NOWHERE, text)
+
+    def _marked(self, text: str, *, normalized: bool) -> str:
+        """Puts words of their own in the place of added tokens; of several the longest."""
+        found = {
+            _normalized(token.content, self.normalization) if normalized else token.content: index
+            for index, token in enumerate(self.added)
+            if token.normalized == normalized
+        }
+        if not found:
+            return text
+        # What stands for a token already found stays as it is.
+        patterns = [rf"{_ADDED}\d+"]
+        for content, index in sorted(found.items(), key=lambda item: -len(item[0])):
+            pattern = re.escape(content)
+            is_word = self.added[index].single_word
+            patterns.append(rf"(?<!\w){pattern}(?!\w)" if is_word else pattern)
+
+        def mark(match: re.Match[str]) -> str:
+            index = found.get(match[0])
+            return match[0] if index is None else f" {_ADDED}{index} "
+
+        return re.sub("|".join(patterns), mark, text)
 
 
 def load_tokenizer(vocab_file: str | os.PathLike[str], *, do_lower_case: bool) -> Tokenizer:
-    """Reads a BERT vocabulary file: one token a line, whose number from 0 is its id.
+    """Reads the vocabulary of a model of the original release.
 
     Args:
         vocab_file: UTF-8 text, `vocab.txt` of a released model.
         do_lower_case: True for the uncased models.
 
     Raises:
-        InputError: the file is missing, is not UTF-8, holds a token twice, or lacks one of
-            `[PAD]`, `[UNK]`, `[CLS]` and `[SEP]`.
+        InputError: see `finetune.vocabulary.read_vocabulary` and `make_tokenizer`.
     """
-    vocab, size = _read_vocab(vocab_file)
-    for token in (PAD, UNK, CLS, SEP):
-        if token not in vocab:
+    return make_tokenizer(read_vocabulary(vocab_file), Normalization(do_lower_case))
+
+
+def make_tokenizer(
+    vocabulary: Vocabulary,
+    normalization: Normalization,
+    special: SpecialTokens = SpecialTokens(),
+    added: Sequence[AddedToken] = (),
+    max_chars_per_word: int = MAX_CHARS_PER_WORD,
+) -> Tokenizer:
+    """Makes a tokenizer of its parts.
+
+    Args:
+        vocabulary: tokens and ids.
+        normalization: what is done to the text first.
+        special: names of the special tokens.
+        added: tokens that are found in the text before it is split.
+        max_chars_per_word: longer words are unknown.
+
+    Raises:
+        InputError: the vocabulary lacks a special token, or has another id for an added one.
+    """
+    vocab = dict(vocabulary.ids)
+    for token in added:
+        if vocab.setdefault(token.content, token.id) != token.id:
             raise InputError(
-                f"the vocabulary has no {token}",
-                path=vocab_file,
+                f"the added token {token.content!r} has the id {token.id}, and in the vocabulary "
+                f"{vocab[token.content]}",
+                path=vocabulary.path,
+            )
+    for name in (special.pad, special.unk, special.cls, special.sep):
+        if name not in vocab:
+            raise InputError(
+                f"the vocabulary has no {name}",
+                path=vocabulary.path,
                 hint="use the vocab.txt that came with the model",
             )
+    words = {f"{_ADDED}{index}": token.id for index, token in enumerate(added)}
     model = models.WordPiece(
-        vocab=vocab, unk_token=UNK, max_input_chars_per_word=MAX_CHARS_PER_WORD
+        vocab={**vocabulary.ids, special.unk: vocab[special.unk], **words},
+        unk_token=special.unk,
+        max_input_chars_per_word=max_chars_per_word,
     )
     wordpiece = tokenizers.Tokenizer(model)
     wordpiece.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return Tokenizer(vocab, do_lower_case, size, wordpiece)
+    size = max([vocabulary.size, *(token.id + 1 for token in added)])
+    return Tokenizer(
+        vocab, normalization, size, special, tuple(added), max_chars_per_word, wordpiece
+    )
 
 
-def basic_tokenize(text: str, *, do_lower_case: bool) -> list[str]:
+def basic_tokenize(text: str, normalization: Normalization) -> list[str]:
     """Splits text into words and punctuation marks, before WordPiece.
 
     The original's `BasicTokenizer`: drops control characters, sets Chinese characters and
     punctuation apart, and, for uncased models, lowers letters and strips accents.
 
-    Example: `basic_tokenize("Don't, René!", do_lower_case=True)` gives
+    Example: `basic_tokenize("Don't, René!", UNCASED)` gives
     `["don", "'", "t", ",", "rene", "!"]`.
     """
-    return _spaced(text, do_lower_case).split()
+    return _normalized(text, normalization).translate(_SPLIT_PUNCTUATION).split()
 
 
-def infer_do_lower_case(name_or_path: str | os.PathLike[str]) -> bool | None:
-    """Guesses from a model's name whether it is an uncased one; None if the name does not tell.
-
-    Knows names that say `cased` or `uncased`, and Google's two lower-cased releases that do not:
-    `multilingual_L-12_H-768_A-12` and `chinese_L-12_H-768_A-12`. The part of a path nearest to the
-    file counts most.
-    """
-    for part in reversed(PurePath(name_or_path).parts):
-        if re.search(r"(?<![a-z])uncased(?![a-z])", part, re.IGNORECASE):
-            return True
-        if re.search(r"(?<![a-z])cased(?![a-z])", part, re.IGNORECASE):
-            return False
-        if re.match(r"(multilingual|chinese)_L-\d", part):
-            return True
-    return None
-
-
-def check_case(do_lower_case: bool, init_checkpoint: str | os.PathLike[str] | None) -> str | None:
-    """Compares `do_lower_case` with what the checkpoint's name suggests.
-
-    The original's `validate_case_matches_checkpoint` stops the program; a name is not proof, so
-    this returns one line of warning instead, or None if nothing is suspicious.
-    """
-    expected = None if init_checkpoint is None else infer_do_lower_case(init_checkpoint)
-    if init_checkpoint is None or expected is None or expected == do_lower_case:
-        return None
-    kind = "an uncased" if expected else "a cased"
-    return (
-        f"do_lower_case={do_lower_case} but {os.fspath(init_checkpoint)} looks like {kind} model; "
-        f"use do_lower_case={expected} unless the name misleads"
-    )
-
-
-def _read_vocab(vocab_file: str | os.PathLike[str]) -> tuple[dict[str, int], int]:
-    vocab: dict[str, int] = {}
-    size = 0
-    try:
-        # Some vocabularies hold line separators as tokens: only "\n" ends a line.
-        with open(vocab_file, encoding="utf-8", newline="\n") as lines:
-            for index, line in enumerate(lines):
-                size = index + 1
-                token = line.strip()
-                # A blank line takes up an id, but no text can ever produce it.
-                if not token:
-                    continue
-                if token in vocab:
-                    raise InputError(
-                        f"the token {token!r} is already on line {vocab[token] + 1}",
-                        path=vocab_file,
-                        line=size,
-                        hint="a vocabulary lists each token once",
-                    )
-                vocab[token] = index
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"not UTF-8 text ({error.reason})",
-            path=vocab_file,
-            line=size + 1,
-            hint="use the vocab.txt that came with the model",
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"cannot read the vocabulary ({error.strerror})",
-            path=vocab_file,
-            hint="give the vocab.txt that came with the model",
-        ) from error
-    return vocab, size
-
-
-def _spaced(text: str, do_lower_case: bool) -> str:
-    """Returns `text` cleaned, with white space around everything that is a word of its own.
+def _normalized(text: str, normalization: Normalization) -> str:
+    """Returns `text` cleaned and changed, with white space around Chinese characters.
 
     The original lowers and decomposes word by word. Neither looks across white space (a space is
     neither cased nor combining), so doing the whole text at once gives the same.
     """
-    text = text.translate(_CLEAN)
-    if do_lower_case:
-        text = unicodedata.normalize("NFD", text.lower()).translate(_STRIP_MARKS)
-    return text.translate(_SPLIT_PUNCTUATION)
+    text = text.translate(_CLEAN if normalization.tokenize_chinese_chars else _CLEAN_ONLY)
+    if normalization.do_lower_case:
+        text = text.lower()
+    if normalization.strips_accents:
+        text = unicodedata.normalize("NFD", text).translate(_STRIP_MARKS)
+    return text
 
 
 class _CharTable(dict[int, "int | str | None"]):
@@ -242,6 +313,12 @@ class _CharTable(dict[int, "int | str | None"]):
 
 
 def _clean(code: int) -> int | str | None:
+    if any(first <= code <= last for first, last in _CJK_BLOCKS):
+        return f" {chr(code)} "
+    return _clean_only(code)
+
+
+def _clean_only(code: int) -> int | str | None:
     char = chr(code)
     # Tab and line ends are control characters to Unicode, but white space here.
     if char in " \t\n\r":
@@ -251,8 +328,6 @@ def _clean(code: int) -> int | str | None:
         return None
     if category == "Zs":
         return " "
-    if any(first <= code <= last for first, last in _CJK_BLOCKS):
-        return f" {char} "
     return code
 
 
@@ -268,5 +343,6 @@ def _split_punctuation(code: int) -> int | str:
 
 
 _CLEAN = _CharTable(_clean)
+_CLEAN_ONLY = _CharTable(_clean_only)
 _STRIP_MARKS = _CharTable(_strip_mark)
 _SPLIT_PUNCTUATION = _CharTable(_split_punctuation)

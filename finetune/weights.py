@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from safetensors import SafetensorError, safe_open
 
 from finetune.checkpoint_files import other_checkpoints, preferred_checkpoints
 from finetune.checkpoint_index import check_index
 from finetune.errors import DamagedFileError, InputError
 from finetune.modeling import Variables
+from finetune.safetensors_files import INDEX_FILE, WEIGHTS_FILE, Reader, open_safetensors
 
 _logger = logging.getLogger(__name__)
 
@@ -22,7 +22,12 @@ _HEAD_NAMES = frozenset(
     {"output_weights", "output_bias", "cls/squad/output_weights", "cls/squad/output_bias"}
 )
 _POOLER_PREFIX = "bert/pooler/"
-_LAYER_NORM_NAMES = {"weight": "gamma", "bias": "beta"}
+_ENCODER_PREFIXES = ("bert/embeddings/", "bert/encoder/")
+# Counted 0, 1, 2 and so on, or all 0: no weights, though they are stored like them.
+_NO_WEIGHTS = frozenset({"bert/embeddings/position_ids", "bert/embeddings/token_type_ids"})
+_CONFIG_HINT = "is its configuration file the one that belongs to it?"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_OTHER_FORMATS = ("tf_model.h5", "flax_model.msgpack", "adapter_model.safetensors", "model.onnx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +52,13 @@ def find_checkpoint(path: str | Path) -> Path:
 
     Args:
         path: the prefix of a TensorFlow checkpoint (`bert_model.ckpt`), its `.index` file, a
-            `.safetensors` file, or a folder that holds one of them. In a folder that training
-            left, the best weights come first if they were kept, then the newest checkpoint, see
-            `finetune.checkpoint_files`. One that is damaged is passed over with a warning.
+            `.safetensors` file or the index of several, or a folder that holds one of them. In a
+            folder that training left, the best weights come first if they were kept, then the
+            newest checkpoint, see `finetune.checkpoint_files`. One that is damaged is passed over
+            with a warning.
 
     Returns:
-        A `.safetensors` file, or the prefix of a TensorFlow checkpoint.
+        A `.safetensors` file, the index of several, or the prefix of a TensorFlow checkpoint.
 
     Raises:
         InputError: nothing is there, several checkpoints that are not steps of one training, or
@@ -60,7 +66,7 @@ def find_checkpoint(path: str | Path) -> Path:
         DamagedFileError: all checkpoints of the folder are damaged.
     """
     path = Path(path)
-    if path.suffix == ".safetensors" and path.is_file():
+    if path.name.endswith((".safetensors", ".safetensors.index.json")) and path.is_file():
         return path
     if path.suffix == ".index" and path.is_file():
         return path.with_suffix("")
@@ -72,19 +78,14 @@ def find_checkpoint(path: str | Path) -> Path:
         readable = _first_readable(trained)
         if readable is not None:
             return readable
-        for name in ("model.safetensors", "bert_model.ckpt"):
+        for name in (WEIGHTS_FILE, INDEX_FILE, "bert_model.ckpt"):
             found = path / name
             if found.is_file() or Path(f"{found}.index").is_file():
                 return found
         readable = _first_readable(other_checkpoints(path))
         if readable is not None:
             return readable
-        if (path / "pytorch_model.bin").is_file():
-            raise InputError(
-                "only pytorch_model.bin is there, a pickle, and pickles are never loaded",
-                path=path,
-                hint="get the model's model.safetensors",
-            )
+        _refuse_other_formats(path)
     raise InputError(
         "no checkpoint found",
         path=path,
@@ -117,7 +118,20 @@ def _first_readable(prefixes: Iterable[Path]) -> Path | None:
     return None
 
 
-def load_weights(variables: Variables, init_checkpoint: str | Path) -> LoadReport:
+def _refuse_other_formats(folder: Path) -> None:
+    for name in (*_PICKLES, *_OTHER_FORMATS):
+        if (folder / name).is_file():
+            why = "a pickle, and pickles are never loaded"
+            raise InputError(
+                f"only {name} is there, {why if name in _PICKLES else 'which is not read'}",
+                path=folder,
+                hint="get the model's model.safetensors",
+            )
+
+
+def load_weights(
+    variables: Variables, init_checkpoint: str | Path, *, with_head: bool = True
+) -> LoadReport:
     """Set a model's variables from a checkpoint, one at a time.
 
     The encoder must be there in full; the pooler and the task head may be missing and then keep
@@ -126,33 +140,32 @@ def load_weights(variables: Variables, init_checkpoint: str | Path) -> LoadRepor
     Args:
         variables: the model; changed.
         init_checkpoint: see `find_checkpoint`.
+        with_head: False leaves the task head's values.
 
     Returns:
         What was loaded and what was not.
 
     Raises:
-        InputError: no such checkpoint, it cannot be read, an encoder variable is missing, or a
-            shape differs (as when the configuration or vocabulary belongs to another model).
+        InputError: no such checkpoint, it cannot be read, an encoder variable is missing or has no
+            place in the model, or a shape differs (as when the configuration or vocabulary belongs
+            to another model).
     """
     source = find_checkpoint(init_checkpoint)
-    opened = open_safetensors if source.suffix == ".safetensors" else open_tf_checkpoint
-    names, read = opened(source)
+    names, read = open_weights(source)
     loaded, initialised = [], []
     for name, variable in variables.items():
         optional = name in _HEAD_NAMES or name.startswith(_POOLER_PREFIX)
         shape = names.get(name)
         wanted = tuple(variable.shape)
-        if shape == wanted:
+        if name in _HEAD_NAMES and not with_head:
+            initialised.append(name)
+        elif shape == wanted:
             variable.assign(np.asarray(read(name), np.float32))
             loaded.append(name)
         elif shape is None and optional:
             initialised.append(name)
         elif shape is None:
-            raise InputError(
-                f"the checkpoint has no {name}",
-                path=source,
-                hint="is its configuration file the one that belongs to it?",
-            )
+            raise missing_weight(source, name, names)
         elif name in _HEAD_NAMES:
             initialised.append(name)
         else:
@@ -162,14 +175,56 @@ def load_weights(variables: Variables, init_checkpoint: str | Path) -> LoadRepor
                 path=source,
                 hint="use the configuration and vocabulary that belong to this checkpoint",
             )
+    check_encoder(source, names, variables)
     unused = sorted(set(names) - set(loaded))
     return LoadReport(source, tuple(loaded), tuple(initialised), tuple(unused))
 
 
-_Reader = tuple[Mapping[str, tuple[int, ...]], Callable[[str], np.ndarray]]
+def open_weights(source: Path) -> Reader:
+    """Open what `find_checkpoint` has found.
+
+    Returns:
+        Shapes by name, and a function from a name to its array.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if source.suffix in (".safetensors", ".json"):
+        return open_safetensors(source)
+    return open_tf_checkpoint(source)
 
 
-def open_tf_checkpoint(prefix: Path, *, hint: str = "fetch or export it again") -> _Reader:
+def check_encoder(source: Path, there: Collection[str], placed: Collection[str]) -> None:
+    """See that nothing of a checkpoint's encoder is left out: it would compute something else.
+
+    Args:
+        source: the checkpoint.
+        there: its names.
+        placed: names for which the model has a place.
+
+    Raises:
+        InputError: something would be.
+    """
+    for name in sorted(name for name in there if name.startswith(_ENCODER_PREFIXES)):
+        # An optimizer's state is named after its variable.
+        is_state = name.rpartition("/")[0] in there
+        if name not in placed and name not in _NO_WEIGHTS and not is_state:
+            raise InputError(
+                f"the checkpoint has {name}, for which the configuration has no place",
+                path=source,
+                hint=_CONFIG_HINT,
+            )
+
+
+def missing_weight(source: Path, name: str, there: Collection[str]) -> InputError:
+    """Say that a checkpoint lacks a weight, or all of BERT's."""
+    if not any(name.startswith(_ENCODER_PREFIXES) for name in there):
+        found = ", ".join(sorted(there)[:2]) or "nothing"
+        return InputError(f"there are no weights of BERT in it, but {found}", path=source)
+    return InputError(f"the checkpoint has no {name}", path=source, hint=_CONFIG_HINT)
+
+
+def open_tf_checkpoint(prefix: Path, *, hint: str = "fetch or export it again") -> Reader:
     """Open a TensorFlow checkpoint.
 
     Args:
@@ -202,61 +257,3 @@ def open_tf_checkpoint(prefix: Path, *, hint: str = "fetch or export it again") 
             raise damaged(f"{name} from the TensorFlow checkpoint", error) from error
 
     return {name: tuple(shape) for name, shape in shapes.items() if name in numbers}, read
-
-
-def open_safetensors(path: Path) -> _Reader:
-    """Open a safetensors file of Hugging Face's BERT, under the original's names.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Shapes by name, kernels as `[inputs, outputs]`, and a function from a name to its array.
-
-    Raises:
-        InputError: it cannot be read; the function raises it too.
-    """
-    try:
-        file = safe_open(path, framework="numpy")
-        theirs = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"cannot read the safetensors file ({error})", path=path) from error
-    by_name = {original_name(name): name for name in theirs}
-    shapes = {}
-    for name, their_name in by_name.items():
-        shape = tuple(file.get_slice(their_name).get_shape())
-        shapes[name] = shape[::-1] if name.endswith("kernel") else shape
-
-    def read(name: str) -> np.ndarray:
-        try:
-            value = np.asarray(file.get_tensor(by_name[name]))
-        except (SafetensorError, TypeError) as error:
-            raise InputError(f"cannot read {by_name[name]} ({error})", path=path) from error
-        return np.ascontiguousarray(value.T) if name.endswith("kernel") else value
-
-    return shapes, read
-
-
-def original_name(hugging_face_name: str) -> str:
-    """Translate a parameter's name in Hugging Face's BERT into the original's.
-
-    Their linear layers hold `[outputs, inputs]`, the original's kernels the transpose; a name
-    that ends in `kernel` says that the value is to be transposed.
-    """
-    heads = {
-        "classifier.weight": "output_weights",
-        "classifier.bias": "output_bias",
-        "qa_outputs.weight": "cls/squad/output_weights",
-        "qa_outputs.bias": "cls/squad/output_bias",
-    }
-    if hugging_face_name in heads:
-        return heads[hugging_face_name]
-    name = hugging_face_name.removeprefix("bert.").replace("encoder.layer.", "encoder.layer_")
-    stem, _, kind = name.rpartition(".")
-    if stem.startswith("embeddings.") and stem.endswith("_embeddings"):
-        name = stem
-    elif stem.endswith("LayerNorm"):
-        name = f"{stem}.{_LAYER_NORM_NAMES.get(kind, kind)}"
-    elif kind == "weight":
-        name = f"{stem}.kernel"
-    return f"bert/{name.replace('.', '/')}"

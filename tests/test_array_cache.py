@@ -19,7 +19,16 @@ from finetune.errors import InputError
 from finetune.tasks.squad import SquadFeatures, feature_chunks, featurize
 from finetune.tasks.squad_cache import SquadSource, load_squad_features
 from finetune.tasks.squad_examples import read_squad
-from finetune.tokenization import load_tokenizer
+from finetune.tokenization import (
+    CASED,
+    UNCASED,
+    AddedToken,
+    Normalization,
+    SpecialTokens,
+    load_tokenizer,
+    make_tokenizer,
+)
+from finetune.vocabulary import read_vocabulary
 
 PIECES: list[Arrays] = [
     {"a": np.arange(6, dtype=np.int32).reshape(3, 2), "b": np.array([True, False, True])},
@@ -164,10 +173,11 @@ def test_keys_differ_by_any_part() -> None:
     assert hash_key(a=1, b=2) == hash_key(b=2, a=1)
 
 
+VOCABULARY = read_vocabulary(demo_files().vocab_file)
+TOKENIZER = make_tokenizer(VOCABULARY, UNCASED)
 SOURCE = SquadSource(
     demo_files().squad_train,
-    demo_files().vocab_file,
-    do_lower_case=True,
+    TOKENIZER,
     max_seq_length=48,
     doc_stride=8,
     max_query_length=16,
@@ -178,13 +188,12 @@ SOURCE = SquadSource(
 
 @given(st.integers(1, 60))
 def test_chunks_are_the_whole(rows: int) -> None:
-    tokenizer = load_tokenizer(SOURCE.vocab_file, do_lower_case=True)
     examples = read_squad(SOURCE.path, is_training=True, version_2_with_negative=False)
     options = {"max_seq_length": 48, "doc_stride": 8, "max_query_length": 16, "is_training": True}
-    whole = featurize(examples, tokenizer, **options).arrays()  # type: ignore[arg-type]
+    whole = featurize(examples, TOKENIZER, **options).arrays()  # type: ignore[arg-type]
     chunks = [
         chunk.arrays()
-        for chunk in feature_chunks(examples, tokenizer, rows=rows, **options)  # type: ignore[arg-type]
+        for chunk in feature_chunks(examples, TOKENIZER, rows=rows, **options)  # type: ignore[arg-type]
     ]
     for name, array in whole.items():
         np.testing.assert_array_equal(np.concatenate([c[name] for c in chunks]), array)
@@ -194,16 +203,15 @@ def test_chunks_are_the_whole(rows: int) -> None:
 
 
 def test_cached_squad_features_are_the_features(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(SOURCE.vocab_file, do_lower_case=True)
     fresh = featurize(
-        SOURCE.read(), tokenizer, max_seq_length=48, doc_stride=8, max_query_length=16,
+        SOURCE.read(), TOKENIZER, max_seq_length=48, doc_stride=8, max_query_length=16,
         is_training=True,
     )  # fmt: skip
     for was_there in (False, True):
         entry = load_squad_features(SOURCE, tmp_path)
         assert entry.was_there is was_there
         assert entry.extra == {"num_examples": 40, "skipped": {}}
-        features = SquadFeatures.from_arrays(entry.arrays, tokenizer)
+        features = SquadFeatures.from_arrays(entry.arrays, TOKENIZER)
         assert features.tokens(3) == fresh.tokens(3)
         for name, array in fresh.arrays().items():
             np.testing.assert_array_equal(entry.arrays[name], array)
@@ -213,7 +221,12 @@ def test_cached_squad_features_are_the_features(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"do_lower_case": False},
+        {"tokenizer": make_tokenizer(VOCABULARY, CASED)},
+        {"tokenizer": make_tokenizer(VOCABULARY, Normalization(True, strip_accents=False))},
+        {"tokenizer": make_tokenizer(VOCABULARY, Normalization(True, None, False))},
+        {"tokenizer": make_tokenizer(VOCABULARY, UNCASED, SpecialTokens(sep="the"))},
+        {"tokenizer": make_tokenizer(VOCABULARY, UNCASED, added=[AddedToken("<x>", 2000)])},
+        {"tokenizer": make_tokenizer(VOCABULARY, UNCASED, max_chars_per_word=5)},
         {"max_seq_length": 47},
         {"doc_stride": 9},
         {"max_query_length": 15},
@@ -237,7 +250,11 @@ def test_content_counts_not_the_name(tmp_path: Path) -> None:
     copy.write_text(copy.read_text().replace("?", "!", 1))
     assert not load_squad_features(dataclasses.replace(SOURCE, path=copy), cache).was_there
     vocab = tmp_path / "vocab.txt"
-    vocab.write_text(SOURCE.vocab_file.read_text() + "onemoreword\n")
-    assert not load_squad_features(dataclasses.replace(SOURCE, vocab_file=vocab), cache).was_there
+    vocab.write_bytes(demo_files().vocab_file.read_bytes())
+    again = load_tokenizer(vocab, do_lower_case=True)
+    assert load_squad_features(dataclasses.replace(SOURCE, tokenizer=again), cache).was_there
+    vocab.write_text(vocab.read_text() + "onemoreword\n")
+    longer = load_tokenizer(vocab, do_lower_case=True)
+    assert not load_squad_features(dataclasses.replace(SOURCE, tokenizer=longer), cache).was_there
     with pytest.raises(InputError, match=r"gone\.json: cannot read"):
         load_squad_features(dataclasses.replace(SOURCE, path=tmp_path / "gone.json"), cache)

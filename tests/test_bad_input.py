@@ -21,7 +21,7 @@ from finetune.tasks.glue import find_task, read_examples
 from finetune.tasks.squad import featurize
 from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.squad_predictions import predict_answers
-from finetune.tokenization import Tokenizer, load_tokenizer
+from finetune.tokenization import UNCASED, Tokenizer, load_tokenizer
 
 SOURCE = demo_files().squad_train.read_bytes()
 ODD_VALUES: list[Any] = [
@@ -153,7 +153,7 @@ def test_empty_contexts_have_no_windows_and_no_answer(tmp_path: Path, tokenizer:
     logits = np.zeros((1, 32))
     for version_2, expected in ((False, "empty"), (True, "")):
         predictions = predict_answers(
-            examples, features, logits, logits, do_lower_case=True,
+            examples, features, logits, logits, normalization=UNCASED,
             version_2_with_negative=version_2,
         )  # fmt: skip
         assert predictions.predictions["none"] == expected

@@ -26,11 +26,15 @@ from finetune.export import (
     open_model,
 )
 from finetune.modeling import create_variables, encode
+from finetune.safetensors_files import original_name
 from finetune.saved_model import export_saved_model
 from finetune.step import make_predictor
-from finetune.weights import find_checkpoint, load_weights, open_tf_checkpoint, original_name
+from finetune.tokenization import CASED, load_tokenizer, make_tokenizer
+from finetune.vocabulary import read_vocabulary
+from finetune.weights import find_checkpoint, load_weights, open_tf_checkpoint
 
 VOCAB = demo_files().vocab_file
+TOKENIZER = load_tokenizer(VOCAB, do_lower_case=True)
 HEADS = ("squad", "classifier", None)
 # A classifier needs its pooler.
 POOLED = [("squad", True), ("classifier", True), (None, True), ("squad", False), (None, False)]
@@ -151,7 +155,7 @@ def test_hugging_face_round_trip_is_bit_identical(
     save_tf(tmp_path / "run" / "model.ckpt-7", values)
     model = open_model(tmp_path / "run" / "model.ckpt-7", CONFIG)
     with new_folder(tmp_path / "out") as folder:
-        export_hugging_face(model, VOCAB, folder, do_lower_case=True)
+        export_hugging_face(model, TOKENIZER, folder)
     weights = tmp_path / "out" / "model.safetensors"
     # In a BertModel the names have no prefix.
     assert_same(load_file(weights), hugging_face_arrays(values, "bert." if head else ""))
@@ -179,7 +183,9 @@ def test_hugging_face_configuration(tmp_path: Path, activation: str, theirs: str
     model = open_model(tmp_path, config)
     labels = ["contradiction", "entailment", "neutral"]
     with new_folder(tmp_path / "out") as folder:
-        export_hugging_face(model, VOCAB, folder, do_lower_case=False, labels=labels)
+        export_hugging_face(
+            model, make_tokenizer(read_vocabulary(VOCAB), CASED), folder, labels=labels
+        )
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["hidden_act"] == theirs
     assert written["architectures"] == ["BertForSequenceClassification"]
@@ -210,16 +216,14 @@ def test_hugging_face_class_and_default_labels(
     save_tf(tmp_path / "bert_model.ckpt", values_for(head))
     model = open_model(tmp_path, CONFIG)
     (tmp_path / "out").mkdir()
-    export_hugging_face(model, VOCAB, tmp_path / "out", do_lower_case=True)
+    export_hugging_face(model, TOKENIZER, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["architectures"] == [architecture]
     labels = {str(index): f"LABEL_{index}" for index in range(NUM_LABELS)}
     assert written.get("id2label") == (labels if head == "classifier" else None)
     if head == "classifier":
         with pytest.raises(InputError, match="2 labels are named for a classifier of 3"):
-            export_hugging_face(
-                model, VOCAB, tmp_path / "out", do_lower_case=True, labels=["no", "yes"]
-            )
+            export_hugging_face(model, TOKENIZER, tmp_path / "out", labels=["no", "yes"])
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf"])
@@ -230,7 +234,7 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, head: str, activa
     config = dataclasses.replace(CONFIG, hidden_act=activation)
     save_tf(tmp_path / "bert_model.ckpt", values_for(head))
     with new_folder(tmp_path / "out") as folder:
-        export_hugging_face(open_model(tmp_path, config), VOCAB, folder, do_lower_case=True)
+        export_hugging_face(open_model(tmp_path, config), TOKENIZER, folder)
     theirs = {
         "squad": transformers.BertForQuestionAnswering,
         "classifier": transformers.BertForSequenceClassification,
@@ -263,7 +267,7 @@ def test_checkpoint_round_trip_is_bit_identical(
     save_file(hugging_face_arrays(values), tmp_path / "theirs" / "model.safetensors")
     config = dataclasses.replace(CONFIG, hidden_act="gelu_erf")
     with new_folder(tmp_path / "out") as folder:
-        export_checkpoint(open_model(tmp_path / "theirs", config), VOCAB, folder)
+        export_checkpoint(open_model(tmp_path / "theirs", config), TOKENIZER, folder)
     found = find_checkpoint(tmp_path / "out")
     assert found == tmp_path / "out" / "bert_model.ckpt"
     shapes, read = open_tf_checkpoint(found)
@@ -274,6 +278,7 @@ def test_checkpoint_round_trip_is_bit_identical(
         "bert_config.json",
         "bert_model.ckpt.data-00000-of-00001",
         "bert_model.ckpt.index",
+        "tokenizer_config.json",
         "vocab.txt",
     }
 
@@ -282,7 +287,7 @@ def test_training_state_is_left_behind(tmp_path: Path) -> None:
     values = values_for("squad")
     save_tf(tmp_path / "model.ckpt-7", values)
     (tmp_path / "out").mkdir()
-    export_checkpoint(open_model(tmp_path / "model.ckpt-7", CONFIG), VOCAB, tmp_path / "out")
+    export_checkpoint(open_model(tmp_path / "model.ckpt-7", CONFIG), TOKENIZER, tmp_path / "out")
     shapes, _ = open_tf_checkpoint(tmp_path / "out" / "bert_model.ckpt")
     assert set(shapes) == set(values)
 
@@ -295,7 +300,7 @@ def test_an_error_of_the_file_system_is_one_for_the_caller(tmp_path: Path, write
     (folder / "bert_model.ckpt.index" / "full").mkdir(parents=True)
     (folder / "saved_model.pb" / "full").mkdir(parents=True)
     with pytest.raises(OSError, match="cannot write to"):
-        write(open_model(tmp_path, CONFIG), VOCAB, folder)
+        write(open_model(tmp_path, CONFIG), TOKENIZER, folder)
 
 
 # SavedModel
@@ -311,7 +316,7 @@ def test_saved_model_gives_the_predictors_logits(
     config = dataclasses.replace(CONFIG, hidden_act=activation)
     save_tf(tmp_path / "bert_model.ckpt", values_for(head))
     with new_folder(tmp_path / "out") as folder:
-        export_saved_model(open_model(tmp_path, config), VOCAB, folder)
+        export_saved_model(open_model(tmp_path, config), TOKENIZER, folder)
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     serve = loaded.signatures["serving_default"]
     _, inputs = serve.structured_input_signature
@@ -361,12 +366,12 @@ def test_a_regression_has_one_output_and_no_probabilities(tmp_path: Path) -> Non
     model = open_model(tmp_path / "model", CONFIG)
     assert model.is_regression
     (tmp_path / "hf").mkdir()
-    export_hugging_face(model, VOCAB, tmp_path / "hf", do_lower_case=True)
+    export_hugging_face(model, TOKENIZER, tmp_path / "hf")
     theirs = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert theirs["problem_type"] == "regression"
     assert len(theirs["id2label"]) == 1
     (tmp_path / "served").mkdir()
-    export_saved_model(model, VOCAB, tmp_path / "served")
+    export_saved_model(model, TOKENIZER, tmp_path / "served")
     serve = tf.saved_model.load(str(tmp_path / "served")).signatures["serving_default"]
     outputs = serve(**{name: tf.constant(value) for name, value in INPUTS.items()})
     assert list(outputs) == ["logits"]
@@ -377,7 +382,7 @@ def test_a_regression_has_one_output_and_no_probabilities(tmp_path: Path) -> Non
 def test_saved_model_without_pooler(tmp_path: Path) -> None:
     save_tf(tmp_path / "bert_model.ckpt", values_for(None, pooler=False))
     (tmp_path / "out").mkdir()
-    export_saved_model(open_model(tmp_path, CONFIG), VOCAB, tmp_path / "out")
+    export_saved_model(open_model(tmp_path, CONFIG), TOKENIZER, tmp_path / "out")
     serve = tf.saved_model.load(str(tmp_path / "out")).signatures["serving_default"]
     assert set(serve.structured_outputs) == {"sequence_output"}
 

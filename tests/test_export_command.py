@@ -140,10 +140,14 @@ def test_command_reads_case_and_labels_where_they_are(
         return code, case, errors
 
     model = run_folder
-    assert tried("--do_lower_case") == (0, True, "")
+    code, case, errors = tried("--do_lower_case")
+    assert (code, case) == (0, True)
+    assert f"do_lower_case is True by the flag, and False by {model / 'run.json'}" in errors
     # An older record: the name of what the run began with.
     (model / "run.json").write_text(json.dumps({"init_checkpoint": "models/uncased_L-2"}))
-    assert tried()[:2] == (0, True)
+    code, case, errors = tried()
+    assert (code, case) == (0, True)
+    assert "do_lower_case is True, guessed from the name models/uncased_L-2" in errors
     (model / "run.json").write_text(json.dumps({"init_checkpoint": None}))
     code, _, errors = tried()
     assert code == 2
@@ -185,9 +189,11 @@ def test_command_on_its_own_hugging_face_export(
     for path in first.iterdir():
         assert (second / path.name).read_bytes() == path.read_bytes(), path.name
     assert export_here(second, "--to", third, "--format", "checkpoint")[0] == 0
-    assert (third / "bert_config.json").read_bytes() == (
-        run_folder / "bert_config.json"
-    ).read_bytes()
+    config = json.loads((third / "bert_config.json").read_text())
+    assert config.pop("id2label") == {"0": "a", "1": "b", "2": "c"}
+    assert config.pop("label2id") == {"a": 0, "b": 1, "c": 2}
+    assert config == json.loads((run_folder / "bert_config.json").read_text())
+    assert json.loads((third / "tokenizer_config.json").read_text())["do_lower_case"] is False
 
 
 def test_command_refuses_in_one_line(
@@ -210,8 +216,11 @@ def test_command_refuses_in_one_line(
     refuses("holds what is read", run_folder, "--to", run_folder, "--format", "checkpoint",
             "--force")  # fmt: skip
     refuses("pickle", run_folder, "--to", out, "--format", "pickle")
-    (run_folder / "other.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
-    refuses("vocabulary has only 4", run_folder, *to_out, "--vocab_file", run_folder / "other.txt")
+    (run_folder / "other.txt").write_text(
+        "[PAD]\n[UNK]\n[CLS]\n[SEP]\n" + "".join(f"{n}\n" for n in range(2000))
+    )
+    refuses("the vocabulary has 2004 entries but the model only", run_folder, *to_out,
+            "--vocab_file", run_folder / "other.txt")  # fmt: skip
 
     def disk_full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")

@@ -27,7 +27,7 @@ from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.squad_predictions import predict_answers, write_predictions
 from finetune.tasks.table_files import TableTask, read_table_task
 from finetune.tasks.triviaqa import read_triviaqa
-from finetune.tokenization import Tokenizer, load_tokenizer
+from finetune.tokenization import UNCASED, Tokenizer, load_tokenizer
 
 ODD_BYTES = [
     b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r", b"\n", b"\r\n", b"\t", b'"', b",",
@@ -142,7 +142,7 @@ def use_squad(path: Path, tokenizer: Tokenizer) -> None:
             if not is_training:
                 logits = np.zeros(features.input_ids.shape)
                 answers = predict_answers(
-                    examples, features, logits, logits, do_lower_case=True,
+                    examples, features, logits, logits, normalization=UNCASED,
                     version_2_with_negative=version_2,
                 )  # fmt: skip
                 write_predictions(answers, path.parent / "predicted")

@@ -25,7 +25,7 @@ from finetune.tasks.squad_examples import (
     read_squad,
 )
 from finetune.tasks.squad_predictions import predict_answers
-from finetune.tokenization import Tokenizer, load_tokenizer
+from finetune.tokenization import UNCASED, Tokenizer, load_tokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -299,7 +299,7 @@ def test_of_equal_ids_the_last_is_predicted(squad_file: Any, letters: Tokenizer)
     logits[1, offset + 3] = 9.0  # "t" for the second.
     for version_2 in (False, True):
         predictions = predict_answers(
-            examples, features, logits, logits, do_lower_case=True,
+            examples, features, logits, logits, normalization=UNCASED,
             version_2_with_negative=version_2,
         )  # fmt: skip
         assert predictions.predictions == {"q": "t"}

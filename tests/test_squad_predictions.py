@@ -18,7 +18,14 @@ from finetune.errors import InputError
 from finetune.tasks.squad import SquadFeatures, featurize
 from finetune.tasks.squad_examples import SquadExample, SquadExamples, SquadParagraph, read_squad
 from finetune.tasks.squad_predictions import predict_answers, recover_text, write_predictions
-from finetune.tokenization import Tokenizer, basic_tokenize, load_tokenizer
+from finetune.tokenization import (
+    CASED,
+    UNCASED,
+    Normalization,
+    Tokenizer,
+    basic_tokenize,
+    load_tokenizer,
+)
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -85,18 +92,18 @@ def logits_of(features: SquadFeatures, *values: tuple[int, int, float]) -> np.nd
     ],
 )
 def test_recovering_text(tok_text: str, orig_text: str, expected: str) -> None:
-    assert recover_text(tok_text, orig_text, do_lower_case=True) == expected
+    assert recover_text(tok_text, orig_text, normalization=UNCASED) == expected
 
 
 def test_recovering_text_keeps_case_apart() -> None:
-    assert recover_text("smith", "(smith) Smith", do_lower_case=False) == "smith"
-    assert recover_text("Smith", "(smith) Smith!", do_lower_case=False) == "Smith"
-    assert recover_text("Smith", "(Smith)", do_lower_case=True) == "(Smith)"
+    assert recover_text("smith", "(smith) Smith", normalization=CASED) == "smith"
+    assert recover_text("Smith", "(smith) Smith!", normalization=CASED) == "Smith"
+    assert recover_text("Smith", "(Smith)", normalization=UNCASED) == "(Smith)"
 
 
 def reference_recover(tok_text: str, orig_text: str, do_lower_case: bool) -> str:
     """Aligns both texts by tables from each character to its number without spaces."""
-    words = " ".join(basic_tokenize(orig_text, do_lower_case=do_lower_case))
+    words = " ".join(basic_tokenize(orig_text, Normalization(do_lower_case)))
     start = words.find(tok_text)
     if start == -1:
         return orig_text
@@ -121,9 +128,9 @@ def test_recovered_text_is_aligned_and_part_of_the_words(
     text: str, first: int, last: int, do_lower_case: bool
 ) -> None:
     orig_text = " ".join(text.split(" "))
-    words = " ".join(basic_tokenize(orig_text, do_lower_case=do_lower_case))
+    words = " ".join(basic_tokenize(orig_text, Normalization(do_lower_case)))
     tok_text = words[first : last + 1].strip()
-    recovered = recover_text(tok_text, orig_text, do_lower_case=do_lower_case)
+    recovered = recover_text(tok_text, orig_text, normalization=Normalization(do_lower_case))
     assert recovered in orig_text
     if tok_text:
         assert recovered == reference_recover(tok_text, orig_text, do_lower_case)
@@ -173,7 +180,7 @@ def reference_predict(
             words = features.token_to_orig[row, [first, last]]
             orig_text = " ".join(example.doc_tokens[words[0] : words[1] + 1])
             tok_text = tok_text.replace(" ##", "").replace("##", "")
-            text = recover_text(tok_text, orig_text, do_lower_case=True)
+            text = recover_text(tok_text, orig_text, normalization=UNCASED)
         if len(nbest) < n_best and text not in [entry[0] for entry in nbest]:
             nbest.append((text, start_logit, end_logit))
     if threshold is not None and "" not in [entry[0] for entry in nbest]:
@@ -212,7 +219,7 @@ def test_predictions_equal_a_search_through_all_pairs(letters: Tokenizer, data: 
         end,
         n_best_size=n_best,
         max_answer_length=max_length,
-        do_lower_case=True,
+        normalization=UNCASED,
         version_2_with_negative=threshold is not None,
         null_score_diff_threshold=threshold or 0.0,
     )
@@ -241,7 +248,7 @@ def test_best_span_over_windows_needs_max_context_at_its_start(letters: Tokenize
     assert not features.token_is_max_context[1, 3]
     start = logits_of(features, (0, 6, 1.0), (1, 3, 9.0), (1, 6, 0.5))
     end = logits_of(features, (0, 7, 1.0), (1, 4, 9.0), (1, 7, 2.0))
-    result = predict_answers(examples, features, start, end, do_lower_case=True)
+    result = predict_answers(examples, features, start, end, normalization=UNCASED)
     assert result.predictions == {"q0": "g h"}
 
 
@@ -252,7 +259,7 @@ def test_longest_answer(letters: Tokenizer) -> None:
     end = logits_of(features, (0, 6, 5.0), (0, 5, 1.0))
     for longest, expected in [(4, "a b c d"), (3, "a b c")]:
         result = predict_answers(
-            examples, features, start, end, max_answer_length=longest, do_lower_case=True
+            examples, features, start, end, max_answer_length=longest, normalization=UNCASED
         )
         assert result.predictions == {"q0": expected}
 
@@ -264,7 +271,7 @@ def test_padding_takes_places_among_the_best_positions(letters: Tokenizer) -> No
     end = logits_of(features, (0, 4, 7.0))
     for n_best, expected in [(2, "empty"), (3, "a b")]:
         result = predict_answers(
-            examples, features, start, end, n_best_size=n_best, do_lower_case=True
+            examples, features, start, end, n_best_size=n_best, normalization=UNCASED
         )
         assert result.predictions == {"q0": expected}
         assert result.null_odds == {}
@@ -281,7 +288,7 @@ def test_null_score_is_the_least_of_all_windows(letters: Tokenizer) -> None:
             features,
             start,
             end,
-            do_lower_case=True,
+            normalization=UNCASED,
             version_2_with_negative=True,
             null_score_diff_threshold=threshold,
         )
@@ -297,7 +304,7 @@ def test_null_is_added_to_a_full_nbest_list(letters: Tokenizer) -> None:
     start = logits_of(features, (0, 3, 5.0), (0, 4, 4.0), (0, 0, -9.0))
     end = logits_of(features, (0, 5, 5.0), (0, 6, 4.0), (0, 0, -9.0))
     result = predict_answers(
-        examples, features, start, end, n_best_size=2, do_lower_case=True,
+        examples, features, start, end, n_best_size=2, normalization=UNCASED,
         version_2_with_negative=True,
     )  # fmt: skip
     assert [entry["text"] for entry in result.nbest["q0"]] == ["a b c", "a b c d", ""]
@@ -311,7 +318,7 @@ def test_no_span_at_all_is_no_answer(letters: Tokenizer) -> None:
     assert len(features) == 1
     start = end = logits_of(features, (0, 0, 2.0))
     result = predict_answers(
-        examples, features, start, end, n_best_size=1, do_lower_case=True,
+        examples, features, start, end, n_best_size=1, normalization=UNCASED,
         version_2_with_negative=True, null_score_diff_threshold=100.0,
     )  # fmt: skip
     assert result.predictions == {"q0": "", "q1": ""}
@@ -324,13 +331,13 @@ def test_wrong_arguments(letters: Tokenizer) -> None:
     features = features_of(examples, letters)
     good = logits_of(features)
     with pytest.raises(ValueError, match="logits are"):
-        predict_answers(examples, features, good, good[:, :-1], do_lower_case=True)
+        predict_answers(examples, features, good, good[:, :-1], normalization=UNCASED)
     for value in (math.nan, math.inf):
         bad = logits_of(features, (0, 3, value))
         with pytest.raises(FloatingPointError, match="not finite"):
-            predict_answers(examples, features, good, bad, do_lower_case=True)
+            predict_answers(examples, features, good, bad, normalization=UNCASED)
     with pytest.raises(InputError, match="n_best_size 0"):
-        predict_answers(examples, features, good, good, n_best_size=0, do_lower_case=True)
+        predict_answers(examples, features, good, good, n_best_size=0, normalization=UNCASED)
 
 
 # Files
@@ -341,11 +348,11 @@ def test_written_files(letters: Tokenizer, tmp_path: Path) -> None:
     features = features_of(examples, letters)
     logits = logits_of(features, (0, 3, 1.0))
     folder = tmp_path / "new" / "folder"
-    first = predict_answers(examples, features, logits, logits, do_lower_case=True)
+    first = predict_answers(examples, features, logits, logits, normalization=UNCASED)
     write_predictions(first, folder)
     assert sorted(os.listdir(folder)) == ["nbest_predictions.json", "predictions.json"]
     second = predict_answers(
-        examples, features, logits, logits, do_lower_case=True, version_2_with_negative=True
+        examples, features, logits, logits, normalization=UNCASED, version_2_with_negative=True
     )
     write_predictions(second, folder)
     names = ["nbest_predictions.json", "null_odds.json", "predictions.json"]
@@ -369,7 +376,7 @@ def test_interrupted_write_leaves_the_old_file(
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_predictions(
-            predict_answers(examples, features, logits, logits, do_lower_case=True), tmp_path
+            predict_answers(examples, features, logits, logits, normalization=UNCASED), tmp_path
         )
     assert os.listdir(tmp_path) == ["predictions.json"]
     assert (tmp_path / "predictions.json").read_text() == "old"
@@ -380,7 +387,7 @@ def test_folder_that_cannot_be_made(letters: Tokenizer, tmp_path: Path) -> None:
     features = features_of(examples, letters)
     logits = logits_of(features)
     (tmp_path / "file").write_text("")
-    result = predict_answers(examples, features, logits, logits, do_lower_case=True)
+    result = predict_answers(examples, features, logits, logits, normalization=UNCASED)
     with pytest.raises(InputError, match="cannot write the predictions"):
         write_predictions(result, tmp_path / "file")
 
@@ -414,7 +421,7 @@ def test_predictions_equal_the_originals(shared_dir: Path) -> None:
             features,
             draws[0::2],
             draws[1::2],
-            do_lower_case=config["do_lower_case"],
+            normalization=Normalization(config["do_lower_case"]),
             version_2_with_negative=config["version_2"],
             null_score_diff_threshold=threshold,
         )

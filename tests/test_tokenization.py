@@ -11,15 +11,20 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.implementations import BertWordPieceTokenizer
 
 from finetune.errors import InputError
 from finetune.tokenization import (
+    UNCASED,
+    AddedToken,
+    Normalization,
+    SpecialTokens,
     Tokenizer,
     basic_tokenize,
-    check_case,
-    infer_do_lower_case,
     load_tokenizer,
+    make_tokenizer,
 )
+from finetune.vocabulary import Vocabulary, read_vocabulary
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
@@ -118,7 +123,9 @@ TRICKY = (
 def test_basic_tokenize_follows_the_rules_character_by_character(
     text: str, do_lower_case: bool
 ) -> None:
-    assert basic_tokenize(text, do_lower_case=do_lower_case) == reference_basic(text, do_lower_case)
+    assert basic_tokenize(text, Normalization(do_lower_case)) == reference_basic(
+        text, do_lower_case
+    )
 
 
 def test_basic_tokenize_of_each_assigned_character() -> None:
@@ -126,11 +133,11 @@ def test_basic_tokenize_of_each_assigned_character() -> None:
         if code > 0xFFFF and unicodedata.category(chr(code)) in ("Cn", "Co"):
             continue
         text = f"a{chr(code)}B"
-        assert basic_tokenize(text, do_lower_case=True) == reference_basic(text, True), hex(code)
+        assert basic_tokenize(text, UNCASED) == reference_basic(text, True), hex(code)
 
 
 def test_word_final_sigma_keeps_its_own_letter(small: Tokenizer) -> None:
-    assert basic_tokenize("ΟΔΟΣ ΣΑ", do_lower_case=True) == ["οδος", "σα"]
+    assert basic_tokenize("ΟΔΟΣ ΣΑ", UNCASED) == ["οδος", "σα"]
     assert small.tokenize("Σ aΣ")[0] == "σ"
 
 
@@ -205,10 +212,14 @@ def test_missing_special_token(tmp_path: Path, missing: str) -> None:
     assert f"has no {missing}" in str(error.value)
 
 
-def test_duplicate_token_names_both_lines(tmp_path: Path) -> None:
-    path = make_vocab(tmp_path, [*SPECIAL, "a", "b", "a "])
-    with pytest.raises(InputError, match=r"vocab\.txt:7: the token 'a' is already on line 5"):
-        load_tokenizer(path, do_lower_case=True)
+def test_of_a_token_on_two_lines_the_last_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_vocab(tmp_path, [*SPECIAL, "a", "b", "a ", "b"])
+    tokenizer = load_tokenizer(path, do_lower_case=True)
+    assert tokenizer.encode_ids("a b") == [6, 7]
+    assert tokenizer.vocab_size == 8
+    assert "'a' on lines 5 and 7, and 1 more" in caplog.text
 
 
 def test_vocabulary_that_is_not_utf8(tmp_path: Path) -> None:
@@ -218,34 +229,93 @@ def test_vocabulary_that_is_not_utf8(tmp_path: Path) -> None:
         load_tokenizer(path, do_lower_case=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("models/uncased_L-12_H-768_A-12/bert_model.ckpt", True),
-        ("models/cased_L-24_H-1024_A-16/bert_model.ckpt", False),
-        ("wwm_uncased_L-24_H-1024_A-16", True),
-        ("wwm_cased_L-24_H-1024_A-16", False),
-        ("multi_cased_L-12_H-768_A-12", False),
-        ("multilingual_L-12_H-768_A-12", True),
-        ("chinese_L-12_H-768_A-12", True),
-        ("bert-base-uncased", True),
-        ("BERT-Large-Cased", False),
-        ("cased_models/uncased_L-12_H-768_A-12/model.ckpt-10", True),
-        ("showcased/unencased", None),
-        ("squad_output", None),
-        ("", None),
-    ],
+# What models of Hugging Face add to the original's two kinds
+
+
+@given(
+    st.text(st.sampled_from("aAbBéÉöÖüÇñ中文, .-!x "), max_size=30),
+    st.booleans(),
+    st.sampled_from([None, True, False]),
+    st.booleans(),
 )
-def test_case_from_names(name: str, expected: bool | None) -> None:
-    assert infer_do_lower_case(name) is expected
+def test_tokens_are_those_of_the_tokenizers_library(
+    text: str, do_lower_case: bool, strip_accents: bool | None, chinese: bool
+) -> None:
+    """On text where its older Unicode makes no difference."""
+    letters = "abAB,.-!eéEÉöÖoOuUüÇcCçnNñ中文"
+    tokens = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters), "Ab", "ab", "é中"]
+    ids = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    theirs = BertWordPieceTokenizer(
+        ids,
+        handle_chinese_chars=chinese,
+        strip_accents=strip_accents,
+        lowercase=do_lower_case,
+    )
+    ours = make_tokenizer(
+        Vocabulary(Path("vocab.txt"), ids, len(ids)),
+        Normalization(do_lower_case, strip_accents, chinese),
+    )
+    assert ours.tokenize(text) == theirs.encode(text, add_special_tokens=False).tokens
 
 
-def test_check_case_warns_only_of_a_contradiction() -> None:
-    checkpoint = "cased_L-12_H-768_A-12/bert_model.ckpt"
-    warning = check_case(True, checkpoint)
-    assert warning is not None
-    assert checkpoint in warning
-    assert "use do_lower_case=False" in warning
-    assert check_case(False, checkpoint) is None
-    assert check_case(True, "out/model.ckpt") is None
-    assert check_case(True, None) is None
+def test_accents_that_are_kept() -> None:
+    assert basic_tokenize("Möchte", Normalization(True, strip_accents=False)) == ["möchte"]
+    assert basic_tokenize("Möchte", Normalization(False, strip_accents=True)) == ["Mochte"]
+    assert basic_tokenize("a中b", Normalization(True, None, False)) == ["a中b"]
+
+
+def added_tokenizer(folder: Path, added: list[AddedToken]) -> Tokenizer:
+    vocabulary = read_vocabulary(make_vocab(folder, [*SPECIAL, *"abe[]1", "##a", "##b", "##1"]))
+    return make_tokenizer(vocabulary, UNCASED, added=added)
+
+
+def test_added_tokens_are_found_before_text_is_split(tmp_path: Path) -> None:
+    tokenizer = added_tokenizer(
+        tmp_path,
+        [
+            AddedToken("[E1]", 20),
+            AddedToken("[E1]a", 21),
+            AddedToken("Ab Ba", 22, normalized=True),
+            AddedToken("1", 9, normalized=True),
+            AddedToken("be", 24, single_word=True),
+        ],
+    )
+    assert tokenizer.vocab_size == 25
+    assert tokenizer.tokenize("a[E1]b") == ["a", "[E1]", "b"]
+    assert tokenizer.encode_ids("a[E1]b") == [4, 20, 5]
+    # The longest of several counts; special ones only as they are spelled.
+    assert tokenizer.tokenize("[E1]a [e1]") == ["[E1]a", "[", "e", "1", "]"]
+    assert tokenizer.tokenize("ab bax aB BA ab") == ["Ab Ba", "[UNK]", "Ab Ba", "a", "##b"]
+    assert tokenizer.encode_batch(["be be1", "\ufdd00 a"]) == [[24, 1, 9], [1, 4]]
+    assert pickle.loads(pickle.dumps(tokenizer)) == tokenizer
+
+
+@given(st.lists(st.sampled_from(["[E1]", "<m>", *"aAb 1.é"]), max_size=12).map("".join))
+def test_added_tokens_are_those_of_the_tokenizers_library(
+    text: str,
+) -> None:
+    letters = "abe1.[]<>m"
+    tokens = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
+    ids = {token: number for number, token in enumerate(tokens)}
+    theirs = BertWordPieceTokenizer(ids, lowercase=True)
+    theirs.add_special_tokens(["[E1]"])
+    theirs.add_tokens(["<m>", "A1"])
+    added = [
+        AddedToken(token, theirs.token_to_id(token), normalized=token != "[E1]")
+        for token in ("[E1]", "<m>", "A1")
+    ]
+    ours = make_tokenizer(Vocabulary(Path("vocab.txt"), ids, len(ids)), UNCASED, added=added)
+    assert ours.encode_ids(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+def test_an_added_token_of_another_id_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'a' has the id 20, and in the vocabulary 4"):
+        added_tokenizer(tmp_path, [AddedToken("a", 20)])
+
+
+def test_special_tokens_of_other_names(tmp_path: Path) -> None:
+    vocabulary = read_vocabulary(make_vocab(tmp_path, ["<pad>", "<s>", "</s>", "<unk>", "a"]))
+    special = SpecialTokens(cls="<s>", sep="</s>", pad="<pad>", unk="<unk>")
+    tokenizer = make_tokenizer(vocabulary, UNCASED, special)
+    assert (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.unk_id) == (0, 1, 2, 3)
+    assert tokenizer.tokenize("A b") == ["a", "<unk>"]

@@ -17,7 +17,8 @@ from finetune.config import BertConfig, from_json_file, variable_shapes
 from finetune.errors import InputError
 from finetune.modeling import Variables, create_variables, encode
 from finetune.optimization import create_state
-from finetune.weights import find_checkpoint, load_weights, original_name
+from finetune.safetensors_files import original_name
+from finetune.weights import find_checkpoint, load_weights
 
 POOLER = ("bert/pooler/dense/kernel", "bert/pooler/dense/bias")
 SQUAD_HEAD = ("cls/squad/output_weights", "cls/squad/output_bias")

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
 from bertbench.cli.common import CONTEXT, json_option, write_json
 from bertbench.errors import WorkError
-from bertbench.output_folder import RUN_FILE
 from bertbench.quiet import muted_stderr
-from bertbench.running import ModelFiles, find_model_files, load_config_and_tokenizer
+from bertbench.running import load_config_and_tokenizer
 from bertbench.terminal import echo, say
 from finetune.checkpoint_files import PREFIX, list_checkpoints
 from finetune.errors import InputError
-from finetune.json_files import load_object
-from finetune.tokenization import infer_do_lower_case
+from finetune.head_labels import read_trained_head
+from finetune.model_folder import find_model_files
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -45,7 +42,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     type=bool,
     is_flag=False,
     flag_value="true",
-    help="For an uncased model. Default: as the run was, else as the model's name says.",
+    help="For an uncased model. Default: as the run was, or as the model's files say.",
 )
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
 @json_option
@@ -71,32 +68,26 @@ def command(
     """
     files = find_model_files(model_dir, bert_config_file, vocab_file, None)
     weights = _find_weights(model_dir, checkpoint)
-    record = _read_record(model_dir)
-    lower = _find_case(do_lower_case, record, files, model_dir)
-    if lower is None and kind == "huggingface":
-        raise InputError(
-            "cannot tell whether this is an uncased model",
-            path=model_dir,
-            hint="say --do_lower_case=true or --do_lower_case=false",
-        )
-    config, _ = load_config_and_tokenizer(files, lower is not False, 1)
+    asked = {"do_lower_case": do_lower_case}
+    # What is written says whether letters are lowered, and will be believed.
+    config, tokenizer = load_config_and_tokenizer(files, asked, 1, insist=True)
     _start_tensorflow()
     from finetune import export
     from finetune.saved_model import export_saved_model
 
     model = export.open_model(weights, config)
     sources = [files.config_file, files.vocab_file, model.checkpoint]
+    labels = None
+    if model.head == "classifier" and not model.is_regression:
+        labels = read_trained_head(model.checkpoint.parent).labels
     try:
         with export.new_folder(folder, force=force, sources=sources) as new:
             if kind == "huggingface":
-                labels = _find_labels(record, files, model.num_labels)
-                export.export_hugging_face(
-                    model, files.vocab_file, new, do_lower_case=lower is True, labels=labels
-                )
+                export.export_hugging_face(model, tokenizer, new, labels=labels)
             elif kind == "checkpoint":
-                export.export_checkpoint(model, files.vocab_file, new)
+                export.export_checkpoint(model, tokenizer, new, labels)
             else:
-                export_saved_model(model, files.vocab_file, new)
+                export_saved_model(model, tokenizer, new, labels)
     except OSError as error:
         raise WorkError(f"cannot write the export: {error}; nothing was changed") from error
     if model.left_out:
@@ -140,51 +131,6 @@ def _find_weights(model_dir: Path, checkpoint: str | None) -> Path:
         )
     inside = model_dir / checkpoint
     return inside if inside.is_file() or Path(f"{inside}.index").is_file() else Path(checkpoint)
-
-
-def _read_record(model_dir: Path) -> Mapping[str, Any]:
-    """What a run recorded about itself; empty if the folder is not a run's."""
-    path = model_dir / RUN_FILE
-    if not path.is_file() and model_dir.resolve().name == "best":
-        # A run keeps its best weights in a folder within its own.
-        path = model_dir.resolve().parent / RUN_FILE
-    return _read_object(path)
-
-
-def _read_object(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    return load_object(path, what="what belongs to the model", finite=False)
-
-
-def _find_case(
-    flag: bool | None, record: Mapping[str, Any], files: ModelFiles, model_dir: Path
-) -> bool | None:
-    if flag is not None:
-        return flag
-    tokenizer = _read_object(files.vocab_file.with_name("tokenizer_config.json"))
-    for values in (record, tokenizer):
-        recorded = values.get("do_lower_case")
-        if isinstance(recorded, bool):
-            return recorded
-    for name in (record.get("init_checkpoint"), model_dir.resolve()):
-        inferred = infer_do_lower_case(name) if name else None
-        if inferred is not None:
-            return inferred
-    return None
-
-
-def _find_labels(record: Mapping[str, Any], files: ModelFiles, num_labels: int) -> list[str] | None:
-    """Names of the classes: as the run recorded, or as a Hugging Face configuration has them."""
-    recorded = record.get("labels")
-    # A regression has none.
-    if isinstance(recorded, list) and recorded:
-        return [str(label) for label in recorded]
-    named = _read_object(files.config_file).get("id2label")
-    wanted = [str(index) for index in range(num_labels)]
-    if isinstance(named, dict) and set(named) == set(wanted):
-        return [str(named[index]) for index in wanted]
-    return None
 
 
 def _start_tensorflow() -> None:

@@ -28,12 +28,12 @@ from bertbench.cli.common import (
 from bertbench.cli.original_flags import OriginalCommand, PathOrUrl, local_files
 from bertbench.devices import Budget, TpuSettings, make_budget
 from bertbench.errors import WorkError
-from bertbench.running import ModelFiles, RunSettings, find_model_files
+from bertbench.running import RunSettings
 from bertbench.terminal import echo, say
 from finetune.checkpointing import parse_checkpointing
 from finetune.demo_data import demo_files
 from finetune.errors import InputError
-from finetune.tokenization import infer_do_lower_case
+from finetune.model_folder import ModelFiles, find_model_files
 
 _PATH = PathOrUrl()
 _DEMO_FLAGS = {"max_seq_length": 64, "train_batch_size": 8, "num_train_epochs": 6.0}
@@ -49,15 +49,22 @@ def _switch(name: str, default: bool | None, text: str) -> Callable[[Any], Any]:
 def _shared_options(command: Any) -> Any:
     options = [
         click.option("--model", "model_dir", type=_PATH, help="Folder with configuration, "
-                     "vocab.txt and weights (bert_model.ckpt or model.safetensors)."),
+                     "vocabulary and weights: of the original release, of Hugging Face, or of a "
+                     "run."),
         click.option("--bert_config_file", type=_PATH, help="Shape of the model."),
-        click.option("--vocab_file", type=_PATH, help="WordPiece vocabulary."),
+        click.option("--vocab_file", type=_PATH,
+                     help="WordPiece vocabulary: vocab.txt or tokenizer.json."),
         click.option("--init_checkpoint", type=_PATH,
                      help="Weights: a TensorFlow checkpoint, a safetensors file or a folder."),
         click.option("--output_dir", type=_PATH, help="Results and checkpoints."),
         click.option("--overwrite_output_dir", is_flag=True, help="Forget an earlier run there."),
         _switch("--do_lower_case", None, "Lower-case the input (uncased models). Default: as the "
-                "model's name says, else true."),
+                "model was trained, by its run.json or tokenizer_config.json; else guessed, which "
+                "is said."),
+        _switch("--strip_accents", None, "Take accents off letters. Default: likewise, else if "
+                "the input is lower-cased."),
+        _switch("--tokenize_chinese_chars", None, "Make each Chinese character a word. Default: "
+                "likewise, else true."),
         click.option("--train_batch_size", "--target-batch", type=click.IntRange(1), default=32,
                      show_default=True, help="Effective batch, whatever fits at a time."),
         click.option("--predict_batch_size", "--eval_batch_size", type=click.IntRange(1),
@@ -314,6 +321,8 @@ def _use_demo(context: click.Context, flags: dict[str, Any], more: dict[str, Any
         if context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
             flags[name] = value
     if flags["model_dir"] is None:
+        if flags["vocab_file"] is None and flags["do_lower_case"] is None:
+            flags["do_lower_case"] = True
         flags["bert_config_file"] = flags["bert_config_file"] or demo.bert_config_file
         flags["vocab_file"] = flags["vocab_file"] or demo.vocab_file
     if flags["output_dir"] is None:
@@ -337,17 +346,12 @@ def _model_and_settings(flags: dict[str, Any]) -> tuple[ModelFiles, RunSettings]
         flags["vocab_file"],
         flags["init_checkpoint"],
     )
-    lower = flags["do_lower_case"]
-    if lower is None:
-        inferred = infer_do_lower_case(str(files.init_checkpoint or files.config_file))
-        lower = True if inferred is None else inferred
     if flags["evaluate_every_steps"] is None:
         for name in ("early_stopping_patience", "keep_best"):
             if flags[name]:
                 raise InputError(f"--{name} needs --evaluate_every_steps")
     policy = flags["checkpointing"]
     derived = {
-        "do_lower_case": lower,
         "overwrite": flags["overwrite_output_dir"],
         "checkpointing": None if policy is None else parse_checkpointing(policy),
         "allowed": allowed_levers(

@@ -18,7 +18,7 @@ from finetune.array_cache import CacheEntry, hash_file, hash_key, load_or_make
 from finetune.errors import InputError
 from finetune.tasks.squad import feature_chunks
 from finetune.tasks.squad_examples import SquadExamples, read_squad
-from finetune.tokenization import load_tokenizer
+from finetune.tokenization import Tokenizer
 
 # To be raised with every change that gives other features.
 _FEATURES_VERSION = 2
@@ -30,8 +30,7 @@ class SquadSource:
 
     Attributes:
         path: questions in SQuAD's format.
-        vocab_file: the model's vocabulary.
-        do_lower_case: for an uncased model.
+        tokenizer: of the model.
         max_seq_length: as for `finetune.tasks.squad.featurize`, like the next three.
         doc_stride: as there.
         max_query_length: as there.
@@ -41,8 +40,7 @@ class SquadSource:
     """
 
     path: Path
-    vocab_file: Path
-    do_lower_case: bool
+    tokenizer: Tokenizer
     max_seq_length: int
     doc_stride: int
     max_query_length: int
@@ -73,17 +71,17 @@ class SquadSource:
         Raises:
             InputError: a file cannot be read.
         """
-        values = dataclasses.asdict(self)
-        for name in ("path", "vocab_file"):
-            path = values.pop(name)
-            try:
-                values[name] = hash_file(path)
-            except OSError as error:
-                raise InputError(f"cannot read the file ({error.strerror})", path=path) from error
+        names = [field.name for field in dataclasses.fields(self)]
+        values = {name: getattr(self, name) for name in names if name != "tokenizer"}
+        try:
+            values["path"] = hash_file(self.path)
+        except OSError as error:
+            raise InputError(f"cannot read the file ({error.strerror})", path=self.path) from error
         return hash_key(
+            tokenizer=self.tokenizer.description(),
             kind="squad",
             version=_FEATURES_VERSION,
-            # Both decide how texts are split.
+            # Both decide how texts are split, as the tokenizer does.
             unicode=unicodedata.unidata_version,
             tokenizers=metadata.version("tokenizers"),
             byte_order=sys.byteorder,
@@ -111,10 +109,9 @@ def load_squad_features(
 
     def make() -> tuple[Iterator[Mapping[str, np.ndarray]], dict[str, Any]]:
         questions = source.read() if examples is None else examples
-        tokenizer = load_tokenizer(source.vocab_file, do_lower_case=source.do_lower_case)
         chunks = feature_chunks(
             questions,
-            tokenizer,
+            source.tokenizer,
             max_seq_length=source.max_seq_length,
             doc_stride=source.doc_stride,
             max_query_length=source.max_query_length,

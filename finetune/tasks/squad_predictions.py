@@ -20,7 +20,7 @@ from finetune.files import write_atomically
 from finetune.json_files import json_text
 from finetune.tasks.squad import SquadFeatures
 from finetune.tasks.squad_examples import SquadExample, SquadExamples
-from finetune.tokenization import basic_tokenize
+from finetune.tokenization import Normalization, basic_tokenize
 
 
 class NbestEntry(TypedDict):
@@ -77,7 +77,7 @@ def predict_answers(
     *,
     n_best_size: int = 20,
     max_answer_length: int = 30,
-    do_lower_case: bool,
+    normalization: Normalization,
     version_2_with_negative: bool = False,
     null_score_diff_threshold: float = 0.0,
 ) -> SquadPredictions:
@@ -90,7 +90,7 @@ def predict_answers(
         end_logits: [n, s], as its last token.
         n_best_size: candidates kept of each question, and positions considered of each feature.
         max_answer_length: longest answer, in tokens.
-        do_lower_case: as for the tokenizer that made the features.
+        normalization: as for the tokenizer that made the features.
         version_2_with_negative: a question may have no answer: then its score is that of [CLS], the
             least over its features.
         null_score_diff_threshold: null odds above this give the answer "".
@@ -132,7 +132,7 @@ def predict_answers(
         spans = _ranked_spans(features, rows, top_starts, top_ends, start, end, max_answer_length)
         nbest: list[_Candidate] = []
         for candidate in _with_null(
-            _texts(example, features, spans, start, end, do_lower_case), null
+            _texts(example, features, spans, start, end, normalization), null
         ):
             if len(nbest) == n_best_size:
                 break
@@ -206,7 +206,7 @@ def write_predictions(predictions: SquadPredictions, output_dir: str | os.PathLi
         ) from error
 
 
-def recover_text(tok_text: str, orig_text: str, *, do_lower_case: bool) -> str:
+def recover_text(tok_text: str, orig_text: str, *, normalization: Normalization) -> str:
     """Finds the part of the original words that gave some tokens (`get_final_text`).
 
     Tokens have lost capitals, accents and white space; the words around them ("Smith's") may hold
@@ -216,12 +216,12 @@ def recover_text(tok_text: str, orig_text: str, *, do_lower_case: bool) -> str:
     Args:
         tok_text: tokens of an answer, put together to words: `"steve smith"`.
         orig_text: words of the paragraph that hold them: `"Steve Smith's"`.
-        do_lower_case: as for the tokenizer.
+        normalization: as for the tokenizer.
 
     Returns:
         A part of `orig_text`: `"Steve Smith"`.
     """
-    words = " ".join(basic_tokenize(orig_text, do_lower_case=do_lower_case))
+    words = " ".join(basic_tokenize(orig_text, normalization))
     start = words.find(tok_text)
     if start < 0 or not tok_text:
         return orig_text
@@ -281,7 +281,7 @@ def _texts(
     spans: _Spans,
     start_logits: npt.NDArray[np.float64],
     end_logits: npt.NDArray[np.float64],
-    do_lower_case: bool,
+    normalization: Normalization,
 ) -> Iterator[_Candidate]:
     """Yields spans as candidates with text, best first; of equal texts only the first."""
     seen = set()
@@ -294,7 +294,7 @@ def _texts(
         first_word = features.token_to_orig[row, start]
         last_word = features.token_to_orig[row, end]
         orig_text = " ".join(example.doc_tokens[first_word : last_word + 1])
-        text = recover_text(tok_text, orig_text, do_lower_case=do_lower_case)
+        text = recover_text(tok_text, orig_text, normalization=normalization)
         if text in seen:
             continue
         seen.add(text)

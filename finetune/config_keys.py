@@ -1,0 +1,71 @@
+"""Keys of a configuration file beside the encoder's shape: refused, harmless, or unknown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.errors import InputError
+
+# What makes another model of it than BERT's encoder, unless it has one of these values.
+_EXPECTED: Mapping[str, tuple[Any, ...]] = {
+    "is_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "is_encoder_decoder": (False, None),
+    "pruned_heads": ({}, [], None),
+    "quantization_config": ({}, None),
+    "feed_forward_type": ("original", None),
+    "hidden_norm": ("post", None),
+}
+
+# Notes, what a program gives back, and how a decoder would write, which an encoder does not.
+_HARMLESS_NAMES = """
+architectures bos_token_id chunk_size_feed_forward cross_attention_hidden_size
+decoder_start_token_id directionality dtype eos_token_id finetuning_task gradient_checkpointing
+id2label label2id language model_max_length model_type name_or_path num_labels output_attentions
+output_hidden_states output_past pad_token_id pooler_fc_size pooler_num_attention_heads
+pooler_num_fc_layers pooler_size_per_head pooler_type prefix problem_type return_dict
+sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder tie_word_embeddings
+tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache
+bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
+encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id
+forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups
+num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty
+return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
+"""
+_HARMLESS = frozenset(_HARMLESS_NAMES.split())
+
+
+def unknown_keys(raw: Mapping[str, Any], shape: frozenset[str]) -> list[str]:
+    """Look through the keys that do not shape the encoder.
+
+    Args:
+        raw: the parsed file.
+        shape: the keys that do.
+
+    Returns:
+        Keys that are neither known to change nothing nor looked at anywhere.
+
+    Raises:
+        InputError: a key asks for something else than BERT's encoder.
+    """
+    if raw.get("model_type", "bert") != "bert":
+        raise InputError(f"model_type is {raw['model_type']!r:.60}, not 'bert'")
+    if raw.get("position_embedding_type", "absolute") not in ("absolute", None):
+        raise InputError(
+            f"position_embedding_type is {raw['position_embedding_type']!r:.60}, and only absolute "
+            "position embeddings are supported"
+        )
+    for key, expected in _EXPECTED.items():
+        if key in raw and raw[key] not in expected:
+            raise InputError(f"{key} is {raw[key]!r:.60}, which BERT's encoder does not have")
+    if raw.get("embedding_size", raw.get("hidden_size")) != raw.get("hidden_size"):
+        raise InputError("embedding_size is not hidden_size, as it is in BERT")
+    code = raw.get("auto_map")
+    own = [key for key in code if re.match("Auto(Config|Model)", key)] if code else []
+    if own:
+        raise InputError(f"auto_map names code of its own for {own[0]:.60}, which is never run")
+    known = {*_HARMLESS, *_EXPECTED, *shape, "position_embedding_type", "embedding_size"}
+    # Names with an underscore in front are notes of the library that wrote the file.
+    return [key for key in sorted(raw) if key not in known | {"auto_map"} and key[:1] != "_"]
