@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bertbench.cli.eval import command
 from finetune.tasks.squad_examples import read_squad
-from finetune.tasks.squad_metrics import evaluate_v2, precision_recall, score_questions
+from finetune.tasks.squad_metrics import evaluate_v1, evaluate_v2, precision_recall, score_questions
 
 Questions = list[tuple[str, list[str]]]
 
@@ -158,6 +158,30 @@ def test_the_curve_goes_by_odds_and_by_id(
             average += right / place * (now - recall)
             recall = now
     assert curve.average_precision == 100.0 * average
+
+
+@given(cases(), st.sets(st.sampled_from("abc")))
+def test_version_1_goes_by_question(
+    data_file: Path, case: tuple[Questions, dict[str, str], dict[str, float]], left_out: set[str]
+) -> None:
+    """As evaluate-v1.1.py: equal ids count each, and one without prediction is wrong."""
+    questions = [(qas_id, answers or ["fox"]) for qas_id, answers in case[0]]
+    predictions = {i: text for i, text in case[1].items() if i not in left_out}
+    exact = f1 = 0.0
+    for qas_id, answers in questions:
+        if qas_id in predictions:
+            text = predictions[qas_id]
+            exact += max(words(answer) == words(text) for answer in answers)
+            # Unlike in version 2.0, two texts without a word have none in common.
+            f1 += max(word_f1(answer, text) if words(answer) else 0.0 for answer in answers)
+    examples = read_squad(
+        write_data(data_file, questions), is_training=False, version_2_with_negative=False
+    )
+    scores = evaluate_v1(examples, predictions)
+    assert scores == {
+        "exact_match": 100.0 * exact / len(questions),
+        "f1": 100.0 * f1 / len(questions),
+    }
 
 
 def evaluate(folder: Path, case: Any, *more: str) -> Any:

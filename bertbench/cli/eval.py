@@ -148,13 +148,6 @@ def _read_values(path: Path, kind: type) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError("not an object of question ids", path=path)
     for qas_id, value in values.items():
-        if not isinstance(value, kinds) or isinstance(value, bool) or not _is_finite(value):
+        if not isinstance(value, kinds) or isinstance(value, bool):
             raise InputError(f"{qas_id!r} has {value!r:.40}, not {what}", path=path)
     return values
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return isinstance(value, str) or math.isfinite(value)
-    except OverflowError:  # An integer beyond floating point.
-        return False

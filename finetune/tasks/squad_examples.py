@@ -96,7 +96,7 @@ WHITE_SPACE = "with white space that to the original is a part of a word, such a
 # What the original reads although it is odd.
 _NUMBER_ID = "ids that are numbers"
 _SAME_ID = "ids that occur before, of which the last question's answer counts"
-_NULL_ANSWERS = "questions whose answers are null"
+_NO_ANSWERS = "questions whose answers are null or missing"
 _ODD_FLAG = "questions whose 'is_impossible' is null or a number"
 
 
@@ -224,12 +224,11 @@ def _read_question(
     qas_id = _read_id(qa, where, path, odd)
     is_impossible = version_2_with_negative and _read_flag(qa, where, path, is_training, odd)
     # An unlabelled file to predict on may leave out the answers.
-    answers = _get(qa, "answers", object, where, path, default=None if is_training else [])
-    if answers is None:
-        odd[_NULL_ANSWERS] += 1
-        answers = []
+    if qa.get("answers") is None and ("answers" in qa or not is_training):
+        odd[_NO_ANSWERS] += 1
+        answers: list[object] = []
     else:
-        answers = _get(qa, "answers", list, where, path, default=[])
+        answers = _get(qa, "answers", list, where, path)
     gold = tuple(
         _get(answer, "text", str, f"{where}.answers[{i}]", path) for i, answer in enumerate(answers)
     )
