@@ -294,6 +294,19 @@ def is_trained(name: str, head: str) -> bool:
     return head != "squad" or not name.startswith("bert/pooler/")
 
 
+def has_no_gradient(name: str, head: str, config: BertConfig) -> bool:
+    """Whether a variable's gradient is zero by algebra, whatever the batch.
+
+    What is computed for it is rounding noise. A key's bias adds the same to all scores of a query,
+    and under the SQuAD head the output bias and the last LayerNorm's shift add the same to all
+    positions: a softmax does not notice.
+    """
+    last_shift = f"bert/encoder/layer_{config.num_hidden_layers - 1}/output/LayerNorm/beta"
+    return name.endswith("attention/self/key/bias") or (
+        head == "squad" and name in ("cls/squad/output_bias", last_shift)
+    )
+
+
 def parameter_count(config: BertConfig, head: str, num_labels: int = 2) -> int:
     """Number of parameters, encoder and head together."""
     return sum(math.prod(shape) for shape in variable_shapes(config, head, num_labels).values())

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from finetune.errors import InputError
@@ -25,10 +27,10 @@ _HOST = "/device:CPU:0"
 
 _NO_DECAY = re.compile("LayerNorm|layer_norm|bias")
 
-# As published: Lion's two decays; Adafactor's exponent of the decay, floor of a squared gradient,
-# and largest root mean square of an update.
+# As published: Lion's two decays; Adafactor's exponent of a step's share in the averages, floor of
+# a squared gradient, and largest root mean square of an update.
 _LION_BETAS = (0.9, 0.99)
-_ADAFACTOR_DECAY, _ADAFACTOR_FLOOR, _ADAFACTOR_CLIP = -0.8, 1e-30, 1.0
+_ADAFACTOR_EXPONENT, _ADAFACTOR_FLOOR, _ADAFACTOR_CLIP = -0.8, 1e-30, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,9 @@ class OptimizerSettings:
         beta_2: decay of the second moment.
         epsilon: added to the root of the second moment.
         clip_norm: largest global norm of the gradient.
-        bias_correction: divide the moments by 1 - beta^t as Adam's paper does; the original does
-            not, which makes its first few hundred updates 2 to 5 times larger.
+        bias_correction: divide the moments by 1 - beta^t as Adam's paper does (Kingma and Ba 2015,
+            algorithm 1); the original does not, which makes its first few hundred updates 2 to 5
+            times larger.
         optimizer: one of `finetune.optimizers.OPTIMIZERS`. The betas, epsilon and
             bias_correction are AdamW's; the others have the constants of their papers.
     """
@@ -156,14 +159,14 @@ def learning_rate(settings: OptimizerSettings, step: tf.Tensor) -> tf.Tensor:
     Linear warm-up, then linear decay to 0, counted from step 0 and not from the end of the
     warm-up, as in the original.
     """
-    done = tf.cast(step, tf.float32)
-    decayed = settings.learning_rate * (
-        1.0 - tf.minimum(done, settings.num_train_steps) / settings.num_train_steps
-    )
+    # Counted in integers: near the end 1 - done / all would be the difference of float32 numbers
+    # that hardly differ.
+    left = settings.num_train_steps - tf.minimum(step, settings.num_train_steps)
+    decayed = settings.learning_rate * (tf.cast(left, tf.float32) / settings.num_train_steps)
     if not settings.num_warmup_steps:
         return decayed
-    rising = settings.learning_rate * done / settings.num_warmup_steps
-    return tf.where(done < settings.num_warmup_steps, rising, decayed)
+    rising = settings.learning_rate * (tf.cast(step, tf.float32) / settings.num_warmup_steps)
+    return tf.where(step < settings.num_warmup_steps, rising, decayed)
 
 
 def apply_gradients(
@@ -286,23 +289,33 @@ def _adam(
     gradient: tf.Tensor,
 ) -> list[tf.Operation]:
     """Update one variable in place, without temporaries."""
-    # Powers of 0 switch the correction off in TensorFlow's Adam.
-    power_1 = power_2 = tf.zeros([])
+    epsilon: tf.Tensor | float = settings.epsilon
     if settings.bias_correction:
-        power_1, power_2 = settings.beta_1**updates_done, settings.beta_2**updates_done
+        # m / c1 / (sqrt(v / c2) + epsilon) is sqrt(c2) / c1 * m / (sqrt(v) + sqrt(c2) * epsilon).
+        root = tf.sqrt(_one_minus_power(settings.beta_2, updates_done))
+        rate *= root / _one_minus_power(settings.beta_1, updates_done)
+        epsilon *= root
     applied = tf.raw_ops.ResourceApplyAdam(
         var=variable,
         m=handles["adam_m"],
         v=handles["adam_v"],
-        beta1_power=power_1,
-        beta2_power=power_2,
+        # Powers of 0 switch off the correction of TensorFlow's Adam, which leaves epsilon as it is.
+        beta1_power=tf.zeros([]),
+        beta2_power=tf.zeros([]),
         lr=rate,
         beta1=settings.beta_1,
         beta2=settings.beta_2,
-        epsilon=settings.epsilon,
+        epsilon=epsilon,
         grad=gradient,
     )
     return [applied]
+
+
+def _one_minus_power(base: float, exponent: tf.Tensor) -> tf.Tensor:
+    """1 - base^exponent in float32, of the base as float32 has it, without cancellation."""
+    if base == 0:
+        return tf.ones([])
+    return -tf.math.expm1(exponent * math.log(float(np.float32(base))))
 
 
 def _lion(
@@ -332,12 +345,13 @@ def _adafactor(
     gradient: tf.Tensor,
 ) -> list[tf.Operation]:
     """Update one variable (Shazeer and Stern 2018, algorithms 4 and 5)."""
-    decay = 1.0 - updates_done**_ADAFACTOR_DECAY
+    share = updates_done**_ADAFACTOR_EXPONENT
     square = tf.square(gradient) + _ADAFACTOR_FLOOR
 
     def average(slot: str, value: tf.Tensor) -> tf.Tensor:
         old = tf.raw_ops.ReadVariableOp(resource=handles[slot], dtype=value.dtype)
-        new = decay * old + (1.0 - decay) * value
+        # Not by 1 - share, in which float32 has few digits of a small share left.
+        new = old + share * (value - old)
         assigned.append(tf.raw_ops.AssignVariableOp(resource=handles[slot], value=new))
         return new
 

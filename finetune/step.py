@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from finetune.blocks import take_rows
 from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing
-from finetune.config import INPUT_NAMES, TARGET_NAMES, BertConfig, is_trained
+from finetune.config import INPUT_NAMES, TARGET_NAMES, BertConfig, has_no_gradient, is_trained
 from finetune.dropout import DropoutKey
 from finetune.layers import fresh_zeros
 from finetune.modeling import (
@@ -27,7 +27,7 @@ from finetune.optimization import (
     apply_gradients,
     create_state,
 )
-from finetune.optimizers import PLACEMENTS
+from finetune.optimizers import EXACT_OPTIMIZER, PLACEMENTS
 from finetune.ordering import run_in_order
 from finetune.precisions import (
     EXACT_PRECISION,
@@ -195,6 +195,12 @@ def make_trainer(
         if checkpointing.of_layer(index) != "none"
         for name in layer_weight_names(index)
     }
+    # The other optimizers divide a gradient by its own size, noise too; AdamW has its epsilon.
+    noise = {
+        name
+        for name in names
+        if settings.optimizer != EXACT_OPTIMIZER and has_no_gradient(name, head, config)
+    }
     replicas = 1 if strategy is None else strategy.num_replicas_in_sync
     with contextlib.nullcontext() if strategy is None else strategy.scope():
         state = create_state(
@@ -290,6 +296,10 @@ def make_trainer(
         """One replica's part of the step, on its rows of the effective batch."""
         loss, gradients = gradients_of(batch, first_row, total_weight)
         loss, *gradients = combine([loss, *gradients])
+        gradients = [
+            tf.zeros(v.shape, v.dtype) if name in noise else g
+            for name, v, g in zip(names, trained, gradients, strict=True)
+        ]
         rate, norm = apply_gradients(settings, state, trained, gradients)
         return loss, rate, norm
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,7 +23,9 @@ from tiny_models import (
 )
 
 from finetune import step as step_module
+from finetune.config import has_no_gradient, is_trained
 from finetune.modeling import create_variables
+from finetune.optimizers import OPTIMIZERS
 from finetune.step import Trainer, example_losses, make_predictor, make_trainer, pad_batch
 
 SEQ_LEN = 6
@@ -139,6 +142,27 @@ def test_pooler_under_the_squad_head_stays_as_it_is() -> None:
     assert set(before) - changed == {"bert/pooler/dense/kernel", "bert/pooler/dense/bias"}
     moments = trainer.state.variables
     assert len(moments) == 2 * (len(before) - 2)
+
+
+@pytest.mark.parametrize("head", ["squad", "classifier"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_rounding_noise_in_place_of_a_gradient_moves_nothing(optimizer: str, head: str) -> None:
+    """What divides a gradient by its own size would move a weight at the full rate for it."""
+    settings = dataclasses.replace(SETTINGS, optimizer=optimizer, num_warmup_steps=0)
+    trainer = tiny_trainer(head, SEQ_LEN, settings=settings)
+    before = values_of(trainer)
+    with eagerly():
+        for seed in range(3):
+            trainer.step(random_batch(5, SEQ_LEN, seed=seed))
+    moved = {name: np.abs(value - before[name]).max() for name, value in values_of(trainer).items()}
+    still = [name for name in moved if has_no_gradient(name, head, CONFIG)]
+    assert len(still) == {"squad": 4, "classifier": 2}[head]
+    for name, distance in moved.items():
+        if name in still:
+            # AdamW's epsilon, 1e-6, is large beside the noise.
+            assert distance <= (1e-2 * SETTINGS.learning_rate if optimizer == "adamw" else 0), name
+        elif is_trained(name, head):
+            assert distance >= 0.1 * SETTINGS.learning_rate, name
 
 
 def test_dropout_changes_from_step_to_step_and_with_the_seed() -> None:
