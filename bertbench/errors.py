@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 
@@ -41,3 +42,25 @@ class SteppedDownError(WorkError):
         """Say what is tried next, and where the run is."""
         super().__init__(message)
         self.output_dir = output_dir
+
+
+_MORE_FILES = "allow more open files (`ulimit -n`)"
+_HINTS = {
+    errno.EMFILE: _MORE_FILES,
+    errno.ENFILE: _MORE_FILES,
+    errno.EAGAIN: "allow more processes (`ulimit -u`, or pids.max of the control group)",
+    errno.ENOMEM: "free memory of this machine",
+}
+
+
+def describe_system_error(error: Exception) -> str:
+    """Say in one line what the system has refused, and what to do."""
+    if isinstance(error, MemoryError):
+        return f"out of host memory ({error}); {_HINTS[errno.ENOMEM]}"
+    if not isinstance(error, OSError):  # a thread
+        return f"{error}; {_HINTS[errno.EAGAIN]}"
+    where = "" if error.filename is None else f"{error.filename}: "
+    hint = _HINTS.get(error.errno or 0, "choose another place, or make room there")
+    if error.errno == errno.ENOENT and error.filename is None:
+        hint = "change to a folder that is there"
+    return f"{where}{error.strerror or error}; {hint}"

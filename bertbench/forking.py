@@ -18,7 +18,7 @@ from typing import IO
 
 from bertbench.errors import WorkError
 from bertbench.fork_server import NUMBER, READY, Descriptors, Request
-from bertbench.progress import say
+from bertbench.terminal import say
 
 START_SECONDS = 600.0
 """Longest time in which a server imports TensorFlow, be it from a slow disk."""

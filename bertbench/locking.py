@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bertbench.devices import Device
 from bertbench.ledger_file import state_folder
-from bertbench.progress import say
+from bertbench.terminal import say
 from finetune.errors import InputError
 
 LOCKS_VARIABLE = "BERTBENCH_LOCKS"

@@ -1,4 +1,4 @@
-"""TensorFlow's start-up chatter, kept off the user's terminal unless something goes wrong."""
+"""TensorFlow's start-up chatter, kept off the user's terminal unless something fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def muted_stderr() -> Iterator[None]:
         os.dup2(held.fileno(), descriptor)
         try:
             yield
-        except BaseException:
+        except Exception:  # and not an interruption, of which nothing is to be learnt
             held.seek(0)
             os.write(saved, held.read())
             raise

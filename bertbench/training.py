@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 
 from bertbench.errors import NotFiniteError, OutOfMemoryError, StoppedEarlyError, WorkError
+from bertbench.interruption import interruptible
 from bertbench.outcomes import memory_ran_out, summarise_error
 from bertbench.planner import describe_setting
 from bertbench.progress import progress, say
@@ -39,30 +38,6 @@ class Scorer:
     score: Callable[[OnProgress], Mapping[str, float]]
     metric: str
     greater_is_better: bool = True
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a question that the work asks between steps.
-
-    Yields:
-        A function that says whether to stop. A second Ctrl-C interrupts at once.
-    """
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        say("stopping after this step; once more to stop at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def train_model(

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from bertbench.cli.common import CONTEXT, GO_ON_VARIABLE
-from bertbench.errors import SteppedDownError, StoppedEarlyError, WorkError
+from bertbench.errors import (
+    SteppedDownError,
+    StoppedEarlyError,
+    WorkError,
+    describe_system_error,
+)
+from bertbench.interruption import EXIT_CODE, end_quietly, handle_signals, was_interrupted
+from bertbench.standard_streams import give_up_stdout, prepare_standard_streams
 from bertbench.terminal import clean_warnings, say
 from finetune.errors import InputError
 
@@ -83,40 +91,70 @@ def main(arguments: list[str] | None = None) -> Any:
     Exits with code 0 on success, 2 for wrong input, 1 for work that failed, 130 when interrupted.
 
     Args:
-        arguments: None takes those of the process, which is then replaced by a fresh one where a
-            run has to go on in one.
+        arguments: None takes those of the process, which is there for this command alone: its
+            streams and signals are set up, and it is replaced by a fresh one where a run has to go
+            on in one.
     """
-    environment = dict(os.environ)
     clean_warnings()
+    if arguments is None:
+        prepare_standard_streams()
+        handle_signals()
+    code = EXIT_CODE
+    with contextlib.suppress(KeyboardInterrupt):  # it comes while the command's end is told
+        code = _flush(_run(arguments, dict(os.environ)))
+    if arguments is None:
+        end_quietly(code)
+    sys.exit(code)
+
+
+def _run(arguments: list[str] | None, environment: dict[str, str]) -> int:
+    """Run the command and say how it ended; return the exit code."""
     try:
         cli.main(args=arguments, prog_name="bertbench", standalone_mode=False)
     except click.exceptions.Exit as finished:
-        sys.exit(finished.exit_code)
+        return finished.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         say(error.format_message())
-        sys.exit(2)
+        return 2
     except click.ClickException as error:
-        _fail(error.format_message(), 2)
+        return _fail(error.format_message(), 2)
     except InputError as error:
-        _fail(str(error), 2)
+        return _fail(str(error), 2)
     except SteppedDownError as error:
         if arguments is not None or not _is_own_process():
-            _fail(f"{error}: the same command goes on", 1)
-        _go_on(error, environment)
+            return _fail(f"{error}: the same command goes on", 1)
+        return _go_on(error, environment)
     except StoppedEarlyError as error:
-        _fail(str(error), 130)
+        return _fail(str(error), EXIT_CODE)
     except WorkError as error:
-        _fail(str(error), 1)
+        return _fail(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted", 130)
+        return _fail("interrupted", EXIT_CODE)
     except BrokenPipeError:
         # The reader of a pipe has gone, as in `bertbench plan | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        give_up_stdout()
+        return 1
     except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
-        _fail(f"{where}{error.strerror or error}; choose another place, or make room there", 1)
-    sys.exit(0)
+        return _fail(describe_system_error(error), 1)
+    except Exception as error:
+        if was_interrupted():  # whatever the interruption became on its way through a library
+            return _fail("interrupted", EXIT_CODE)
+        if not isinstance(error, MemoryError) and "can't start new thread" not in str(error):
+            raise
+        return _fail(describe_system_error(error), 1)
+    return 0
+
+
+def _flush(code: int) -> int:
+    """Write what is left to write; say if that fails, and nothing else has."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        give_up_stdout()
+        if not code and not isinstance(error, BrokenPipeError):
+            _fail(f"standard output: {describe_system_error(error)}", 1)
+        return code or 1
+    return code
 
 
 def _is_own_process() -> bool:
@@ -125,7 +163,7 @@ def _is_own_process() -> bool:
     return bool(own) and sys.orig_argv[-len(own) :] == own
 
 
-def _go_on(error: SteppedDownError, environment: dict[str, str]) -> NoReturn:
+def _go_on(error: SteppedDownError, environment: dict[str, str]) -> int:
     """Become a fresh process that runs the same command, in the same output folder."""
     say(f"bertbench: {error}")
     sys.stdout.flush()
@@ -133,10 +171,10 @@ def _go_on(error: SteppedDownError, environment: dict[str, str]) -> NoReturn:
     try:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     except OSError as failure:
-        _fail(f"cannot begin again ({failure.strerror}): the same command goes on", 1)
+        return _fail(f"cannot begin again ({failure.strerror}): the same command goes on", 1)
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _fail(message: str, code: int) -> int:
     line = " ".join(message.split())
     say(f"bertbench: {line}")
-    sys.exit(code)
+    return code

@@ -1,0 +1,209 @@
+"""Signals: what is asked is saved, what is interrupted ends, and nobody sees a traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from finetune.demo_data import demo_files
+
+# A command in place of the real ones: it says that it begins, and how it ended.
+SCRIPT = """
+import sys, time
+import bertbench.cli as cli
+from bertbench.errors import StoppedEarlyError
+from bertbench.interruption import interruptible
+from bertbench.terminal import say
+
+def training():
+    with interruptible() as should_stop:
+        say("ready")
+        while not should_stop():
+            time.sleep(0.01)
+        time.sleep(0.5)  # it saves
+    print("saved", flush=True)
+    raise StoppedEarlyError("stopped; saved")
+
+def stubborn():
+    "It takes an interruption for something else, or is deaf."
+    with interruptible():
+        try:
+            say("ready")
+            time.sleep(600)
+        except KeyboardInterrupt:
+            raise ValueError("a library does not know what happened")
+
+def deaf():
+    try:
+        say("ready")
+        time.sleep(600)
+    except KeyboardInterrupt:
+        say("deaf")
+        time.sleep(600)
+
+class Unraisable:
+    def __del__(self):
+        say("ready")
+        time.sleep(600)
+
+def swallowing():
+    thing = Unraisable()
+    del thing
+    time.sleep(600)
+
+def slow_to_tidy_up():
+    try:
+        say("ready")
+        time.sleep(600)
+    finally:
+        time.sleep(0.5)
+        print("tidied up", flush=True)
+
+def plain():
+    say("ready")
+    time.sleep(600)
+
+work = globals()[sys.argv[1]]
+cli.cli.main = lambda **options: work()
+cli.main()
+"""
+
+INT, TERM, HUP, XCPU = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU
+
+
+def start(work: str, **options: object) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, work],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,  # type: ignore[call-overload]
+    )
+    assert process.stderr.readline() == "ready\n"
+    return process
+
+
+def end(process: subprocess.Popen[str], signals: list[int]) -> tuple[str, list[str]]:
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.02)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    return output, errors.splitlines()
+
+
+@pytest.mark.parametrize("signals", [[INT], [TERM], [HUP], [XCPU], [HUP, HUP, TERM], [TERM] * 5])
+def test_a_training_that_is_asked_saves(signals: list[int]) -> None:
+    """A closed terminal and a batch system send several signals."""
+    output, errors = end(start("training"), signals)
+    assert output == "saved\n"
+    assert errors == [
+        "stopping after this step; Ctrl-C once more to stop at once",
+        "bertbench: stopped; saved",
+    ]
+
+
+@pytest.mark.parametrize("signals", [[INT, INT], [INT] * 5, [TERM, INT, INT], [INT] * 20])
+def test_a_second_ctrl_c_interrupts_at_once(signals: list[int]) -> None:
+    output, errors = end(start("training"), signals)
+    assert output == ""
+    assert errors[-1] == "bertbench: interrupted"
+
+
+@pytest.mark.parametrize("signals", [[INT], [INT] * 5, [TERM], [HUP, TERM, INT]])
+@pytest.mark.parametrize("work", ["plain", "slow_to_tidy_up", "swallowing"])
+def test_other_work_is_interrupted_once(work: str, signals: list[int]) -> None:
+    output, errors = end(start(work), signals)
+    assert output == ("tidied up\n" if work == "slow_to_tidy_up" else "")
+    assert errors[-1] == "bertbench: interrupted"
+
+
+def test_what_an_interruption_becomes_in_a_library_is_no_traceback() -> None:
+    _, errors = end(start("stubborn"), [INT, INT])
+    assert errors[-1] == "bertbench: interrupted"
+
+
+def test_work_that_does_not_end_is_ended() -> None:
+    process = start("deaf")
+    process.send_signal(INT)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "deaf\n"
+    time.sleep(2.5)
+    end(process, [INT])
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    process = start("plain", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(HUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    end(process, [TERM])
+
+
+def test_a_terminal_that_is_gone_does_not_keep_from_saving() -> None:
+    """Everything that is said to it fails, also in the handler."""
+    master, terminal = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, "training"],
+        stdin=terminal, stdout=subprocess.PIPE, stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
+    )  # fmt: skip
+    os.close(terminal)
+    assert b"ready" in os.read(master, 100)
+    os.close(master)
+    output, _ = process.communicate(timeout=60)
+    assert (output, process.returncode) == (b"saved\n", 130)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A place for temporary files, in which nothing is to be left."""
+    path = tmp_path / "temporary"
+    path.mkdir()
+    monkeypatch.setenv("TMPDIR", str(path))
+    yield path
+    assert not list(path.iterdir())
+
+
+def command(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "bertbench", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 1.0, 3.0, 8.0])
+@pytest.mark.parametrize("verb", ["run", "probe"])
+def test_five_quick_ctrl_c_at_any_time(
+    verb: str, seconds: float, place: Path, tmp_path: Path
+) -> None:
+    """Also while Python starts, TensorFlow is imported, and a step runs."""
+    if verb == "run":
+        process = command(
+            "run", "squad", "--train_file", demo_files().squad_train, "--demo", "--memory", "1GiB",
+            "--output_dir", tmp_path / "out", "--num_train_epochs", 400,
+        )  # fmt: skip
+    else:
+        process = command("probe", "--models", "bert-tiny", "--seq-lens", 64,
+                          "--ledger", tmp_path / "ledger.sqlite")  # fmt: skip
+    time.sleep(seconds)
+    children = psutil.Process(process.pid).children(recursive=True)
+    for _ in range(5):
+        process.send_signal(INT)
+        time.sleep(0.05)
+    output, errors = process.communicate(timeout=200)
+    if seconds > 0.2:
+        assert "Traceback" not in output + errors
+        assert process.returncode == 130
+    psutil.wait_procs(children, timeout=20)
+    assert not any(child.is_running() for child in children)
