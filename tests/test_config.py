@@ -71,6 +71,8 @@ def test_both_families(tmp_path: Path) -> None:
         ({"architectures": ["BertModel"]}, "gelu", "gelu_erf"),
         ({"model_type": "bert"}, "gelu_new", "gelu_tanh"),
         ({"model_type": "bert"}, "gelu_pytorch_tanh", "gelu_tanh"),
+        ({"model_type": "bert"}, "gelu_fast", "gelu_tanh"),
+        ({"model_type": "bert"}, "gelu_python", "gelu_erf"),
         ({"model_type": "bert"}, "relu", "relu"),
         ({}, "relu", "relu"),
         ({}, None, "gelu_tanh"),  # not in the file
@@ -139,13 +141,54 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"layer_norm_eps": None}, "layer_norm_eps must be"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be"),
         ({"model_type": "roberta"}, "model_type is 'roberta', not 'bert'"),
-        ({"position_embedding_type": "relative_key"}, "only absolute position embeddings"),
+        ({"position_embedding_type": "relative_key"}, "'relative_key', and only absolute position"),
+        ({"is_decoder": True}, "is_decoder is True, which BERT's encoder does not have"),
+        ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder is True"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads is"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ({"feed_forward_type": "geglu"}, "feed_forward_type is 'geglu'"),
+        ({"embedding_size": 128}, "embedding_size is not hidden_size"),
+        ({"auto_map": {"AutoModel": "modeling.Mine"}}, "auto_map names code of its own for AutoM"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported"),
+        ({"classifier_dropout": 1.5}, r"classifier_dropout must be in \[0, 1\)"),
     ],
 )
 def test_values_that_make_no_model(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "config.json", {**ORIGINAL, **change})
     with pytest.raises(InputError, match=rf"config\.json: .*{message}"):
         from_json_file(path)
+
+
+def test_keys_that_change_nothing_are_silent_and_others_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    harmless = {
+        "is_decoder": False, "add_cross_attention": False, "chunk_size_feed_forward": 64,
+        "pruned_heads": {}, "torch_dtype": "float16", "dtype": "bfloat16", "use_cache": True,
+        "tie_word_embeddings": True, "gradient_checkpointing": False, "bos_token_id": None,
+        "id2label": {"0": "LABEL_0"}, "_name_or_path": "x", "_commit_hash": "x",
+        "pooler_type": "first_token_transform", "directionality": "bidi", "initializer_range": 0.1,
+        "auto_map": None, "classifier_dropout": None, "problem_type": None,
+    }  # fmt: skip
+    path = write(tmp_path / "config.json", {**HUGGING_FACE, **harmless})
+    expected = BertConfig(hidden_act="gelu_erf", initializer_range=0.1)
+    assert from_json_file(path) == expected
+    assert caplog.text == ""
+    write(path, {**HUGGING_FACE, "attention_window": 5, "alpha": 1})
+    from_json_file(path)
+    assert f"{path}: not used: alpha, attention_window" in caplog.text
+
+
+def test_a_classifiers_own_dropout_rate(tmp_path: Path) -> None:
+    config = from_json_file(write(tmp_path / "config.json", {**ORIGINAL, "classifier_dropout": 0}))
+    assert config.classifier_dropout == 0
+    path = tmp_path / "again.json"
+    path.write_text(to_original_json(config))
+    assert from_json_file(path) == config
+    assert config.without_dropout() == BertConfig().without_dropout()
+    # Where none is set, nothing is written: names in ledgers and records stay as they were.
+    assert "classifier_dropout" not in BertConfig().values()
 
 
 # Counted by hand for hidden size h, l layers, v words, feed-forward 4h:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -278,6 +279,69 @@ def test_too_few_layers_in_the_checkpoint(tmp_path: Path) -> None:
     assert "has no bert/encoder/layer_1/" in message_of(model(), tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["tf", "safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert/encoder/layer_2/output/dense/bias",
+        "bert/encoder/layer_0/attention/self/distance_embedding/kernel",
+        "bert/encoder/layer_0/crossattention/self/query/kernel",
+        "bert/embeddings/segment_embeddings",
+    ],
+)
+def test_what_the_configuration_has_no_place_for(tmp_path: Path, kind: str, name: str) -> None:
+    """More layers, relative positions, a decoder's attention: without them it is another model."""
+    values = {**random_values("squad"), name: np.zeros((2, 2), np.float32)}
+    if kind == "tf":
+        save_tf(tmp_path, values)
+    else:
+        save_safetensors(tmp_path, hugging_face_arrays(values))
+    message = message_of(model(), tmp_path)
+    assert f"the checkpoint has {name}, for which the configuration has no place" in message
+
+
+def test_what_is_no_weight_needs_no_place(tmp_path: Path) -> None:
+    values = random_values("squad")
+    arrays = hugging_face_arrays(values)
+    arrays["bert.embeddings.position_ids"] = np.arange(16)[None]
+    arrays["bert.embeddings.token_type_ids"] = np.zeros((1, 16), np.int64)
+    arrays["cls.predictions.transform.dense.weight"] = np.zeros((8, 8), np.float32)
+    save_safetensors(tmp_path, arrays)
+    variables = model()
+    load_weights(variables, tmp_path)
+    assert_values(variables, values)
+
+
+def test_weights_of_another_model(tmp_path: Path) -> None:
+    arrays = {f"roberta.{n}": v for n, v in hugging_face_arrays(random_values("squad"), "").items()}
+    save_safetensors(tmp_path, arrays)
+    assert "no weights of BERT in it, but bert/roberta/" in message_of(model(), tmp_path)
+
+
+def test_a_head_that_is_not_wanted(tmp_path: Path) -> None:
+    values = random_values("squad")
+    save_safetensors(tmp_path, hugging_face_arrays(values))
+    variables = model()
+    before = {name: variables[name].numpy() for name in SQUAD_HEAD}
+    report = load_weights(variables, tmp_path, with_head=False)
+    assert report.initialised == SQUAD_HEAD
+    assert_values(variables, {**values, **before})
+
+
+def test_several_files_with_an_index(tmp_path: Path) -> None:
+    values = random_values("squad")
+    arrays = hugging_face_arrays(values)
+    places = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(arrays)}
+    for file in set(places.values()):
+        save_file({n: v for n, v in arrays.items() if places[n] == file}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    for path in (tmp_path, index):
+        variables = model()
+        assert load_weights(variables, path).source == index
+        assert_values(variables, values)
+
+
 @pytest.mark.parametrize("size", [0, 7, 100, -40])
 def test_truncated_safetensors(tmp_path: Path, size: int) -> None:
     path = save_safetensors(tmp_path, hugging_face_arrays(random_values("squad")))
@@ -312,6 +376,19 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     message = message_of(model(), tmp_path)
     assert "pickles are never loaded" in message
     assert "model.safetensors" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pytorch_model.bin.index.json", "pickles are never loaded"),
+        ("tf_model.h5", "only tf_model.h5 is there, which is not read"),
+        ("adapter_model.safetensors", "only adapter_model.safetensors is there, which is not"),
+    ],
+)
+def test_other_formats_are_named(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    assert words in message_of(model(), tmp_path)
 
 
 def test_nothing_there(tmp_path: Path) -> None:
