@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bertbench.cost import Rates, predict_step_seconds
-from bertbench.devices import Device
+from bertbench.devices import Budget, Device
 from bertbench.fitting import Room, has_trace, least_peak_bytes
-from bertbench.ledger import LedgerRow, read_device_rows, versions_key
+from bertbench.ledger import LedgerRow, read_device_rows, record, versions_key
 from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.limit import verdicts
 from bertbench.progress import say
-from bertbench.trial import Trial
+from bertbench.trial import Trial, out_of_memory_in_run
 from bertbench.workload import Levers, Workload, levers_from_json, workload_from_key
 from finetune.errors import InputError
 
@@ -83,6 +83,15 @@ class Experience:
         share = 0.0 if high <= low else math.log(micro_batch / low) / math.log(high / low)
         return predicted_seconds * (first + share * (second - first))
 
+    def failures(self) -> Experience:
+        """What has run out of memory alone: of a device that others use too, all that holds."""
+        return Experience(
+            outcomes={
+                setting: dataclasses.replace(seen, fits_bytes=frozenset())
+                for setting, seen in self.outcomes.items()
+            }
+        )
+
     def fits(self, levers: Levers, micro_batch: int, budget_bytes: int) -> bool | None:
         """Whether trials have shown that a setting fits, or that it does not; None if neither.
 
@@ -98,6 +107,31 @@ class Experience:
         if any(budget_bytes >= _CLEARLY_MORE * size for size in seen.fits_bytes):
             return True
         return None
+
+
+def note_out_of_memory(
+    budget: Budget, workload: Workload, levers: Levers, micro_batch: int, message: str
+) -> None:
+    """Write into the user's ledger that a run's step ran out of memory, as evidence for plans.
+
+    Of several devices nothing is written: what each of them holds is more than one alone would.
+    Where the ledger cannot be written, one line says so.
+
+    Args:
+        budget: that the step ran under.
+        workload: what is trained.
+        levers: lever settings.
+        micro_batch: examples.
+        message: what happened.
+    """
+    if budget.device.replicas > 1:
+        return
+    trial = out_of_memory_in_run(micro_batch, message)
+    try:
+        with open_ledger() as ledger:
+            record(ledger, budget, versions_key(), workload, levers, trial)
+    except InputError as error:
+        say(f"warning: {error}; other plans do not learn of it")
 
 
 def experience_of(
@@ -140,7 +174,7 @@ def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: 
     """
     factors, errors = [], []
     of_workload: list[tuple[int, float]] = []
-    fresh: dict[tuple[Levers, int], list[Trial]] = {}  # by levers and budget
+    evidence: dict[tuple[Levers, int], list[Trial]] = {}  # by levers and budget
     for row in rows:
         trial = row.trial
         try:
@@ -156,24 +190,26 @@ def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: 
         if trial.peak_bytes is not None and has_trace(tried, levers, device_kind):
             room = Room(device_kind, row.budget_bytes)
             errors.append(trial.peak_bytes / least_peak_bytes(tried, levers, trial.batch, room) - 1)
-        if trial.fresh and tried.key() == workload.key():
-            fresh.setdefault((levers, row.budget_bytes), []).append(trial)
+        if (trial.fresh or trial.of_run) and tried.key() == workload.key():
+            # For a plan a run's step is worth as much as a trial: the newer of them counts.
+            alike = dataclasses.replace(trial, fresh=True, message="")
+            evidence.setdefault((levers, row.budget_bytes), []).append(alike)
     enough = len(factors) >= _LEAST_TRIALS
     return Experience(
         time_factor=statistics.median(factors) if enough else 1.0,
         trials=len(factors) if enough else 0,
         curve=() if device_kind == "cpu" else _curve(of_workload),
         margin=max(0.0, *errors) + _LEAST_MARGIN if len(errors) >= 2 * _LEAST_TRIALS else None,
-        outcomes=_outcomes(fresh),
+        outcomes=_outcomes(evidence),
     )
 
 
 def _outcomes(
-    fresh: Mapping[tuple[Levers, int], Sequence[Trial]],
+    evidence: Mapping[tuple[Levers, int], Sequence[Trial]],
 ) -> dict[tuple[Levers, int], Outcomes]:
     """Put what was seen under several budgets together."""
     outcomes: dict[tuple[Levers, int], Outcomes] = {}
-    for (levers, budget_bytes), trials in fresh.items():
+    for (levers, budget_bytes), trials in evidence.items():
         for batch, trial in verdicts(trials).items():
             seen = outcomes.get((levers, batch), Outcomes())
             if trial.outcome == "oom":

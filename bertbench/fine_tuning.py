@@ -118,7 +118,7 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
         )
     say(f"train: {job.num_examples} examples, {steps} steps of {settings.train_batch_size}")
     micro_batch, levers = choose_levers(job.workload, settings, budget)
-    micro_batch, levers = follow(settings, budget, micro_batch, levers)
+    micro_batch, levers = follow(job.workload, settings, budget, micro_batch, levers)
     strategy = open_device(budget)
     variables = _create(settings, job.workload, strategy)
     if files.init_checkpoint is not None:

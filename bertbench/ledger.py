@@ -110,7 +110,8 @@ def find(
 ) -> list[Trial]:
     """Trials that answer a question, in the order of recording.
 
-    Failed trials are left out: they say nothing about the batch, so they are to be repeated.
+    Failed trials are left out: they say nothing about the batch, so they are to be repeated. So are
+    the steps of runs, which are evidence for plans alone.
     """
     keys = (workload.key(), levers.key(), budget.key(), versions)
     with explained(ledger):
@@ -119,7 +120,7 @@ def find(
             "AND budget_key = ? AND versions_key = ? AND outcome IN ('fits', 'oom') ORDER BY id",
             keys,
         ).fetchall()
-    return [_trial(row) for row in rows]
+    return [trial for row in rows if not (trial := _trial(row)).of_run]
 
 
 def record_allocations(

@@ -80,10 +80,13 @@ def verdicts(trials: Iterable[Trial]) -> dict[int, Trial]:
     """Return the trial that counts for each batch.
 
     What a fresh process says of a batch is better than what a used one says; of two alike the
-    newer counts, for what was wrong is measured again.
+    newer counts, for what was wrong is measured again. A run's steps do not count: a run holds more
+    than a trial, and goes on to something else where a search would have tried again.
     """
     counted: dict[int, Trial] = {}
     for trial in trials:
+        if trial.of_run:
+            continue
         before = counted.get(trial.batch)
         if trial.outcome != "failed" and (before is None or trial.fresh or not before.fresh):
             counted[trial.batch] = trial

@@ -142,6 +142,7 @@ def make_plan(
     spare_bytes: int = 0,
     replicas: int = 1,
     experience: Experience | None = None,
+    below_bytes: int | None = None,
 ) -> Plan:
     """Choose the fastest setting that is predicted to fit.
 
@@ -164,6 +165,8 @@ def make_plan(
         replicas: devices that share the effective batch; each has its part of it, and the last
             may have padding.
         experience: what trials have shown of the workload on the device; none by default.
+        below_bytes: only what is predicted to need less than this is chosen, as where a setting
+            that needs so much has run out of memory.
 
     Returns:
         The plan.
@@ -180,6 +183,8 @@ def make_plan(
     def choose(allowed: Sequence[Levers]) -> _Found | None:
         settings = all_settings(workload, policies, allowed)
         candidates = _candidates(workload, settings, share, rates, room, experience)
+        if below_bytes is not None:
+            candidates = [one for one in candidates if one.peak_bytes < below_bytes]
         return _choose(candidates, room, experience)
 
     found = choose(allowed)
@@ -278,7 +283,7 @@ def _choose(candidates: Sequence[_Candidate], room: Room, experience: Experience
         with_margin = f" with a margin of {margin:.0%}" if margin else ""
         why = f"needs {format_bytes(candidate.peak_bytes)}, "
         if known is False:
-            why = "ran out of memory in a trial"
+            why = "ran out of memory before"
         elif missing_bytes > 0:
             why += f"{format_bytes(missing_bytes)} too much{with_margin}"
         else:
@@ -339,7 +344,7 @@ def _nothing_fits(
     if needed <= available:
         return InputError(
             f"every setting of {workload.model} at sequence length {workload.seq_len} that should "
-            f"fit in {format_bytes(available)} ran out of memory in a trial",
+            f"fit in {format_bytes(available)} ran out of memory before",
             hint=hint,
         )
     return InputError(

@@ -225,7 +225,7 @@ def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> 
         return micro_batch, dataclasses.replace(
             settings.allowed[0], checkpointing=policy, accumulation_steps=steps
         )
-    plan = plan_run(workload, settings, budget, budget.budget_bytes)
+    plan = plan_run(workload, settings, budget)
     say(
         f"plan: {describe_entry(plan.chosen)}, predicted peak "
         f"{format_bytes(plan.chosen.footprint.peak_bytes)} of {format_bytes(budget.budget_bytes)}"
@@ -237,8 +237,8 @@ def plan_run(
     workload: Workload,
     settings: RunSettings,
     budget: Budget,
-    budget_bytes: int,
     experience: Experience | None = None,
+    below_bytes: int | None = None,
 ) -> Plan:
     """Plan what the settings leave open.
 
@@ -246,8 +246,8 @@ def plan_run(
         workload: what is trained.
         settings: what is asked for.
         budget: the device.
-        budget_bytes: what the allocator may use, no more than the budget.
         experience: of the workload on the device; None asks the user's ledger.
+        below_bytes: see `bertbench.planner.make_plan`.
 
     Raises:
         InputError: nothing fits.
@@ -258,7 +258,7 @@ def plan_run(
     return make_plan(
         workload,
         settings.train_batch_size,
-        budget_bytes,
+        budget.budget_bytes,
         rates,
         device=budget.device.name,
         device_kind=budget.device.kind,
@@ -267,6 +267,7 @@ def plan_run(
         host_if_needed=not settings.insist_placement,
         replicas=budget.device.replicas,
         experience=experience,
+        below_bytes=below_bytes,
     )
 
 

@@ -2,8 +2,9 @@
 
 A prediction may be wrong, and another process may take memory of the same device. The run then
 notes in `run.json` what did not fit and what is tried next, and begins again in a fresh process,
-because memory is in pieces after such an error. Whatever chooses the same setting again under the
-same budget, there or in a later run of the same command, is led to the next one.
+because memory is in pieces after such an error. Whatever chooses a setting again under the same
+budget that needs as much, there or in a later run of the same command, is led to the next one. The
+user's ledger learns of it too, so that plans for other folders do not choose it either.
 
 This module does not import TensorFlow.
 """
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bertbench.bytes import format_bytes
+from bertbench.cost import device_rates
 from bertbench.devices import Budget
 from bertbench.errors import OutOfMemoryError, SteppedDownError, WorkError
-from bertbench.experience import Experience
+from bertbench.experience import experience_of, note_out_of_memory
 from bertbench.fitting import Room, least_peak_bytes
 from bertbench.output_folder import add_step_down, recorded_steps_down
 from bertbench.planner import PlanEntry, describe_setting
@@ -28,8 +30,11 @@ from bertbench.workload import MOST_BATCH, Levers, Workload, levers_from_json
 from finetune.errors import InputError
 from finetune.json_files import MOST_WHOLE, get_whole
 
-_NEXT_SHARE = 0.9
-"""Predicted peak of the next plan, at most, as a part of that of the one that did not fit."""
+_LESS_EACH_TIME = 0.01
+_MOST_LESS = 0.1
+"""How much less, as a part, the next plan is predicted to need: after the first out-of-memory any
+bit less, after the second this much, after each one more twice as much up to the most. Where
+nothing needs so much less, any bit less again."""
 
 _SAME_BUDGET = 1.05
 """A budget larger by more than this is worth another try of what did not fit."""
@@ -97,11 +102,12 @@ def step_down_from_json(values: dict[str, Any]) -> StepDown:
 
 
 def follow(
-    settings: RunSettings, budget: Budget, micro_batch: int, levers: Levers
+    workload: Workload, settings: RunSettings, budget: Budget, micro_batch: int, levers: Levers
 ) -> tuple[int, Levers]:
-    """Replace a setting that the run in the output folder could not go on with.
+    """Replace a setting that needs as much as one that the run could not go on with.
 
     Args:
+        workload: what is trained.
         settings: name the folder.
         budget: of now.
         micro_batch: of what has been chosen.
@@ -116,31 +122,42 @@ def follow(
     if settings.overwrite or settings.micro_batch is not None:
         return micro_batch, levers
     chosen = micro_batch, levers
-    for values in recorded_steps_down(settings.output_dir):
-        try:
-            down = step_down_from_json(values)
-        except InputError as error:
-            raise InputError(
-                f"not the record of a run ({error})",
-                path=settings.output_dir,
-                hint="choose another --output_dir, or --overwrite_output_dir to start again",
-            ) from error
-        same = (down.micro_batch, down.levers) == (micro_batch, levers)
-        if same and _applies(down, settings, budget):
-            micro_batch, levers = down.next_micro_batch, down.next_levers
+    room = _room(budget)
+    for down in _steps_down(settings):
+        if _applies(down, levers, settings, budget):
+            failed_bytes = least_peak_bytes(workload, down.levers, down.micro_batch, room)
+            if least_peak_bytes(workload, levers, micro_batch, room) >= failed_bytes:
+                micro_batch, levers = down.next_micro_batch, down.next_levers
     if (micro_batch, levers) != chosen:
         say(
-            f"{describe_setting(*chosen)} ran out of memory before: going on with "
-            f"{describe_setting(micro_batch, levers)}"
+            f"{describe_setting(*chosen)}, or what needs no more, ran out of memory before: going "
+            f"on with {describe_setting(micro_batch, levers)}"
         )
     return micro_batch, levers
 
 
-def _applies(down: StepDown, settings: RunSettings, budget: Budget) -> bool:
+def _steps_down(settings: RunSettings) -> list[StepDown]:
+    """What the run in the output folder could not go on with, in the order of time.
+
+    Raises:
+        InputError: the folder's record cannot be read.
+    """
+    try:
+        return [step_down_from_json(one) for one in recorded_steps_down(settings.output_dir)]
+    except InputError as error:
+        raise InputError(
+            f"not the record of a run ({error})",
+            path=settings.output_dir,
+            hint="choose another --output_dir, or --overwrite_output_dir to start again",
+        ) from error
+
+
+def _applies(down: StepDown, levers: Levers, settings: RunSettings, budget: Budget) -> bool:
     """Whether nothing has changed that is worth another try, or that forbids what came next."""
     return (
         budget.device.name == down.device
         and budget.budget_bytes <= _SAME_BUDGET * down.budget_bytes
+        and levers.inexact == down.levers.inexact
         and settings.checkpointing in (None, down.next_levers.checkpointing)
         and (not settings.insist_placement or down.next_levers.placement == down.levers.placement)
     )
@@ -154,7 +171,7 @@ def step_down(
     levers: Levers,
     error: OutOfMemoryError,
 ) -> NoReturn:
-    """Note in the run's record what is tried next.
+    """Note in the run's record what is tried next, and in the user's ledger what did not fit.
 
     Args:
         workload: what is trained.
@@ -168,6 +185,7 @@ def step_down(
         SteppedDownError: always, unless
         WorkError: the user insists on the micro-batch, or nothing needs less.
     """
+    note_out_of_memory(budget, workload, levers, micro_batch, str(error))
     if settings.micro_batch is not None:
         raise WorkError(
             f"{error}; step {error.step} is saved: give a smaller --micro_batch, or none, and the "
@@ -176,8 +194,8 @@ def step_down(
     after = _next_plan(workload, settings, budget, micro_batch, levers)
     if after is None:
         raise WorkError(
-            f"{error}, and no setting needs a tenth less; step {error.step} is saved: with more "
-            "memory the same command goes on"
+            f"{error}, and no setting needs less; step {error.step} is saved: with more memory the "
+            "same command goes on"
         ) from error
     down = StepDown(
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -202,15 +220,21 @@ def step_down(
 def _next_plan(
     workload: Workload, settings: RunSettings, budget: Budget, micro_batch: int, levers: Levers
 ) -> PlanEntry | None:
-    device = budget.device
-    room = Room(device.kind, budget.budget_bytes, replicas=device.replicas)
-    peak_bytes = least_peak_bytes(workload, levers, micro_batch, room)
-    most_bytes = min(budget.budget_bytes, int(_NEXT_SHARE * peak_bytes))
+    """The fastest setting that needs less and is not known to fail; None if there is none."""
     # The update must stay the same one, so only the levers that do not change it are free.
     kept = dataclasses.replace(settings, allowed=(levers,))
-    try:
-        # By prediction alone: what trials have shown is of a device that nobody else used.
-        plan = plan_run(workload, kept, budget, most_bytes, Experience())
-    except InputError:
-        return None
-    return plan.chosen
+    # What has fitted in a trial was on a device that nobody else used; what has failed may again.
+    known = experience_of(budget.device, workload, device_rates(budget.device)).failures()
+    failed_bytes = least_peak_bytes(workload, levers, micro_batch, _room(budget))
+    before = [one for one in _steps_down(settings) if _applies(one, levers, settings, budget)]
+    less = min(_LESS_EACH_TIME * 2 ** (len(before) - 1), _MOST_LESS) if before else 0.0
+    for most_bytes in dict.fromkeys((int((1 - less) * failed_bytes), failed_bytes)):
+        try:
+            return plan_run(workload, kept, budget, known, below_bytes=most_bytes).chosen
+        except InputError:
+            continue
+    return None
+
+
+def _room(budget: Budget) -> Room:
+    return Room(budget.device.kind, budget.budget_bytes, replicas=budget.device.replicas)

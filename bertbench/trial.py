@@ -39,6 +39,10 @@ TIMEOUT_SECONDS = 900.0
 """Default limit of one batch: its steps, and for the first also start, tracing and set-up."""
 
 
+_OF_RUN = "in a run: "
+"""What the message of a trial begins with that was a step of a run."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Trial:
     """One batch tried at one lever setting.
@@ -64,9 +68,19 @@ class Trial:
     fresh: bool = False
     process_peak_bytes: int | None = None
 
+    @property
+    def of_run(self) -> bool:
+        """Whether it was a step of a run: evidence for plans, but not for a limit."""
+        return self.message.startswith(_OF_RUN)
+
     def to_json(self) -> dict[str, Any]:
         """Values for JSON."""
         return dataclasses.asdict(self)
+
+
+def out_of_memory_in_run(micro_batch: int, message: str) -> Trial:
+    """What the ledger keeps of a run's step that its device's allocator had no memory for."""
+    return Trial(micro_batch, "oom", message=shorten(_OF_RUN + message))
 
 
 def trial_from_json(values: Mapping[str, Any]) -> Trial:

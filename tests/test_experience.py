@@ -170,7 +170,7 @@ def test_a_plan_believes_trials_before_predictions() -> None:
     rejected = make_plan(
         WORKLOAD, 32, MIB * MIB_BYTES, RATES, device="some", experience=refuted
     ).rejected
-    assert "ran out of memory in a trial" in [rejection.why for rejection in rejected]
+    assert "ran out of memory before" in [rejection.why for rejection in rejected]
     # Too much by the prediction, but it has been seen to fit.
     assert least_peak_bytes(WORKLOAD, Levers(), 32, Room("cpu", 1 << 40)) > MIB * MIB_BYTES
     seen = Experience(outcomes={(Levers(), 32): Outcomes(frozenset({MIB * MIB_BYTES}))})
@@ -255,7 +255,7 @@ def test_the_command_reads_the_ledger(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_where_all_that_should_fit_has_run_out_that_is_said() -> None:
     seen = {(Levers(), 1): Outcomes(exceeds_bytes=frozenset({512 * MIB_BYTES}))}
-    with pytest.raises(InputError, match=r"should fit in 512 MiB ran out of memory in a") as error:
+    with pytest.raises(InputError, match=r"should fit in 512 MiB ran out of memory before") as error:
         make_plan(
             published_workload("bert-tiny", 64), 1, 512 * MIB_BYTES,
             device_rates(resolve_device("cpu")), device="CPU", device_kind="cpu",

@@ -19,11 +19,14 @@ from bertbench.attached import resolve_device
 from bertbench.bytes import MIB_BYTES
 from bertbench.cli import main
 from bertbench.cost import device_rates
-from bertbench.devices import Budget, make_budget
+from bertbench.devices import Budget, Device, make_budget
 from bertbench.errors import OutOfMemoryError, SteppedDownError, WorkError
+from bertbench.experience import note_out_of_memory
 from bertbench.fitting import Room, least_peak_bytes
-from bertbench.ledger import record, versions_key
+from bertbench.lever_settings import all_settings, cuts
+from bertbench.ledger import find, read_rows, record, versions_key
 from bertbench.ledger_file import open_ledger
+from bertbench.limit import AT_LEAST, find_limit
 from bertbench.output_folder import RUN_FILE
 from bertbench.planner import make_plan
 from bertbench.running import RunSettings, choose_levers
@@ -42,6 +45,12 @@ BUDGET = make_budget(DEVICE, 400 * MIB_BYTES)
 ERROR = OutOfMemoryError("out of memory in step 8 with something", 7)
 
 
+@pytest.fixture(autouse=True)
+def own_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test's runs leave behind is not for the plans of others."""
+    monkeypatch.setenv("BERTBENCH_LEDGER", str(tmp_path / "own" / "ledger.sqlite"))
+
+
 def settings(folder: Path, **more: Any) -> RunSettings:
     (folder / RUN_FILE).write_text("{}") if not (folder / RUN_FILE).exists() else None
     return RunSettings(
@@ -58,29 +67,95 @@ def after(asked: RunSettings, micro_batch: int, levers: Levers) -> tuple[int, Le
     """What the run goes on with after a setting that did not fit."""
     with pytest.raises(SteppedDownError, match=r"in step 8 .*going on from step 7 with"):
         step_down(WORKLOAD, asked, BUDGET, micro_batch, levers, ERROR)
-    return follow(asked, BUDGET, micro_batch, levers)
+    return follow(WORKLOAD, asked, BUDGET, micro_batch, levers)
 
 
-def test_every_step_down_needs_clearly_less_until_nothing_does(tmp_path: Path) -> None:
-    asked = settings(tmp_path)
+def all_steps_down(asked: RunSettings) -> list[tuple[int, Levers]]:
+    """What a run goes through if nothing of what is predicted to fit does."""
     first = choose_levers(WORKLOAD, asked, BUDGET)
-    assert follow(asked, BUDGET, *first) == first
-    room = Room("cpu", BUDGET.budget_bytes)
+    assert follow(WORKLOAD, asked, BUDGET, *first) == first
     chain = [first]
     for _ in range(100):
         with pytest.raises(WorkError) as error:
             step_down(WORKLOAD, asked, BUDGET, *chain[-1], ERROR)
         if not isinstance(error.value, SteppedDownError):
-            break
+            assert "no setting needs less; step 7 is saved" in str(error.value)
+            return chain
         # From the first choice the whole chain is gone through.
-        chain.append(follow(asked, BUDGET, *first))
-    assert "no setting needs a tenth less; step 7 is saved" in str(error.value)
+        chain.append(follow(WORKLOAD, asked, BUDGET, *first))
+    raise AssertionError("more than 100 steps down")
+
+
+def test_every_step_down_needs_less_until_nothing_does(tmp_path: Path) -> None:
+    asked = settings(tmp_path)
+    chain = all_steps_down(asked)
+    room = Room("cpu", BUDGET.budget_bytes)
     peaks = [least_peak_bytes(WORKLOAD, levers, batch, room) for batch, levers in chain]
-    assert len(chain) >= 3
-    assert all(more <= 0.9 * peak for peak, more in itertools.pairwise(peaks))
+    assert all(later < peak for peak, later in itertools.pairwise(peaks))
+    assert len(chain) <= 30
+    # In the end the least that there is has been tried, though it needs hardly less than another.
+    assert peaks[-1] > 0.9 * peaks[-2]
+    least = min(
+        least_peak_bytes(
+            WORKLOAD, dataclasses.replace(setting, accumulation_steps=steps), batch, room
+        )
+        for setting in all_settings(WORKLOAD, None, [Levers()])
+        for batch, steps in cuts(16)
+    )
+    assert peaks[-1] == least
     assert all(batch * levers.accumulation_steps >= 16 for batch, levers in chain)
     recorded = json.loads((tmp_path / RUN_FILE).read_text())["steps_down"]
     assert [down["step"] for down in recorded] == [7] * (len(chain) - 1)
+
+
+def test_what_ran_out_in_a_run_is_not_chosen_for_another_folder(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    one, two = (settings(folder) for folder in folders)
+    first = choose_levers(WORKLOAD, one, BUDGET)
+    second = after(one, *first)
+    assert choose_levers(WORKLOAD, two, BUDGET) != first
+    # In the run's own folder the plan leads to what the run had gone on with.
+    assert follow(WORKLOAD, one, BUDGET, *choose_levers(WORKLOAD, one, BUDGET)) == second
+    # It is no evidence for more memory, nor for another model.
+    larger = make_budget(DEVICE, BUDGET.budget_bytes + MIB_BYTES)
+    assert choose_levers(WORKLOAD, two, larger) == first
+    other = dataclasses.replace(WORKLOAD, num_labels=3)
+    assert choose_levers(other, two, BUDGET) == first
+
+
+def test_a_run_is_no_evidence_for_a_limit(tmp_path: Path) -> None:
+    """A certificate would need a process of its own; what the run had tried is tried again."""
+    after(settings(tmp_path), 16, Levers())
+    after(settings(tmp_path), 17, Levers())
+    with open_ledger() as ledger:
+        assert find(ledger, BUDGET, versions_key(), WORKLOAD, Levers()) == []
+        trials = [row.trial for row in read_rows(ledger)]
+    assert [(trial.batch, trial.outcome, trial.of_run) for trial in trials] == [
+        (16, "oom", True), (17, "oom", True),
+    ]  # fmt: skip
+    assert trials[0].message == "in a run: out of memory in step 8 with something"
+    fits = Trial(16, "fits", 1, 1.0, fresh=True)
+    limit = find_limit([fits, *trials])
+    assert (limit.max_batch, limit.evidence) == (16, AT_LEAST)
+
+
+def test_of_several_devices_the_ledger_learns_nothing(tmp_path: Path) -> None:
+    gpu = Device("gpu", 0, "NVIDIA Test", "GPU-0", 16 << 30, 16 << 30)
+    both = dataclasses.replace(gpu, peers=(dataclasses.replace(gpu, index=1, uuid="GPU-1"),))
+    note_out_of_memory(make_budget(both, 4 << 30), WORKLOAD, Levers(), 4, "out of memory")
+    with open_ledger() as ledger:
+        assert read_rows(ledger) == []
+
+
+def test_a_run_steps_down_where_its_ledger_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ledger.sqlite").write_text("not a ledger")
+    monkeypatch.setenv("BERTBENCH_LEDGER", str(tmp_path / "ledger.sqlite"))
+    assert after(settings(tmp_path), 16, Levers()) != (16, Levers())
+    assert "other plans do not learn of it" in capsys.readouterr().err
 
 
 def test_a_plan_for_much_more_memory_steps_down_to_the_budget(tmp_path: Path) -> None:
@@ -98,7 +173,7 @@ def test_what_the_user_asks_for_is_kept(tmp_path: Path) -> None:
     insisted = dataclasses.replace(asked, micro_batch=16)
     with pytest.raises(WorkError, match="step 7 is saved: give a smaller --micro_batch"):
         step_down(WORKLOAD, insisted, BUDGET, 16, levers, ERROR)
-    assert follow(insisted, BUDGET, 16, levers) == (16, levers)
+    assert follow(WORKLOAD, insisted, BUDGET, 16, levers) == (16, levers)
 
 
 def test_another_demand_or_device_is_another_try(tmp_path: Path) -> None:
@@ -106,23 +181,19 @@ def test_another_demand_or_device_is_another_try(tmp_path: Path) -> None:
     smaller = after(asked, *chosen)
     nested = dataclasses.replace(asked, checkpointing=Checkpointing("nested"))
     assert smaller[1].checkpointing != nested.checkpointing
-    assert follow(nested, BUDGET, *chosen) == chosen
+    assert follow(WORKLOAD, nested, BUDGET, *chosen) == chosen
     same = dataclasses.replace(asked, checkpointing=smaller[1].checkpointing)
-    assert follow(same, BUDGET, *chosen) == smaller
+    assert follow(WORKLOAD, same, BUDGET, *chosen) == smaller
     other = make_budget(dataclasses.replace(DEVICE, name="another"), BUDGET.budget_bytes)
-    assert follow(asked, other, *chosen) == chosen
+    assert follow(WORKLOAD, asked, other, *chosen) == chosen
 
 
-def test_what_trials_have_shown_does_not_lead_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_trials_have_shown_does_not_lead_back(tmp_path: Path) -> None:
     """As after a probe of a device that nobody else used: what has fitted then does not now."""
-    path = tmp_path / "ledger.sqlite"
-    monkeypatch.setenv("BERTBENCH_LEDGER", str(path))
     levers = Levers(optimizer="lion")
     peak_bytes = least_peak_bytes(WORKLOAD, levers, 16, Room("cpu", 0))
     budget = make_budget(DEVICE, int(0.95 * peak_bytes))
-    with open_ledger(path) as ledger:
+    with open_ledger() as ledger:
         fitted = Trial(16, "fits", 1, 1.0, fresh=True)
         record(ledger, budget, versions_key(), WORKLOAD, levers, fitted)
     asked = settings(tmp_path, allowed=(levers,))
@@ -130,9 +201,9 @@ def test_what_trials_have_shown_does_not_lead_back(
     assert chosen == (16, levers)
     with pytest.raises(SteppedDownError):
         step_down(WORKLOAD, asked, budget, *chosen, ERROR)
-    batch, smaller = follow(asked, budget, *chosen)
+    batch, smaller = follow(WORKLOAD, asked, budget, *chosen)
     next_bytes = least_peak_bytes(WORKLOAD, smaller, batch, Room("cpu", 0))
-    assert next_bytes <= 0.9 * peak_bytes
+    assert next_bytes < peak_bytes
 
 
 def test_more_memory_or_a_new_beginning_is_another_try(tmp_path: Path) -> None:
@@ -143,12 +214,12 @@ def test_more_memory_or_a_new_beginning_is_another_try(tmp_path: Path) -> None:
     def under(mebibytes: int) -> Budget:
         return make_budget(DEVICE, mebibytes * MIB_BYTES)
 
-    assert follow(asked, under(410), *chosen) == smaller
-    assert follow(asked, under(300), *chosen) == smaller
-    assert follow(asked, under(500), *chosen) == chosen
-    assert follow(dataclasses.replace(asked, overwrite=True), BUDGET, *chosen) == chosen
+    assert follow(WORKLOAD, asked, under(410), *chosen) == smaller
+    assert follow(WORKLOAD, asked, under(300), *chosen) == smaller
+    assert follow(WORKLOAD, asked, under(500), *chosen) == chosen
+    assert follow(WORKLOAD, dataclasses.replace(asked, overwrite=True), BUDGET, *chosen) == chosen
     other = 8, Levers(accumulation_steps=2)
-    assert follow(asked, BUDGET, *other) == other
+    assert follow(WORKLOAD, asked, BUDGET, *other) == other
 
 
 def test_a_plan_for_other_replicas_is_refused(tmp_path: Path) -> None:
@@ -174,10 +245,10 @@ def test_a_damaged_record(tmp_path: Path, text: str) -> None:
     (tmp_path / RUN_FILE).write_text(text)
     if 'step"' in text:
         with pytest.raises(InputError, match="not the record of a run"):
-            follow(asked, BUDGET, 16, Levers())
+            follow(WORKLOAD, asked, BUDGET, 16, Levers())
     else:
         # The folder is looked at more closely when it is prepared.
-        assert follow(asked, BUDGET, 16, Levers()) == (16, Levers())
+        assert follow(WORKLOAD, asked, BUDGET, 16, Levers()) == (16, Levers())
 
 
 def demo(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
