@@ -30,7 +30,8 @@ from finetune.checkpointing import examples_per_block
 from finetune.optimizers import slot_shapes
 from finetune.precisions import EXACT_PRECISION, compute_type
 
-KNOWN_ACTIVATION = "gelu_tanh"
+KNOWN_ACTIVATIONS = ("gelu_tanh", "gelu_erf")
+"""Both ask for the same, see `finetune.layers`."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -113,7 +114,7 @@ def trace_of(workload: Workload, levers: Levers) -> StepTrace | None:
     known = Levers(levers.checkpointing, levers.accumulation_steps, levers.precision)
     # TensorFloat-32 is another way to multiply the same tensors.
     float32 = compute_type(levers.precision) == compute_type(EXACT_PRECISION)
-    if levers != known or not float32 or workload.config.hidden_act != KNOWN_ACTIVATION:
+    if levers != known or not float32 or workload.config.hidden_act not in KNOWN_ACTIVATIONS:
         return None
     trace = read_trace(pattern_of(workload, levers))
     if trace is None:

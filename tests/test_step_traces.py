@@ -281,10 +281,13 @@ def test_too_few_layers_are_not_written_out(monkeypatch: pytest.MonkeyPatch) -> 
     assert trace_of(published_workload("bert-mini", 64), Levers()) is needs_three
 
 
-def test_only_levers_that_ask_for_the_same_share_a_trace() -> None:
+def test_only_what_asks_for_the_same_shares_a_trace() -> None:
     workload = published_workload("bert-tiny", 64)
     trace = trace_of(workload, Levers())
     assert trace is not None
+    for activation, expected in (("gelu_erf", trace), ("relu", None)):
+        config = dataclasses.replace(workload.config, hidden_act=activation)
+        assert trace_of(dataclasses.replace(workload, config=config), Levers()) is expected
     assert trace_of(workload, Levers(precision="tf32")) is trace
     for other in (
         Levers(precision="bf16"),
@@ -384,12 +387,16 @@ def test_traces_survive_writing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "policy", "accumulation", "batch"),
+    ("head", "activation", "policy", "accumulation", "batch"),
     [
-        ("squad", "none", 1, 7),
+        ("squad", "gelu_tanh", "none", 1, 7),
+        # With and without blocks; the GELUs are alike in every request.
+        ("classifier", "gelu_erf", "selective:2", 2, 30),
         *(
-            pytest.param(head, policy, accumulation, batch, marks=pytest.mark.slow)
-            for head, accumulation in itertools.product(("squad", "classifier"), (1, 2))
+            pytest.param(head, activation, policy, accumulation, batch, marks=pytest.mark.slow)
+            for head, activation, accumulation in itertools.product(
+                ("squad", "classifier"), ("gelu_tanh", "gelu_erf"), (1, 2)
+            )
             for policy, batch in (
                 ("none", 9),
                 ("selective", 70),
@@ -404,13 +411,15 @@ def test_traces_survive_writing() -> None:
     ],
 )
 def test_a_real_step_asks_for_what_the_trace_says(
-    head: str, policy: str, accumulation: int, batch: int
+    head: str, activation: str, policy: str, accumulation: int, batch: int
 ) -> None:
     """The traces were made from models of other sizes, and hold what this one does to the byte.
 
     All but the number of different words, which is only expected.
     """
     workload = published_workload("bert-mini", 64, head)
+    config = dataclasses.replace(workload.config, hidden_act=activation)
+    workload = dataclasses.replace(workload, config=config)
     levers = Levers(parse_checkpointing(policy), accumulation)
     budget = make_budget(resolve_device("cpu"), GIB_BYTES)
     recordings: list[Recording] = []

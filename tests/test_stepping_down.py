@@ -23,9 +23,9 @@ from bertbench.devices import Budget, Device, make_budget
 from bertbench.errors import OutOfMemoryError, SteppedDownError, WorkError
 from bertbench.experience import note_out_of_memory
 from bertbench.fitting import Room, least_peak_bytes
-from bertbench.lever_settings import all_settings, cuts
 from bertbench.ledger import find, read_rows, record, versions_key
 from bertbench.ledger_file import open_ledger
+from bertbench.lever_settings import all_settings, cuts
 from bertbench.limit import AT_LEAST, find_limit
 from bertbench.output_folder import RUN_FILE
 from bertbench.planner import make_plan
