@@ -225,8 +225,8 @@ def _gelu_tanh(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor
 
 @tf.custom_gradient
 def _gelu_erf(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
-    # Operation by operation as the GELU by tanh, down to a name, for TensorFlow sorts the factors of
-    # a product by name and makes it in the place of the first: so a step asks for memory in the same
+    # Operation by operation as the GELU by tanh, down to a name: TensorFlow sorts the factors of a
+    # product by name and makes it in the place of the first. So a step asks for memory in the same
     # order with both, and what is known of the one is known of the other.
     def error_function() -> tf.Tensor:
         return tf.math.erf(x * math.sqrt(0.5))
