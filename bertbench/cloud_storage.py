@@ -9,6 +9,7 @@ from __future__ import annotations
 import posixpath
 import re
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,24 @@ def fetch_weights(url: str, staging: Path) -> Path:
     for part in parts:
         _copy(part, str(_local(part, staging)))
     return _local(url, staging)
+
+
+def fetch_beside(url: str, names: Iterable[str], staging: Path) -> None:
+    """Copy those files of a folder that have one of several names.
+
+    Args:
+        url: of a file in the folder, or a checkpoint's prefix.
+        names: which files, if they are there.
+        staging: the folder for local copies.
+
+    Raises:
+        WorkError: the storage cannot be reached.
+    """
+    folder = url.rpartition("/")[0]
+    for name in names:
+        beside = f"{folder}/{name}"
+        if _attempt(lambda tf, url: tf.io.gfile.exists(url), beside):
+            _copy(beside, str(_local(beside, staging)))
 
 
 def open_remote_folder(url: str, staging: Path) -> RemoteFolder:

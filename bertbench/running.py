@@ -148,6 +148,11 @@ def load_config_and_tokenizer(
             f"warning: {files.vocab_file} has {tokenizer.vocab_size} entries for the model's "
             f"{config.vocab_size} word embeddings: is it the model's?"
         )
+    if max_seq_length > (found.model_max_length or max_seq_length):
+        say(
+            f"warning: --max_seq_length {max_seq_length} is more than the model_max_length "
+            f"{found.model_max_length} of its tokenizer_config.json"
+        )
     if insist and found.guess == "":
         raise InputError(
             "cannot tell whether this is an uncased model",

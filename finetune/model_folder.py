@@ -7,17 +7,20 @@ record there. This module does not import TensorFlow.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from finetune.config import from_json_file
 from finetune.errors import InputError
 from finetune.json_files import load_object
 from finetune.tokenization import Normalization, Tokenizer
 from finetune.tokenizer_files import (
     NORMALIZATION_KEYS,
+    TOKENIZER_FILES,
     TokenizerSettings,
     check_tokenizer_class,
     make_from_files,
@@ -25,9 +28,13 @@ from finetune.tokenizer_files import (
 )
 from finetune.vocabulary import read_vocabulary
 
+_logger = logging.getLogger(__name__)
+
 CONFIG_NAMES = ("bert_config.json", "config.json")
 VOCABULARY_NAMES = ("vocab.txt", "tokenizer.json")
 RUN_FILE = "run.json"
+SETTINGS_FILES = (*TOKENIZER_FILES, *CONFIG_NAMES, RUN_FILE)
+"""What may lie beside weights and vocabulary, and tell how they were trained."""
 
 # Of a smaller vocabulary the letters tell nothing.
 _TELLING_TOKENS = 1000
@@ -88,12 +95,21 @@ def find_model_files(
 
     if model_dir is not None and not model_dir.is_dir():
         raise InputError("no such model folder", path=model_dir)
+    if model_dir is not None and config_file is None:
+        _warn_of_two_configurations(model_dir)
     return ModelFiles(
         locate(config_file, CONFIG_NAMES, "--bert_config_file"),
         locate(vocab_file, VOCABULARY_NAMES, "--vocab_file"),
         init_checkpoint or model_dir,
         model_dir,
     )
+
+
+def _warn_of_two_configurations(folder: Path) -> None:
+    """Say so if a folder has one of each family, and they are not of the same model."""
+    ours, theirs = (folder / name for name in CONFIG_NAMES)
+    if ours.is_file() and theirs.is_file() and from_json_file(ours) != from_json_file(theirs):
+        _logger.warning("%s and %s are of different models: using the first", ours, theirs.name)
 
 
 def run_record(folder: Path) -> Mapping[str, Any]:
@@ -134,11 +150,13 @@ class FoundTokenizer:
         guess: by what letters are lowered or not, if no file and no flag tells, "" if nothing else
             does either; None if one does.
         remarks: what contradicts what is used.
+        model_max_length: tokens of a text that the model is said to be for, if a file says so.
     """
 
     tokenizer: Tokenizer
     guess: str | None
     remarks: tuple[str, ...]
+    model_max_length: int | None
 
 
 def find_tokenizer(
@@ -179,12 +197,11 @@ def find_tokenizer(
         values.get("tokenize_chinese_chars") is not False,
     )
     tokenizer = make_from_files(files.vocab_file, settings, normalization)
-    if guess is not None:
-        return FoundTokenizer(tokenizer, guess, tuple(remarks))
-    where = next(where for where, said in sources if "do_lower_case" in said)
-    if PurePath(where).name != RUN_FILE:
-        remarks += _doubts(normalization.do_lower_case, files, tokenizer.vocab)
-    return FoundTokenizer(tokenizer, guess, tuple(remarks))
+    if guess is None:
+        where = next(where for where, said in sources if "do_lower_case" in said)
+        if PurePath(where).name != RUN_FILE:
+            remarks += _doubts(normalization.do_lower_case, files, tokenizer.vocab)
+    return FoundTokenizer(tokenizer, guess, tuple(remarks), settings.model_max_length)
 
 
 def _sources(

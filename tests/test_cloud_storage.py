@@ -82,6 +82,17 @@ def test_weights_may_be_a_prefix(staging: Path, bucket: str) -> None:
         fetch_weights(f"{bucket}/folder/other.ckpt", staging)
 
 
+@pytest.mark.parametrize("flag", ["vocab_file", "init_checkpoint"])
+def test_what_tells_of_the_training_comes_along(bucket: str, flag: str) -> None:
+    """Without it a cased model would be taken for an uncased one."""
+    for name in ("vocab.txt", "tokenizer_config.json", "run.json", "other.json"):
+        put(f"{bucket}/folder/{name}", name)
+    flags = {flag: f"{bucket}/folder/vocab.txt"}
+    with local_files(flags):
+        there = {path.name for path in Path(flags[flag]).parent.iterdir()}
+    assert there == {"vocab.txt", "tokenizer_config.json", "run.json"}
+
+
 def test_only_what_changed_is_copied_back(
     staging: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -460,6 +460,17 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
         find_model_files(folder, None, None, None)
 
 
+def test_two_configurations_that_differ(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The word `gelu` means another function in each."""
+    folder = make_folder(tmp_path)
+    write_json(folder / "bert_config.json", {**CONFIG, "hidden_act": "gelu_python"})
+    find_model_files(folder, None, None, None)
+    assert caplog.text == ""
+    write_json(folder / "bert_config.json", {**CONFIG, "hidden_act": "gelu_new"})
+    assert find_model_files(folder, None, None, None).config_file.name == "bert_config.json"
+    assert "are of different models: using the first" in caplog.text
+
+
 def test_no_tensorflow_is_loaded() -> None:
     code = (
         "import sys, finetune.model_folder, finetune.head_labels, finetune.safetensors_files;"

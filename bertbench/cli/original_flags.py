@@ -12,6 +12,7 @@ import click
 
 from bertbench.cloud_storage import (
     RemoteFolder,
+    fetch_beside,
     fetch_file,
     fetch_folder,
     fetch_weights,
@@ -20,6 +21,7 @@ from bertbench.cloud_storage import (
     open_remote_folder,
 )
 from bertbench.errors import WorkError
+from finetune.model_folder import SETTINGS_FILES
 
 _REMOTE_FILES = ("bert_config_file", "vocab_file", "train_file", "predict_file", "dev_file",
                  "test_file", "plan_file")  # fmt: skip
@@ -75,6 +77,9 @@ def local_files(flags: dict[str, Any]) -> Iterator[None]:
     staging = new_staging_folder()
     try:
         for name in urls:
+            if name in ("vocab_file", "init_checkpoint"):
+                # They tell how the model was trained.
+                fetch_beside(flags[name], SETTINGS_FILES, staging)
             if name in _REMOTE_FILES:
                 flags[name] = fetch_file(flags[name], staging)
             elif name in _REMOTE_FOLDERS:
