@@ -152,6 +152,12 @@ def test_files_as_editors_leave_them(tmp_path: Path, suffix: str) -> None:
     assert again.label_ids.tolist() == expected.label_ids.tolist()
 
 
+def test_columns_without_a_name_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(",text,label,\n0,a,1,\n1,b,2,\n")
+    data = read_table_task(TableTask({"train": tmp_path / "x.csv"}, "text"))
+    assert data.splits["train"].texts_a == ("a", "b")
+
+
 def test_an_empty_line_of_a_single_column_is_an_empty_text(tmp_path: Path) -> None:
     (tmp_path / "x.tsv").write_text("text\na\n\n")
     assert [row["text"] for _, row in read_table(tmp_path / "x.tsv")] == ["a", ""]

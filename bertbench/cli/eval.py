@@ -132,10 +132,9 @@ def _threshold(scores: QuestionScores, given: float | None) -> float:
     if given is None:
         silent = scores.is_answered & (scores.no_answer_odds > _SCRIPT_THRESHOLD)
         if silent.any():
-            echo(
+            say(
                 f"{int(silent.sum()):,} of the answers count as none, as in the official script: "
-                f"their null odds are above {_SCRIPT_THRESHOLD:g}; --na_prob_thresh inf keeps them",
-                err=True,
+                f"their null odds are above {_SCRIPT_THRESHOLD:g}; --na_prob_thresh inf keeps them"
             )
     return _SCRIPT_THRESHOLD if given is None else given
 

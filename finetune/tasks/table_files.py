@@ -199,7 +199,9 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 def _named(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
     _, header = next(rows, (1, []))
-    if len(set(header)) != len(header):
+    # Spreadsheets leave several columns without a name.
+    named = [name for name in header if name]
+    if len(set(named)) != len(named):
         raise InputError("two columns have the same name", path=path, line=1)
     for line, cells in rows:
         if len(cells) != len(header):
