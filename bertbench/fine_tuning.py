@@ -135,6 +135,8 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
         "warmup_proportion": settings.warmup_proportion,
         "seed": settings.seed,
         "adam_bias_correction": settings.adam_bias_correction,
+        # Before this was recorded, the moments were corrected and epsilon was not.
+        **({"adam_epsilon": "corrected too"} if settings.adam_bias_correction else {}),
         **({} if levers.exact else {"inexact": list(levers.inexact)}),
     }
     plan = {

@@ -27,6 +27,8 @@ from finetune.tokenizer_files import write_tokenizer_files
 
 _T = TypeVar("_T")
 
+_MASKS = "dropout_masks"
+
 _RUN_FILES = (
     "model.ckpt-*",
     ".tmp-*",
@@ -95,6 +97,22 @@ def settings_json(settings: Any) -> dict[str, Any]:
     return {f.name: plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
 
 
+def _has_masks_of_xla(earlier: Mapping[str, Any]) -> bool:
+    """Whether XLA, or a TPU, drew dropout masks of its own for a run.
+
+    It did until they were made of Philox's integers, which invocations have recorded since.
+    """
+
+    def compiled(invocation: Mapping[str, Any]) -> bool:
+        device = _part(_part(invocation, "budget", dict), "device", dict)
+        return bool(_part(invocation, "levers", dict).get("xla")) or device.get("kind") == "tpu"
+
+    return any(
+        isinstance(one, dict) and _MASKS not in one and compiled(one)
+        for one in _part(earlier, "invocations", list)
+    )
+
+
 def prepare_output(
     settings: RunSettings,
     identity: Mapping[str, Any],
@@ -149,6 +167,13 @@ def prepare_output(
                 path=folder,
                 hint="choose another --output_dir, or --overwrite_output_dir to start again",
             )
+        if _has_masks_of_xla(earlier):
+            raise InputError(
+                "the output folder holds a run of an earlier version of bertbench, for which XLA "
+                "drew other dropout masks",
+                path=folder,
+                hint="choose another --output_dir, or --overwrite_output_dir to start again",
+            )
         now, then = extra.get("evaluation"), earlier.get("evaluation")
         if now and then and now != then:
             raise InputError(
@@ -164,6 +189,7 @@ def prepare_output(
     begun = {
         "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": _versions(),
+        _MASKS: "Philox's integers",
         **plan,
     }
     _write_record(

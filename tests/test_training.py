@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from tiny_models import eagerly, random_batch, tiny_trainer, values_of
+from tiny_models import CONFIG, eagerly, random_batch, tiny_trainer, values_of
 
 from finetune.checkpoint_files import list_checkpoints
 from finetune.evaluation import (
@@ -107,6 +107,26 @@ def test_stopped_and_continued_is_as_undisturbed(
         for folder in (whole, cut)
     ]
     np.testing.assert_array_equal(*best)
+
+
+def test_continued_with_xla_stays_on_the_curve(tmp_path: Path, data: dict[str, np.ndarray]) -> None:
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir(), cut.mkdir()
+    assert train(
+        tiny_trainer("squad", SEQ_LEN, config=config), data, SCHEDULE, whole
+    ) is Ending.FINISHED  # fmt: skip
+    first = tiny_trainer("squad", SEQ_LEN, config=config)
+    stopping = Listener(should_stop=lambda: int(first.state.step.numpy()) == 3)
+    assert train(first, data, SCHEDULE, cut, listener=stopping) is Ending.ASKED
+    second = tiny_trainer("squad", SEQ_LEN, config=config, xla=True)
+    assert resume(second, cut) == 3
+    tf.config.run_functions_eagerly(False)
+    assert train(second, data, SCHEDULE, cut) is Ending.FINISHED
+    losses, expected = (
+        [record.loss for record in read_log(folder / LOG_NAME)] for folder in (cut, whole)
+    )
+    assert losses == pytest.approx(expected, rel=1e-5)
 
 
 def test_logs_beyond_the_checkpoint_are_forgotten(
