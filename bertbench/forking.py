@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import json
 import os
 import select
 import signal
@@ -19,6 +18,7 @@ from typing import IO
 from bertbench.errors import WorkError
 from bertbench.fork_server import NUMBER, READY, Descriptors, Request
 from bertbench.terminal import say
+from finetune.json_files import json_text
 
 START_SECONDS = 600.0
 """Longest time in which a server imports TensorFlow, be it from a slow disk."""
@@ -88,7 +88,7 @@ def start(request: Request, log: int) -> Started:
     """
     global _server
     with tempfile.TemporaryFile() as file, _lock:
-        file.write(json.dumps(dataclasses.asdict(request)).encode())
+        file.write(json_text(dataclasses.asdict(request)).encode())
         file.flush()
         for last in (False, True):
             is_new = _server is None or _server.owner != os.getpid()

@@ -26,6 +26,7 @@ from finetune.tasks.glue import TASKS
 from finetune.tasks.squad_cache import SquadSource
 from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.table_files import TableTask, read_table_task
+from finetune.tokenization import load_tokenizer
 from reports.cells import read_cells
 from reports.comparing import compare_cells
 from reports.tables import write_tables
@@ -45,7 +46,8 @@ def labels(folder: Path) -> object:
 def keys() -> object:
     """What caches and ledgers are asked for."""
     demo = demo_files()
-    source = SquadSource(demo.squad_train, demo.vocab_file, True, 64, 16, 16, True, False)
+    tokenizer = load_tokenizer(demo.vocab_file, do_lower_case=True)
+    source = SquadSource(demo.squad_train, tokenizer, 64, 16, 16, True, False)
     examples = read_squad(demo.squad_train, is_training=True, version_2_with_negative=False)
     workload = published_workload("bert-base", 128, "squad")
     device = Device("gpu", 0, "GPU", "id", 1 << 34, 1 << 34)
