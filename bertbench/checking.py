@@ -79,15 +79,23 @@ def read_claims(path: Path) -> tuple[Budget, list[Claim], int]:
         The budget, on the device as it is now; the certified cells; the number of other cells.
 
     Raises:
-        InputError: not such a file, or of a device that is not here.
+        InputError: not such a file, a cell whose certificate is none, or of a device that is not
+            here.
     """
     probed = read_probe_file(path)
     claimed = probed.device
-    claims = [
-        Claim(cell.workload, cell.levers, *cell.certificate)
-        for cell in probed.cells
-        if cell.certificate is not None
-    ]
+    claims: list[Claim] = []
+    for number, cell in enumerate(probed.cells, 1):
+        if cell.certificate is None:
+            continue
+        named = f"cell {number} ({cell.workload.model} {cell.workload.seq_len})"
+        wrong = _no_certificate(*cell.certificate)
+        if any((cell.workload, cell.levers) == (one.workload, one.levers) for one in claims):
+            wrong = "is there twice"
+        if wrong:
+            raise InputError(f"{named} {wrong}", path=path, hint="probe it again")
+        fits, oom = cell.certificate
+        claims.append(Claim(cell.workload, cell.levers, fits.batch if fits else 0, oom.batch))
     if claimed.tpu is not None:
         found = tpu_device(claimed.tpu, claimed.total_bytes)
     else:
@@ -100,6 +108,23 @@ def read_claims(path: Path) -> tuple[Budget, list[Claim], int]:
             hint="certificates hold for the device that they were measured on; probe this one",
         )
     return make_budget(found, probed.budget_bytes), claims, len(probed.cells) - len(claims)
+
+
+def _no_certificate(fits: Trial | None, oom: Trial) -> str:
+    """Say why two trials do not show where memory ends; "" if they do."""
+    for trial, outcome in ((fits, "fits"), (oom, "oom")):
+        if trial is not None and trial.outcome != outcome:
+            cause = f" ({trial.message})" if trial.message else ""
+            return f"has no certificate: batch {trial.batch} {trial.outcome}{cause}"
+        if trial is not None and not trial.fresh:
+            return f"has no certificate: batch {trial.batch} was not tried in a fresh process"
+    low = 0 if fits is None else fits.batch
+    if oom.batch != low + 1:
+        return (
+            f"has no certificate: batch {low} fits and batch {oom.batch} does not; a certificate "
+            f"is of {low} and {low + 1}"
+        )
+    return ""
 
 
 def check_claim(

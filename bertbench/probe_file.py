@@ -30,14 +30,14 @@ class ProbedCell:
         workload: model, head and sequence length.
         levers: lever settings.
         trials: all that were made for it.
-        certificate: batch that fits, 0 if none does, and the one that runs out of memory; None
-            without a certificate.
+        certificate: trials of the batch that fits, None if none does, and of the one that runs
+            out of memory; None without a certificate.
     """
 
     workload: Workload
     levers: Levers
     trials: tuple[Trial, ...]
-    certificate: tuple[int, int] | None
+    certificate: tuple[Trial | None, Trial] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +97,12 @@ def _cell(raw: object) -> ProbedCell:
     )
 
 
-def _certificate(raw: object) -> tuple[int, int] | None:
-    if not raw:
+def _certificate(raw: object) -> tuple[Trial | None, Trial] | None:
+    if raw is None:
         return None
     values = _object(raw)
-    fits, oom = values.get("fits"), _object(values.get("oom"))
-    return (
-        get_whole(_object(fits), "batch", 1, MOST_BATCH) if fits else 0,
-        get_whole(oom, "batch", 1, MOST_BATCH),
-    )
+    fits, oom = values.get("fits"), values.get("oom")
+    return None if fits is None else _trial(fits), _trial(oom)
 
 
 def _trial(raw: object) -> Trial:

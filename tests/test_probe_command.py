@@ -138,6 +138,11 @@ def test_a_limit_of_zero_is_checked_too(tmp_path: Path, limits: dict[int, int]) 
     assert isinstance(check(tmp_path, path).exception, WorkError)
 
 
+def oom_of(values: Any) -> Any:
+    """The trial that ran out of memory, in the first certificate of a file."""
+    return values["cells"][0]["certificate"]["oom"]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -146,6 +151,44 @@ def test_a_limit_of_zero_is_checked_too(tmp_path: Path, limits: dict[int, int]) 
         (lambda v: v.update(cells=[]), "no cell has a certificate"),
         (lambda v: v.pop("device"), "not a probe's result"),
         (lambda v: v["cells"][0].update(model="bert-what"), "bert-what"),
+        (lambda v: v["cells"].append(v["cells"][0]), "cell 2 (bert-tiny 64) is there twice"),
+        (
+            lambda v: oom_of(v).update(batch=100_000),
+            "cell 1 (bert-tiny 64) has no certificate: batch 21 fits and batch 100000 does not; a "
+            "certificate is of 21 and 22; probe it again",
+        ),
+        (lambda v: oom_of(v).update(batch=LIMIT), "batch 21 fits and batch 21 does not"),
+        (lambda v: v["cells"][0]["certificate"].update(fits=None), "is of 0 and 1"),
+        (lambda v: oom_of(v).update(fresh=False), "22 was not tried in a fresh process"),
+        (lambda v: oom_of(v).update(outcome="fits"), "batch 22 fits"),
+        (
+            lambda v: oom_of(v).update(
+                message="killed by the kernel for want of host memory (/proc/vmstat)"
+            ),
+            "batch 22 failed (killed by the kernel",
+        ),
+        (lambda v: v["cells"][0].update(certificate=[]), "not a probe's result"),
+        (lambda v: v["cells"][0].update(certificate={}), "not a probe's result"),
+        *(
+            (lambda v, wrong=wrong: oom_of(v).update(batch=wrong), "not a probe's result")
+            for wrong in (0, -5, True, "22", 22.0, None, [22], 2**40)
+        ),
+        (lambda v: oom_of(v).update(batch=2**64), "beyond 64 bits"),
+        (lambda v: oom_of(v).update(seconds=float("nan")), "NaN is not a number"),
+        (lambda v: oom_of(v).pop("outcome"), "not a probe's result"),
+        (lambda v: oom_of(v).update(outcome="maybe"), "not a probe's result"),
+        (lambda v: oom_of(v).update(seconds=-1), "not a probe's result"),
+        *(
+            (lambda v, wrong=wrong: v["device"].update(budget_bytes=wrong), words)
+            for wrong, words in (
+                (0, "not a probe's result"),
+                (-1, "not a probe's result"),
+                (True, "not a probe's result"),
+                ("512", "not a probe's result"),
+                (5, "below 1 MiB"),
+                (2**62, "more than"),
+            )
+        ),
     ],
 )
 def test_a_file_that_cannot_be_checked_is_refused(
