@@ -16,7 +16,12 @@ from bertbench.cost import Rates, predict_step_seconds
 from bertbench.devices import Budget, Device
 from bertbench.fitting import Room, has_trace, least_peak_bytes
 from bertbench.ledger import LedgerRow, read_device_rows, record, versions_key
-from bertbench.ledger_file import default_ledger_path, open_ledger
+from bertbench.ledger_file import (
+    default_ledger_path,
+    ledger_exists,
+    open_ledger,
+    read_ledger,
+)
 from bertbench.limit import verdicts
 from bertbench.progress import say
 from bertbench.trial import Trial, out_of_memory_in_run
@@ -148,11 +153,11 @@ def experience_of(
     Raises:
         InputError: the file that was named cannot be read.
     """
-    path = ledger_file or default_ledger_path()
-    if not path.exists():
-        return Experience()
     try:
-        with open_ledger(path) as ledger:
+        path = ledger_file or default_ledger_path()
+        if not ledger_exists(path):
+            return Experience()
+        with read_ledger(path) as ledger:
             rows = read_device_rows(ledger, device, versions_key(), workload, _MOST_TRIALS)
     except InputError as error:
         if ledger_file is not None:

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import platform
 import sqlite3
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 from bertbench.allocations import Recording, recording_from_text, recording_to_text
 from bertbench.devices import Budget, Device
-from bertbench.ledger_file import explained
+from bertbench.ledger_file import explained, pass_over
 from bertbench.repetition import Recorded
-from bertbench.trial import Trial
+from bertbench.trial import Trial, trial_from_json
 from bertbench.workload import Levers, Workload
-from finetune.json_files import json_text
+from finetune.json_files import json_text, parse_json
+
+_Read = TypeVar("_Read")
 
 _NEAREST_LENGTHS = 3
 
@@ -111,16 +113,17 @@ def find(
     """Trials that answer a question, in the order of recording.
 
     Failed trials are left out: they say nothing about the batch, so they are to be repeated. So are
-    the steps of runs, which are evidence for plans alone.
+    the steps of runs, which are evidence for plans alone, and damaged rows, which are counted.
     """
     keys = (workload.key(), levers.key(), budget.key(), versions)
     with explained(ledger):
         rows = ledger.execute(
-            f"SELECT {_TRIAL_COLUMNS} FROM trials WHERE workload_key = ? AND levers_key = ? "
-            "AND budget_key = ? AND versions_key = ? AND outcome IN ('fits', 'oom') ORDER BY id",
+            f"SELECT id, {_TRIAL_COLUMNS} FROM trials WHERE workload_key = ? AND levers_key = ? "
+            "AND budget_key = ? AND versions_key = ? AND outcome IS NOT 'failed' ORDER BY id",
             keys,
         ).fetchall()
-    return [trial for row in rows if not (trial := _trial(row)).of_run]
+    trials = _read_each(ledger, rows, lambda row: _trial(row[1:]))
+    return [trial for trial in trials if trial.outcome != "failed" and not trial.of_run]
 
 
 def record_allocations(
@@ -156,7 +159,7 @@ def find_allocations(
 ) -> list[Recorded]:
     """Recordings of the same model at the nearest lengths, under any budget of the device.
 
-    What cannot be read is left out: a search does without it.
+    What is damaged is passed over, and counted: a search does without it.
     """
     keys = (budget.device.key(), versions, workload.model_key(), levers.key())
     with explained(ledger):
@@ -174,22 +177,28 @@ def find_allocations(
         ).fetchall()
     found: list[Recorded] = []
     for seq_len, batch, text in rows:
-        with contextlib.suppress(ValueError):
+        try:
+            if not all(type(size) is int and size > 0 for size in (seq_len, batch)):
+                raise ValueError("no recording of a batch")
             found.append(Recorded(seq_len, batch, recording_from_text(text)))
+        except ValueError:
+            pass_over(ledger, "recordings", *keys, seq_len, batch)
     return found
 
 
 def read_rows(ledger: sqlite3.Connection) -> list[LedgerRow]:
-    """All trials, failed ones too, in the order of recording."""
+    """All trials, failed ones too, in the order of recording; damaged rows are counted."""
     with explained(ledger):
         rows = ledger.execute(f"{_SELECT_ROWS} ORDER BY id").fetchall()
-    return [_row(row) for row in rows]
+    return _read_each(ledger, rows, _row)
 
 
 def read_device_rows(
     ledger: sqlite3.Connection, device: Device, versions: str, workload: Workload, most: int
 ) -> list[LedgerRow]:
     """Trials on a device, under any budget, that fitted or ran out of memory; oldest first.
+
+    Damaged rows are passed over, and counted.
 
     Args:
         ledger: the record.
@@ -198,7 +207,7 @@ def read_device_rows(
         workload: that all trials are wanted of.
         most: how many of the newest of other workloads are wanted.
     """
-    wanted = "device = ? AND versions_key = ? AND outcome IN ('fits', 'oom')"
+    wanted = "device = ? AND versions_key = ? AND outcome IS NOT 'failed'"
     with explained(ledger):
         rows = ledger.execute(
             f"{_SELECT_ROWS} WHERE id IN (SELECT id FROM trials WHERE {wanted} "
@@ -206,7 +215,8 @@ def read_device_rows(
             f"OR ({wanted} AND workload_key = ?) ORDER BY id",
             (device.name, versions, workload.key(), most, device.name, versions, workload.key()),
         ).fetchall()
-    return [_row(row) for row in rows]
+    found = _read_each(ledger, rows, _row)
+    return [row for row in found if row.trial.outcome != "failed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,14 +297,40 @@ def _version(*distributions: str) -> str:
     return "unknown"
 
 
+def _read_each(
+    ledger: sqlite3.Connection,
+    rows: Iterable[tuple[Any, ...]],
+    read: Callable[[tuple[Any, ...]], _Read],
+) -> list[_Read]:
+    """Read rows that begin with their number, and pass over those that are damaged."""
+    found = []
+    for row in rows:
+        try:
+            found.append(read(row))
+        except ValueError:
+            pass_over(ledger, "trials", row[0])
+    return found
+
+
 def _trial(row: tuple[Any, ...]) -> Trial:
     values = dict(zip(_TRIAL_COLUMNS.split(", "), row, strict=True))
-    return Trial(**{**values, "fresh": bool(values["fresh"])})
+    if values["fresh"] in (0, 1):
+        values["fresh"] = bool(values["fresh"])
+    return trial_from_json(values)
 
 
 def _row(row: tuple[Any, ...]) -> LedgerRow:
+    """Read a row of `_SELECT_ROWS`.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     number, time_utc, device, budget_bytes, model, head, seq_len, *keys = row[:11]
     levers, versions, budget, workload = keys
+    if not all(isinstance(text, str) for text in (time_utc, device, model, head, *keys)):
+        raise ValueError("a text is none")
+    if not all(type(size) is int and size > 0 for size in (number, budget_bytes, seq_len)):
+        raise ValueError("a number is none")
     return LedgerRow(
         id=number,
         time_utc=time_utc,
@@ -303,8 +339,20 @@ def _row(row: tuple[Any, ...]) -> LedgerRow:
         model=model,
         head=head,
         seq_len=seq_len,
-        levers=json.loads(levers),
-        versions=json.loads(versions),
+        levers=_object(levers),
+        versions={name: str(version) for name, version in _object(versions).items()},
         trial=_trial(row[11:]),
         question=(budget, versions, workload, levers),
     )
+
+
+def _object(text: str) -> dict[str, Any]:
+    """Read a key that is a JSON object of plain values, as a version's levers are.
+
+    Raises:
+        ValueError: it is not.
+    """
+    values = parse_json(text)
+    if not isinstance(values, dict) or any(isinstance(v, (dict, list)) for v in values.values()):
+        raise ValueError("no object of plain values")
+    return values

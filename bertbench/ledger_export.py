@@ -25,15 +25,21 @@ def to_frame(rows: Sequence[LedgerRow]) -> pd.DataFrame:
     Integers that may be missing have pandas' nullable type, so that none becomes a fraction.
     """
     records = []
+    own: set[str] = set()
     for row in rows:
         values = row.to_json()
         levers, versions = values.pop("levers"), values.pop("versions")
         versions = {f"{name}_version": version for name, version in versions.items()}
-        records.append({**values, **levers, **versions})
+        own.update(values)
+        # Levers of another version may have any name, and any kind of value.
+        more = {name: value for name, value in {**levers, **versions}.items() if name not in own}
+        records.append({**values, **more})
     frame = pd.DataFrame(records)
     for name in frame.columns:
-        if name.endswith("_bytes"):
+        if name in own and name.endswith("_bytes"):
             frame[name] = frame[name].astype("Int64")
+        elif pd.api.types.infer_dtype(frame[name], skipna=True).startswith("mixed"):
+            frame[name] = frame[name].map(str, na_action="ignore")
     return frame
 
 

@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from bertbench.progress import say
 from finetune.errors import InputError
 
 SCHEMA_VERSION = 2
@@ -91,9 +93,38 @@ def state_folder() -> Path | None:
     return home / ".local" / "state" / "bertbench"
 
 
+class Ledger(sqlite3.Connection):
+    """An open ledger.
+
+    Attributes:
+        damaged: places of rows that were passed over because they are no rows of a ledger.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        """Connect, as `sqlite3.connect` says."""
+        super().__init__(*arguments, **named)
+        self.damaged: set[tuple[object, ...]] = set()
+        # One text that is not UTF-8 would end a whole query.
+        self.text_factory = _text
+
+
+def ledger_exists(path: Path) -> bool:
+    """Whether there is such a file; what else is wrong with it is told when it is opened."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
 @contextlib.contextmanager
-def open_ledger(path: str | os.PathLike[str] | None = None) -> Iterator[sqlite3.Connection]:
-    """Open a ledger, making it where it does not exist; it is closed with the `with` block.
+def open_ledger(path: str | os.PathLike[str] | None = None) -> Iterator[Ledger]:
+    """Open a ledger to write in it, making it where it does not exist.
+
+    It is closed with the `with` block; then one line on standard error says how many damaged rows
+    were passed over, if any were.
 
     Args:
         path: the file; None means `default_ledger_path()`.
@@ -106,20 +137,24 @@ def open_ledger(path: str | os.PathLike[str] | None = None) -> Iterator[sqlite3.
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Autocommit: each statement is a transaction of its own.
-        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+        connection = sqlite3.connect(
+            path, timeout=_BUSY_SECONDS, isolation_level=None, factory=Ledger
+        )
     try:
         with _explained(path):
             _prepare(connection, path)
         yield connection
     finally:
         connection.close()
+        _tell_damage(connection, path)
 
 
 @contextlib.contextmanager
-def read_ledger(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open a copy of what a ledger holds, in this version's format.
+def read_ledger(path: Path) -> Iterator[Ledger]:
+    """Open a copy of what a ledger holds, in this version's format; otherwise as `open_ledger`.
 
-    So it may be of an older version, and stays so, or on a disk that cannot be written.
+    So it may be of an older version, and stays so, or on a disk that cannot be written. Whatever
+    only reads a ledger reads it here.
 
     Args:
         path: the file, which exists.
@@ -127,7 +162,7 @@ def read_ledger(path: Path) -> Iterator[sqlite3.Connection]:
     Raises:
         InputError: it is damaged, not a ledger, of a newer version, or cannot be read.
     """
-    copy = sqlite3.connect(":memory:", isolation_level=None)
+    copy = sqlite3.connect(":memory:", isolation_level=None, factory=Ledger)
     try:
         with _explained(path):
             _copy(path, copy)
@@ -135,6 +170,7 @@ def read_ledger(path: Path) -> Iterator[sqlite3.Connection]:
             yield copy
     finally:
         copy.close()
+        _tell_damage(copy, path)
 
 
 def _copy(path: Path, copy: sqlite3.Connection) -> None:
@@ -158,6 +194,31 @@ def _copy(path: Path, copy: sqlite3.Connection) -> None:
             except sqlite3.OperationalError as error:
                 if how == ways[-1] or "locked" in str(error):
                     raise
+
+
+def pass_over(ledger: sqlite3.Connection, *place: object) -> None:
+    """Count a row that is damaged, by its place: read twice, it is the same one."""
+    if isinstance(ledger, Ledger):
+        ledger.damaged.add(place)
+
+
+_told: set[tuple[object, ...]] = set()
+"""Files and places of rows that a line has been said about: one a command is enough."""
+
+
+def _tell_damage(ledger: Ledger, path: Path) -> None:
+    found = {(path, *place) for place in ledger.damaged} - _told
+    _told.update(found)
+    if found:
+        rows = "1 damaged row" if len(found) == 1 else f"{len(found):,} damaged rows"
+        say(f"warning: {path}: passed over {rows}")
+
+
+def _text(data: bytes) -> str | bytes:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data  # no text, as whoever reads the row finds
 
 
 @contextlib.contextmanager
@@ -229,23 +290,29 @@ def _not_a_ledger(path: Path) -> InputError:
     )
 
 
+def _unusable(path: Path, error: sqlite3.Error) -> InputError:
+    return InputError(
+        f"not a usable ledger ({error})",
+        path=path,
+        hint="move the file away, or choose another with BERTBENCH_LEDGER",
+    )
+
+
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Turn errors of the file into ones that name it and say what to do."""
     try:
         yield
     except sqlite3.OperationalError as error:  # full disk, read-only, locked, no permission
+        if str(error).startswith("no such"):  # a table or column that every ledger has
+            raise _unusable(path, error) from error
         raise InputError(
             f"cannot use the ledger ({error})",
             path=path,
             hint="make it writable with room on its disk, or choose another with BERTBENCH_LEDGER",
         ) from error
     except sqlite3.DatabaseError as error:
-        raise InputError(
-            f"not a usable ledger ({error})",
-            path=path,
-            hint="move the file away, or choose another with BERTBENCH_LEDGER",
-        ) from error
+        raise _unusable(path, error) from error
     except OSError as error:
         raise InputError(
             f"cannot use the ledger ({error.strerror})",

@@ -23,7 +23,13 @@ from bertbench.outcomes import (
     shorten,
     summarise_error,
 )
-from bertbench.workload import Levers, Workload, levers_from_json, workload_from_json
+from bertbench.workload import (
+    MOST_BATCH,
+    Levers,
+    Workload,
+    levers_from_json,
+    workload_from_json,
+)
 from finetune.errors import InputError
 from finetune.json_files import build
 
@@ -94,7 +100,9 @@ def trial_from_json(values: Mapping[str, Any]) -> Trial:
     """
     trial = build(Trial, values)
     sizes = (trial.peak_bytes, trial.process_peak_bytes, trial.step_seconds, trial.seconds)
-    if trial.batch < 1 or not all(size is None or 0 <= size < math.inf for size in sizes):
+    if not 1 <= trial.batch <= MOST_BATCH or not all(
+        size is None or 0 <= size < math.inf for size in sizes
+    ):
         raise InputError(f"a number of the trial of batch {trial.batch} is out of range")
     return dataclasses.replace(trial, outcome=recorded_outcome(trial.outcome, trial.message))
 

@@ -143,10 +143,11 @@ class Cell:
 
 
 def trial_rate(row: LedgerRow, trial: Trial) -> float | None:
-    """Examples a second of an optimizer step on one device."""
-    if not trial.step_seconds:
+    """Examples a second of an optimizer step on one device; None for what is not timed."""
+    steps = row.levers.get("accumulation_steps", 1)
+    if not trial.step_seconds or type(steps) is not int:
         return None
-    return trial.batch * int(row.levers.get("accumulation_steps", 1)) / trial.step_seconds
+    return trial.batch * steps / trial.step_seconds
 
 
 def read_cells(rows: Iterable[LedgerRow]) -> list[Cell]:

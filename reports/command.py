@@ -10,7 +10,7 @@ import click
 
 from bertbench.cli.common import CONTEXT, given_flags, json_option, ledger_option, write_json
 from bertbench.ledger import read_rows
-from bertbench.ledger_file import default_ledger_path, read_ledger
+from bertbench.ledger_file import default_ledger_path, ledger_exists, read_ledger
 from bertbench.progress import progress, say
 from finetune.errors import InputError
 from finetune.files import write_atomically
@@ -82,7 +82,7 @@ def command(
         _compare(*compare, json_file)
         return
     path = ledger_file or default_ledger_path()
-    if ledger_file is not None and not path.exists():
+    if ledger_file is not None and not ledger_exists(path):
         raise InputError("no such ledger", path=path, hint="`bertbench probe` makes one")
     suffix = None if out is None else _check_out(out, force)
 
@@ -90,7 +90,7 @@ def command(
     from reports.runs import read_run
 
     rows = []
-    if path.exists():
+    if ledger_exists(path):
         with read_ledger(path) as ledger:
             rows = read_rows(ledger)
     else:

@@ -19,7 +19,12 @@ from bertbench.ledger import (
     read_rows,
     versions_key,
 )
-from bertbench.ledger_file import default_ledger_path, open_ledger
+from bertbench.ledger_file import (
+    default_ledger_path,
+    ledger_exists,
+    open_ledger,
+    read_ledger,
+)
 from bertbench.limit import find_limit
 from bertbench.terminal import echo
 from bertbench.workload import levers_from_json
@@ -165,12 +170,12 @@ def prune_(
 def _read(ledger_file: Path | None) -> tuple[Path, list[LedgerRow]]:
     path = ledger_file or default_ledger_path()
     _exists(path)
-    with open_ledger(path) as ledger:
+    with read_ledger(path) as ledger:
         return path, read_rows(ledger)
 
 
 def _exists(path: Path) -> None:
-    if not path.exists():
+    if not ledger_exists(path):
         raise InputError("no such ledger", path=path, hint="`bertbench probe` makes one")
 
 
