@@ -105,15 +105,17 @@ def peak_bytes() -> int:
 
 def run_ours(arguments: argparse.Namespace) -> dict[str, Any]:
     from finetune.tasks.squad_cache import SquadSource, load_squad_features
+    from finetune.tokenization import load_tokenizer
 
-    source = SquadSource(
-        arguments.data, arguments.vocab, True, is_training=True,
-        version_2_with_negative=arguments.version_2, **SETTINGS,
-    )  # fmt: skip
     made = None
 
     def prepare() -> int:
         nonlocal made
+        tokenizer = load_tokenizer(arguments.vocab, do_lower_case=True)
+        source = SquadSource(
+            arguments.data, tokenizer, is_training=True,
+            version_2_with_negative=arguments.version_2, **SETTINGS,
+        )  # fmt: skip
         made = load_squad_features(source, arguments.work / "cache")
         return len(made.arrays["input_ids"])
 

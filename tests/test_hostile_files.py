@@ -39,7 +39,7 @@ from bertbench.devices import Budget
 from bertbench.errors import WorkError
 from bertbench.ledger import record
 from bertbench.ledger_file import open_ledger
-from bertbench.output_folder import recorded_labels, recorded_steps_down
+from bertbench.output_folder import recorded_steps_down
 from bertbench.plan_file import read_plan
 from bertbench.planner import make_plan
 from bertbench.stepping_down import step_down_from_json
@@ -49,6 +49,7 @@ from finetune.array_cache import hash_key, load_or_make
 from finetune.config import from_json_file
 from finetune.demo_data import demo_files
 from finetune.errors import InputError
+from finetune.head_labels import read_trained_head
 from finetune.tasks.glue import find_task, read_examples
 from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.table_files import TableTask, read_table_task
@@ -143,7 +144,8 @@ def read_run_folder(folder: Path) -> None:
 
     from reports.page import build_page
 
-    recorded_labels(folder / "run")
+    with contextlib.suppress(InputError):
+        read_trained_head(folder / "run")
     for values in recorded_steps_down(folder / "run"):
         with contextlib.suppress(InputError):
             step_down_from_json(values)
