@@ -102,7 +102,7 @@ def tpu_device(tpu: TpuSettings, core_bytes: int = TPU_CORE_BYTES) -> Device:
 
 
 def _names(which: str, gpu: Device) -> bool:
-    if which.isdigit():
+    if which.isdecimal() and len(which) < 10:
         return int(which) == gpu.index
     prefix = which.upper().removeprefix("GPU-")
     return bool(prefix) and (gpu.uuid or "").upper().removeprefix("GPU-").startswith(prefix)

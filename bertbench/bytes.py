@@ -17,6 +17,8 @@ _UNITS = {
     "t": 1 << 40, "tib": 1 << 40, "tb": 10**12,
 }  # fmt: skip
 
+_MOST_BYTES = 1 << 60
+
 
 def parse_bytes(text: str) -> int:
     """Read `12GiB`, `11430 MiB`, `8g`, `1.5GB` or a plain number of bytes.
@@ -27,7 +29,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         raise InputError(f"{text!r} is not a memory size", hint="write it like 12GiB or 11430MiB")
-    size_bytes = int(float(match[1]) * _UNITS[match[2].lower()])
+    size = float(match[1]) * _UNITS[match[2].lower()]
+    if size > _MOST_BYTES:
+        raise InputError(f"{text[:40]!r} is more than any memory", hint="write it like 12GiB")
+    size_bytes = int(size)
     if size_bytes < MIB_BYTES:
         raise InputError(f"a memory size of {text!r} is below 1 MiB", hint="write it like 12GiB")
     return size_bytes

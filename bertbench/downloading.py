@@ -262,11 +262,16 @@ def _describe(url: str, headers: Message) -> _Remote:
         if match is not None:
             with contextlib.suppress(binascii.Error):
                 md5 = base64.b64decode(match[1]).hex()
-    return _Remote(url, None if length is None else int(length), validator, md5)
+    return _Remote(url, _size_or_none(length), validator, md5)
+
+
+def _size_or_none(text: str | None) -> int | None:
+    """A number of bytes in a header; None for what cannot be one."""
+    return int(text) if text and text.isdecimal() and len(text) < 19 else None
 
 
 def _is_continuation(headers: Message, remote: _Remote, offset: int) -> bool:
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
+    match = re.fullmatch(r"bytes (\d{1,18})-\d+/(\d{1,18}|\*)", headers.get("Content-Range", ""))
     if match is None or int(match[1]) != offset:
         return False
     if match[2] != "*" and remote.total_bytes not in (None, int(match[2])):

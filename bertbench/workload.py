@@ -14,7 +14,7 @@ from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, PLACEMENTS
 from finetune.precisions import EXACT_PRECISION, PRECISIONS
 
 MOST_BATCH = 1 << 20
-"""Largest batch, of all kinds; the largest that BERT has been trained with is 2 ** 16."""
+"""Largest batch, of all kinds; BERT has been trained with 2 ** 16 (You et al. 2020, "LAMB")."""
 
 _MOST_LABELS = 1 << 20
 

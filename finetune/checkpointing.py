@@ -84,7 +84,7 @@ def parse_checkpointing(text: str) -> Checkpointing:
     first, plus, others = text.strip().lower().partition("+")
     policy, colon, count = first.partition(":")
     known = policy in POLICIES and (not plus or (others in POLICIES[1:] and colon))
-    if not known or (colon and (not count.isdigit() or policy == "none")):
+    if not known or (colon and (not count.isdecimal() or len(count) > 9 or policy == "none")):
         raise InputError(
             f"unknown checkpointing policy {text!r}",
             hint=f"use one of {', '.join(POLICIES)}, full:N for the first N layers, or "

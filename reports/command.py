@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bertbench.cli.common import CONTEXT, given_flags, json_option, ledger_option, write_json
+from bertbench.cli.common import BATCH, CONTEXT, given_flags, json_option, ledger_option, write_json
 from bertbench.ledger import read_rows
 from bertbench.ledger_file import default_ledger_path, ledger_exists, read_ledger
 from bertbench.progress import progress, say
@@ -46,7 +46,7 @@ _PAGE = ".html"
 )
 @click.option(
     "--target-batch",
-    type=click.IntRange(1),
+    type=BATCH,
     default=32,
     show_default=True,
     help="Effective batch to plan for.",

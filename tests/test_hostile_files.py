@@ -294,7 +294,7 @@ KINDS: dict[str, Kind] = {
     ),
     "squad": Kind(
         text("s.json", squad_text()),
-        lambda f: read_squad(f / "s.json", is_training=True, version_2_with_negative=True),
+        lambda f: read_squad(f / "s.json", is_training=True, version_2_with_negative=False),
     ),
     "glue": Kind(
         text("train.tsv", (DEMO.mrpc_dir / "train.tsv").read_bytes()[:3000]),

@@ -14,7 +14,7 @@ from bertbench.attached import resolve_together
 from bertbench.bytes import parse_bytes
 from bertbench.devices import Budget, make_budget
 from bertbench.terminal import PlainConsole, echo
-from bertbench.workload import Levers
+from bertbench.workload import MOST_BATCH, Levers
 from finetune.errors import InputError
 from finetune.files import write_atomically
 from finetune.json_files import json_text
@@ -31,6 +31,14 @@ CONTEXT = {
 GO_ON_VARIABLE = "BERTBENCH_GO_ON_IN"
 """Set for a process that goes on with an interrupted run; names the run's output folder."""
 
+MOST_COUNT = 2**31 - 1
+"""Largest number of steps, tokens or examples that a flag may name."""
+
+MOST_SECONDS = 1e7
+"""Longest time that a flag may name: four months."""
+
+MOST_SEED = 2**63 - 1
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -46,6 +54,21 @@ class MemorySize(click.ParamType):
         return value if isinstance(value, int) else parse_bytes(str(value))
 
 
+class Whole(click.IntRange):
+    """An integer within bounds; help shows only the lower one, as no work comes near the other."""
+
+    def __init__(self, least: int, most: int = MOST_COUNT) -> None:
+        super().__init__(least)
+        self._most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse and check."""
+        number: int = super().convert(value, param, ctx)
+        if number > self._most:
+            self.fail(f"{str(number)[:40]} is more than {self._most:,}.", param, ctx)
+        return number
+
+
 class FiniteFloat(click.FloatRange):
     """A number in a range, neither infinite nor not a number."""
 
@@ -57,6 +80,13 @@ class FiniteFloat(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+BATCH = Whole(1, MOST_BATCH)
+"""Examples of an effective batch, or of what is computed at once."""
+
+REPLICAS = Whole(1, 4096)
+"""Devices that share an effective batch; a pod of TPU v3 has 2,048 cores."""
 
 
 def device_options(command: _Command) -> _Command:

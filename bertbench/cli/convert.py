@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bertbench.cli.common import CONTEXT, json_option, write_json
+from bertbench.cli.common import CONTEXT, MOST_SEED, Whole, json_option, write_json
 from bertbench.progress import progress
 from bertbench.terminal import echo, say
 from finetune.errors import InputError
@@ -57,7 +57,7 @@ def command() -> None:
     "--max_words",
     "--max_num_tokens",
     "max_words",
-    type=click.IntRange(1),
+    type=Whole(1),
     default=MAX_WORDS,
     show_default=True,
     help="Words to keep of the beginning of a document.",
@@ -74,10 +74,16 @@ def command() -> None:
     "--max_questions",
     "--sample_size",
     "max_questions",
-    type=click.IntRange(1),
+    type=Whole(1),
     help="Take a random sample. Default: 80000 of a web training file, else all.",
 )
-@click.option("--seed", type=int, default=SEED, show_default=True, help="For order and sample.")
+@click.option(
+    "--seed",
+    type=Whole(-MOST_SEED, MOST_SEED),
+    default=SEED,
+    show_default=True,
+    help="For order and sample.",
+)
 @click.option(
     "--split",
     type=click.Choice(["train", "dev", "test"]),

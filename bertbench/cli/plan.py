@@ -14,7 +14,10 @@ from bertbench.attached import resolve_together
 from bertbench.bytes import format_bytes
 from bertbench.catalogue import ACCELERATORS, check_levers, find_accelerator
 from bertbench.cli.common import (
+    BATCH,
     CONTEXT,
+    REPLICAS,
+    Whole,
     allowed_levers,
     device_options,
     json_option,
@@ -64,13 +67,13 @@ class _Target:
 @click.command(context_settings=CONTEXT)
 @click.option(
     "--target-batch",
-    type=click.IntRange(1),
+    type=BATCH,
     default=32,
     show_default=True,
     help="Effective batch to reach.",
 )
 @click.option("--model", help="A published size, as in bert-base. Default: the paper's grid.")
-@click.option("--seq-len", type=click.IntRange(1), help="Tokens per example. Default: the grid.")
+@click.option("--seq-len", type=Whole(1), help="Tokens per example. Default: the grid.")
 @click.option("--head", type=click.Choice(HEADS), default="squad", show_default=True)
 @device_options
 @click.option(
@@ -79,7 +82,7 @@ class _Target:
 )
 @click.option(
     "--replicas",
-    type=click.IntRange(1),
+    type=REPLICAS,
     help="Devices, all alike, that share the effective batch. Default: 1, or a TPU's.",
 )
 @click.option(

@@ -15,8 +15,13 @@ from bertbench.bytes import MIB_BYTES, format_bytes
 from bertbench.catalogue import check_levers
 from bertbench.checking import Check, check_claim, read_claims
 from bertbench.cli.common import (
+    BATCH,
     CONTEXT,
+    MOST_SECONDS,
+    REPLICAS,
+    FiniteFloat,
     MemorySize,
+    Whole,
     given_flags,
     json_option,
     ledger_option,
@@ -50,7 +55,7 @@ from bertbench.probing import predict_cell_seconds, probe_cell
 from bertbench.progress import say
 from bertbench.trial import Trial
 from bertbench.workers import share_out
-from bertbench.workload import Levers, check_layers, published_workload
+from bertbench.workload import MOST_BATCH, Levers, check_layers, published_workload
 from finetune.checkpointing import parse_checkpointing
 from finetune.config import HEADS
 from finetune.errors import InputError
@@ -76,7 +81,7 @@ _PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
 )
 @click.option("--tpu-zone", help="Zone of a TPU. Default: asked of the environment.")
 @click.option("--gcp-project", help="Its project. Default: likewise.")
-@click.option("--num-tpu-cores", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--num-tpu-cores", type=REPLICAS, default=8, show_default=True)
 @click.option(
     "--memory",
     type=MemorySize(),
@@ -91,7 +96,7 @@ _PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
 )
 @click.option(
     "--accumulation",
-    type=click.IntRange(1),
+    type=BATCH,
     default=1,
     show_default=True,
     help="Micro-batches per step; above 1 there are accumulators.",
@@ -110,10 +115,10 @@ _PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
     help="Where the optimizer's state is.",
 )
 @click.option("--xla", is_flag=True, help="Compile the step with XLA.")
-@click.option("--max-batch", type=click.IntRange(1), help="Look no further than this batch.")
+@click.option("--max-batch", type=Whole(1, MOST_BATCH), help="Look no further than this batch.")
 @click.option(
     "--trial-timeout",
-    type=click.FloatRange(min=1),
+    type=FiniteFloat(1, MOST_SECONDS),
     metavar="SECONDS",
     help="Kill a trial that takes longer. Default: ten times what the others let expect, at "
     "least 15 minutes.",
@@ -367,7 +372,7 @@ def _items(text: str) -> list[str]:
 
 
 def _length(item: str) -> int:
-    if not item.isdigit() or not int(item):
+    if not item.isdecimal() or len(item) > 9 or not int(item):
         raise InputError(f"{item!r} is not a sequence length", hint="as in --seq-lens 128,384")
     return int(item)
 

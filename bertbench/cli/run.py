@@ -15,9 +15,13 @@ import click
 from bertbench.attached import tpu_device
 from bertbench.catalogue import find_accelerator
 from bertbench.cli.common import (
+    BATCH,
     CONTEXT,
     GO_ON_VARIABLE,
+    MOST_SEED,
+    REPLICAS,
     FiniteFloat,
+    Whole,
     allowed_levers,
     device_options,
     json_option,
@@ -65,43 +69,44 @@ def _shared_options(command: Any) -> Any:
                 "the input is lower-cased."),
         _switch("--tokenize_chinese_chars", None, "Make each Chinese character a word. Default: "
                 "likewise, else true."),
-        click.option("--train_batch_size", "--target-batch", type=click.IntRange(1), default=32,
+        click.option("--train_batch_size", "--target-batch", type=BATCH, default=32,
                      show_default=True, help="Effective batch, whatever fits at a time."),
-        click.option("--predict_batch_size", "--eval_batch_size", type=click.IntRange(1),
+        click.option("--predict_batch_size", "--eval_batch_size", type=BATCH,
                      default=8, show_default=True, help="At most so many at a time to predict."),
-        click.option("--learning_rate", type=FiniteFloat(0), default=5e-5, show_default=True),
-        click.option("--num_train_epochs", type=FiniteFloat(0), default=3.0, show_default=True),
+        click.option("--learning_rate", type=FiniteFloat(0, 1000), default=5e-5, show_default=True),
+        click.option("--num_train_epochs", type=FiniteFloat(0, 1_000_000), default=3.0,
+                     show_default=True),
         click.option("--warmup_proportion", type=FiniteFloat(0, 1), default=0.1,
                      show_default=True),
-        click.option("--save_checkpoints_steps", type=click.IntRange(1), default=1000,
+        click.option("--save_checkpoints_steps", type=Whole(1), default=1000,
                      show_default=True, help="Also every ten minutes."),
-        click.option("--seed", type=click.IntRange(0), default=12345, show_default=True),
+        click.option("--seed", type=Whole(0, MOST_SEED), default=12345, show_default=True),
         click.option("--adam_bias_correction", is_flag=True, help="Adam as published; the "
                      "original leaves its bias correction out."),
         click.option("--plan", "plan_file", type=_PATH, help="From `bertbench plan --json FILE`. "
                      "Default: plan now."),
         click.option("--checkpointing", help="Insist on a policy: none, selective, full, nested, "
                      "or full:N for N layers."),
-        click.option("--micro_batch", type=click.IntRange(1), help="Insist on a micro-batch."),
+        click.option("--micro_batch", type=BATCH, help="Insist on a micro-batch."),
         _switch("--resume", True, "Continue an interrupted run. With false, a folder that holds a "
                 "run is refused."),
-        click.option("--evaluate_every_steps", type=click.IntRange(1), help="Evaluate while "
+        click.option("--evaluate_every_steps", type=Whole(1), help="Evaluate while "
                      "training, and after the last step."),
-        click.option("--early_stopping_patience", type=click.IntRange(1), help="Stop after so "
+        click.option("--early_stopping_patience", type=Whole(1), help="Stop after so "
                      "many evaluations without a new best."),
         click.option("--keep_best", is_flag=True, help="Keep the best evaluation's weights in "
                      "the folder best, and predict with them."),
         _switch("--feature_cache", True, "Keep SQuAD's features in $BERTBENCH_CACHE (default: the "
                 "user's cache folder) for the next run."),
         _switch("--tensorboard", True, "Write event files to --output_dir."),
-        click.option("--max_train_examples", type=click.IntRange(1), help="Only the first ones."),
+        click.option("--max_train_examples", type=Whole(1), help="Only the first ones."),
         _switch("--use_tpu", False, "Run on a Cloud TPU."),
         click.option("--tpu_name", help="Its name, or grpc://ADDRESS."),
         click.option("--tpu_zone", help="Its zone. Default: asked of the environment."),
         click.option("--gcp_project", help="Its project. Default: asked of the environment."),
         click.option("--master", help="Its address, instead of --tpu_name."),
-        click.option("--num_tpu_cores", type=click.IntRange(1), default=8, show_default=True),
-        click.option("--iterations_per_loop", type=int, hidden=True),
+        click.option("--num_tpu_cores", type=REPLICAS, default=8, show_default=True),
+        click.option("--iterations_per_loop", type=Whole(0), hidden=True),
         click.option("--demo", is_flag=True, help="Built-in data and a tiny random model."),
         lever_options,
         device_options,
@@ -123,13 +128,13 @@ def command() -> None:
 @_switch("--do_predict", None, "Default: if --predict_file is given.")
 @click.option("--train_file", type=_PATH, help="SQuAD JSON to train on.")
 @click.option("--predict_file", type=_PATH, help="SQuAD JSON to answer.")
-@click.option("--max_seq_length", type=click.IntRange(8), default=384, show_default=True)
-@click.option("--doc_stride", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--max_query_length", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--n_best_size", type=click.IntRange(1), default=20, show_default=True)
-@click.option("--max_answer_length", type=click.IntRange(1), default=30, show_default=True)
+@click.option("--max_seq_length", type=Whole(8), default=384, show_default=True)
+@click.option("--doc_stride", type=Whole(1), default=128, show_default=True)
+@click.option("--max_query_length", type=Whole(1), default=64, show_default=True)
+@click.option("--n_best_size", type=Whole(1), default=20, show_default=True)
+@click.option("--max_answer_length", type=Whole(1), default=30, show_default=True)
 @_switch("--version_2_with_negative", False, "Some questions have no answer.")
-@click.option("--null_score_diff_threshold", type=float, default=0.0, show_default=True)
+@click.option("--null_score_diff_threshold", type=FiniteFloat(), default=0.0, show_default=True)
 @_switch("--verbose_logging", False, "Accepted, as the original has it; does nothing.")
 @_switch("--tune_threshold", False, "Find that threshold on --predict_file (SQuAD 2.0).")
 @click.pass_context
@@ -232,7 +237,7 @@ def _run_squad(context: click.Context, flags: dict[str, Any], goes_on: bool) -> 
     "Write probabilities for the test split. Default: if a --test_file is given, and neither "
     "--do_train nor --do_eval is.",
 )
-@click.option("--max_seq_length", type=click.IntRange(8), default=128, show_default=True)
+@click.option("--max_seq_length", type=Whole(8), default=128, show_default=True)
 @click.pass_context
 def classifier(context: click.Context, **flags: Any) -> None:
     """Sentence and sentence-pair classification on GLUE folders. Without a task: the demo.
