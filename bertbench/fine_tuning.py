@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from bertbench.devices import Budget
-from bertbench.errors import OutOfMemoryError
+from bertbench.errors import OutOfMemoryError, WorkError
 from bertbench.initial_weights import load_initial_weights
 from bertbench.locking import alone_in
 from bertbench.output_folder import (
+    clear_remains,
     describe_file,
     hash_arrays,
     prepare_output,
@@ -34,6 +34,7 @@ from bertbench.training import (
 )
 from bertbench.workload import Workload
 from finetune.errors import InputError
+from finetune.folders import FolderLostError, HeldFolder
 from finetune.model_folder import ModelFiles
 from finetune.recipes import train_steps
 from finetune.tokenization import Tokenizer
@@ -76,11 +77,16 @@ class FineTuned:
     Attributes:
         predict: predicts with it, no more examples at a time than the micro-batch, which is known
             to fit.
-        results: for `--json`.
+        results: for `--json`; `weights_step` says how many optimizer steps its weights have seen,
+            where that is known.
+        folder: the output folder; to be checked before anything is written to it.
+        begun: the run's record as it began, for `record_results`; None without training.
     """
 
     predict: Predict
     results: dict[str, Any]
+    folder: HeldFolder
+    begun: Mapping[str, Any] | None = None
 
 
 def feature_arrays(features: object, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -88,7 +94,10 @@ def feature_arrays(features: object, names: tuple[str, ...]) -> dict[str, np.nda
     return {name: getattr(features, name) for name in names}
 
 
-def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job) -> FineTuned:
+@contextlib.contextmanager
+def fine_tuned(
+    files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
+) -> Iterator[FineTuned]:
     """Plan, bind the budget, load weights and train; import TensorFlow on the way.
 
     Without training, the weights are those that an earlier training left in the output folder,
@@ -100,15 +109,36 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
         budget: the device and what may be used of it.
         job: what to do.
 
+    Yields:
+        The model. In the block the output folder is held, so that nobody else writes to it.
+
     Raises:
         InputError: too few examples, nothing fits, the weights do not match, or the output
             folder holds another run.
         bertbench.errors.SteppedDownError: a step ran out of memory; what was done is saved, and the
             same call in a fresh process goes on with another plan.
-        bertbench.errors.WorkError: training failed.
+        bertbench.errors.WorkError: training failed, or somebody deleted or renamed the folder, in
+            the block too.
     """
-    if job.train_arrays is None:
-        return _load(files, settings, budget, job)
+    with contextlib.ExitStack() as stack:
+        try:
+            make = _load if job.train_arrays is None else _train
+            yield make(files, settings, budget, job, stack)
+        except FolderLostError as error:
+            raise WorkError(
+                f"{error}; nothing was written elsewhere: put it back, and the same command "
+                "continues from its last checkpoint"
+            ) from error
+
+
+def _train(
+    files: ModelFiles,
+    settings: RunSettings,
+    budget: Budget,
+    job: Job,
+    stack: contextlib.ExitStack,
+) -> FineTuned:
+    assert job.train_arrays is not None
     steps = train_steps(job.num_examples, settings.train_batch_size, settings.num_train_epochs)
     if steps < 1:
         raise InputError(
@@ -157,41 +187,46 @@ def fine_tune(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
         **job.record,
     }
     # The folder is made once everything that can be wrong with the input has been read.
-    with alone_in(settings.output_dir):
-        prepare_output(settings, identity, record, plan)
-        write_model_files(settings, job.tokenizer, job.workload.config)
-        predict_batch = min(settings.predict_batch_size, micro_batch)
-        predict = make_predict(variables, job.workload, predict_batch, strategy)
-        scorer = None if job.make_scorer is None else job.make_scorer(predict)
-        began = time.monotonic()
-        try:
-            trained = train_model(
-                variables,
-                job.workload,
-                settings,
-                levers,
-                micro_batch,
-                job.train_arrays,
-                steps,
-                scorer,
-                strategy,
-            )
-        except OutOfMemoryError as error:
-            step_down(job.workload, settings, budget, micro_batch, levers, error)
-        results = {
-            "task": job.task,
-            **trained,
-            "train_seconds": round(time.monotonic() - began, 3),
-            "micro_batch": micro_batch,
-            "levers": levers.to_json(),
-        }
-        record_results(settings, results)
-        return FineTuned(predict, results)
+    folder = stack.enter_context(alone_in(settings.output_dir))
+    begun = prepare_output(settings, identity, record, plan)
+    clear_remains(settings.output_dir)
+    write_model_files(settings, job.tokenizer, job.workload.config)
+    predict_batch = min(settings.predict_batch_size, micro_batch)
+    predict = make_predict(variables, job.workload, predict_batch, strategy)
+    scorer = None if job.make_scorer is None else job.make_scorer(predict)
+    try:
+        trained = train_model(
+            variables,
+            job.workload,
+            settings,
+            levers,
+            micro_batch,
+            job.train_arrays,
+            steps,
+            scorer,
+            strategy,
+        )
+    except OutOfMemoryError as error:
+        step_down(job.workload, settings, budget, micro_batch, levers, error)
+    results = {
+        "task": job.task,
+        **trained,
+        "micro_batch": micro_batch,
+        "levers": levers.to_json(),
+    }
+    record_results(folder, results, begun)
+    return FineTuned(predict, results, folder, begun)
 
 
-def _load(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job) -> FineTuned:
+def _load(
+    files: ModelFiles,
+    settings: RunSettings,
+    budget: Budget,
+    job: Job,
+    stack: contextlib.ExitStack,
+) -> FineTuned:
     strategy = open_device(budget)
-    from finetune.checkpoint_files import list_checkpoints
+    from finetune.checkpoint_files import PREFIX, list_checkpoints
 
     variables = _create(settings, job.workload, strategy)
     source = files.init_checkpoint
@@ -205,18 +240,19 @@ def _load(files: ModelFiles, settings: RunSettings, budget: Budget, job: Job) ->
             variables, source, job.workload.head, job.labels, trains=False
         )
         unset = list(report.initialised)
-        step = report.source.name.removeprefix("model.ckpt-")
+        step = report.source.name.removeprefix(PREFIX)
         if step.isdecimal():
-            results["global_step"] = int(step)
+            results["weights_step"] = int(step)
     # SQuAD has no use for the pooler.
     needed = "cls/" if job.workload.head == "squad" else ("output_", "bert/pooler/")
     head = [name for name in unset if name.startswith(needed)]
     if head:
         names = "all weights" if len(unset) == len(variables) else ", ".join(head)
         say(f"warning: {names} are random: train first, or give trained weights")
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    folder = stack.enter_context(alone_in(settings.output_dir))
+    clear_remains(settings.output_dir)
     predict = make_predict(variables, job.workload, settings.predict_batch_size, strategy)
-    return FineTuned(predict, results)
+    return FineTuned(predict, results, folder)
 
 
 def _create(settings: RunSettings, workload: Workload, strategy: Any) -> dict[str, Any]:

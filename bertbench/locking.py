@@ -21,6 +21,7 @@ from bertbench.devices import Device
 from bertbench.ledger_file import state_folder
 from bertbench.terminal import say
 from finetune.errors import InputError
+from finetune.folders import HeldFolder, held_folder
 
 LOCKS_VARIABLE = "BERTBENCH_LOCKS"
 """Names another folder for the locks of devices; a test must not wait for its user's probes."""
@@ -154,20 +155,23 @@ def _try_lock(descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[HeldFolder]:
     """Hold a folder in the block, which is made if it is not there; no file is left in it.
+
+    Yields:
+        The folder, which tells whether it is still there.
 
     Raises:
         InputError: another process holds it, or it cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"cannot use the output folder ({error})", path=folder) from error
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            held = stack.enter_context(held_folder(folder))
+        except OSError as error:
+            raise InputError(f"cannot use the output folder ({error})", path=folder) from error
+        try:
+            fcntl.flock(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
                 "another run is writing to this folder",
@@ -176,6 +180,4 @@ def alone_in(folder: Path) -> Iterator[None]:
             ) from error
         except OSError:
             pass  # A file system without locks: as if nobody else were there.
-        yield
-    finally:
-        os.close(descriptor)
+        yield held

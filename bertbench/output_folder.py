@@ -14,13 +14,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bertbench.cloud_storage import RemoteFolder
+from bertbench.errors import WorkError
 from bertbench.running import RunSettings
+from bertbench.terminal import say
 from finetune.array_cache import hash_file
+from finetune.checkpoint_files import remove_half_written
 from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, to_original_json
 from finetune.errors import InputError
-from finetune.files import write_atomically
-from finetune.json_files import json_text, load_object
+from finetune.files import remove_temporaries, write_atomically
+from finetune.folders import HeldFolder
+from finetune.json_files import json_text, load_object, parse_json
 from finetune.model_folder import RUN_FILE
 from finetune.tokenization import Tokenizer
 from finetune.tokenizer_files import write_tokenizer_files
@@ -43,9 +47,15 @@ _RUN_FILES = (
     "nbest_predictions.json",
     "null_odds.json",
     "eval_results.txt",
-    "test_results.tsv",
+    "test_results*.tsv",
     RUN_FILE,
 )
+_MODEL_FILES = ("bert_config.json", "vocab.txt", "tokenizer_config.json")
+_OF_TRAINING = (
+    "task", "global_step", "train_loss", "train_seconds", "best_step", "stopped_early",
+    "micro_batch", "levers",
+)  # fmt: skip
+"""Results that do not depend on what is predicted afterwards."""
 
 
 def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
@@ -118,7 +128,7 @@ def prepare_output(
     identity: Mapping[str, Any],
     extra: Mapping[str, Any],
     plan: Mapping[str, Any],
-) -> None:
+) -> dict[str, Any]:
     """Make the output folder and record the run, or see that the folder holds this same run.
 
     What decides the result (data, model, batch, schedule, seed) must be the same to continue;
@@ -130,6 +140,9 @@ def prepare_output(
         identity: what decides the result.
         extra: what else to record.
         plan: how it is computed this time; each continuation adds its own.
+
+    Returns:
+        The run's record as it was written.
 
     Raises:
         InputError: the folder holds another run, or something else under the names needed.
@@ -192,16 +205,46 @@ def prepare_output(
         _MASKS: "Philox's integers",
         **plan,
     }
-    _write_record(
-        folder,
-        {
-            "identity": dict(identity),
-            "settings": settings_json(settings),
-            **extra,
-            "invocations": [*_part(earlier or {}, "invocations", list), begun],
-            "steps_down": _part(earlier or {}, "steps_down", list),
-        },
+    earlier = earlier or {}
+    record = {
+        "identity": dict(identity),
+        "settings": settings_json(settings),
+        **extra,
+        "invocations": [*_part(earlier, "invocations", list), begun],
+        "steps_down": _part(earlier, "steps_down", list),
+    }
+    results = _results_that_hold(earlier, record)
+    if results:
+        record["results"] = results
+    _write_record(folder, record)
+    return record
+
+
+def _results_that_hold(earlier: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Results of the same run before, until this invocation has its own.
+
+    Scores do not hold if anything is predicted or evaluated in another way now.
+    """
+    results = _part(earlier, "results", dict)
+    changing = ("invocations", "steps_down", "results")
+    before, now = (
+        {key: value for key, value in values.items() if key not in changing}
+        for values in (earlier, parse_json(json_text(record)))
     )
+    return {key: value for key, value in results.items() if before == now or key in _OF_TRAINING}
+
+
+def clear_remains(folder: Path) -> None:
+    """Remove what killed processes have left half written in an output folder.
+
+    Args:
+        folder: held by this process alone.
+    """
+    names = [pattern for pattern in (*_RUN_FILES, *_MODEL_FILES) if "/" not in pattern]
+    for place in (folder, folder / "best"):
+        remove_temporaries(place, names)
+        if (folder / RUN_FILE).is_file():
+            remove_half_written(place)
 
 
 def recorded_steps_down(folder: Path) -> list[dict[str, Any]]:
@@ -217,20 +260,56 @@ def recorded_steps_down(folder: Path) -> list[dict[str, Any]]:
 
 
 def add_step_down(settings: RunSettings, values: Mapping[str, Any]) -> None:
-    """Add to the run's record what it could not go on with, and what comes after it."""
-    record = read_record(settings.output_dir)
+    """Add to the run's record what it could not go on with, and what comes after it.
+
+    Raises:
+        WorkError: somebody has deleted or damaged the record.
+    """
+    record = _read_record(settings.output_dir)
+    if record is None:
+        raise WorkError(
+            f"{settings.output_dir / RUN_FILE} was deleted or damaged while the run was going on: "
+            "put it back, and the same command continues"
+        )
     steps_down = [*_part(record, "steps_down", list), dict(values)]
     _write_record(settings.output_dir, {**record, "steps_down": steps_down})
 
 
-def record_results(settings: RunSettings, results: Mapping[str, Any]) -> None:
-    """Add what came out to the run's record; without one, as after prediction alone, do nothing."""
-    path = settings.output_dir / RUN_FILE
-    if not path.is_file():
-        return
-    record = read_record(settings.output_dir)
-    results = {**_part(record, "results", dict), **results}
-    _write_record(settings.output_dir, {**record, "results": results})
+def record_results(
+    folder: HeldFolder, results: Mapping[str, Any], begun: Mapping[str, Any] | None
+) -> None:
+    """Add what came out to the run's record.
+
+    Args:
+        folder: the output folder.
+        results: what is known by now.
+        begun: the record as `prepare_output` wrote it, which is written again if somebody has
+            deleted or damaged it since; None after prediction alone, where a folder without a
+            record gets none.
+
+    Raises:
+        FolderLostError: the folder is not there any more.
+        OSError: it cannot be written to.
+    """
+    folder.check()
+    path = folder.path / RUN_FILE
+    record = _read_record(folder.path)
+    if begun is not None and (record is None or record.get("identity") != begun["identity"]):
+        say(f"warning: {path} was deleted or changed by somebody: it is written again")
+        record = dict(begun)
+    if record is not None:
+        merged = {**record, "results": {**_part(record, "results", dict), **results}}
+        _write_record(folder.path, merged)
+    elif path.exists():
+        say(f"warning: {path} is damaged: the results are not added to it")
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """The run's record; None if there is none that can be read."""
+    try:
+        return read_record(folder)
+    except InputError:
+        return None
 
 
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bertbench.devices import Budget
-from bertbench.fine_tuning import Job, feature_arrays, fine_tune
+from bertbench.fine_tuning import FineTuned, Job, feature_arrays, fine_tuned
 from bertbench.output_folder import hash_arrays, record_results, settings_json
 from bertbench.progress import say
 from bertbench.running import RunSettings, check_segments, load_config_and_tokenizer
@@ -128,7 +129,14 @@ def run_classifier(
         },
         labels=data.labels,
     )
-    tuned = fine_tune(files, settings, budget, job)
+    with fine_tuned(files, settings, budget, job) as tuned:
+        return _predict_splits(tuned, data, splits)
+
+
+def _predict_splits(
+    tuned: FineTuned, data: ClassificationData, splits: Mapping[str, ClassificationFeatures]
+) -> dict[str, Any]:
+    """Evaluate and predict; what is known is written before the next split is begun."""
     results = dict(tuned.results)
     scored: dict[str, Any] = {}
     for name, features in splits.items():
@@ -141,22 +149,22 @@ def run_classifier(
         logits = predict_with_progress(
             tuned.predict, feature_arrays(features, INPUT_NAMES), f"{doing} {part}".strip()
         )
+        tuned.folder.check()
         if kind == "dev":
             scores = score_logits(data, features, logits)
             scored |= {f"eval{suffix}_{metric}": value for metric, value in scores.items()}
+            # The original's `loss` is that of the evaluation too.
+            scored["loss"] = scored["eval_loss"]
+            results |= scored
+            # The original's step is that of the weights, which may be the best ones.
+            step = {"global_step": results["weights_step"]} if "weights_step" in results else {}
+            write_eval_results(tuned.folder.path / "eval_results.txt", {**scored, **step})
         else:
-            path = settings.output_dir / f"test_results{suffix}.tsv"
+            path = tuned.folder.path / f"test_results{suffix}.tsv"
             rows = logits if data.is_regression else np.exp(_log_softmax(logits))
             write_test_results(path, rows)
             results[f"test_results{suffix}"] = str(path)
-    if scored:
-        # The original's `loss` is that of the evaluation too.
-        scored["loss"] = scored["eval_loss"]
-        if "global_step" in results:
-            scored["global_step"] = results["global_step"]
-        write_eval_results(settings.output_dir / "eval_results.txt", scored)
-        results |= scored
-    record_results(settings, results)
+        record_results(tuned.folder, results, tuned.begun)
     return results
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bertbench.devices import Budget
-from bertbench.fine_tuning import Job, feature_arrays, fine_tune
+from bertbench.fine_tuning import Job, feature_arrays, fine_tuned
 from bertbench.output_folder import describe_file, record_results, settings_json
 from bertbench.progress import progress, say
 from bertbench.running import RunSettings, check_segments, load_config_and_tokenizer
@@ -20,6 +20,7 @@ from bertbench.workload import Workload
 from finetune.config import INPUT_NAMES, TARGET_NAMES
 from finetune.errors import InputError
 from finetune.files import write_atomically
+from finetune.folders import HeldFolder
 from finetune.model_folder import ModelFiles
 from finetune.tasks.squad import SquadFeatures
 from finetune.tasks.squad_cache import SquadSource, default_cache_dir, load_squad_features
@@ -151,48 +152,56 @@ def run_squad(
         return Scorer(lambda told: score_predictions(examples, answer(predict, told), squad), "f1")
 
     name = files.config_file.parent.name
-    tuned = fine_tune(
-        files,
-        settings,
-        budget,
-        Job(
-            task="squad",
-            workload=Workload(name, config, "squad", settings.max_seq_length),
-            tokenizer=tokenizer,
-            train_arrays=None
-            if train is None
-            else {name: train.arrays[name] for name in _TRAIN_NAMES},
-            num_examples=0 if train is None else train.extra["num_examples"],
-            make_scorer=make_scorer if settings.evaluate_every_steps is not None else None,
-            evaluation={
-                "data_sha256": record["predict_file"]["sha256"],
-                "version_2_with_negative": squad.version_2_with_negative,
-                "tune_threshold": squad.tune_threshold,
-                "null_score_diff_threshold": squad.null_score_diff_threshold,
-            }
-            if settings.evaluate_every_steps is not None
-            else {},
-            record=record,
-        ),
+    job = Job(
+        task="squad",
+        workload=Workload(name, config, "squad", settings.max_seq_length),
+        tokenizer=tokenizer,
+        train_arrays=None if train is None else {name: train.arrays[name] for name in _TRAIN_NAMES},
+        num_examples=0 if train is None else train.extra["num_examples"],
+        make_scorer=make_scorer if settings.evaluate_every_steps is not None else None,
+        evaluation={
+            "data_sha256": record["predict_file"]["sha256"],
+            "version_2_with_negative": squad.version_2_with_negative,
+            "tune_threshold": squad.tune_threshold,
+            "null_score_diff_threshold": squad.null_score_diff_threshold,
+        }
+        if settings.evaluate_every_steps is not None
+        else {},
+        record=record,
     )
-    results = dict(tuned.results)
-    if record.get("skipped_answers"):
-        results["skipped_answers"] = record["skipped_answers"]
-    if dev is not None:
-        with progress("predict", len(dev.features), "windows") as advance:
-            predictions = answer(tuned.predict, lambda done, _: advance(done, ""))
-        if squad.tune_threshold:
-            threshold = best_threshold(dev.examples, predictions)
-            say(f"best null_score_diff_threshold: {threshold:.4f}")
-            results["null_score_diff_threshold"] = threshold
-        write_predictions(predictions, settings.output_dir)
-        results["predictions"] = str(settings.output_dir / "predictions.json")
-        if can_score:
-            scores = score_predictions(dev.examples, predictions, squad)
-            results |= scores
-            lines = "".join(f"{key} = {value}\n" for key, value in sorted(scores.items()))
-            write_atomically(settings.output_dir / "eval_results.txt", lines)
-    record_results(settings, results)
+    with fine_tuned(files, settings, budget, job) as tuned:
+        results = dict(tuned.results)
+        if record.get("skipped_answers"):
+            results["skipped_answers"] = record["skipped_answers"]
+        if dev is not None:
+            with progress("predict", len(dev.features), "windows") as advance:
+                predictions = answer(tuned.predict, lambda done, _: advance(done, ""))
+            results |= _write_answers(tuned.folder, dev, predictions, squad, can_score)
+        record_results(tuned.folder, results, tuned.begun)
+    return results
+
+
+def _write_answers(
+    folder: HeldFolder,
+    dev: Questions,
+    predictions: SquadPredictions,
+    squad: SquadSettings,
+    can_score: bool,
+) -> dict[str, Any]:
+    """Write predictions, and their scores where the questions have answers."""
+    results: dict[str, Any] = {}
+    if squad.tune_threshold:
+        threshold = best_threshold(dev.examples, predictions)
+        say(f"best null_score_diff_threshold: {threshold:.4f}")
+        results["null_score_diff_threshold"] = threshold
+    folder.check()
+    write_predictions(predictions, folder.path)
+    results["predictions"] = str(folder.path / "predictions.json")
+    if can_score:
+        scores = score_predictions(dev.examples, predictions, squad)
+        results |= scores
+        lines = "".join(f"{key} = {value}\n" for key, value in sorted(scores.items()))
+        write_atomically(folder.path / "eval_results.txt", lines)
     return results
 
 

@@ -56,19 +56,22 @@ def train_model(
     Afterwards the variables are the best ones if the settings say so.
 
     Returns:
-        `global_step`; `train_loss` of the last step, if there was one left to do; and with
-        evaluations `best_step` and `stopped_early`.
+        `global_step`; `weights_step`, that of the weights; `train_loss` of the last step, and
+        `train_seconds` that all steps took, whichever process made them, if the log has them all;
+        and with evaluations `best_step` and `stopped_early`.
 
     Raises:
         InputError: the folder's checkpoints cannot be continued from.
         OutOfMemoryError: a step did not fit.
         WorkError: a loss that is not finite, or a disk that is full.
         StoppedEarlyError: the user interrupted.
+        FolderLostError: the output folder is not there any more.
     """
     import tensorflow as tf
 
     from finetune.checkpoint_files import list_checkpoints
     from finetune.evaluation import BEST_FOLDER, EvalRecord, Evaluation, best_record, read_eval_log
+    from finetune.folders import FolderLostError
     from finetune.optimization import OptimizerSettings
     from finetune.step import make_trainer
     from finetune.tensorboard import ScalarWriter
@@ -129,7 +132,7 @@ def train_model(
 
         def on_step(record: StepRecord) -> None:
             nonlocal done
-            done, result["train_loss"] = record.step, record.loss
+            done = record.step
             rate = settings.train_batch_size / record.seconds
             advance(record.step, f"loss {record.loss:.4f}, {rate:.1f} examples/s")
             if "train" in writers:
@@ -191,6 +194,8 @@ def train_model(
             raise OutOfMemoryError(what, saved) from error
         except FloatingPointError as error:
             raise WorkError(str(error)) from error
+        except FolderLostError:
+            raise
         except OSError as error:
             raise WorkError(
                 f"{error}; make room or mend the folder: the same command continues"
@@ -200,7 +205,8 @@ def train_model(
         raise StoppedEarlyError(
             f"stopped at step {step} of {num_train_steps}; saved: the same command continues"
         )
-    result["global_step"] = step
+    result["global_step"] = result["weights_step"] = step
+    result |= _logged_results(folder, step)
     if evaluation is not None:
         best = best_record(evaluation, read_eval_log(folder))
         result["stopped_early"] = ending is Ending.NO_IMPROVEMENT
@@ -212,11 +218,23 @@ def train_model(
             kept = [checkpoint.name for checkpoint in list_checkpoints(folder / BEST_FOLDER)]
             if kept == [f"model.ckpt-{best.step}"]:
                 load_weights(variables, folder / BEST_FOLDER)
+                result["weights_step"] = best.step
                 say(f"using the weights of step {best.step}, the best")
             else:
                 # As when --keep_best was added to a run that had made its best evaluation before.
-                say(f"the weights of step {best.step}, the best, were not kept; using the last")
+                say(f"the weights of step {best.step}, the best, are not there; using the last")
     return result
+
+
+def _logged_results(folder: Path, step: int) -> dict[str, float]:
+    """Loss of the last step and seconds of all; nothing if the log lacks some of them."""
+    from finetune.training import LOG_NAME, read_log
+
+    log = read_log(folder / LOG_NAME)
+    if not log or [record.step for record in log] != list(range(1, step + 1)):
+        return {}
+    seconds = sum(record.seconds for record in log)
+    return {"train_loss": log[-1].loss, "train_seconds": round(seconds, 3)}
 
 
 def _saved_step(folder: Path) -> int:

@@ -22,8 +22,9 @@ _logger = logging.getLogger(__name__)
 
 STATE_FILE = "checkpoint"
 PREFIX = "model.ckpt-"
+INDEX = ".index"
+DATA = ".data-00000-of-00001"
 
-_INDEX = ".index"
 _FIRST_PART = re.compile(r"(.+)\.data-00000-of-([0-9]{5})")
 _OWN = re.compile(rf"{re.escape(PREFIX)}([0-9]{{1,18}})")
 _NUMBERED = re.compile(r"(.*?)-?([0-9]*)")
@@ -73,6 +74,23 @@ def other_checkpoints(folder: Path) -> list[Path]:
     return [folder / name for name in found]
 
 
+def remove_half_written(folder: Path) -> None:
+    """Remove what a save that failed, or that a kill cut short, has left: as large as a model.
+
+    Args:
+        folder: of a training, or where one keeps its best weights; it need not exist. The caller
+            sees to it that nobody else writes to it now.
+    """
+    for path in folder.glob(f".tmp-{PREFIX}*"):
+        path.unlink(missing_ok=True)
+    whole = _whole(folder)
+    for suffix in (DATA, INDEX):
+        for path in folder.glob(f"{PREFIX}*{suffix}"):
+            name = path.name.removesuffix(suffix)
+            if _OWN.fullmatch(name) and name not in whole and path.is_file():
+                path.unlink(missing_ok=True)
+
+
 def _whole(folder: Path) -> set[str]:
     """Names of the checkpoints of a folder whose index and data are all there."""
     try:
@@ -83,7 +101,7 @@ def _whole(folder: Path) -> set[str]:
     for match in filter(None, map(_FIRST_PART.fullmatch, files)):
         name, count = match[1], match[2]
         needed = {f"{name}.data-{part:05}-of-{count}" for part in range(int(count))}
-        if needed | {f"{name}{_INDEX}"} <= files and not name.startswith("."):
+        if needed | {f"{name}{INDEX}"} <= files and not name.startswith("."):
             found.add(name)
     return found
 

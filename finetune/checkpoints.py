@@ -17,7 +17,14 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from finetune.checkpoint_files import PREFIX, STATE_FILE, list_checkpoints
+from finetune.checkpoint_files import (
+    DATA,
+    INDEX,
+    PREFIX,
+    STATE_FILE,
+    list_checkpoints,
+    remove_half_written,
+)
 from finetune.errors import DamagedFileError, InputError
 from finetune.files import write_atomically
 from finetune.modeling import Variables
@@ -27,7 +34,7 @@ from finetune.weights import open_tf_checkpoint
 _logger = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
-_SUFFIXES = (".data-00000-of-00001", ".index")
+_SUFFIXES = (DATA, INDEX)
 
 
 def _named_state(variables: Variables, state: OptimizerState) -> dict[str, tf.Variable]:
@@ -79,7 +86,8 @@ def save_weights(output_dir: Path, variables: Variables, step: int) -> Path:
     """Write the weights alone, without optimizer state, in the place of those there.
 
     Args:
-        output_dir: a folder, made if missing, that holds nothing but one such checkpoint.
+        output_dir: a folder that holds nothing but one such checkpoint; it is made if it is
+            missing, but not the folders above it.
         variables: the model.
         step: optimizer step they belong to.
 
@@ -89,7 +97,7 @@ def save_weights(output_dir: Path, variables: Variables, step: int) -> Path:
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir.mkdir(exist_ok=True)
     prefix = _write(output_dir, variables, step)
     for old in list_checkpoints(output_dir):
         if old != prefix:
@@ -182,18 +190,6 @@ def _remove(prefix: Path) -> None:
     # The index first: what is left of a checkpoint half removed must not look like one.
     for suffix in reversed(_SUFFIXES):
         Path(f"{prefix}{suffix}").unlink(missing_ok=True)
-
-
-def remove_half_written(output_dir: Path) -> None:
-    """Remove what a save that failed, or that a kill cut short, has left: as large as a model."""
-    for path in output_dir.glob(f".tmp-{PREFIX}*"):
-        path.unlink(missing_ok=True)
-    whole = set(list_checkpoints(output_dir))
-    for suffix in _SUFFIXES:
-        for path in output_dir.glob(f"{PREFIX}*{suffix}"):
-            prefix = path.with_name(path.name.removesuffix(suffix))
-            if prefix.name.removeprefix(PREFIX).isdecimal() and prefix not in whole:
-                path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

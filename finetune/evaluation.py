@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from finetune.checkpoints import save_weights
 from finetune.files import write_atomically
+from finetune.folders import HeldFolder
 from finetune.json_files import json_text, load_json_lines, warn_of_damage
 from finetune.modeling import Variables
 
@@ -88,14 +89,26 @@ def truncate_eval_log(output_dir: Path, last_step: int) -> None:
 
 
 def evaluate_now(
-    evaluation: Evaluation, variables: Variables, step: int, output_dir: Path
+    evaluation: Evaluation,
+    variables: Variables,
+    step: int,
+    folder: HeldFolder,
+    earlier: Sequence[EvalRecord],
 ) -> EvalRecord:
     """Score the model, log it, and keep its weights if they are the best so far.
 
     The weights are written before the log names them the best.
 
+    Args:
+        evaluation: what to do.
+        variables: the model.
+        step: optimizer steps that it has seen.
+        folder: where the log is.
+        earlier: the evaluations before; the log is written anew with them.
+
     Raises:
         FloatingPointError: a score is not finite.
+        OSError: the folder is gone, or cannot be written to.
     """
     record = EvalRecord(step, {name: float(v) for name, v in evaluation.evaluate().items()})
     for name, value in record.metrics.items():
@@ -104,10 +117,11 @@ def evaluate_now(
                 f"the evaluation's {name} is {value} after step {step}; use a smaller learning "
                 "rate or, if it is not float32 already, another precision"
             )
-    records = [r for r in read_eval_log(output_dir) if r.step < step] + [record]
+    records = [r for r in earlier if r.step < step] + [record]
+    folder.check()
     if evaluation.keep_best and best_record(evaluation, records) is record:
-        save_weights(output_dir / BEST_FOLDER, variables, step)
-    _write_log(output_dir, records)
+        save_weights(folder.path / BEST_FOLDER, variables, step)
+    _write_log(folder.path, records)
     return record
 
 

@@ -8,6 +8,7 @@ import re
 import secrets
 import stat
 from collections.abc import Collection
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from finetune.errors import InputError
@@ -103,14 +104,14 @@ def _create(temporary: Path, target: Path) -> int:
     return descriptor
 
 
-def remove_temporaries(folder: Path, names: Collection[str]) -> None:
+def remove_temporaries(folder: Path, patterns: Collection[str]) -> None:
     """Remove what killed processes have left of writing some files of a folder.
 
     Args:
         folder: it need not exist. The caller sees to it that nobody else writes to it now.
-        names: of the files.
+        patterns: of the files' names.
     """
     for path in folder.glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
-        if match is not None and match[1] in names:
+        if match is not None and any(fnmatchcase(match[1], pattern) for pattern in patterns):
             path.unlink(missing_ok=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import logging
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import tensorflow as tf
@@ -23,8 +26,11 @@ from finetune.evaluation import (
     truncate_eval_log,
 )
 from finetune.files import write_atomically
+from finetune.folders import HeldFolder, held_folder, leads_to
 from finetune.json_files import build, json_text, load_json_lines, warn_of_damage
 from finetune.step import Batch, Trainer, pad_batch
+
+_logger = logging.getLogger(__name__)
 
 LOG_NAME = "train_log.jsonl"
 
@@ -181,41 +187,63 @@ def train(
         InputError: there is no data.
         FloatingPointError: the loss, the gradient or a score is not finite; the last checkpoint
             stays.
+        FolderLostError: the folder was deleted, renamed or replaced.
         OSError: a checkpoint or log could not be written.
         tensorflow.errors.OpError: an operation failed; `ResourceExhaustedError` if a step does not
             fit in memory.
     """
-    listener = listener or Listener()
+    with held_folder(output_dir) as folder:
+        return _train(trainer, data, schedule, folder, evaluation, listener or Listener())
+
+
+def _train(
+    trainer: Trainer,
+    data: Mapping[str, np.ndarray],
+    schedule: Schedule,
+    folder: HeldFolder,
+    evaluation: Evaluation | None,
+    listener: Listener,
+) -> Ending:
+    output_dir = folder.path
     if not len(next(iter(data.values()))):
         raise InputError("there are no training examples")
     step = saved_step = int(trainer.state.step.numpy())
     saved_at = time.monotonic()
     ending = None
-    # Only an evaluation changes this, so the log is not read at every step.
-    tired = evaluation is not None and out_of_patience(evaluation, read_eval_log(output_dir))
+    # From here on they are in memory: a log that others delete or change is written anew.
+    evaluations = read_eval_log(output_dir)
+    tired = evaluation is not None and out_of_patience(evaluation, evaluations)
 
     def save_what_is_whole() -> None:
         """Before an error is raised, which is to be known even if this goes wrong too."""
         if step > saved_step and not _update_began(trainer, step):
             with contextlib.suppress(tf.errors.OpError, OSError):
+                folder.check()
                 save_state(output_dir, trainer.variables, trainer.state)
                 listener.on_save()
 
-    with (output_dir / LOG_NAME).open("a", encoding="utf-8", buffering=1) as log:
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(_open_log(output_dir / LOG_NAME))
         while True:
             asked = listener.should_stop()
-            due = evaluation is not None and _evaluation_due(evaluation, schedule, step, output_dir)
+            folder.check()
+            due = evaluation is not None and _evaluation_due(
+                evaluation, schedule, step, evaluations
+            )
             if evaluation is not None and due and not asked:
                 # Before the checkpoint: a run killed in between does both again.
                 try:
-                    evaluated = evaluate_now(evaluation, trainer.variables, step, output_dir)
+                    evaluated = evaluate_now(
+                        evaluation, trainer.variables, step, folder, evaluations
+                    )
                 except FloatingPointError:  # Such weights must not be saved.
                     raise
                 except Exception:
                     save_what_is_whole()
                     raise
+                evaluations = [r for r in evaluations if r.step < step] + [evaluated]
                 listener.on_evaluation(evaluated)
-                tired = out_of_patience(evaluation, read_eval_log(output_dir))
+                tired = out_of_patience(evaluation, evaluations)
             if asked and (due or step < schedule.num_train_steps):
                 ending = Ending.ASKED
             elif step >= schedule.num_train_steps:
@@ -227,6 +255,7 @@ def train(
                 or step - saved_step >= schedule.save_checkpoints_steps
                 or time.monotonic() - saved_at >= schedule.save_checkpoints_seconds
             ):
+                folder.check()
                 save_state(output_dir, trainer.variables, trainer.state)
                 listener.on_save()
                 saved_at, saved_step = time.monotonic(), step
@@ -234,12 +263,32 @@ def train(
                 return ending
             try:
                 record = _one_step(trainer, data, schedule, step)
-            except tf.errors.OpError:
+                step = record.step
+                folder.check()
+                if not leads_to(output_dir / LOG_NAME, log.fileno()):
+                    log = stack.enter_context(_open_log(output_dir / LOG_NAME, log))
+                log.write(json_text(dataclasses.asdict(record)) + "\n")
+                listener.on_step(record)
+            except (tf.errors.OpError, OSError):
                 save_what_is_whole()
                 raise
-            step = record.step
-            log.write(json_text(dataclasses.asdict(record)) + "\n")
-            listener.on_step(record)
+
+
+def _open_log(path: Path, before: TextIO | None = None) -> TextIO:
+    """Open the log to append to it.
+
+    Args:
+        path: the log.
+        before: the log as it was opened before somebody deleted or replaced it; None if nobody
+            did. What was deleted is written again.
+    """
+    if before is not None:
+        with before:
+            if not os.path.lexists(path):
+                before.seek(0)
+                write_atomically(path, before.read())
+        _logger.warning("%s was deleted or replaced: going on with what is there now", path)
+    return path.open("a+", encoding="utf-8", buffering=1)
 
 
 def _update_began(trainer: Trainer, step: int) -> bool:
@@ -254,13 +303,13 @@ def _update_began(trainer: Trainer, step: int) -> bool:
 
 
 def _evaluation_due(
-    evaluation: Evaluation, schedule: Schedule, step: int, output_dir: Path
+    evaluation: Evaluation, schedule: Schedule, step: int, evaluations: Sequence[EvalRecord]
 ) -> bool:
     """Whether this step's evaluation is still to be made, also after an interruption."""
     at_end = step == schedule.num_train_steps
     if not step or not (at_end or step % evaluation.every_steps == 0):
         return False
-    return all(record.step != step for record in read_eval_log(output_dir))
+    return all(record.step != step for record in evaluations)
 
 
 def _one_step(

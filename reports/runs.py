@@ -20,7 +20,7 @@ _STEP_COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "seconds")
 _MOST = 1e15
 _NO_SCORES = {
     "best_step", "global_step", "micro_batch", "skipped_answers", "total", "train_loss",
-    "train_seconds",
+    "train_seconds", "weights_step",
 }  # fmt: skip
 
 

@@ -290,10 +290,19 @@ def test_best_weights_are_those_of_the_record(tmp_path: Path) -> None:
         output, "--train_file", table, "--dev_file", table, "--evaluate_every_steps", "1"
     )
     assert bertbench(*arguments).returncode == 0
+    trained = json.loads((output / "run.json").read_text())["results"]
     late = bertbench(*arguments, "--keep_best")
     assert late.returncode == 0, late.stderr
-    best = json.loads((output / "run.json").read_text())["results"]["best_step"]
-    assert best == 3 or "were not kept; using the last" in late.stderr
+    results = json.loads((output / "run.json").read_text())["results"]
+    # No step was made, and what the training came to is still said.
+    for name in ("train_loss", "train_seconds", "global_step"):
+        assert results[name] == trained[name]
+    log = read_log(output / "train_log.jsonl")
+    assert results["train_seconds"] == pytest.approx(sum(r.seconds for r in log), abs=1e-3)
+    assert results["train_loss"] == log[-1].loss
+    best = results["best_step"]
+    assert results["weights_step"] == 3
+    assert best == 3 or "are not there; using the last" in late.stderr
     (output / "best" / "model.ckpt-1.index").write_text("")
     (output / "best" / "checkpoint").write_text("")
     assert bertbench(*arguments).returncode == 0
@@ -413,7 +422,8 @@ def test_squad_2_with_tuned_threshold_is_scored_as_by_eval(tmp_path: Path) -> No
     evaluations = [json.loads(line) for line in (output / "eval_log.jsonl").open()]
     assert [record["step"] for record in evaluations] == [4, 8, 10]
     best = max(evaluations, key=lambda record: record["f1"])
-    assert results["best_step"] == best["step"]
+    assert results["best_step"] == results["weights_step"] == best["step"]
+    assert results["global_step"] == 10
     assert results["f1"] == pytest.approx(best["f1"])
     assert list(output.glob("events.out.tfevents.*"))
     assert list(output.glob("eval/events.out.tfevents.*"))
@@ -440,6 +450,9 @@ def test_squad_2_with_tuned_threshold_is_scored_as_by_eval(tmp_path: Path) -> No
     assert again.returncode == 0, again.stderr
     assert "model.ckpt-" in again.stderr
     assert (output / "predictions.json").read_bytes() == before
+    recorded = json.loads((output / "run.json").read_text())["results"]
+    for name in ("global_step", "weights_step", "train_loss", "train_seconds"):
+        assert recorded[name] == results[name]
 
 
 def test_killed_run_continues_on_the_same_curve(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from finetune.evaluation import (
     out_of_patience,
     read_eval_log,
 )
+from finetune.folders import FolderLostError
 from finetune.step import StepResult, Trainer
 from finetune.training import (
     LOG_NAME,
@@ -289,3 +292,111 @@ def test_an_evaluation_that_fails_loses_no_steps(
     with pytest.raises(RuntimeError, match="predicting"):
         train(trainer, data, SCHEDULE, tmp_path, evaluation=rule)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["model.ckpt-3"]
+
+
+def undisturbed_losses(folder: Path, data: dict[str, np.ndarray]) -> list[float]:
+    folder.mkdir()
+    train(tiny_trainer("squad", SEQ_LEN), data, SCHEDULE, folder)
+    return [record.loss for record in read_log(folder / LOG_NAME)]
+
+
+@pytest.mark.parametrize("save_every", [1, 100])
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_folder_that_is_renamed_ends_the_run_and_none_is_made(
+    tmp_path: Path, data: dict[str, np.ndarray], save_every: int, anew: bool
+) -> None:
+    folder, aside = tmp_path / "out", tmp_path / "aside"
+    folder.mkdir()
+    schedule = dataclasses.replace(SCHEDULE, save_checkpoints_steps=save_every)
+    trainer = tiny_trainer("squad", SEQ_LEN)
+
+    def rename() -> bool:
+        if int(trainer.state.step.numpy()) == 3 and not aside.exists():
+            folder.rename(aside)
+            if anew:
+                folder.mkdir()
+        return False
+
+    with pytest.raises(FolderLostError, match=f"renamed to {aside}"):
+        train(trainer, data, schedule, folder, listener=Listener(should_stop=rename))
+    if anew:
+        assert not os.listdir(folder)
+        folder.rmdir()
+    assert not folder.exists()
+    aside.rename(folder)
+    again = tiny_trainer("squad", SEQ_LEN)
+    resume(again, folder)
+    train(again, data, schedule, folder)
+    got = [record.loss for record in read_log(folder / LOG_NAME)]
+    assert got == undisturbed_losses(tmp_path / "whole", data)
+
+
+@pytest.mark.parametrize("when", ["step", "evaluation"])
+def test_a_folder_that_is_deleted_ends_the_run(
+    tmp_path: Path, data: dict[str, np.ndarray], when: str
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    seen: list[int] = []
+
+    def delete(_: object = None) -> dict[str, float]:
+        seen.append(0)
+        if len(seen) == 3 or when == "evaluation":
+            shutil.rmtree(folder)
+        return {"f1": 0.5}
+
+    if when == "step":
+        rule, listener = None, Listener(on_step=delete)
+    else:
+        rule, listener = Evaluation(delete, 4, "f1", keep_best=True), Listener()
+    with pytest.raises(FolderLostError, match=r"is gone$"):
+        train(
+            tiny_trainer("squad", SEQ_LEN), data, SCHEDULE, folder,
+            evaluation=rule, listener=listener,
+        )  # fmt: skip
+    assert not folder.exists()
+
+
+def test_logs_that_are_deleted_are_written_again(
+    tmp_path: Path, data: dict[str, np.ndarray], caplog: pytest.LogCaptureFixture
+) -> None:
+    def delete(record: object) -> None:
+        for name in (LOG_NAME, EVAL_LOG_NAME):
+            if (tmp_path / name).exists():
+                (tmp_path / name).unlink()
+
+    trainer = tiny_trainer("squad", SEQ_LEN)
+    evaluated = evaluation([0.1, 0.2, 0.3, 0.4])
+    train(
+        trainer, data, SCHEDULE, tmp_path,
+        evaluation=evaluated, listener=Listener(on_step=delete),
+    )  # fmt: skip
+    assert [r.step for r in read_eval_log(tmp_path)] == [2, 4, 6, 8]
+    assert not (tmp_path / LOG_NAME).exists()  # the last line went with it
+    assert "train_log.jsonl was deleted or replaced" in caplog.text
+
+
+def test_a_log_that_was_deleted_once_has_all_lines(
+    tmp_path: Path, data: dict[str, np.ndarray]
+) -> None:
+    def delete(record: object) -> None:
+        if record.step == 5:  # type: ignore[attr-defined]
+            (tmp_path / LOG_NAME).unlink()
+
+    train(tiny_trainer("squad", SEQ_LEN), data, SCHEDULE, tmp_path,
+          listener=Listener(on_step=delete))  # fmt: skip
+    assert [r.step for r in read_log(tmp_path / LOG_NAME)] == [*range(1, 9)]
+
+
+def test_a_log_that_became_a_folder_ends_the_run_and_loses_no_step(
+    tmp_path: Path, data: dict[str, np.ndarray]
+) -> None:
+    def replace(record: object) -> None:
+        if record.step == 5:  # type: ignore[attr-defined]
+            (tmp_path / LOG_NAME).unlink()
+            (tmp_path / LOG_NAME).mkdir()
+
+    with pytest.raises(OSError, match=LOG_NAME):
+        train(tiny_trainer("squad", SEQ_LEN), data, SCHEDULE, tmp_path,
+              listener=Listener(on_step=replace))  # fmt: skip
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["model.ckpt-6"]

@@ -30,8 +30,10 @@ from bertbench.cli.common import (
     write_json,
 )
 from bertbench.cli.original_flags import OriginalCommand, PathOrUrl, local_files
+from bertbench.cloud_storage import is_url
 from bertbench.devices import Budget, TpuSettings, make_budget
 from bertbench.errors import WorkError
+from bertbench.output_folder import RUN_FILE
 from bertbench.running import RunSettings
 from bertbench.terminal import echo, say
 from finetune.checkpointing import parse_checkpointing
@@ -161,6 +163,10 @@ def _go_on(flags: dict[str, Any]) -> bool:
     folder = os.environ.pop(GO_ON_VARIABLE, None)
     if folder is None:
         return False
+    asked = flags["output_dir"]
+    is_remote = isinstance(asked, str) and is_url(asked)
+    if not is_remote and not (Path(folder) / RUN_FILE).is_file():
+        raise WorkError(f"{folder} is gone, or has no {RUN_FILE} any more: the run cannot go on")
     flags["overwrite_output_dir"], flags["resume"] = False, True
     if flags["output_dir"] is None:
         flags["output_dir"] = Path(folder)
