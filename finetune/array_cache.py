@@ -2,11 +2,13 @@
 
 An entry is a folder with one file per array and `entry.json`. It appears whole or not at all, so
 processes may share a cache, and it is read through memory maps, so that an array larger than
-memory can be made (piece by piece) and used.
+memory can be made (piece by piece) and used. What is read is compared with a SHA-256 of what was
+written, and made again where it differs: a wrong bit from a disk must not change a training.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -16,7 +18,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _logger = logging.getLogger(__name__)
 
 DEFAULT_LIMIT_BYTES = 8 << 30
 _ENTRY = "entry.json"
+_DIGEST = "sha256"
 _KEY = re.compile("[0-9a-f]{64}")
 _TEMPORARY = ".making-"
 _ABANDONED_SECONDS = 24 * 3600.0
@@ -112,26 +114,48 @@ def load_or_make(
 
 
 def _load(entry: Path) -> CacheEntry | None:
+    """An entry as it was written; None if there is none, with a warning if it is damaged."""
     try:
-        described = parse_json((entry / _ENTRY).read_text(encoding="utf-8"), finite=False)
-        extra = dict(described["extra"])
-        arrays: dict[str, np.ndarray] = {}
-        for name, (dtype, shape) in dict(described["arrays"]).items():
-            path = entry / name
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            # What is no plain file of numbers would be taken for addresses in memory.
-            plain = path.parent == entry and not np.dtype(dtype).hasobject and min(shape) >= 0
-            if not plain or path.stat().st_size != size:
-                return None
-            # An empty file cannot be mapped.
-            arrays[name] = (
-                np.memmap(path, dtype, "r", shape=tuple(shape)) if size else np.empty(shape, dtype)
-            )
-        # The time of the last use, by which entries are removed.
-        os.utime(entry)
-    except (OSError, ValueError, KeyError, TypeError):
+        text = (entry / _ENTRY).read_bytes()
+    except OSError:
         return None
-    return CacheEntry(arrays, extra, True)
+    try:
+        described = parse_json(text.decode("utf-8"), finite=False)
+        if _DIGEST not in described:
+            return None  # Of an earlier version, which wrote none.
+        arrays, extra = described["arrays"], described["extra"]
+        whole = described[_DIGEST] == hash_key(key=entry.name, arrays=arrays, extra=extra)
+        whole = whole and all((entry / name).parent == entry for name in arrays)
+        found = {name: _map(entry / name, *how) for name, how in arrays.items()} if whole else {}
+    except (OSError, ValueError, LookupError, TypeError):
+        whole = False
+    if not whole:
+        _logger.warning("the cached arrays in %s are damaged: making them again", entry)
+        return None
+    # The time of the last use, by which entries are removed.
+    with contextlib.suppress(OSError):
+        os.utime(entry)
+    return CacheEntry(found, extra, True)
+
+
+def _map(path: Path, dtype: str, shape: list[int], digest: str) -> np.ndarray:
+    """Map an array's file, having compared it with its digest.
+
+    Raises:
+        OSError: it is not there.
+        ValueError: it is not what was written.
+    """
+    # Objects would be taken for addresses in memory.
+    if np.dtype(dtype).hasobject or min(shape) < 0:
+        raise ValueError("no array of numbers")
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if path.stat().st_size != size:
+        raise ValueError("another size")
+    # An empty file cannot be mapped.
+    array = np.memmap(path, dtype, "r", shape=tuple(shape)) if size else np.empty(shape, dtype)
+    if hashlib.sha256(array.data.cast("B") if size else b"").hexdigest() != digest:
+        raise ValueError("another content")
+    return array
 
 
 def _store(folder: Path, key: str, pieces: Iterable[Arrays], extra: dict[str, Any]) -> None:
@@ -139,16 +163,22 @@ def _store(folder: Path, key: str, pieces: Iterable[Arrays], extra: dict[str, An
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
     try:
         described: dict[str, tuple[str, list[int]]] = {}
-        with ExitStack() as stack:
+        digests: dict[str, Any] = {}
+        with contextlib.ExitStack() as stack:
             files: dict[str, Any] = {}
             for piece in pieces:
                 for name, array in piece.items():
                     if name not in files:
                         files[name] = stack.enter_context((temporary / name).open("wb"))
                         described[name] = (array.dtype.str, [0, *array.shape[1:]])
-                    files[name].write(np.ascontiguousarray(array).data)
+                        digests[name] = hashlib.sha256()
+                    data = array.tobytes()
+                    files[name].write(data)
+                    digests[name].update(data)
                     described[name][1][0] += len(array)
-        content = {"arrays": described, "extra": extra}
+        arrays = {name: [*how, digests[name].hexdigest()] for name, how in described.items()}
+        digest = hash_key(key=key, arrays=arrays, extra=extra)
+        content = {"arrays": arrays, "extra": extra, _DIGEST: digest}
         (temporary / _ENTRY).write_text(json_text(content), encoding="utf-8")
         # An entry that is there is damaged, or another process has just made the same.
         shutil.rmtree(folder / key, ignore_errors=True)

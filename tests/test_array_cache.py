@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.array_cache import Arrays, CacheEntry, hash_key, load_or_make
@@ -93,14 +94,61 @@ def spoil_description(entry: Path) -> None:
     (entry / "entry.json").write_text('{"arrays": {"a"')
 
 
-@pytest.mark.parametrize("damage", [cut_short, lose_array, spoil_description])
-def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def change_description(entry: Path) -> None:
+    text = (entry / "entry.json").read_text()
+    (entry / "entry.json").write_text(text.replace('"questions": 7', '"questions": 8'))
+
+
+def nest_description(entry: Path) -> None:
+    (entry / "entry.json").write_text("[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_short, lose_array, spoil_description, change_description, nest_description]
+)
+def test_a_damaged_entry_is_made_again(
+    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
     make = Maker(PIECES)
     load_or_make(tmp_path, "k", make)
     damage(tmp_path / "k")
     check(load_or_make(tmp_path, "k", make), False)
     check(load_or_make(tmp_path, "k", make), True)
     assert make.calls == 2
+    (record,) = caplog.records
+    assert record.getMessage().endswith("/k are damaged: making them again")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_no_flipped_bit_is_believed(tmp_path: Path, data: st.DataObject) -> None:
+    make = Maker(PIECES)
+    load_or_make(tmp_path, "k", make)
+    path = tmp_path / "k" / data.draw(st.sampled_from(["a", "b", "entry.json"]))
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    check(load_or_make(tmp_path, "k", make), False)
+    check(load_or_make(tmp_path, "k", make), True)
+
+
+def test_an_entry_under_another_key_is_not_taken(tmp_path: Path) -> None:
+    make = Maker(PIECES)
+    load_or_make(tmp_path, "k", make)
+    (tmp_path / "k").rename(tmp_path / "other")
+    check(load_or_make(tmp_path, "other", make), False)
+
+
+def test_an_entry_of_an_earlier_version_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make = Maker(PIECES)
+    load_or_make(tmp_path, "k", make)
+    description = {"arrays": {"a": ["<i4", [4, 2]], "b": ["|b1", [4]]}, "extra": {"questions": 7}}
+    (tmp_path / "k" / "entry.json").write_text(json.dumps(description))
+    check(load_or_make(tmp_path, "k", make), False)
+    check(load_or_make(tmp_path, "k", make), True)
+    assert not caplog.text
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(
@@ -186,6 +234,7 @@ SOURCE = SquadSource(
 )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60))
 def test_chunks_are_the_whole(rows: int) -> None:
     examples = read_squad(SOURCE.path, is_training=True, version_2_with_negative=False)
