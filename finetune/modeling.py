@@ -75,9 +75,11 @@ def create_variables(
         if name.endswith("gamma"):
             variables[name].assign_add(tf.ones(shape))
         elif not name.endswith(("bias", "beta")):
-            value = tf.random.stateless_truncated_normal(
-                shape, [seed, position], stddev=config.initializer_range
-            )
+            # By the host: another device makes other floats of the same random integers.
+            with tf.device("/device:CPU:0"):
+                value = tf.random.stateless_truncated_normal(
+                    shape, [seed, position], stddev=config.initializer_range
+                )
             variables[name].assign_add(value)
             del value
     return {name: variables[name] for name in shapes}

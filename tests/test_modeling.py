@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.eager import context
 from tiny_models import CONFIG, NUM_LABELS, Arrays, operations_needed, random_batch
 
 from finetune import dropout as dropout_module
@@ -213,6 +214,21 @@ def test_variables_begin_as_in_the_original() -> None:
     # A normal distribution cut at two standard deviations has 0.8796 of the standard deviation.
     assert words.std() == pytest.approx(0.8796 * config.initializer_range, rel=0.02)
     assert words.mean() == pytest.approx(0, abs=0.01 * config.initializer_range)
+
+
+def test_variables_are_drawn_by_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's kernels and XLA make other floats of the same random integers."""
+    devices: list[str] = []
+    draw = tf.random.stateless_truncated_normal
+
+    def recorded(*arguments: object, **more: object) -> tf.Tensor:
+        devices.append(context.context().device_name)
+        return draw(*arguments, **more)
+
+    monkeypatch.setattr(tf.random, "stateless_truncated_normal", recorded)
+    create_variables(CONFIG, "classifier")
+    assert len(devices) > 10
+    assert all(device.lower().endswith("device:cpu:0") for device in devices)
 
 
 def test_variables_depend_on_seed_and_position_alone() -> None:
