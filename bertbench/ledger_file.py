@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bertbench.private_folder import is_private, user_temporary_folder
 from bertbench.progress import say
 from finetune.errors import InputError
 
@@ -64,7 +65,7 @@ def default_ledger_path() -> Path:
     """`$BERTBENCH_LEDGER`, or `ledger.sqlite` in `state_folder()`.
 
     Raises:
-        InputError: the user has no home.
+        InputError: the user has no home, and no temporary folder.
     """
     chosen = os.environ.get("BERTBENCH_LEDGER")
     if chosen:
@@ -79,7 +80,10 @@ def default_ledger_path() -> Path:
 
 
 def state_folder() -> Path | None:
-    """`bertbench` in the user's folder for such state; None if the user has no home."""
+    """`bertbench` in the user's folder for such state.
+
+    Who has no home, as in some containers, has `user_temporary_folder()`; None without that.
+    """
     state = os.environ.get("XDG_STATE_HOME", "")
     # The XDG specification has relative paths ignored.
     if sys.platform != "darwin" and os.path.isabs(state):
@@ -87,7 +91,8 @@ def state_folder() -> Path | None:
     try:
         home = Path.home()
     except RuntimeError:  # neither HOME nor an entry for the user
-        return None
+        folder = user_temporary_folder()
+        return folder if is_private(folder) else None
     if sys.platform == "darwin":
         return home / "Library" / "Application Support" / "bertbench"
     return home / ".local" / "state" / "bertbench"

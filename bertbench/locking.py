@@ -12,13 +12,13 @@ import fcntl
 import os
 import re
 import socket
-import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bertbench.devices import Device
 from bertbench.ledger_file import state_folder
+from bertbench.private_folder import is_private, user_temporary_folder
 from bertbench.terminal import say
 from finetune.errors import InputError
 from finetune.folders import HeldFolder, held_folder
@@ -65,28 +65,12 @@ def _lock_folder() -> Path | None:
     if chosen:
         candidates = [Path(chosen)]
     else:
-        candidates = [Path(f"/tmp/bertbench-{os.geteuid()}")]
+        candidates = [user_temporary_folder()]
         state = state_folder()
         if state is not None:
             # Machines may share it.
             candidates.append(state / f"locks-{socket.gethostname()}")
-    return next((folder for folder in candidates if _is_private(folder)), None)
-
-
-def _is_private(folder: Path) -> bool:
-    """Make a folder if it is not there; whether it is this user's alone and can be used."""
-    try:
-        with contextlib.suppress(FileExistsError):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir(mode=0o700)
-        status = folder.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            return False
-        if stat.S_IMODE(status.st_mode) != 0o700:
-            folder.chmod(0o700)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK | os.X_OK)
+    return next((folder for folder in candidates if is_private(folder)), None)
 
 
 def _lock_name(device: Device) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bertbench.allocator_limit import apply_budget
 from bertbench.devices import Budget
 from bertbench.quiet import muted_stderr
+from bertbench.threads import check_threads
 from finetune.precisions import EXACT_PRECISION, allow_tensor_float_32
 
 
@@ -26,8 +27,10 @@ def start_tensorflow(budget: Budget) -> str:
 
     Raises:
         InputError: the device or its budget cannot be had.
+        WorkError: the system does not allow the threads that TensorFlow needs.
         RuntimeError: TensorFlow has already run an operation.
     """
+    check_threads()
     with muted_stderr():
         import tensorflow as tf
 

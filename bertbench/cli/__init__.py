@@ -21,6 +21,7 @@ from bertbench.errors import (
 from bertbench.interruption import EXIT_CODE, end_quietly, handle_signals, was_interrupted
 from bertbench.standard_streams import give_up_stdout, prepare_standard_streams
 from bertbench.terminal import clean_warnings, say
+from bertbench.threads import spare_threads
 from finetune.errors import InputError
 
 _VERBS = {
@@ -99,6 +100,7 @@ def main(arguments: list[str] | None = None) -> Any:
     if arguments is None:
         prepare_standard_streams()
         handle_signals()
+        spare_threads()
     code = EXIT_CODE
     with contextlib.suppress(KeyboardInterrupt):  # it comes while the command's end is told
         code = _flush(_run(arguments, dict(os.environ)))

@@ -127,15 +127,21 @@ def load_squad_features(
     return entry
 
 
-def default_cache_dir() -> Path:
-    """`features` in `$BERTBENCH_CACHE`, or in `bertbench` in the user's folder for caches."""
+def default_cache_dir() -> Path | None:
+    """`features` in `$BERTBENCH_CACHE`, or in `bertbench` in the user's folder for caches.
+
+    None for a user who has no home, as in some containers.
+    """
     chosen = os.environ.get("BERTBENCH_CACHE")
     if chosen:
         return Path(chosen) / "features"
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        cache = os.environ.get("XDG_CACHE_HOME", "")
-        # The XDG specification has relative paths ignored.
-        base = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    if sys.platform != "darwin" and os.path.isabs(cache):
+        return Path(cache) / "bertbench" / "features"
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither HOME nor an entry for the user
+        return None
+    base = home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"
     return base / "bertbench" / "features"
