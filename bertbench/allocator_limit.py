@@ -148,7 +148,8 @@ def _reserve(tf: Any, budget_bytes: int) -> None:
     except tf.errors.ResourceExhaustedError as error:
         raise WorkError(
             f"the system does not give a process {format_bytes(budget_bytes)}: raise the limit of "
-            "its address space (`ulimit -v`), or give a smaller --memory"
+            "its address space (`ulimit -v`) or of what the system promises, or give a smaller "
+            "--memory"
         ) from error
 
 

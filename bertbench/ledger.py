@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from bertbench.allocations import Recording, recording_from_text, recording_to_text
 from bertbench.devices import Budget, Device
-from bertbench.ledger_file import explained, pass_over
+from bertbench.ledger_file import Ledger, explained, pass_over
 from bertbench.repetition import Recorded
 from bertbench.trial import Trial, trial_from_json
 from bertbench.workload import Levers, Workload
@@ -227,11 +227,13 @@ class Prunable:
         before: only those that were recorded earlier.
         failed: only failed ones; recordings stay then, for they are of trials that fit.
         other_than: only those of other versions than these, see `versions_key`.
+        ids: only those with these numbers, see `damaged_ids`; recordings have none, and stay.
     """
 
     before: datetime | None = None
     failed: bool = False
     other_than: str | None = None
+    ids: tuple[int, ...] | None = None
 
     def where(self) -> tuple[str, tuple[str, ...]]:
         """Condition in SQL, and its values."""
@@ -243,7 +245,18 @@ class Prunable:
         if self.other_than is not None:
             conditions.append("versions_key != ?")
             values.append(self.other_than)
+        if self.ids is not None:
+            conditions.append("id IN (SELECT value FROM json_each(?))")
+            values.append(json_text(self.ids))
         return (" WHERE " + " AND ".join(conditions) if conditions else ""), tuple(values)
+
+
+def damaged_ids(ledger: Ledger) -> tuple[int, ...]:
+    """Numbers of the trials that are damaged, which are not told of any more."""
+    read_rows(ledger)
+    found = [place for place in ledger.damaged if place[0] == "trials"]
+    ledger.damaged.difference_update(found)
+    return tuple(sorted(int(str(place[1])) for place in found))
 
 
 def count_prunable(ledger: sqlite3.Connection, which: Prunable) -> int:
@@ -261,7 +274,7 @@ def prune(ledger: sqlite3.Connection, which: Prunable) -> int:
         ledger.execute("BEGIN IMMEDIATE")
         try:
             count: int = ledger.execute(f"DELETE FROM trials{where}", values).rowcount
-            if not which.failed:
+            if not which.failed and which.ids is None:
                 ledger.execute(f"DELETE FROM recordings{where}", values)
             ledger.execute("COMMIT")
         except BaseException:

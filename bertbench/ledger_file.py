@@ -216,7 +216,9 @@ def _tell_damage(ledger: Ledger, path: Path) -> None:
     _told.update(found)
     if found:
         rows = "1 damaged row" if len(found) == 1 else f"{len(found):,} damaged rows"
-        say(f"warning: {path}: passed over {rows}")
+        trials = any(place[1] == "trials" for place in found)
+        hint = "; `bertbench ledger prune --damaged` takes them away" if trials else ""
+        say(f"warning: {path}: passed over {rows}{hint}")
 
 
 def _text(data: bytes) -> str | bytes:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence, Set
 from bertbench.allocations import Memory, Replay
 from bertbench.bisection import last_that_holds
 from bertbench.extrapolation import largest_batch
+from bertbench.limit import verdicts
 from bertbench.search import LARGEST_BATCH
 from bertbench.traced_steps import replay_step, step_requests, traced_peak_bytes
 from bertbench.trial import Trial
@@ -44,9 +45,10 @@ class TracedStep:
         return replay_step(self.workload, self.levers, batch, self.memory)
 
     def refuted_by(self, trials: Sequence[Trial]) -> bool:
-        """Whether a trial has ended otherwise than a replay."""
-        fits = max((t.batch for t in trials if t.outcome == "fits"), default=None)
-        oom = min((t.batch for t in trials if t.outcome == "oom"), default=None)
+        """Whether a trial that counts has ended otherwise than a replay."""
+        counted = verdicts(trials).values()
+        fits = max((t.batch for t in counted if t.outcome == "fits"), default=None)
+        oom = min((t.batch for t in counted if t.outcome == "oom"), default=None)
         return any(
             batch is not None and self.replayed(batch).fits is not expected
             for batch, expected in ((fits, True), (oom, False))

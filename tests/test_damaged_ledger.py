@@ -134,7 +134,22 @@ def test_damaged_rows_are_counted_in_one_line(
     lines = [line for line in result.stderr.splitlines() if "passed over" in line]
     assert len(lines) == 1
     assert lines[0].startswith(f"warning: {path}: passed over ")
-    assert lines[0].endswith(" damaged rows")
+    assert lines[0].endswith(" damaged rows; `bertbench ledger prune --damaged` takes them away")
+
+
+def test_damaged_rows_can_be_taken_away(damaged: Path, tmp_path: Path) -> None:
+    path = shutil.copyfile(damaged, tmp_path / "l.sqlite")
+    with read_ledger(path) as ledger:
+        good = read_rows(ledger)
+    told = invoke(ledger_command, "prune", "--damaged", "--ledger", path).output
+    count = int(told.split("would take ")[1].split()[0])
+    assert count > 500
+    assert f"took {count} trials" in invoke(
+        ledger_command, "prune", "--damaged", "--yes", "--ledger", path
+    ).output  # fmt: skip
+    with read_ledger(path) as ledger:
+        assert read_rows(ledger) == good
+        assert ledger.damaged == set()
 
 
 def test_a_damaged_row_is_counted_once_however_often_it_is_read(
@@ -154,7 +169,7 @@ def test_a_damaged_row_is_counted_once_however_often_it_is_read(
             assert [row.id for row in rows] == [3, 4]
     with read_ledger(path) as ledger:
         read_rows(ledger)
-    assert capsys.readouterr().err == f"warning: {path}: passed over 2 damaged rows\n"
+    assert capsys.readouterr().err.startswith(f"warning: {path}: passed over 2 damaged rows; ")
 
 
 def test_a_damaged_recording_is_counted_too(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ from typing import Any
 import psutil
 import pytest
 
+from bertbench import allocator_limit
 from bertbench import isolation as isolation_module
 from bertbench import trial as trial_module
 from bertbench.allocator_limit import child_environment
 from bertbench.bytes import MIB_BYTES
 from bertbench.devices import Budget, Device
+from bertbench.errors import WorkError
 from bertbench.isolation import Ending, run_isolated
 from bertbench.outcomes import classify_error, classify_exit
 from bertbench.trial import Trial, TrialRequest, measure_batches, request_from_payload
@@ -191,6 +195,7 @@ import sys
 sys.path[:0] = {paths!r}
 print("script starts", flush=True)
 from bertbench import forking
+from bertbench.errors import WorkError
 from bertbench.isolation import run_isolated
 forking.PRELOAD = "json"  # imported at once
 run_isolated("isolation_targets:start_grandchild", {{"then": {then!r}}}, environment={{}},
@@ -238,6 +243,23 @@ def test_the_capped_cpu_is_in_force_in_a_forked_process() -> None:
     assert ending.error is not None, ending.tail
     assert ending.error[0] == "ResourceExhaustedError"
     assert classify_error(*ending.error) == "oom"
+
+
+def test_a_system_that_refuses_the_budget_is_no_limit() -> None:
+    """As under `ulimit -v`, where batch 1 seemed not to fit."""
+
+    def refuse(**arguments: Any) -> None:
+        raise MemoryError
+
+    tensorflow = types.SimpleNamespace(
+        device=lambda name: contextlib.nullcontext(),
+        errors=types.SimpleNamespace(ResourceExhaustedError=MemoryError),
+        raw_ops=types.SimpleNamespace(Empty=refuse),
+        uint8=None,
+    )
+    with pytest.raises(WorkError, match=r"does not give a process 2,000 MiB") as refused:
+        allocator_limit._reserve(tensorflow, 2000 * MIB_BYTES)
+    assert classify_error("WorkError", str(refused.value)) == "failed"
 
 
 def measure(script: str, batches: list[int], **options: Any) -> list[Trial]:

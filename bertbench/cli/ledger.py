@@ -15,6 +15,7 @@ from bertbench.ledger import (
     LedgerRow,
     Prunable,
     count_prunable,
+    damaged_ids,
     prune,
     read_rows,
     versions_key,
@@ -128,6 +129,7 @@ def export_(file: Path, ledger_file: Path | None, force: bool) -> None:
     is_flag=True,
     help="Those of other versions of TensorFlow, Python or bertbench than these.",
 )
+@click.option("--damaged", is_flag=True, help="Those that cannot be read.")
 @click.option("--all", "everything", is_flag=True, help="All.")
 @click.option("--yes", is_flag=True, help="Do it; without this only the number is said.")
 def prune_(
@@ -135,6 +137,7 @@ def prune_(
     older_than: int | None,
     failed: bool,
     other_versions: bool,
+    damaged: bool,
     everything: bool,
     yes: bool,
 ) -> None:
@@ -144,21 +147,22 @@ def prune_(
     Example:
       bertbench ledger prune --older-than 90 --yes
     """
-    if not (older_than is not None or failed or other_versions or everything):
+    if not (older_than is not None or failed or other_versions or damaged or everything):
         raise InputError(
             "nothing says which trials to take away",
-            hint="give --older-than DAYS, --failed, --other-versions or --all",
+            hint="give --older-than DAYS, --failed, --other-versions, --damaged or --all",
         )
     path = ledger_file or default_ledger_path()
     _exists(path)
-    which = Prunable(
-        before=None
-        if older_than is None
-        else datetime.now(timezone.utc) - timedelta(days=older_than),
-        failed=failed,
-        other_than=versions_key() if other_versions else None,
-    )
     with open_ledger(path) as ledger:
+        which = Prunable(
+            before=None
+            if older_than is None
+            else datetime.now(timezone.utc) - timedelta(days=older_than),
+            failed=failed,
+            other_than=versions_key() if other_versions else None,
+            ids=damaged_ids(ledger) if damaged else None,
+        )
         if not yes:
             count = count_prunable(ledger, which)
             echo(f"{path}: would take {count} trials away; add --yes to do it")

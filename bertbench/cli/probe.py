@@ -49,6 +49,7 @@ from bertbench.devices import (
 from bertbench.errors import WorkError
 from bertbench.ledger import versions_key
 from bertbench.ledger_file import default_ledger_path, open_ledger
+from bertbench.limit import find_limit
 from bertbench.locking import devices_held
 from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.probing import predict_cell_seconds, probe_cell
@@ -260,10 +261,10 @@ def command(
             for line in holes(cell):
                 console.print(line, soft_wrap=True)
         for index, running in view.running.items():
-            fitting = [trial.batch for trial in running.trials if trial.outcome == "fits"]
+            fitting = find_limit(running.trials).max_batch or 0
             console.print(
-                f"interrupted at {view.title(index)}: batch {max(fitting, default=0)} fits; the "
-                "same command goes on from there",
+                f"interrupted at {view.title(index)}: batch {fitting} fits; the same command goes "
+                "on from there",
                 soft_wrap=True,
             )
     if interrupted:
