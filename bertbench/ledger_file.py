@@ -297,7 +297,7 @@ def _not_a_ledger(path: Path) -> InputError:
     )
 
 
-def _unusable(path: Path, error: sqlite3.Error) -> InputError:
+def _unusable(path: Path, error: Exception) -> InputError:
     return InputError(
         f"not a usable ledger ({error})",
         path=path,
@@ -318,7 +318,8 @@ def _explained(path: Path) -> Iterator[None]:
             path=path,
             hint="make it writable with room on its disk, or choose another with BERTBENCH_LEDGER",
         ) from error
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        # What SQLite says of a damaged file quotes it, and Python cannot always decode that.
         raise _unusable(path, error) from error
     except OSError as error:
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import shutil
 import sqlite3
 import subprocess
@@ -36,6 +37,7 @@ from bertbench.ledger import (
     versions_key,
 )
 from bertbench.ledger_file import open_ledger, read_ledger
+from bertbench.limit import find_limit
 from bertbench.trial import Trial
 from bertbench.workload import Levers, published_workload
 from finetune.errors import InputError
@@ -348,3 +350,44 @@ def test_a_ledger_that_may_only_be_read_is_read_by_all(open_meanwhile: bool) -> 
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(out)},
             )
     assert found.stdout == "0 None\n" * 4, found.stdout + found.stderr
+
+
+def test_any_damaged_file_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    """Bytes changed, cut off or put in, anywhere: never another error, seldom another answer."""
+    path = tmp_path / "l.sqlite"
+    question = (budget(), versions_key(), WORKLOAD, Levers())
+    with open_ledger(path) as ledger:
+        ledger.execute("BEGIN")
+        for trial in GOOD * 20:
+            record(ledger, *question, trial)
+        for batch in (2, 3):
+            record_allocations(ledger, *question, batch, Recording((0, ~0), (64,), ("op",)))
+        ledger.execute("COMMIT")
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    read = 0
+    for _ in range(120):
+        data = bytearray(whole)
+        at = draw.randrange(len(data))
+        how = draw.choice(["bit", "bytes", "cut", "more"])
+        if how == "bit":
+            data[at] ^= 1 << draw.randrange(8)
+        elif how == "bytes":
+            data[at : at + 40] = draw.randbytes(40)
+        elif how == "cut":
+            del data[at:]
+        else:
+            data[at:at] = draw.randbytes(draw.randrange(1, 5000))
+        path.write_bytes(data)
+        try:
+            with read_ledger(path) as ledger:
+                cells = read_cells(read_rows(ledger))
+                read_device_rows(ledger, budget().device, versions_key(), WORKLOAD, 10)
+                known = find(ledger, *question)
+                find_allocations(ledger, *question)
+        except InputError:
+            continue
+        read += 1
+        assert find_limit(known).max_batch in (4, None)
+        assert all(cell.max_batch in (4, None) for cell in cells if len(cell.rows) > 2)
+    assert read > 20
