@@ -40,8 +40,13 @@ def load_initial_weights(
 
     checkpoint = find_checkpoint(source)
     trained = TrainedHead(checkpoint.parent, None)
-    if head != "squad":
-        trained = read_trained_head(checkpoint.parent)
+    try:
+        if head != "squad":
+            trained = read_trained_head(checkpoint.parent)
+    except InputError as error:
+        if not trains:
+            raise
+        say(f"warning: {error}")
     with memory_errors_explained("weights were loaded: the model needs more memory"):
         report = load_weights(variables, checkpoint, with_head=not trained.why_other)
     say(f"weights: {len(report.loaded)} of {len(variables)} from {report.source.name}")

@@ -9,6 +9,8 @@ word-final sigma to another letter, and follows an older edition of Unicode.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import unicodedata
@@ -141,8 +143,10 @@ class Tokenizer:
 
     def description(self) -> dict[str, Any]:
         """All that decides which ids a text gets, JSON-able."""
+        # A digest, because tens of thousands of entries would be sorted again by whoever hashes them.
+        vocab = json.dumps([list(self.vocab), list(self.vocab.values())])
         return {
-            "vocab": dict(self.vocab),
+            "vocab_sha256": hashlib.sha256(vocab.encode()).hexdigest(),
             "vocab_size": self.vocab_size,
             "normalization": vars(self.normalization),
             "special": vars(self.special),

@@ -94,6 +94,7 @@ def without_pooler() -> Arrays:
         (None, {"id2label": {"0": "neutral", "1": "entailment", "2": "other"}}, "has the labels"),
         (random_values("classifier", num_labels=2), {"id2label": {"0": "a", "1": "b"}},
          r"the weights' classifier \(a, b\) has another number of outputs than 3"),
+        (None, {"id2label": {"0": "a", "1": "b", "5": "c"}}, "ids of id2label are not 0 to 2"),
         (without_pooler(), {}, "the weights have no pooler, which their classifier needs"),
         (None, {"architectures": ["BertForTokenClassification"]}, "it is of a BertForTokenClassif"),
         (None, {"problem_type": "multi_label_classification"}, "multi_label_classification"),
