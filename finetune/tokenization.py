@@ -143,7 +143,7 @@ class Tokenizer:
 
     def description(self) -> dict[str, Any]:
         """All that decides which ids a text gets, JSON-able."""
-        # A digest, because tens of thousands of entries would be sorted again by whoever hashes them.
+        # A digest, because whoever hashes this would sort tens of thousands of entries again.
         vocab = json.dumps([list(self.vocab), list(self.vocab.values())])
         return {
             "vocab_sha256": hashlib.sha256(vocab.encode()).hexdigest(),

@@ -223,6 +223,7 @@ def test_keys_differ_by_any_part() -> None:
 
 VOCABULARY = read_vocabulary(demo_files().vocab_file)
 TOKENIZER = make_tokenizer(VOCABULARY, UNCASED)
+THE = AddedToken("the", VOCABULARY.ids["the"])
 SOURCE = SquadSource(
     demo_files().squad_train,
     TOKENIZER,
@@ -274,7 +275,7 @@ def test_cached_squad_features_are_the_features(tmp_path: Path) -> None:
         {"tokenizer": make_tokenizer(VOCABULARY, Normalization(True, strip_accents=False))},
         {"tokenizer": make_tokenizer(VOCABULARY, Normalization(True, None, False))},
         {"tokenizer": make_tokenizer(VOCABULARY, UNCASED, SpecialTokens(sep="the"))},
-        {"tokenizer": make_tokenizer(VOCABULARY, UNCASED, added=[AddedToken("<x>", 2000)])},
+        {"tokenizer": make_tokenizer(VOCABULARY, UNCASED, added=[THE])},
         {"tokenizer": make_tokenizer(VOCABULARY, UNCASED, max_chars_per_word=5)},
         {"max_seq_length": 47},
         {"doc_stride": 9},
