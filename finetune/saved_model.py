@@ -48,7 +48,7 @@ def export_saved_model(
     module.weights = list(weights.values())
     signature = [tf.TensorSpec([None, None], tf.int32, name) for name in INPUT_NAMES]
 
-    @tf.function(input_signature=signature)
+    @tf.function(input_signature=signature, autograph=False)
     def serve(
         input_ids: tf.Tensor, input_mask: tf.Tensor, segment_ids: tf.Tensor
     ) -> dict[str, tf.Tensor]:

@@ -303,7 +303,7 @@ def make_trainer(
         rate, norm = apply_gradients(settings, state, trained, gradients)
         return loss, rate, norm
 
-    @tf.function(input_signature=[signature], jit_compile=xla)
+    @tf.function(input_signature=[signature], jit_compile=xla, autograph=False)
     def on_one_device(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         total_weight = tf.reduce_sum(batch["weights"])
         results = update(batch, tf.zeros([], tf.int64), total_weight, lambda tensors: tensors)
@@ -324,7 +324,7 @@ def make_trainer(
             lambda tensors: context.all_reduce(tf.distribute.ReduceOp.SUM, tensors),
         )
 
-    @tf.function
+    @tf.function(autograph=False)
     def on_replicas(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         assert strategy is not None
         results = strategy.run(on_replica, args=(batch,))
@@ -410,7 +410,7 @@ def make_predictor(
             return squad_logits(variables, sequence)
         return classifier_logits(variables, config, sequence)
 
-    compiled = tf.function(forward, input_signature=[signature])
+    compiled = tf.function(forward, input_signature=[signature], autograph=False)
 
     def predict(batch: Batch) -> tf.Tensor:
         return compiled({name: batch[name] for name in signature})
@@ -423,7 +423,7 @@ def make_predictor(
         context = tf.distribute.get_replica_context()
         return forward(_share(batch, context.replica_id_in_sync_group, replicas))
 
-    @tf.function
+    @tf.function(autograph=False)
     def on_replicas(batch: Batch) -> tf.Tensor:
         shares = strategy.experimental_local_results(strategy.run(on_replica, args=(batch,)))
         return tf.concat(shares, axis=1 if head == "squad" else 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,3 +220,25 @@ def test_pad_batch_keeps_weights_and_adds_missing_ones() -> None:
 def test_pad_batch_with_too_many_examples_or_none(examples: int) -> None:
     with pytest.raises(ValueError, match=f"cannot pad {examples} examples to 3 rows"):
         pad_batch(rows_of(random_batch(4, SEQ_LEN), slice(0, examples)), 3)
+
+
+def test_no_code_is_generated_into_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AutoGraph would write a file for every function, which a killed process leaves behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    trainer = tiny_trainer("squad", 8, accumulation_steps=2)
+    trainer.step(random_batch(4, 8))
+    make_predictor(trainer.variables, CONFIG, "squad", 8)(random_batch(2, 8))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["finetune", "bertbench", "reports"])
+def test_every_graph_is_made_without_autograph(package: str) -> None:
+    """What AutoGraph has converted once it does not write again: the test above may miss it."""
+    folder = Path(__file__).resolve().parents[1] / package
+    for path in folder.rglob("*.py"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            if "tf.function" in line:
+                assert "autograph=False" in line, f"{path}:{number}"
