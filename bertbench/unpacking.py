@@ -6,6 +6,7 @@ import bz2
 import errno
 import functools
 import gzip
+import io
 import lzma
 import shutil
 import stat
@@ -22,6 +23,7 @@ import pooch
 from bertbench.bytes import MIB_BYTES
 from bertbench.progress import progress
 from finetune.errors import InputError
+from finetune.files import read_bytes
 
 SUMS_FILE = "SHA256SUMS"
 """Name of the files that hold checksums, in the format of `sha256sum`."""
@@ -134,12 +136,11 @@ def split_mrpc(train: Path, test: Path, dev_ids: Path, folder: Path) -> None:
         folder: gets `train.tsv`, `dev.tsv` and `test.tsv`; made if it is not there.
 
     Raises:
-        InputError: a line does not have its columns.
+        InputError: a line does not have its columns, or is not UTF-8.
     """
     folder.mkdir(exist_ok=True)
     # Universal line ends and `strip` are the original's, and so is a byte order mark that stays.
-    with dev_ids.open(encoding="utf-8") as file:
-        pairs = {tuple(line.strip().split("\t")) for line in file}
+    pairs = {tuple(line.strip().split("\t")) for line in _lines(dev_ids)}
     header, rows = _read_mrpc(train)
     splits = {"train": [header], "dev": [header]}
     for row in rows:
@@ -197,7 +198,7 @@ def read_sums(path: Path) -> dict[str, str]:
         InputError: a line is not a checksum and a name.
     """
     try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        text = read_bytes(path).decode("utf-8", "surrogateescape")
     except FileNotFoundError:
         return {}
     sums = {}
@@ -292,10 +293,22 @@ def _too_much() -> ArchiveError:
     return ArchiveError(f"holds more than {_MOST_TIMES} times its own size")
 
 
+def _lines(path: Path) -> list[str]:
+    data = read_bytes(path)
+    try:
+        return io.StringIO(data.decode("utf-8"), newline=None).readlines()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"not UTF-8 text ({error.reason})",
+            path=path,
+            line=data.count(b"\n", 0, error.start) + 1,
+            hint="download the file again",
+        ) from error
+
+
 def _read_mrpc(path: Path) -> tuple[str, list[list[str]]]:
-    with path.open(encoding="utf-8") as file:
-        header = file.readline()
-        rows = [line.strip().split("\t") for line in file]
+    header, *lines = _lines(path) or [""]
+    rows = [line.strip().split("\t") for line in lines]
     for number, row in enumerate(rows, 2):
         if len(row) != 5:
             raise InputError(

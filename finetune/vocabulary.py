@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError
-from finetune.json_files import load_object
+from finetune.files import read_bytes
+from finetune.json_files import OWN_LIMIT_BYTES, load_object
 
 _logger = logging.getLogger(__name__)
 
@@ -103,23 +104,14 @@ def vocabulary_text(ids: Mapping[str, int], size: int) -> str:
 
 def _read_lines(path: Path) -> Vocabulary:
     ids: dict[str, int] = {}
-    size = 0
     twice: list[str] = []
     try:
-        # Some vocabularies hold line separators as tokens: only "\n" ends a line.
-        with open(path, encoding="utf-8", newline="\n") as lines:
-            for index, line in enumerate(lines):
-                size = index + 1
-                token = line.strip()
-                # A blank line takes up an id, but no text can ever produce it.
-                if not token:
-                    continue
-                if token in ids:
-                    twice.append(f"{token!r} on lines {ids[token] + 1} and {size}")
-                ids[token] = index
+        data = read_bytes(path, limit_bytes=OWN_LIMIT_BYTES)
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"not UTF-8 text ({error.reason})", path=path, line=size + 1, hint=_HINT
+            f"not UTF-8 text ({error.reason})", path=path, line=line, hint=_HINT
         ) from error
     except OSError as error:
         raise InputError(
@@ -127,7 +119,16 @@ def _read_lines(path: Path) -> Vocabulary:
             path=path,
             hint="give the vocab.txt that came with the model",
         ) from error
+    # Some vocabularies hold line separators as tokens: only "\n" ends a line.
+    lines = text.removesuffix("\n").split("\n") if text else []
+    for index, token in enumerate(line.strip() for line in lines):
+        # A blank line takes up an id, but no text can ever produce it.
+        if not token:
+            continue
+        if token in ids:
+            twice.append(f"{token!r} on lines {ids[token] + 1} and {index + 1}")
+        ids[token] = index
     if twice:
         more = f", and {len(twice) - 1} more" if len(twice) > 1 else ""
         _logger.warning("%s: the last line of a token counts, and %s", path, twice[0] + more)
-    return Vocabulary(path, ids, size)
+    return Vocabulary(path, ids, len(lines))

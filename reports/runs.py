@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from bertbench.output_folder import RUN_FILE, read_record
+from finetune.array_cache import hash_file
 from finetune.errors import InputError
 from finetune.json_files import JsonLines, load_json_lines, warn_of_damage
 
@@ -145,5 +145,8 @@ def prediction_files(run: Run) -> tuple[Path, Path, Path] | None:
     )
     if not all(path.is_file() for path in files):
         return None
-    digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
+    try:
+        digest = hash_file(files[0])
+    except OSError:
+        return None
     return files if _mapping(run.record, "predict_file").get("sha256") == digest else None

@@ -268,3 +268,14 @@ def test_all_compressions_of_tar(tmp_path: Path, kind: str) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ArchiveError, match="cannot be unpacked"):
         unpack(path, tmp_path / "again")
+
+
+def test_files_of_mrpc_that_are_not_utf8(tmp_path: Path) -> None:
+    for name in ("train", "test", "ids"):
+        (tmp_path / name).write_text(HEADER + "1\t2\t3\tone\ttwo\n")
+    split_mrpc(tmp_path / "train", tmp_path / "test", tmp_path / "ids", tmp_path / "out")
+    for name in ("train", "test", "ids"):
+        (tmp_path / name).write_bytes(b"a\tb\tc\td\te\n1\t2\t3\tcaf\xe9\ttwo\n")
+        with pytest.raises(InputError, match=rf"{name}:2: not UTF-8"):
+            split_mrpc(tmp_path / "train", tmp_path / "test", tmp_path / "ids", tmp_path / "out")
+        (tmp_path / name).write_text(HEADER)
