@@ -27,7 +27,7 @@ leaves at least this much."""
 _RECORDING_BYTES = 256 * MIB_BYTES
 """Largest text of a recording; those of a BERT-Large step are below 3 MiB."""
 
-_ADDRESS_BITS = 36  # 16 TiB in chunks
+_ADDRESS_BITS = 52  # 2 ** 60 bytes in chunks
 _ADDRESS_MASK = (1 << _ADDRESS_BITS) - 1
 _CHUNK_KEY = 1 << _ADDRESS_BITS
 

@@ -34,7 +34,10 @@ TARGET_NAMES: Mapping[str, tuple[str, ...]] = {
 
 # TensorFlow counts the rows of a matrix in 32 bits in many of its kernels.
 _MOST_SIZE = 2**31 - 1
-_MOST_LAYERS = 10_000
+_MOST_LAYERS = 1000
+
+# A hundred times the largest BERT (Shoeybi et al. 2019, "Megatron-LM": 3.9 billion).
+_MOST_PARAMETERS = 400 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +89,13 @@ class BertConfig:
             raise InputError(
                 f"hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
+            )
+        layer = 4 * self.hidden_size + 2 * self.intermediate_size
+        rows = self.vocab_size + self.max_position_embeddings + self.num_hidden_layers * layer
+        if rows * self.hidden_size > _MOST_PARAMETERS:
+            raise InputError(
+                f"a model of {rows * self.hidden_size:,} parameters, and at most "
+                f"{_MOST_PARAMETERS:,} can be built"
             )
         if self.hidden_act not in ("gelu_tanh", "gelu_erf", "relu"):
             raise InputError(

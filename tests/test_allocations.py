@@ -167,3 +167,11 @@ def test_a_recording_is_read_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("bertbench.allocations._RECORDING_BYTES", 10)
     with pytest.raises(ValueError, match="too large"):
         recording_from_text(text)
+
+
+def test_memory_beyond_sixteen_tebibytes() -> None:
+    tebibytes = 1 << 40
+    events = (0, 1, ~0, 2, ~1, ~2)
+    sizes = (9 * tebibytes, 12 * tebibytes, 20 * tebibytes)
+    answer = replay(events, sizes, Memory((64 * tebibytes,)))
+    assert (answer.fits, answer.peak_bytes) == (True, 32 * tebibytes)

@@ -125,6 +125,9 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"hidden_size": "768"}, "hidden_size must be a positive integer, not '768'"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000, and at most 1,000"),
+        ({"vocab_size": 2**31}, "vocab_size is 2,147,483,648, and at most"),
+        ({"hidden_size": 12 * 10**6}, "a model of .* parameters, and at most 400,000,000,000"),
         ({"hidden_size": 768.0}, "hidden_size must be a positive integer"),
         ({"hidden_size": 770}, "hidden_size 770 is not a multiple of num_attention_heads 12"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be"),
