@@ -1,7 +1,7 @@
 """Weights for other tools: Hugging Face folders and TensorFlow checkpoints.
 
 `open_model` finds out what a checkpoint holds, from its tensors' names and shapes alone. Each
-`export_…` writes one format into an empty folder, and `new_folder` makes such a folder appear
+`export_…` writes one format into an empty folder, which `finetune.export_folder` lets appear
 complete or not at all. No export holds more than one copy of the weights in memory. SavedModels
 are in `finetune.saved_model`.
 """
@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,22 +44,6 @@ _HUGGING_FACE_HEADS = {
     "cls/squad/output_bias": "qa_outputs.bias",
 }
 _HUGGING_FACE_KINDS = {"kernel": "weight", "gamma": "weight", "beta": "bias"}
-_EXPORTED_NAMES = frozenset(
-    {
-        "assets",
-        "assets.extra",
-        "bert_config.json",
-        "bert_model.ckpt.data-00000-of-00001",
-        "bert_model.ckpt.index",
-        "config.json",
-        "fingerprint.pb",
-        "model.safetensors",
-        "saved_model.pb",
-        "tokenizer_config.json",
-        "variables",
-        "vocab.txt",
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,84 +145,6 @@ def _find_head(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str
     if classes is not None:
         return "classifier", classes[0] if classes else 0
     return ("squad" if squad else None), 0
-
-
-# Folders
-
-
-@contextlib.contextmanager
-def new_folder(
-    target: str | Path, *, force: bool = False, sources: Sequence[Path] = ()
-) -> Iterator[Path]:
-    """Make a folder that appears complete or not at all.
-
-    Args:
-        target: the folder; its parents are made too.
-        force: replace an earlier export there. A folder that holds anything else is refused all
-            the same, because replacing it would delete that.
-        sources: files that are read on the way, which must not lie in the folder.
-
-    Yields:
-        A folder beside the target, to be filled; it takes the target's name at the end of the
-        block, or disappears if the block raises.
-
-    Raises:
-        InputError: the target cannot be made or may not be replaced.
-        OSError: the disk is full.
-    """
-    target = Path(target).resolve()
-    _check_replaceable(target, force, sources)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot make the folder ({error.strerror})", path=target, hint="choose another folder"
-        ) from error
-    try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        if target.exists():
-            target.rename(aside)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if aside.exists():
-                aside.rename(target)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _check_replaceable(target: Path, force: bool, sources: Sequence[Path]) -> None:
-    for source in sources:
-        # The file, and the link by which it may be found.
-        folder = source.parent.resolve()
-        if target in (folder, *folder.parents, *source.resolve().parents):
-            raise InputError(
-                f"the folder to write holds what is read ({source.name})",
-                path=target,
-                hint="choose another folder",
-            )
-    if target.exists() and not target.is_dir():
-        raise InputError("not a folder", path=target, hint="choose another name")
-    found = {path.name for path in target.iterdir()} if target.is_dir() else set()
-    if found and not force:
-        raise InputError(
-            "the folder is not empty", path=target, hint="choose another one, or --force"
-        )
-    strange = sorted(found - _EXPORTED_NAMES)
-    if strange:
-        raise InputError(
-            f"the folder holds {strange[0]}, which no export writes",
-            path=target,
-            hint="choose another one, or move that away",
-        )
 
 
 # Hugging Face

@@ -22,9 +22,9 @@ from finetune.export import (
     export_checkpoint,
     export_hugging_face,
     hugging_face_name,
-    new_folder,
     open_model,
 )
+from finetune.export_folder import new_folder
 from finetune.modeling import create_variables, encode
 from finetune.safetensors_files import original_name
 from finetune.saved_model import export_saved_model
@@ -494,3 +494,54 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot make the folder"):
         fill(tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_what_a_killed_export_left_goes_and_the_old_one_comes_back(
+    tmp_path: Path, between: bool
+) -> None:
+    target = tmp_path / "out"
+    fill(target)
+    (tmp_path / ".out.4711.tmp").mkdir()
+    (tmp_path / ".out.4711.tmp" / "model.safetensors").write_text("half")
+    (tmp_path / ".out.notes.tmp.txt").write_text("of the user")
+    if between:
+        (target / "vocab.txt").write_text("old")
+        target.rename(tmp_path / ".out.abc_12x9.old")
+        with pytest.raises(InputError, match="not empty"):
+            fill(target)
+        assert (target / "vocab.txt").read_text() == "old"
+    fill(target, force=True)
+    assert (target / "vocab.txt").read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.notes.tmp.txt"}
+
+
+def test_an_export_at_work_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with new_folder(target) as first:
+        fill(target)
+        assert first.is_dir()
+        shutil.rmtree(target)
+        (first / "vocab.txt").write_text("first")
+    assert (target / "vocab.txt").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interruption_between_two_renames_brings_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    fill(target)
+    (target / "vocab.txt").write_text("old")
+    rename = Path.rename
+
+    def interrupt(path: Path, to: Path) -> Path:
+        if path.suffix == ".tmp":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fill(target, force=True)
+    assert (target / "vocab.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

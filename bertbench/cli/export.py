@@ -73,6 +73,7 @@ def command(
     config, tokenizer = load_config_and_tokenizer(files, asked, 1, insist=True)
     _start_tensorflow()
     from finetune import export
+    from finetune.export_folder import new_folder
     from finetune.saved_model import export_saved_model
 
     model = export.open_model(weights, config)
@@ -81,7 +82,7 @@ def command(
     if model.head == "classifier" and not model.is_regression:
         labels = read_trained_head(model.checkpoint.parent).labels
     try:
-        with export.new_folder(folder, force=force, sources=sources) as new:
+        with new_folder(folder, force=force, sources=sources) as new:
             if kind == "huggingface":
                 export.export_hugging_face(model, tokenizer, new, labels=labels)
             elif kind == "checkpoint":
