@@ -50,7 +50,7 @@ def load_initial_weights(
     with memory_errors_explained("weights were loaded: the model needs more memory"):
         report = load_weights(variables, checkpoint, with_head=not trained.why_other)
     say(f"weights: {len(report.loaded)} of {len(variables)} from {report.source.name}")
-    problem = _problem(report, trained, head, labels)
+    problem = _problem(report, trained, head, labels, trains)
     if problem and not trains:
         raise InputError(
             problem, path=trained.folder, hint="give weights that were trained for it, or train"
@@ -62,7 +62,9 @@ def load_initial_weights(
     return report
 
 
-def _problem(report: LoadReport, trained: TrainedHead, head: str, labels: Sequence[str]) -> str:
+def _problem(
+    report: LoadReport, trained: TrainedHead, head: str, labels: Sequence[str], trains: bool
+) -> str:
     """What is missing that a trained head of the task would have; "" if nothing is."""
     if head == "squad":
         return ""
@@ -72,9 +74,10 @@ def _problem(report: LoadReport, trained: TrainedHead, head: str, labels: Sequen
         there = f" ({', '.join(trained.labels)})" if trained.labels else ""
         count = len(labels) or 1
         return f"the weights' classifier{there} has another number of outputs than {count}"
-    is_trained = _HEAD_NAMES[0] in report.loaded
-    if is_trained and any(name.startswith(_POOLER_PREFIX) for name in report.initialised):
-        return "the weights have no pooler, which their classifier needs"
+    # Without head and training, all that is random is said elsewhere.
+    matters = trains or _HEAD_NAMES[0] in report.loaded
+    if matters and any(name.startswith(_POOLER_PREFIX) for name in report.initialised):
+        return "the weights have no pooler, which a classifier needs"
     return ""
 
 

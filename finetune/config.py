@@ -173,7 +173,7 @@ def from_json_file(path: str | Path) -> BertConfig:
     except InputError as error:
         raise InputError(str(error), path=path) from error
     if unknown:
-        _logger.warning("%s: not used: %s", path, ", ".join(unknown)[:200])
+        _logger.warning("%s: keys that are not used: %s", path, ", ".join(unknown)[:200])
     return config
 
 

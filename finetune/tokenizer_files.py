@@ -256,7 +256,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     odd = [key for key in odd if key not in ("padding_side", "truncation_side")]
     odd += [key for key in ("padding_side", "truncation_side") if config.get(key) == "left"]
     if odd:
-        _logger.warning("%s: not used: %s", path, ", ".join(odd)[:200])
+        _logger.warning("%s: keys that are not used: %s", path, ", ".join(odd)[:200])
 
 
 def _normalization_values(path: Path, config: Mapping[str, Any]) -> dict[str, bool | None]:

@@ -180,7 +180,7 @@ def test_keys_that_change_nothing_are_silent_and_others_are_named(
     assert caplog.text == ""
     write(path, {**HUGGING_FACE, "attention_window": 5, "alpha": 1})
     from_json_file(path)
-    assert f"{path}: not used: alpha, attention_window" in caplog.text
+    assert f"{path}: keys that are not used: alpha, attention_window" in caplog.text
 
 
 def test_a_classifiers_own_dropout_rate(tmp_path: Path) -> None:

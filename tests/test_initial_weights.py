@@ -95,7 +95,7 @@ def without_pooler() -> Arrays:
         (random_values("classifier", num_labels=2), {"id2label": {"0": "a", "1": "b"}},
          r"the weights' classifier \(a, b\) has another number of outputs than 3"),
         (None, {"id2label": {"0": "a", "1": "b", "5": "c"}}, "ids of id2label are not 0 to 2"),
-        (without_pooler(), {}, "the weights have no pooler, which their classifier needs"),
+        (without_pooler(), {}, "the weights have no pooler, which a classifier needs"),
         (None, {"architectures": ["BertForTokenClassification"]}, "it is of a BertForTokenClassif"),
         (None, {"problem_type": "multi_label_classification"}, "multi_label_classification"),
     ],
@@ -116,6 +116,16 @@ def test_a_head_of_something_else_is_refused_unless_it_is_trained(
     if "architectures" in config or "problem_type" in config:
         fresh = model("classifier")
         np.testing.assert_array_equal(variables["output_weights"], fresh["output_weights"])
+
+
+def test_an_encoder_alone_may_lack_its_pooler(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_head(tmp_path, {n: v for n, v in without_pooler().items() if n not in HEAD})
+    loaded(tmp_path, trains=False)
+    assert "pooler" not in capfd.readouterr().err
+    loaded(tmp_path, trains=True)
+    assert "have no pooler, which a classifier needs: training starts" in capfd.readouterr().err
 
 
 def test_a_squad_model_needs_neither_pooler_nor_labels(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.implementations import BertWordPieceTokenizer
 
@@ -232,6 +232,7 @@ def test_vocabulary_that_is_not_utf8(tmp_path: Path) -> None:
 # What models of Hugging Face add to the original's two kinds
 
 
+@settings(deadline=None)
 @given(
     st.text(st.sampled_from("aAbBéÉöÖüÇñ中文, .-!x "), max_size=30),
     st.booleans(),
@@ -290,6 +291,7 @@ def test_added_tokens_are_found_before_text_is_split(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(tokenizer)) == tokenizer
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["[E1]", "<m>", *"aAb 1.é"]), max_size=12).map("".join))
 def test_added_tokens_are_those_of_the_tokenizers_library(
     text: str,
