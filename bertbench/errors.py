@@ -61,6 +61,8 @@ def describe_system_error(error: Exception) -> str:
         return f"{error}; {_HINTS[errno.EAGAIN]}"
     where = "" if error.filename is None else f"{error.filename}: "
     hint = _HINTS.get(error.errno or 0, "choose another place, or make room there")
-    if error.errno == errno.ENOENT and error.filename is None:
+    if "temporary directory" in str(error.strerror):  # `tempfile` hides why none can be written
+        hint = f"name a folder with room with TMPDIR, or {_MORE_FILES}"
+    elif error.errno == errno.ENOENT and error.filename is None:
         hint = "change to a folder that is there"
     return f"{where}{error.strerror or error}; {hint}"

@@ -41,6 +41,10 @@ _GIVEN_BACK_SECONDS = 5.0
 _HOST_RESERVE_SHARE = 0.02
 _HOST_RESERVE_BYTES = 256 * MIB_BYTES
 
+_CLOCK_JUMP_SECONDS = 5.0
+_CLOCK_SET = "the system's clock was set during the trial"
+_AGAIN = "the same command tries again"
+
 TIMEOUT_SECONDS = 900.0
 """Default limit of one batch: its steps, and for the first also start, tracing and set-up."""
 
@@ -233,11 +237,15 @@ def _measure_in_one_process(
     texts: list[str] = []
     paused = False
     began = time.monotonic()
+    clock_offset = _clock_offset()
 
     def add(outcome: Outcome, message: str = "", measured: Message | None = None) -> None:
         nonlocal began
         now = time.monotonic()
-        doubt = _doubt(request.budget, paused) if outcome == "oom" else ""
+        doubt = ""
+        if outcome == "oom":
+            has_jumped = abs(_clock_offset() - clock_offset) > _CLOCK_JUMP_SECONDS
+            doubt = f"{_CLOCK_SET}; {_AGAIN}" if has_jumped else _doubt(request.budget, paused)
         if doubt:
             outcome, message = "failed", shorten(f"{doubt} ({message})")
         trial = Trial(
@@ -277,6 +285,8 @@ def _measure_in_one_process(
 
     def stop() -> str:
         check()
+        if _clock_offset() - clock_offset < -_CLOCK_JUMP_SECONDS:
+            return f"{_CLOCK_SET}, and TensorFlow may wait until it is there again; {_AGAIN}"
         return _host_exhausted()
 
     ending = run_isolated(
@@ -300,6 +310,11 @@ def _readable(texts: Sequence[str]) -> Iterator[Recording]:
         except ValueError:
             continue
         yield recording
+
+
+def _clock_offset() -> float:
+    """Seconds between the clock that people set, by which TensorFlow waits, and the steady one."""
+    return time.time() - time.monotonic()
 
 
 def _host_exhausted() -> str:

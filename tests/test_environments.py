@@ -192,3 +192,33 @@ def test_threads_that_the_system_does_not_allow(monkeypatch: pytest.MonkeyPatch)
     left[0] = 3
     with pytest.raises(WorkError, match="needs 24 threads, and the system does not allow them"):
         check_threads()
+
+
+POOR_FOR_WORK = {
+    name: poor
+    for name, poor in ENVIRONMENTS.items()
+    if name not in ("no kind of terminal", "a dumb terminal", "nonsense for a width", "no path")
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["probe", "run"])
+@pytest.mark.parametrize("name", POOR_FOR_WORK)
+def test_work_ends_well_or_in_one_line(name: str, verb: str, folder: Path) -> None:
+    if verb == "probe":
+        arguments = ["probe", "--models", "bert-tiny", "--seq-lens", "16", "--memory", "64MiB",
+                     "--max-batch", "2", "--no-certify", "--ledger", str(folder / "ledger")]  # fmt: skip
+    else:
+        arguments = ["run", "squad", "--demo", "--memory", "1GiB", "--num_train_epochs", "1",
+                     "--output_dir", str(folder / "out")]  # fmt: skip
+    read, write = os.pipe()
+    with open(read, encoding="utf-8") as report:
+        driver = folder / "driver.py"
+        code = DRIVER.format(verbs=(arguments,), report=write)
+        driver.write_text(POOR_FOR_WORK[name].before + code, encoding="utf-8")
+        errors = run_poorly(POOR_FOR_WORK[name], [str(driver)], folder, (write,))
+        os.close(write)
+        [ended] = report.read().split()
+    assert "Traceback" not in errors
+    assert "Exception ignored" not in errors
+    assert int(ended) in (0, 1, 2), errors

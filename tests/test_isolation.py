@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -479,3 +480,22 @@ def test_a_clock_that_jumps_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert trial.outcome == "fits"
     assert trial.seconds < 60
+
+
+@pytest.mark.parametrize(("script", "seconds"), [("hang@4", -3600.0), ("oom@4", 3600.0)])
+def test_a_clock_that_is_set_is_no_limit_and_no_long_wait(
+    script: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorFlow waits for memory by that clock: too short when it is set forward."""
+    offsets = itertools.chain([0.0], itertools.repeat(seconds))
+    monkeypatch.setattr(trial_module, "_clock_offset", lambda: next(offsets))
+    (trial,) = measure_batches(
+        published_workload("bert-tiny", 64),
+        Levers(optimizer=script),
+        Budget(CPU, 64 * MIB_BYTES),
+        [4],
+        target="isolation_targets:train",
+    )
+    assert trial.outcome == "failed"
+    assert trial.message.startswith("the system's clock was set during the trial")
+    assert trial.seconds < 600
