@@ -22,7 +22,7 @@ def spare_threads() -> None:
 
 
 def check_threads() -> None:
-    """Refuse to begin what TensorFlow would end with an abort.
+    """Refuse to begin what TensorFlow, or the tokenizer, would end with an abort.
 
     Raises:
         WorkError: the system does not allow the threads that TensorFlow starts.

@@ -207,7 +207,7 @@ POOR_FOR_WORK = {
 def test_work_ends_well_or_in_one_line(name: str, verb: str, folder: Path) -> None:
     if verb == "probe":
         arguments = ["probe", "--models", "bert-tiny", "--seq-lens", "16", "--memory", "64MiB",
-                     "--max-batch", "2", "--no-certify", "--ledger", str(folder / "ledger")]  # fmt: skip
+                     "--max-batch", "2", "--ledger", str(folder / "ledger")]  # fmt: skip
     else:
         arguments = ["run", "squad", "--demo", "--memory", "1GiB", "--num_train_epochs", "1",
                      "--output_dir", str(folder / "out")]  # fmt: skip

@@ -36,6 +36,7 @@ from bertbench.errors import WorkError
 from bertbench.output_folder import RUN_FILE
 from bertbench.running import RunSettings
 from bertbench.terminal import echo, say
+from bertbench.threads import check_threads
 from finetune.checkpointing import parse_checkpointing
 from finetune.demo_data import demo_files
 from finetune.errors import InputError
@@ -185,6 +186,7 @@ def _saved_before(goes_on: bool) -> Iterator[None]:
 
 
 def _run_squad(context: click.Context, flags: dict[str, Any], goes_on: bool) -> None:
+    check_threads()
     from bertbench.run_squad import SquadSettings, run_squad
 
     asked = flags["do_train"] or flags["do_predict"]
@@ -260,6 +262,7 @@ def classifier(context: click.Context, **flags: Any) -> None:
 
 
 def _run_classifier(context: click.Context, flags: dict[str, Any], goes_on: bool) -> None:
+    check_threads()
     from bertbench.run_classifier import ClassifierSettings, run_classifier
 
     tables = {split: flags[f"{split}_file"] for split in ("train", "dev", "test")}
