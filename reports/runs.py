@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from bertbench.output_folder import RUN_FILE, read_record
+from bertbench.terminal import clean_text
 from finetune.array_cache import hash_file
 from finetune.errors import InputError
 from finetune.json_files import JsonLines, load_json_lines, warn_of_damage
@@ -122,7 +123,7 @@ def _read_lines(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     for values in lines.values:
         # NaN is no number, and neither is what no training has: no axis could show it.
         numbers = {
-            name: float(v)
+            clean_text(name): float(v)  # half a surrogate pair would be no column's name
             for name, v in values.items()
             if isinstance(v, (int, float)) and abs(v) <= _MOST
         }

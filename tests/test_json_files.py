@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune import training
 from finetune.errors import InputError
+from finetune.evaluation import read_eval_log
 from finetune.files import read_bytes
 from finetune.json_files import (
     MOST_WHOLE,
@@ -151,3 +154,20 @@ def test_fields_of_another_type_are_refused(values: Any, words: str) -> None:
 def test_fields_are_taken_and_unknown_ones_left_out() -> None:
     values = {"count": 1, "share": 2, "kind": "b", "name": None, "sure": True, "more": {}}
     assert build(Example, values) == Example(1, 2, "b", None, True)
+
+
+def test_resuming_says_how_many_lines_it_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(training, "restore_state", lambda *arguments: 4)
+    log, evaluations = tmp_path / training.LOG_NAME, tmp_path / "eval_log.jsonl"
+    log.write_bytes(line(1) + b"\xff\n" + line(3) + b"{}\n" + line(4) + line(5))
+    evaluations.write_text('{"step": 2, "f1": 1.5}\n[\n{"step": 4, "f1": null}\n')
+    assert training.resume(SimpleNamespace(variables={}, state=None), tmp_path) == 4
+    assert [record.step for record in read_log(log)] == [1, 3, 4]
+    assert log.read_bytes() == line(1) + line(3) + line(4)
+    assert [record.step for record in read_eval_log(tmp_path)] == [2, 4]
+    assert [record.message for record in caplog.records] == [
+        f"{log}: passed over 2 damaged lines",
+        f"{evaluations}: passed over a damaged line",
+    ]

@@ -194,3 +194,29 @@ def test_what_is_no_run(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(InputError, match=r"run\.json.*not (JSON|the record of a run)"):
         read_run(tmp_path)
+
+
+def test_metrics_with_names_of_no_text(tmp_path: Path) -> None:
+    folder = squad_run(tmp_path)
+    step = '{"step": %d, "loss": 2.0, "learning_rate": 0.1, "gradient_norm": 1, "seconds": 2}\n'
+    (folder / "train_log.jsonl").write_text(step % 1 + step % 2)
+    (folder / "eval_log.jsonl").write_text('{"step": 1, "\\ud800": 3}\n{"step": 2, "\\ud800": 4}\n')
+    run = read_run(folder)
+    assert list(run.evaluations.columns) == ["step", "\\ud800"]
+    picture = training_picture([run])
+    assert picture is not None
+    assert "\\ud800" in picture.svg()
+
+
+def test_damaged_lines_of_a_log_are_counted_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = squad_run(tmp_path)
+    step = '{"step": %d, "loss": 2.0, "learning_rate": 0.1, "gradient_norm": 1, "seconds": 2}\n'
+    lines = [(step % number).encode() for number in range(1, 7)]
+    lines[1], lines[3] = b"\xff" + lines[1], lines[3][:20] + b"\n"
+    (folder / "train_log.jsonl").write_bytes(b"".join(lines) + b'{"step": 7')
+    assert read_run(folder).steps["step"].tolist() == [1, 3, 5, 6]
+    assert [r.message for r in caplog.records] == [
+        f"{folder / 'train_log.jsonl'}: passed over 2 damaged lines"
+    ]
