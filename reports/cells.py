@@ -12,6 +12,7 @@ from typing import Any
 from bertbench.ledger import LedgerRow
 from bertbench.limit import AT_LEAST, CERTIFIED, MEASURED, Limit, find_limit
 from bertbench.paper import PUBLISHED_MAX_BATCH
+from bertbench.terminal import clean_text
 from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload, levers_from_json, workload_from_key
 from finetune.checkpointing import POLICIES
@@ -76,7 +77,8 @@ class Cell:
     def setting(self) -> str:
         """Levers for people."""
         if self.levers is None:
-            return ", ".join(map(str, self.newest.levers.values()))
+            # Of any text; it becomes the name of a column, which half a surrogate pair cannot be.
+            return clean_text(", ".join(map(str, self.newest.levers.values())))
         steps = self.levers.accumulation_steps
         return self.levers.describe() + (f", {steps} micro-batches" if steps > 1 else "")
 

@@ -103,7 +103,7 @@ def test_nothing_else_writes_to_the_terminal() -> None:
     """All packages print through `bertbench.terminal`, and rich through its console."""
     root = Path(__file__).resolve().parents[1]
     for path in (file for package in PACKAGES for file in (root / package).rglob("*.py")):
-        if path.name == "terminal.py":
+        if path.name in ("terminal.py", "__main__.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
@@ -124,6 +124,14 @@ def test_a_report_of_evil_names(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not commands_in(page)
     assert "<script>alert" not in page
     assert "owned" in page
+
+
+def test_settings_of_another_version_are_named_in_tables() -> None:
+    (row,) = rows_of(fits(3))
+    cells = read_cells([dataclasses.replace(row, levers={"checkpointing": f"\ud800{EVIL}"})])
+    markdown = write_tables(cells, ".md")
+    assert "\\\\ud800" in markdown
+    assert not commands_in(markdown)
 
 
 def test_tables_of_evil_names() -> None:
