@@ -117,7 +117,6 @@ def train_model(
     )
     if first:
         say(f"continuing at step {first} of {num_train_steps}")
-    result: dict[str, Any] = {}
     done = first
     with (
         interruptible() as should_stop,
@@ -205,8 +204,11 @@ def train_model(
         raise StoppedEarlyError(
             f"stopped at step {step} of {num_train_steps}; saved: the same command continues"
         )
-    result["global_step"] = result["weights_step"] = step
-    result |= _logged_results(folder, step)
+    result: dict[str, Any] = {
+        **_logged_results(folder, step),
+        "global_step": step,
+        "weights_step": step,
+    }
     if evaluation is not None:
         best = best_record(evaluation, read_eval_log(folder))
         result["stopped_early"] = ending is Ending.NO_IMPROVEMENT
