@@ -19,12 +19,16 @@ import dataclasses
 import functools
 import io
 import json
+import lzma
 import math
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from finetune.errors import InputError
 from finetune.json_files import json_text
 
 DIMENSIONS = {
@@ -66,6 +70,11 @@ PHASES = FORWARD, TURN, BACKWARD, EMBEDDINGS, UPDATE = (
 )
 
 _FILE = "step_traces.zip"
+_DAMAGE = (
+    OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, LookupError,
+    ValueError, OverflowError, NotImplementedError, RuntimeError,
+)  # fmt: skip
+"""What reading a damaged archive raises, by the place of the damage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,9 +241,22 @@ def _archive() -> zipfile.ZipFile:
 
 @functools.cache
 def read_trace(pattern: str) -> StepTrace | None:
-    """One of the traces that come with this package, by `bertbench.traced_steps.pattern_of`."""
+    """One of the traces that come with this package, by `bertbench.traced_steps.pattern_of`.
+
+    Raises:
+        InputError: the package's file of them is damaged.
+    """
     name = f"{pattern}.json"
-    return _trace(json.loads(_archive().read(name))) if name in _archive().namelist() else None
+    try:
+        there = name in _archive().namelist()
+        return _trace(json.loads(_archive().read(name))) if there else None
+    except _DAMAGE as error:
+        # The archive has a checksum of each trace, so none that is damaged is taken for whole.
+        raise InputError(
+            f"damaged ({error})",
+            path=str(resources.files("bertbench").joinpath(_FILE)),
+            hint="install bertbench again",
+        ) from error
 
 
 def _trace(values: Mapping[str, Any]) -> StepTrace:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
+import random
+import zipfile
 from collections.abc import Sequence
+from importlib import resources
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertbench import traced_steps
+from bertbench import step_traces, traced_steps
 from bertbench.allocations import CHUNK_BYTES, Memory, Recording, replay
 from bertbench.allocator_limit import empty_memory
 from bertbench.attached import resolve_device
@@ -21,6 +25,7 @@ from bertbench.step_traces import (
     LAYERS,
     OTHER_LAYERS,
     Repeated,
+    read_trace,
     traces_from_bytes,
     traces_to_bytes,
 )
@@ -41,6 +46,7 @@ from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import examples_per_block, parse_checkpointing
 from finetune.config import preset
+from finetune.errors import InputError
 
 
 class Toy:
@@ -470,3 +476,33 @@ def test_other_updates_have_no_trace() -> None:
     assert step_requests(workload, Levers(), 3) is not None
     for change in ({"optimizer": "lion"}, {"precision": "bf16"}, {"xla": True}):
         assert step_requests(workload, dataclasses.replace(Levers(), **change), 3) is None
+
+
+def test_no_flipped_bit_in_the_packages_traces_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = resources.files("bertbench").joinpath("step_traces.zip").read_bytes()
+    (pattern, *_) = sorted(traces_from_bytes(whole))
+    expected = read_trace(pattern)
+    assert expected is not None
+    refused: list[str] = []
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        entry = archive.getinfo(f"{pattern}.json")
+    first, size = entry.header_offset, entry.compress_size
+    rng = random.Random(1)
+    places = [first + rng.randrange(40 + len(entry.filename), size) for _ in range(20)]
+    places += [len(whole) - 1 - rng.randrange(22) for _ in range(10)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.randrange(8)
+
+        def open_damaged(data: bytes = bytes(damaged)) -> zipfile.ZipFile:
+            return zipfile.ZipFile(io.BytesIO(data))
+
+        monkeypatch.setattr(step_traces, "_archive", open_damaged)
+        read_trace.cache_clear()
+        try:
+            assert read_trace(pattern) in (expected, None)
+        except InputError as error:
+            refused.append(str(error))
+    read_trace.cache_clear()
+    assert len(refused) >= 20
+    assert all("install bertbench again" in message for message in refused)
