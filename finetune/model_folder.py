@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from finetune.config import from_json_file
+from finetune.config import BertConfig, from_mapping
 from finetune.errors import InputError
 from finetune.json_files import load_object
 from finetune.tokenization import Normalization, Tokenizer
@@ -107,8 +107,15 @@ def find_model_files(
 
 def _warn_of_two_configurations(folder: Path) -> None:
     """Say so if a folder has one of each family, and they are not of the same model."""
+
+    def shape_of(path: Path) -> BertConfig | None:
+        try:
+            return from_mapping(_read_object(path, "the model configuration"))
+        except InputError:
+            return None
+
     ours, theirs = (folder / name for name in CONFIG_NAMES)
-    if ours.is_file() and theirs.is_file() and from_json_file(ours) != from_json_file(theirs):
+    if ours.is_file() and theirs.is_file() and shape_of(ours) != shape_of(theirs):
         _logger.warning("%s and %s are of different models: using the first", ours, theirs.name)
 
 
@@ -218,9 +225,10 @@ def _sources(
         record = run_record(folder)
         if isinstance(record.get("do_lower_case"), bool):
             # A record that lacks the others is of a version that knew only their defaults.
+            accents = record.get("strip_accents")
             trained = {
                 "do_lower_case": record["do_lower_case"],
-                "strip_accents": record.get("strip_accents"),
+                "strip_accents": accents if isinstance(accents, bool) else None,
                 "tokenize_chinese_chars": record.get("tokenize_chinese_chars") is not False,
             }
             sources.append((str(folder / RUN_FILE), trained))

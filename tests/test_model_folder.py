@@ -67,7 +67,7 @@ UNCASED_TOKENS = ["ich", "mochte", "中", "国"]
         ({"tokenizer_config": {"do_lower_case": True}}, UNCASED_TOKENS),
         ({"tokenizer": tokenizer_json(normalizer={"lowercase": False})}, CASED_TOKENS),
         ({"tokenizer": tokenizer_json()}, UNCASED_TOKENS),
-        ({"run": {"do_lower_case": False}}, CASED_TOKENS),
+        ({"run": {"do_lower_case": False, "strip_accents": "no"}}, CASED_TOKENS),
         ({"tokenizer_config": {"do_lower_case": True, "strip_accents": False}},
          ["ich", "möchte", "中", "国"]),
         ({"tokenizer_config": {"do_lower_case": False, "strip_accents": True}},
@@ -471,6 +471,10 @@ def test_two_configurations_that_differ(tmp_path: Path, caplog: pytest.LogCaptur
     assert caplog.text == ""
     write_json(folder / "bert_config.json", {**CONFIG, "hidden_act": "gelu_new"})
     assert find_model_files(folder, None, None, None).config_file.name == "bert_config.json"
+    assert "are of different models: using the first" in caplog.text
+    caplog.clear()
+    (folder / "config.json").write_text("{}")
+    find_model_files(folder, None, None, None)
     assert "are of different models: using the first" in caplog.text
 
 
