@@ -194,6 +194,13 @@ def test_command_on_its_own_hugging_face_export(
     assert config.pop("label2id") == {"a": 0, "b": 1, "c": 2}
     assert config == json.loads((run_folder / "bert_config.json").read_text())
     assert json.loads((third / "tokenizer_config.json").read_text())["do_lower_case"] is False
+    # The same tensors may be a head that scores each token.
+    config = json.loads((first / "config.json").read_text())
+    config["architectures"] = ["BertForTokenClassification"]
+    (first / "config.json").write_text(json.dumps(config))
+    code, _, errors = export_here(first, "--to", tmp_path / "x", "--format", "savedmodel")
+    assert code == 2
+    assert "no classifier of texts into one class each (it is of a BertForTokenClass" in errors
 
 
 def test_command_refuses_in_one_line(

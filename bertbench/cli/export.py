@@ -80,7 +80,13 @@ def command(
     sources = [files.config_file, files.vocab_file, model.checkpoint]
     labels = None
     if model.head == "classifier" and not model.is_regression:
-        labels = read_trained_head(model.checkpoint.parent).labels
+        trained = read_trained_head(model.checkpoint.parent)
+        if trained.why_other:
+            raise InputError(
+                f"its head is no classifier of texts into one class each ({trained.why_other})",
+                path=model.checkpoint.parent,
+            )
+        labels = trained.labels
     try:
         with new_folder(folder, force=force, sources=sources) as new:
             if kind == "huggingface":
