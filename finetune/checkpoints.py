@@ -160,7 +160,10 @@ def restore_state(output_dir: Path, variables: Variables, state: OptimizerState)
             named = {name: v for name, v in every.items() if name not in missing}
             _check_shapes(prefix, shapes, named, hint)
             for name, variable in named.items():
-                variable.assign(read(name))
+                value = read(name)
+                if value.dtype != variable.dtype.as_numpy_dtype:
+                    raise DamagedFileError(f"{name} has type {value.dtype}", path=prefix, hint=hint)
+                variable.assign(value)
         except DamagedFileError as error:
             _logger.warning("passing over a damaged checkpoint: %s", error)
             first_damage = first_damage or error

@@ -25,6 +25,7 @@ Reader = tuple[Mapping[str, tuple[int, ...]], Callable[[str], np.ndarray]]
 """Shapes by name, and a function from a name to its array."""
 
 _HINT = "get the model's folder again"
+_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 _LAYER_NORM_NAMES = {"weight": "gamma", "bias": "beta"}
 # What programs put before all names when they save a model that is wrapped in another.
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.|auto_model\.|0\.)+")
@@ -67,6 +68,13 @@ def open_safetensors(path: Path) -> Reader:
     def read(name: str) -> np.ndarray:
         part, their_name = places[name]
         with _errors(part, f"cannot read {their_name}"), safe_open(part, "numpy") as file:
+            kind = file.get_slice(their_name).get_dtype()
+            if kind not in _WEIGHT_TYPES:
+                raise InputError(
+                    f"{their_name} is of type {kind}, not one of {', '.join(_WEIGHT_TYPES)}",
+                    path=part,
+                    hint="get the model in float32, float16 or bfloat16",
+                )
             value = np.asarray(file.get_tensor(their_name))
         return np.ascontiguousarray(value.T) if name.endswith("kernel") else value
 

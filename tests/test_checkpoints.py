@@ -313,3 +313,25 @@ def test_weights_alone_are_one_checkpoint(tmp_path: Path) -> None:
     assert set(reader.get_variable_to_shape_map()) == set(variables)
     for name, variable in variables.items():
         np.testing.assert_array_equal(reader.get_tensor(name), variable.numpy())
+
+
+def test_state_of_another_type_is_damage(tmp_path: Path) -> None:
+    whole, other = model(step=3), model(step=4)
+    save_state(tmp_path, *whole)
+    named = {
+        **{name: variable.read_value() for name, variable in other[0].items()},
+        **{
+            name: tf.train.load_variable(str(tmp_path / "model.ckpt-3"), name)
+            for name, _ in tf.train.list_variables(str(tmp_path / "model.ckpt-3"))
+            if name not in other[0]
+        },
+        "bert/pooler/dense/bias": tf.zeros(other[0]["bert/pooler/dense/bias"].shape, tf.int32),
+    }
+    tf.raw_ops.SaveV2(
+        prefix=str(tmp_path / "model.ckpt-4"),
+        tensor_names=list(named),
+        shape_and_slices=[""] * len(named),
+        tensors=list(named.values()),
+    )
+    fresh = model()
+    assert restore_state(tmp_path, *fresh) == 3

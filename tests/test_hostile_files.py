@@ -50,6 +50,7 @@ from finetune.config import from_json_file
 from finetune.demo_data import demo_files
 from finetune.errors import InputError
 from finetune.head_labels import read_trained_head
+from finetune.safetensors_files import open_safetensors
 from finetune.tasks.glue import find_task, read_examples
 from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.table_files import TableTask, read_table_task
@@ -241,9 +242,21 @@ def safetensors_file() -> bytes:
     return struct.pack("<Q", len(text)) + text + np.arange(12, dtype=np.float32).tobytes()
 
 
-def read_safetensors(folder: Path) -> None:
-    from finetune.weights import open_safetensors
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "C64", "I32", "BOOL"])
+def test_weights_of_a_type_that_is_none(tmp_path: Path, kind: str) -> None:
+    data = safetensors_file()
+    path = tmp_path / "model.safetensors"
+    size = {"F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "C64": 8}.get(kind, 4)
+    header = {"pooler.dense.bias": {"dtype": kind, "shape": [4], "data_offsets": [0, 4 * size]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[: 4 * size])
+    shapes, read = open_safetensors(path)
+    assert shapes == {"bert/pooler/dense/bias": (4,)}
+    with pytest.raises(InputError, match=rf"pooler.dense.bias is of type {kind}, not one of F64"):
+        read("bert/pooler/dense/bias")
 
+
+def read_safetensors(folder: Path) -> None:
     shapes, read = open_safetensors(folder / "model.safetensors")
     for name in shapes:
         np.asarray(read(name), np.float32)
