@@ -93,9 +93,18 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def end_quietly(exit_code: int) -> None:
-    """From here on a signal ends the process with this code, while Python tidies up."""
+    """From here on a signal ends the process with this code, while Python tidies up.
+
+    An interrupted process is ended here. Python would end it by a signal in place of the code, if
+    the interruption has met code that was made from text, as that of data classes is.
+    """
     for number in _SIGNALS:
         signal.signal(number, lambda number, frame: os._exit(exit_code))
+    if exit_code == EXIT_CODE:
+        atexit._run_exitfuncs()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(exit_code)
 
 
 def _ignore_signals() -> None:
