@@ -325,6 +325,7 @@ def test_state_of_another_type_is_damage(tmp_path: Path) -> None:
             for name, _ in tf.train.list_variables(str(tmp_path / "model.ckpt-3"))
             if name not in other[0]
         },
+        "global_step": tf.constant(4, tf.int64),
         "bert/pooler/dense/bias": tf.zeros(other[0]["bert/pooler/dense/bias"].shape, tf.int32),
     }
     tf.raw_ops.SaveV2(
