@@ -33,7 +33,8 @@ def to_frame(rows: Sequence[LedgerRow]) -> pd.DataFrame:
         own.update(values)
         # Levers of another version may have any name, and any kind of value.
         more = {name: value for name, value in {**levers, **versions}.items() if name not in own}
-        records.append({**values, **more})
+        both = {**values, **more}
+        records.append({_written(name): _written(value) for name, value in both.items()})
     frame = pd.DataFrame(records)
     for name in frame.columns:
         if name in own and name.endswith("_bytes"):
@@ -41,6 +42,11 @@ def to_frame(rows: Sequence[LedgerRow]) -> pd.DataFrame:
         elif pd.api.types.infer_dtype(frame[name], skipna=True).startswith("mixed"):
             frame[name] = frame[name].map(str, na_action="ignore")
     return frame
+
+
+def _written(value: Any) -> Any:
+    """A text as every format can hold it: of half a surrogate pair its escape."""
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def export(rows: Sequence[LedgerRow], path: Path, *, overwrite: bool = False) -> None:

@@ -173,3 +173,14 @@ def test_numbers_stay_numbers_in_csv(tmp_path: Path) -> None:
     (row,) = rows_of(fits(3, seconds=-2.0))
     export([row], tmp_path / "x.csv")
     assert pd.read_csv(tmp_path / "x.csv")["step_seconds"].tolist() == [-2.0]
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+def test_texts_of_no_characters_are_exported(tmp_path: Path, kind: str) -> None:
+    (row,) = rows_of(fits(3))
+    path = tmp_path / f"x.{kind}"
+    export([dataclasses.replace(row, levers={"\ud800": "\udfff"}, model="a\ud800")], path)
+    read = {"csv": pd.read_csv, "json": pd.read_json, "parquet": pd.read_parquet}[kind]
+    frame = read(path)
+    assert frame["model"].tolist() == ["a\\ud800"]
+    assert frame["\\ud800"].tolist() == ["\\udfff"]

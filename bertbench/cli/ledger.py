@@ -109,6 +109,8 @@ def list_(ledger_file: Path | None, each: bool, json_file: Path | None) -> None:
 def export_(file: Path, ledger_file: Path | None, force: bool) -> None:
     """Write all trials to FILE: .csv, .parquet or .json, a row for each.
 
+    In CSV, a text that a spreadsheet would take for a formula begins with an apostrophe.
+
     \b
     Example:
       bertbench ledger export trials.csv
