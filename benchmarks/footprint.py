@@ -1,6 +1,7 @@
 """Predicted against measured peak memory of one optimizer step, on the memory-capped CPU.
 
-    python benchmarks/footprint.py [--quick] [--models ...] [--json FILE]
+    python benchmarks/footprint.py [--quick] [--models ...] [--precision NAME] [--optimizer NAME]
+        [--activation NAME] [--json FILE]
 
 Every setting runs in a process of its own, one after the other: about 40 minutes on two cores for
 160 settings, `--quick` about three. An error above 0 % means that more memory was predicted than
@@ -15,6 +16,7 @@ some of these settings.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +30,10 @@ from bertbench.traced_steps import trace_of
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import parse_checkpointing
+from finetune.config import ACTIVATIONS
 from finetune.json_files import json_text
+from finetune.optimizers import OPTIMIZERS
+from finetune.precisions import PRECISIONS
 
 _POLICIES = {
     "bert-tiny": ("none", "selective", "full", "nested"),
@@ -70,10 +75,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="every sixth of the small ones")
     parser.add_argument("--models", nargs="+", choices=list(_SHAPES), default=list(_SHAPES))
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default=OPTIMIZERS[0])
+    parser.add_argument("--activation", choices=ACTIVATIONS, default=ACTIVATIONS[0])
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     arguments = parser.parse_args()
     budget = make_budget(resolve_device("cpu"))
-    chosen = list(settings(_QUICK if arguments.quick else arguments.models))
+    chosen = [
+        (_with_activation(workload, arguments.activation), _with(levers, arguments), micro_batch)
+        for workload, levers, micro_batch in settings(
+            _QUICK if arguments.quick else arguments.models
+        )
+    ]
     rows: list[dict[str, Any]] = []
     print(f"{'setting':50s} {'measured':>10s} {'exact':>8s} {'parts':>8s} {'formula':>8s}")
     for workload, levers, micro_batch in chosen[:: 7 if arguments.quick else 1]:
@@ -92,6 +105,15 @@ def main() -> None:
                 f"{100 * statistics.median(map(abs, errors)):.2f}%, from "
                 f"{100 * min(errors):+.2f}% to {100 * max(errors):+.2f}%"
             )
+
+
+def _with(levers: Levers, arguments: argparse.Namespace) -> Levers:
+    return dataclasses.replace(levers, precision=arguments.precision, optimizer=arguments.optimizer)
+
+
+def _with_activation(workload: Workload, activation: str) -> Workload:
+    config = dataclasses.replace(workload.config, hidden_act=activation)
+    return dataclasses.replace(workload, config=config)
 
 
 def _measure(

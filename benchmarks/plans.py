@@ -1,11 +1,12 @@
 """Do plans fit? Random requests, each plan tried under its budget in a process of its own.
 
-    python benchmarks/plans.py [--quick] [--requests N] [--models ...] [--seed N] [--json FILE]
+    python benchmarks/plans.py [--quick] [--requests N] [--models ...] [--kinds ...] [--json FILE]
 
-A request is a model, a head, a sequence length, a target batch and a budget between the smallest
-that any setting fits in and what the whole batch needs without any lever. Two optimizer steps of
-each plan are run. `full` is the measured peak as a part of the budget; where a budget does not
-bind, because the plan uses no lever, it counts as fitting only.
+A request is a model, a head, a sequence length, a target batch, a kind and a budget between the
+smallest that any setting fits in and what the whole batch needs without any lever. A kind is the
+published step, or that with one thing changed: exact GELU (`gelu`), another precision, another
+optimizer. Two optimizer steps of each plan are run. `full` is the measured peak as a part of the
+budget; where a budget does not bind, because the plan uses no lever, it counts as fitting only.
 
 About 40 minutes for 200 requests on two cores; `--quick` makes ten.
 """
@@ -13,6 +14,7 @@ About 40 minutes for 200 requests on two cores; `--quick` makes ten.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import statistics
 from pathlib import Path
@@ -22,16 +24,20 @@ from bertbench.attached import resolve_device
 from bertbench.bytes import MIB_BYTES
 from bertbench.cost import device_rates
 from bertbench.devices import make_budget
-from bertbench.fitting import Room, least_peak_bytes
+from bertbench.fitting import Room, least_peak_bytes, margin_for
 from bertbench.least_memory import find_least_memory
 from bertbench.planner import make_plan
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, published_workload
+from finetune.config import HEADS
 from finetune.json_files import json_text
+from finetune.optimizers import OPTIMIZERS
+from finetune.precisions import PRECISIONS
 
 _MODELS = ("bert-tiny", "bert-mini", "bert-small", "bert-medium")
 _SEQ_LENS = (64, 96, 128, 192, 256, 320, 384, 512)
 _TARGETS = (4, 8, 12, 16, 20, 24, 32, 48, 64)
+_KINDS = ("tanh", "gelu", *PRECISIONS[2:], *OPTIMIZERS[1:])
 
 
 def main() -> None:
@@ -39,7 +45,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ten requests")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--models", nargs="+", default=list(_MODELS))
-    parser.add_argument("--heads", nargs="+", default=["squad", "classifier"])
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=["squad", "classifier"])
+    parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=["tanh"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     arguments = parser.parse_args()
@@ -53,10 +60,17 @@ def main() -> None:
             generator.choice(arguments.heads),
         )
         target = generator.choice(_TARGETS)
-        least, most = _range_mib(workload, target)
+        kind = generator.choice(arguments.kinds)
+        workload, levers = _of_kind(workload, kind)
+        least, most = _range_mib(workload, levers, target)
         budget = make_budget(device, round(generator.uniform(least, most)) * MIB_BYTES)
         plan = make_plan(
-            workload, target, budget.budget_bytes, device_rates(device), device=device.name
+            workload,
+            target,
+            budget.budget_bytes,
+            device_rates(device),
+            device=device.name,
+            allowed=[levers],
         )
         chosen = plan.chosen
         (trial,) = measure_batches(
@@ -65,6 +79,7 @@ def main() -> None:
         row = {
             "model": workload.model,
             "head": workload.head,
+            "kind": kind,
             "seq_len": workload.seq_len,
             "target_batch": target,
             "budget_bytes": budget.budget_bytes,
@@ -96,23 +111,36 @@ def main() -> None:
         )
 
 
-def _range_mib(workload: Workload, target: int) -> tuple[float, float]:
+def _of_kind(workload: Workload, kind: str) -> tuple[Workload, Levers]:
+    if kind == "gelu":
+        config = dataclasses.replace(workload.config, hidden_act="gelu_erf")
+        return dataclasses.replace(workload, config=config), Levers()
+    if kind in OPTIMIZERS:
+        return workload, Levers(optimizer=kind)
+    return workload, Levers(precision=kind) if kind in PRECISIONS else Levers()
+
+
+def _range_mib(workload: Workload, levers: Levers, target: int) -> tuple[float, float]:
     """The smallest budget for a target, and one in which no lever is needed."""
-    least = find_least_memory(workload, target, None, [Levers()], "cpu", looked_at=4)
+    least = find_least_memory(workload, target, None, [levers], "cpu", looked_at=4)
     least_bytes = least.budget_bytes
-    most_bytes = least_peak_bytes(workload, Levers(), target, Room("cpu", 1 << 40))
-    return least_bytes / MIB_BYTES, max(1.02 * most_bytes, least_bytes) / MIB_BYTES
+    room = Room("cpu", 1 << 40)
+    most_bytes = least_peak_bytes(workload, levers, target, room)
+    most_bytes = round(most_bytes * (1.02 + margin_for(workload, levers, room)))
+    return least_bytes / MIB_BYTES, max(most_bytes, least_bytes) / MIB_BYTES
 
 
 def _show(row: dict[str, Any]) -> None:
     chosen = row["chosen"]
-    name = f"{row['model']} {row['head']} {row['seq_len']} batch {row['target_batch']}"
+    name = (
+        f"{row['model']} {row['head']} {row['seq_len']} {row['kind']} batch {row['target_batch']}"
+    )
     setting = f"{chosen['accumulation_steps']} x {chosen['micro_batch']} {chosen['checkpointing']}"
     peak = row["peak_bytes"]
     full = "" if peak is None else f"{peak / row['budget_bytes']:.3f}"
     error = "" if peak is None else f"{100 * (chosen['predicted_peak_bytes'] / peak - 1):+.2f}%"
     print(
-        f"{name:36s} {row['budget_bytes'] // MIB_BYTES:6,d} MiB  {setting:30s} "
+        f"{name:46s} {row['budget_bytes'] // MIB_BYTES:6,d} MiB  {setting:30s} "
         f"{row['outcome']:6s} {full:>6s} {error:>8s}{'' if row['binds'] else '  no lever'}",
         flush=True,
     )

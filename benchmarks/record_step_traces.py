@@ -3,9 +3,11 @@
     python benchmarks/record_step_traces.py [--quick] [--patterns TEXT ...] [--out FILE]
 
 One to four minutes for each of 32 patterns (two heads, eight combinations of policies, one
-micro-batch or several). To be run again when `finetune` or TensorFlow changes what a step does:
-`pytest -m slow tests/test_step_traces.py` tells whether the traces still say what a real step asks
-for. `--quick` makes one.
+micro-batch or several), with AdamW; the traces of the other optimizers are made out of these, see
+`bertbench.trace_variants`. A regressor has the classifier's trace, exact GELU that of the one by
+tanh. To be run again when `finetune` or TensorFlow changes what a step does: `pytest -m slow
+tests/test_step_traces.py` tells whether the traces still say what a real step asks for. `--quick`
+makes one.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ from bertbench.bytes import GIB_BYTES
 from bertbench.devices import Budget, make_budget
 from bertbench.step_traces import LAYERS, OTHER_LAYERS, traces_from_bytes, traces_to_bytes
 from bertbench.trace_building import build_trace
-from bertbench.trace_moments import keep_highest
+from bertbench.trace_moments import find_moments, keep_highest
 from bertbench.trace_samples import Sample
+from bertbench.trace_variants import with_optimizer
 from bertbench.traced_steps import pattern_of
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, published_workload
 from finetune.checkpointing import parse_checkpointing
 from finetune.config import PRESETS, BertConfig, preset
+from finetune.optimizers import OPTIMIZERS
 
 _POLICIES = ("none", "selective", "full", "nested")
 _MIXED = (("selective", "none"), ("full", "none"), ("nested", "none"), ("nested", "selective"))
@@ -50,6 +54,8 @@ _VARIED = {
     "f": 512,
     "v": 32003,
     "p": 640,
+    "t": 3,
+    "l": 3,
 }
 
 
@@ -79,9 +85,20 @@ def main() -> None:
         if len(policies) > 1:
             larger = dataclasses.replace(workload, config=_config(2 * _LAYERS + 1))
             more[OTHER_LAYERS] = _record(budget, larger, levers, _EXAMPLES)
-        varied = {name: _another(budget, base, name, value) for name, value in _VARIED.items()}
+        varied = {
+            name: _another(budget, base, name, value)
+            for name, value in _VARIED.items()
+            # SQuAD's head has two outputs always.
+            if name != "l" or head == "classifier"
+        }
         published = [published_workload(m, s, head) for m in PRESETS for s in _SEQ_LENS]
-        traces[pattern] = keep_highest(build_trace(base, more, varied), published)
+        trace = build_trace(base, more, varied)
+        traces[pattern] = keep_highest(trace, published)
+        for optimizer in OPTIMIZERS[1:]:
+            variant = with_optimizer(trace, optimizer)
+            variant = dataclasses.replace(variant, moments=find_moments(variant))
+            name = pattern_of(workload, dataclasses.replace(levers, optimizer=optimizer))
+            traces[name] = keep_highest(variant, published)
         data = traces_to_bytes(traces)
         if arguments.out:
             arguments.out.write_bytes(data)
@@ -125,9 +142,12 @@ def _another(budget: Budget, base: Sample, name: str, value: int) -> Sample:
         "f": "intermediate_size",
         "v": "vocab_size",
         "p": "max_position_embeddings",
+        "t": "type_vocab_size",
     }
     if name == "n":
         examples = value
+    elif name == "l":
+        workload = dataclasses.replace(workload, num_labels=value)
     elif name == "s":
         workload = dataclasses.replace(workload, seq_len=value)
     else:

@@ -49,7 +49,11 @@ _FLOAT_BYTES = 4
 _ALIGNMENT_BYTES = 256  # TensorFlow's BFC allocator hands out multiples of this.
 
 SAFETY_MARGIN = 0.08
-"""Part of a prediction to add before comparing it with a budget that must not be exceeded."""
+"""Part of a prediction by a trace to add on a device that no trace was recorded on."""
+
+_FORMULA_MARGINS = {"float32": 0.16, "tf32": 0.16, "bf16": 0.16, "fp16": 0.16}
+"""Part of a prediction by the formula to add before it is compared with a budget: the largest error
+that was measured, by precision."""
 
 # finetune.modeling, a layer with policy `none`.
 _KEPT_HIDDEN = 8
@@ -113,6 +117,11 @@ class Footprint:
     def to_json(self) -> dict[str, int]:
         """Bytes by part, for JSON."""
         return dict(self.parts)
+
+
+def formula_margin(levers: Levers) -> float:
+    """Part of `predict_footprint`'s peak to add, so that what was measured was never more."""
+    return _FORMULA_MARGINS[levers.precision]
 
 
 def predict_footprint(

@@ -43,6 +43,8 @@ DIMENSIONS = {
     "u": "different words in the first micro-batch",
     "w": "different words in the second",
     "p": "positions",
+    "t": "segment types",
+    "l": "outputs of the head",
 }
 """What sizes are products of."""
 

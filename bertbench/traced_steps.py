@@ -27,7 +27,7 @@ from bertbench.step_traces import (
 from bertbench.trace_writing import Written
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import examples_per_block
-from finetune.optimizers import slot_shapes
+from finetune.optimizers import EXACT_OPTIMIZER, PLACEMENTS, slot_shapes
 from finetune.precisions import EXACT_PRECISION, compute_type
 
 KNOWN_ACTIVATIONS = ("gelu_tanh", "gelu_erf")
@@ -89,6 +89,8 @@ def dimensions_of(workload: Workload, levers: Levers, micro_batch: int) -> dict[
         "f": config.intermediate_size,
         "v": config.vocab_size,
         "p": config.max_position_embeddings,
+        "t": config.type_vocab_size,
+        "l": {"squad": 2, "regressor": 1}.get(workload.head, workload.num_labels),
     }
 
 
@@ -100,21 +102,27 @@ def layers_of(workload: Workload, levers: Levers) -> dict[str, int]:
 
 
 def pattern_of(workload: Workload, levers: Levers) -> str:
-    """Name of the trace: head, policies, and whether there are several micro-batches."""
+    """Name of the trace: optimizer, head, policies, and whether there are several micro-batches.
+
+    A regressor has the classifier's: it differs by what is a few numbers for each example.
+    """
     layers = layers_of(workload, levers)
     policies = [levers.checkpointing.policy] * bool(layers[LAYERS])
     if layers[OTHER_LAYERS] and levers.checkpointing.others not in policies:
         policies.append(levers.checkpointing.others)
     accumulated = "accumulated" if levers.accumulation_steps > 1 else "at once"
-    return f"{workload.head} {'+'.join(policies)} {accumulated}"
+    optimizer = "" if levers.optimizer == EXACT_OPTIMIZER else f"{levers.optimizer} "
+    head = "classifier" if workload.head == "regressor" else workload.head
+    return f"{optimizer}{head} {'+'.join(policies)} {accumulated}"
 
 
 def trace_of(workload: Workload, levers: Levers) -> StepTrace | None:
     """The trace of a step; None for levers or models that there is none of."""
-    known = Levers(levers.checkpointing, levers.accumulation_steps, levers.precision)
     # TensorFloat-32 is another way to multiply the same tensors.
     float32 = compute_type(levers.precision) == compute_type(EXACT_PRECISION)
-    if levers != known or not float32 or workload.config.hidden_act not in KNOWN_ACTIVATIONS:
+    if not float32 or levers.xla or levers.placement != PLACEMENTS[0]:
+        return None
+    if workload.config.hidden_act not in KNOWN_ACTIVATIONS:
         return None
     trace = read_trace(pattern_of(workload, levers))
     if trace is None:
@@ -183,6 +191,18 @@ def step_requests(
     before = len(sizes)
     later = [event + before if event >= 0 else event - before for event in written.events]
     return [*events, *later], [*sizes, *written.sizes]
+
+
+def left_out_bytes(workload: Workload, levers: Levers) -> int:
+    """Bytes, at most, that a step holds and its trace does not have.
+
+    Zeros for biases of keys, which get no gradient with other optimizers than AdamW, and the
+    gradient of the bias of a head with many outputs.
+    """
+    config, left_out = workload.config, 0
+    if levers.optimizer != EXACT_OPTIMIZER:
+        left_out += (2 * config.num_hidden_layers + 2) * chunk_bytes(4 * config.hidden_size)
+    return left_out + 4 * chunk_bytes(4 * workload.num_labels)
 
 
 @functools.lru_cache(maxsize=4096)

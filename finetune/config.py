@@ -16,6 +16,9 @@ from finetune.json_files import json_text, load_object
 
 _logger = logging.getLogger(__name__)
 
+ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu")
+"""Between the two products of a layer's intermediate sublayer."""
+
 HEADS = ("squad", "classifier", "regressor")
 """Task heads: `squad` scores each token as start and end, `classifier` scores the pooled output for
 each class, `regressor` makes one number of it."""
@@ -97,7 +100,7 @@ class BertConfig:
                 f"a model of {rows * self.hidden_size:,} parameters, and at most "
                 f"{_MOST_PARAMETERS:,} can be built"
             )
-        if self.hidden_act not in ("gelu_tanh", "gelu_erf", "relu"):
+        if self.hidden_act not in ACTIVATIONS:
             raise InputError(
                 f"hidden_act {self.hidden_act!r} is not supported", hint="use gelu or relu"
             )

@@ -350,12 +350,12 @@ def _adafactor(
 
     def average(slot: str, value: tf.Tensor) -> tf.Tensor:
         old = tf.raw_ops.ReadVariableOp(resource=handles[slot], dtype=value.dtype)
-        # Not by 1 - share, in which float32 has few digits of a small share left.
-        new = old + share * (value - old)
-        assigned.append(tf.raw_ops.AssignVariableOp(resource=handles[slot], value=new))
-        return new
+        # Not by 1 - share, in which float32 has few digits of a small share left. And in place: a
+        # slot that moved with every step would leave the memory in pieces.
+        added = tf.raw_ops.AssignAddVariableOp(resource=handles[slot], value=share * (value - old))
+        with tf.control_dependencies([added]):
+            return tf.raw_ops.ReadVariableOp(resource=handles[slot], dtype=value.dtype)
 
-    assigned: list[tf.Operation] = []
     if "adafactor_v" in handles:
         update = gradient * tf.math.rsqrt(average("adafactor_v", square))
     else:
@@ -365,7 +365,7 @@ def _adafactor(
         update = gradient * tf.math.rsqrt(rows)[..., None] * tf.math.rsqrt(columns)[..., None, :]
     size = tf.sqrt(tf.reduce_mean(tf.square(update)))
     change = update * (rate / tf.maximum(1.0, size / _ADAFACTOR_CLIP))
-    return [*assigned, _subtract(variable, change)]
+    return [_subtract(variable, change)]
 
 
 _OPTIMIZERS = {"adamw": _adam, "lion": _lion, "adafactor": _adafactor}

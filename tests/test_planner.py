@@ -88,7 +88,7 @@ def test_a_step_needs_memory_in_one_piece() -> None:
     assert fits(workload, Levers(), 6, room)
     assert not fits(workload, Levers(), 7, room)
     # Without a trace, and on a GPU, a margin takes its place.
-    unknown = Levers(optimizer="lion")
+    unknown = Levers(precision="bf16")
     assert usable_bytes(workload, unknown, room) < usable_bytes(workload, Levers(), room)
     on_gpu = Room("gpu", room.budget_bytes)
     assert usable_bytes(workload, Levers(), on_gpu) == int(room.budget_bytes / 1.08)

@@ -83,5 +83,5 @@ def test_an_update_may_need_most() -> None:
 
 def test_no_trace_and_no_room() -> None:
     workload = published_workload("bert-base", 128)
-    assert traced_footprint(workload, Levers(optimizer="lion"), 4, PLENTY) is None
+    assert traced_footprint(workload, Levers(precision="bf16"), 4, PLENTY) is None
     assert traced_footprint(workload, Levers(), 64, Memory((4 * GIB_BYTES,))) is None

@@ -1,0 +1,99 @@
+"""Traces of other optimizers, made out of AdamW's."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+
+import pytest
+
+from bertbench.attached import resolve_device
+from bertbench.bytes import GIB_BYTES
+from bertbench.devices import make_budget
+from bertbench.fitting import Room, footprint_in
+from bertbench.step_traces import StepTrace, read_trace
+from bertbench.trace_samples import UnlikeError
+from bertbench.trace_variants import with_optimizer
+from bertbench.traced_steps import trace_of, write_out
+from bertbench.trial import measure_batches
+from bertbench.workload import Levers, Workload, published_workload
+from finetune.checkpointing import parse_checkpointing
+from finetune.optimizers import OPTIMIZERS
+
+SETTINGS = [
+    (head, policy, steps)
+    for head in ("squad", "classifier")
+    for policy in ("none", "selective", "full:2", "nested:2+selective")
+    for steps in (1, 2)
+]
+
+
+def workload_of(head: str) -> Workload:
+    """One in which no two kinds of variables have a size in common."""
+    workload = published_workload("bert-mini", 64, head)
+    config = dataclasses.replace(
+        workload.config, intermediate_size=1000, vocab_size=5000, max_position_embeddings=600
+    )
+    return dataclasses.replace(workload, config=config)
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "adafactor"])
+@pytest.mark.parametrize(("head", "policy", "steps"), SETTINGS)
+def test_every_variable_has_the_update_of_the_optimizer(
+    optimizer: str, head: str, policy: str, steps: int
+) -> None:
+    """After the decay of a matrix two more tensors of its size, with both optimizers."""
+    workload = workload_of(head)
+    published = Levers(parse_checkpointing(policy), steps)
+    alike = dataclasses.replace(published, optimizer=optimizer)
+    requests, left = [], []
+    for levers in (published, alike):
+        trace = trace_of(workload, levers)
+        assert trace is not None
+        written = write_out(trace, workload, levers, 70)
+        requests.append(collections.Counter(written.sizes))
+        ended = {~event for event in written.events if event < 0}
+        left.append(len(written.sizes) - len(ended))
+    assert left[0] == left[1]  # all gradients are let go of
+    more = requests[1] - requests[0]
+    assert not requests[0] - requests[1]
+    matrices = collections.Counter(
+        4 * math.prod(shape)
+        for name, shape in workload.parameters.items()
+        if workload.trained(name) and len(shape) == 2
+    )
+    for size_bytes, count in matrices.items():
+        assert more[size_bytes] == 2 * 2 * count, size_bytes
+
+
+def test_a_trace_without_an_update_is_refused() -> None:
+    trace = read_trace("squad none at once")
+    assert trace is not None
+    half = StepTrace(trace.sizes, trace.ends, trace.items[: len(trace.items) // 3])
+    with pytest.raises(UnlikeError, match="0 updates in two steps"):
+        with_optimizer(half, "lion")
+
+
+def test_the_archive_has_what_is_made_of_its_traces() -> None:
+    trace, lion = read_trace("squad nested at once"), read_trace("lion squad nested at once")
+    assert trace is not None
+    assert lion is not None
+    made = with_optimizer(trace, "lion")
+    assert dataclasses.replace(lion, moments=()) == made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("head", ["squad", "classifier", "regressor"])
+@pytest.mark.parametrize(("policy", "steps"), [("none", 1), ("nested:2+selective", 2)])
+def test_a_real_step_has_the_peak_that_is_predicted(
+    optimizer: str, head: str, policy: str, steps: int
+) -> None:
+    workload = published_workload("bert-mini", 64, head)
+    levers = Levers(parse_checkpointing(policy), steps, optimizer=optimizer)
+    budget = make_budget(resolve_device("cpu"), GIB_BYTES)
+    (trial,) = measure_batches(workload, levers, budget, [70], steps=2, fresh=True)
+    room = Room("cpu", budget.budget_bytes)
+    predicted = footprint_in(workload, levers, 70, room, replayed=True)
+    assert trial.peak_bytes == pytest.approx(predicted.peak_bytes, rel=1e-3)
