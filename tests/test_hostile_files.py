@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 from ledger_rows import CPU, VERSIONS, fits, oom
+from model_folders import CONFIG as MODEL
+from model_folders import tokenizer_json, write_json
 from mutations import mutated
 from test_report_runs import squad_run
 
@@ -46,10 +48,12 @@ from bertbench.stepping_down import step_down_from_json
 from bertbench.unpacking import ArchiveError, read_sums, unpack
 from bertbench.workload import Levers, published_workload
 from finetune.array_cache import hash_key, load_or_make
+from finetune.checkpoint_files import preferred_checkpoints
 from finetune.config import from_json_file
 from finetune.demo_data import demo_files
 from finetune.errors import InputError
 from finetune.head_labels import read_trained_head
+from finetune.model_folder import find_model_files, find_tokenizer, read_config_values
 from finetune.safetensors_files import open_safetensors
 from finetune.tasks.glue import find_task, read_examples
 from finetune.tasks.squad_examples import read_squad
@@ -281,6 +285,36 @@ ROWS = {
 }
 RECORDING = Recording((0, 1, ~0, 2, ~1, ~2), (256, 1000, 4096), ("a", "", "b"))
 
+
+def make_model_folder(folder: Path) -> None:
+    write_json(folder / "config.json", {**MODEL, "id2label": {"0": "no", "1": "yes"}})
+    write_json(folder / "tokenizer.json", tokenizer_json())
+    write_json(folder / "tokenizer_config.json", {"do_lower_case": True, "model_max_length": 512})
+    write_json(folder / "special_tokens_map.json", {"cls_token": "[CLS]"})
+    write_json(folder / "added_tokens.json", {"[MASK]": 4})
+
+
+def read_model_folder(folder: Path) -> None:
+    files = find_model_files(folder, None, None, None)
+    read_config_values(folder)
+    from_json_file(files.config_file)
+    find_tokenizer(files, {}).tokenizer.encode_ids("Ich mochte 中国")
+
+
+def make_state(folder: Path) -> None:
+    for step in (3, 4):
+        for suffix in ("index", "data-00000-of-00001"):
+            (folder / f"model.ckpt-{step}.{suffix}").write_bytes(b"")
+    name = "model.ckpt-4"
+    text = f'model_checkpoint_path: "{name}"\nall_model_checkpoint_paths: "{name}"\n'
+    (folder / "checkpoint").write_text(text)
+
+
+def read_state(folder: Path) -> None:
+    for prefix in preferred_checkpoints(folder):
+        assert prefix.parent == folder  # nothing outside the folder is opened
+
+
 KINDS: dict[str, Kind] = {
     "plan": Kind(text("plan.json", plan_text()), lambda f: read_plan(f / "plan.json")),
     "configuration": Kind(
@@ -290,6 +324,8 @@ KINDS: dict[str, Kind] = {
         text("vocab.txt", DEMO.vocab_file.read_bytes()),
         lambda f: load_tokenizer(f / "vocab.txt", do_lower_case=True),
     ),
+    "model folder": Kind(make_model_folder, read_model_folder),
+    "state": Kind(make_state, read_state, "checkpoint"),
     "probe": Kind(text("p.json", probe_text()), read_probe),
     "run": Kind(make_run, read_run_folder, "run/*"),
     "eval": Kind(
