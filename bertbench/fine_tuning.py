@@ -12,6 +12,7 @@ import numpy as np
 
 from bertbench.devices import Budget
 from bertbench.errors import OutOfMemoryError, WorkError
+from bertbench.fitting import prediction_batch
 from bertbench.initial_weights import load_initial_weights
 from bertbench.locking import alone_in
 from bertbench.output_folder import (
@@ -75,8 +76,8 @@ class FineTuned:
     """A model after its training, or as loaded where there was none.
 
     Attributes:
-        predict: predicts with it, no more examples at a time than the micro-batch, which is known
-            to fit.
+        predict: predicts with it, no more examples at a time than fit, see
+            `bertbench.fitting.prediction_batch`.
         results: for `--json`; `weights_step` says how many optimizer steps its weights have seen,
             where that is known.
         folder: the output folder; to be checked before anything is written to it.
@@ -191,7 +192,8 @@ def _train(
     begun = prepare_output(settings, identity, record, plan)
     clear_remains(settings.output_dir)
     write_model_files(settings, job.tokenizer, job.workload.config)
-    predict_batch = min(settings.predict_batch_size, micro_batch)
+    most = min(settings.predict_batch_size, micro_batch)
+    predict_batch = prediction_batch(job.workload, levers, budget.budget_bytes, most)
     predict = make_predict(variables, job.workload, predict_batch, strategy)
     scorer = None if job.make_scorer is None else job.make_scorer(predict)
     try:

@@ -13,13 +13,16 @@ import dataclasses
 
 from bertbench.allocations import Memory
 from bertbench.allocator_limit import memory_of
+from bertbench.bisection import last_that_holds
 from bertbench.bytes import MIB_BYTES
 from bertbench.footprint import (
+    COMPILED_MARGIN,
+    FORMULA_MARGIN,
     SAFETY_MARGIN,
     Footprint,
     all_reduce_footprint,
-    formula_margin,
     predict_footprint,
+    prediction_bytes,
 )
 from bertbench.traced_footprint import traced_footprint
 from bertbench.traced_steps import (
@@ -67,7 +70,8 @@ class Room:
 def margin_for(workload: Workload, levers: Levers, room: Room) -> float:
     """Part of a prediction to add before it is compared with a budget."""
     if not has_trace(workload, levers, room.device_kind):
-        return formula_margin(levers)
+        compiled = levers.xla or room.device_kind == "tpu"
+        return COMPILED_MARGIN if compiled else FORMULA_MARGIN
     if room.device_kind == "cpu":
         return _OTHER_LENGTHS_MARGIN if workload.seq_len % _RECORDED_MULTIPLES else 0.0
     return SAFETY_MARGIN if room.margin is None else room.margin
@@ -107,6 +111,28 @@ def fits(workload: Workload, levers: Levers, micro_batch: int, room: Room) -> bo
         return True
     memory = _traced_memory(workload, levers, room)
     return replay_step(workload, levers, micro_batch, memory).fits
+
+
+def prediction_batch(workload: Workload, levers: Levers, budget_bytes: int, at_most: int) -> int:
+    """How many examples can be predicted at a time while a model is trained, at least 1.
+
+    A micro-batch that fits is no answer: with `nested` a step holds a layer of a few examples at a
+    time, and a prediction that of all its examples.
+
+    Args:
+        workload: what is trained.
+        levers: of the training.
+        budget_bytes: what the allocator of one device may use.
+        at_most: examples.
+    """
+    usable_bytes = int(budget_bytes / (1 + FORMULA_MARGIN))
+
+    def fits_in(examples: int) -> bool:
+        return examples <= at_most and (
+            examples == 1 or prediction_bytes(workload, levers, examples) <= usable_bytes
+        )
+
+    return last_that_holds(fits_in)
 
 
 def footprint_in(
