@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from bertbench.attached import resolve_device
 from bertbench.bytes import GIB_BYTES, MIB_BYTES, format_bytes, parse_bytes
 from bertbench.catalogue import (
     ACCELERATORS,
@@ -18,7 +20,8 @@ from bertbench.catalogue import (
     match_accelerator,
 )
 from bertbench.cost import gpu_rates, predict_step_seconds
-from bertbench.fitting import Room, fits, least_peak_bytes, usable_bytes
+from bertbench.devices import make_budget
+from bertbench.fitting import Room, fits, has_trace, least_peak_bytes, usable_bytes
 from bertbench.least_memory import find_least_memory
 from bertbench.lever_settings import cuts
 from bertbench.plan_file import PlannedSetting, read_plan
@@ -26,9 +29,12 @@ from bertbench.planner import (
     Plan,
     make_plan,
 )
-from bertbench.workload import Levers, levers_from_json, published_workload
+from bertbench.trial import measure_batches
+from bertbench.workload import Levers, Workload, levers_from_json, published_workload
 from finetune.checkpointing import parse_checkpointing
+from finetune.config import HEADS
 from finetune.errors import InputError
+from finetune.optimizers import OPTIMIZERS
 
 RATES = gpu_rates(ACCELERATORS["titan-x"])
 
@@ -115,6 +121,44 @@ def test_more_memory_is_never_slower() -> None:
     ]
     assert seconds == sorted(seconds, reverse=True)
     assert seconds[-1] < seconds[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_more_memory_is_never_worse_with_exact_gelu(optimizer: str) -> None:
+    """As most models that people download have it: every plan is one that is known to the byte."""
+    workload, levers = exact_gelu("bert-mini", 128), Levers(optimizer=optimizer)
+    seconds = []
+    for mebibytes in range(190, 215, 4):
+        room = Room("cpu", mebibytes * MIB_BYTES)
+        chosen = make_plan(
+            workload, 8, room.budget_bytes, RATES, device="test", allowed=[levers]
+        ).chosen
+        assert has_trace(workload, chosen.levers, "cpu")
+        assert fits(workload, chosen.levers, chosen.micro_batch, room)
+        seconds.append(chosen.predicted_step_seconds)
+    assert seconds == sorted(seconds, reverse=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("head", HEADS)
+def test_plans_near_the_least_budget_run(optimizer: str, head: str) -> None:
+    """BERT-Mini's shape with exact GELU once ran out of memory at 206 MiB, where another fitted."""
+    workload, levers = exact_gelu("bert-mini", 128, head), Levers(optimizer=optimizer)
+    least = find_least_memory(workload, 8, None, [levers], "cpu").budget_bytes
+    for budget_bytes in {least, least + MIB_BYTES, max(least, 206 * MIB_BYTES)}:
+        budget = make_budget(resolve_device("cpu"), budget_bytes)
+        plan = make_plan(workload, 8, budget_bytes, RATES, device="test", allowed=[levers])
+        (trial,) = measure_batches(
+            workload, plan.chosen.levers, budget, [plan.chosen.micro_batch], steps=2, fresh=True
+        )
+        assert trial.outcome == "fits", (budget_bytes, trial.message)
+
+
+def exact_gelu(model: str, seq_len: int, head: str = "squad") -> Workload:
+    workload = published_workload(model, seq_len, head)
+    config = dataclasses.replace(workload.config, hidden_act="gelu_erf")
+    return dataclasses.replace(workload, config=config)
 
 
 def test_plenty_of_memory_needs_no_lever() -> None:
