@@ -155,13 +155,16 @@ def trial_rate(row: LedgerRow, trial: Trial) -> float | None:
 def read_cells(rows: Iterable[LedgerRow]) -> list[Cell]:
     """Put trials together that answer the same question; see `bertbench.limit`.
 
+    Steps of runs are left out, for nobody had asked where their limit is.
+
     Returns:
         Cells by device, budget, model, length and levers.
     """
     by_question: collections.defaultdict[tuple[str, ...], list[LedgerRow]]
     by_question = collections.defaultdict(list)
     for row in rows:
-        by_question[row.question].append(row)
+        if not row.trial.of_run:
+            by_question[row.question].append(row)
     groups = list(by_question.values())
     names = _model_names([group[-1] for group in groups])
     return sorted(map(_cell, groups, names), key=_order)

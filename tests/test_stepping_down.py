@@ -37,6 +37,7 @@ from finetune.checkpoint_files import list_checkpoints
 from finetune.checkpointing import Checkpointing
 from finetune.errors import InputError
 from finetune.training import read_log
+from reports.cells import read_cells
 
 TESTS = Path(__file__).parent
 WORKLOAD = published_workload("bert-mini", 128)
@@ -131,7 +132,9 @@ def test_a_run_is_no_evidence_for_a_limit(tmp_path: Path) -> None:
     after(settings(tmp_path), 17, Levers())
     with open_ledger() as ledger:
         assert find(ledger, BUDGET, versions_key(), WORKLOAD, Levers()) == []
-        trials = [row.trial for row in read_rows(ledger)]
+        rows = read_rows(ledger)
+    assert read_cells(rows) == []
+    trials = [row.trial for row in rows]
     assert [(trial.batch, trial.outcome, trial.of_run) for trial in trials] == [
         (16, "oom", True), (17, "oom", True),
     ]  # fmt: skip

@@ -189,7 +189,8 @@ def _limits(rows: list[LedgerRow]) -> list[dict[str, Any]]:
     """One line for each question: the largest batch that fits, and the smallest that does not."""
     by_question: dict[tuple[str, ...], list[LedgerRow]] = {}
     for row in rows:
-        by_question.setdefault(row.question, []).append(row)
+        if not row.trial.of_run:
+            by_question.setdefault(row.question, []).append(row)
     cells = []
     for of_question in by_question.values():
         row = of_question[0]
