@@ -168,7 +168,7 @@ def from_json_file(path: str | Path) -> BertConfig:
         what="the model configuration",
         hint="give the bert_config.json that came with the checkpoint",
         finite=False,  # What is no number is refused by the field's name.
-        bounded=False,
+        large_integers="float",
     )
     try:
         config = from_mapping(raw)

@@ -14,7 +14,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from finetune.errors import InputError
 from finetune.files import DATA_LIMIT_BYTES, read_bytes
@@ -25,7 +25,11 @@ OWN_LIMIT_BYTES = 64 << 20
 MOST_WHOLE = 2**63 - 1
 """Largest integer that is read: what SQLite, NumPy and TensorFlow hold."""
 
+LargeIntegers = Literal["refuse", "float", "keep"]
+"""What is done with an integer beyond that."""
+
 _MOST_DEPTH = 100
+_MOST_DIGITS = 1000
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _logger = logging.getLogger(__name__)
@@ -33,20 +37,21 @@ _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-def parse_json(text: str, *, finite: bool = True, bounded: bool = True) -> Any:
+def parse_json(text: str, *, finite: bool = True, large_integers: LargeIntegers = "refuse") -> Any:
     """Parse a JSON text whose numbers and depth are within bounds.
 
     Args:
         text: the text.
         finite: refuse NaN, infinities and numbers that are too large for a float.
-        bounded: refuse integers beyond 64 bits; False makes floats of them.
+        large_integers: what to do with integers beyond 64 bits. Also where they are kept, one of
+            more than 1,000 digits is refused.
 
     Raises:
         ValueError: it is not such a text; `json.JSONDecodeError` where the place is known.
     """
     odd: dict[str, Any] = {"parse_float": _finite, "parse_constant": _refuse} if finite else {}
     try:
-        value = json.loads(text, parse_int=_whole if bounded else _whole_or_float, **odd)
+        value = json.loads(text, parse_int=_WHOLE[large_integers], **odd)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     _check_depth(value)
@@ -62,6 +67,15 @@ def _whole(digits: str) -> int:
 
 def _whole_or_float(digits: str) -> int | float:
     return float(digits) if len(digits) > 18 else int(digits)
+
+
+def _any_whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"the number {digits[:20]}... has more than {_MOST_DIGITS:,} digits")
+    return int(digits)
+
+
+_WHOLE = {"refuse": _whole, "float": _whole_or_float, "keep": _any_whole}
 
 
 def _finite(digits: str) -> float:
@@ -94,7 +108,7 @@ def load_json(
     hint: str = "",
     what: str = "the questions",
     finite: bool = True,
-    bounded: bool = True,
+    large_integers: LargeIntegers = "refuse",
     limit_bytes: int = DATA_LIMIT_BYTES,
 ) -> Any:
     """Reads a JSON file, with or without a byte order mark.
@@ -104,7 +118,7 @@ def load_json(
         hint: what to do if there is no such file.
         what: what it holds, for that message.
         finite: see `parse_json`.
-        bounded: as there.
+        large_integers: as there.
         limit_bytes: largest file.
 
     Raises:
@@ -116,7 +130,7 @@ def load_json(
         raise InputError(f"cannot read {what} ({error.strerror})", path=path, hint=hint) from error
     again = "make or fetch the file again"
     try:
-        return parse_json(data.decode("utf-8"), finite=finite, bounded=bounded)
+        return parse_json(data.decode("utf-8"), finite=finite, large_integers=large_integers)
     except json.JSONDecodeError as error:
         raise InputError(
             f"not JSON ({error.msg}, column {error.colno})",
@@ -139,7 +153,7 @@ def load_object(
     what: str,
     hint: str = "",
     finite: bool = True,
-    bounded: bool = True,
+    large_integers: LargeIntegers = "refuse",
 ) -> dict[str, Any]:
     """Reads a file of settings or results: a JSON object of moderate size.
 
@@ -148,7 +162,7 @@ def load_object(
         what: what it holds, as in `the plan`.
         hint: what to do if it is not that.
         finite: see `parse_json`; False for what earlier versions may have written.
-        bounded: as there; False for files of Hugging Face's, whose "no limit" is 10^30.
+        large_integers: as there; "float" for files of Hugging Face's, whose "no limit" is 10^30.
 
     Raises:
         InputError: it cannot be read or is none.
@@ -158,7 +172,7 @@ def load_object(
         hint=hint,
         what=what,
         finite=finite,
-        bounded=bounded,
+        large_integers=large_integers,
         limit_bytes=OWN_LIMIT_BYTES,
     )
     if not isinstance(values, dict):

@@ -145,7 +145,7 @@ def read_config_values(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
 
 
 def _read_object(path: Path, what: str) -> Mapping[str, Any]:
-    return load_object(path, what=what, finite=False, bounded=False)
+    return load_object(path, what=what, finite=False, large_integers="float")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -231,7 +231,9 @@ def _read_first(places: Iterable[Path], name: str) -> tuple[Path | None, Mapping
     for place in places:
         path = place / name
         if path.is_file():
-            return path, load_object(path, what="the tokenizer", finite=False, bounded=False)
+            return path, load_object(
+                path, what="the tokenizer", finite=False, large_integers="float"
+            )
     return None, {}
 
 

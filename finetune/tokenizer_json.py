@@ -48,7 +48,7 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
     Raises:
         InputError: it cannot be read, or splits text in another way than BERT; says which part.
     """
-    values = load_object(path, what="the tokenizer", finite=False, bounded=False)
+    values = load_object(path, what="the tokenizer", finite=False, large_integers="float")
     model = _part(values, "model", path)
     if model.get("continuing_subword_prefix", "##") != "##":
         raise InputError(

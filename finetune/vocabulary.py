@@ -45,7 +45,9 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     """
     path = Path(path)
     if path.suffix == ".json":
-        values = load_object(path, hint=_HINT, what="the vocabulary", finite=False, bounded=False)
+        values = load_object(
+            path, hint=_HINT, what="the vocabulary", finite=False, large_integers="float"
+        )
         return vocabulary_of(values, path)
     return _read_lines(path)
 

@@ -60,6 +60,10 @@ def test_what_is_refused(tmp_path: Path, text: str, words: str) -> None:
 def test_numbers_without_bounds_where_they_may_be(tmp_path: Path) -> None:
     assert parse_json("[NaN, 1e400]", finite=False)[1] == float("inf")
     assert parse_json(f"[{MOST_WHOLE}, -{MOST_WHOLE}]") == [MOST_WHOLE, -MOST_WHOLE]
+    assert parse_json("1" + "0" * 30, large_integers="float") == 1e30
+    assert parse_json(str(2**64), large_integers="keep") == 2**64
+    with pytest.raises(ValueError, match="more than 1,000 digits"):
+        parse_json("9" * 5000, large_integers="keep")
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert load_object(path, what="it") == {"a": 1}

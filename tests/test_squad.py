@@ -288,6 +288,12 @@ def test_odd_files_are_read_as_the_original_does(
     assert ("answers are null or missing (2)" in message) is not is_training
 
 
+def test_numbers_of_any_size_are_read_as_the_original_does(squad_file: Any) -> None:
+    path = squad_file(one_question("one two", "one", id=2**64, score=float("nan"), rank=10**40))
+    (example,) = read_squad(path, is_training=True, version_2_with_negative=False)
+    assert example.qas_id == "18446744073709551616"
+
+
 def test_of_equal_ids_the_last_is_predicted(squad_file: Any, letters: Tokenizer) -> None:
     root = one_question("one two", "one")
     paragraph_of(root)["qas"] *= 2

@@ -87,6 +87,10 @@ def test_json_values_keep_their_spelling(tmp_path: Path) -> None:
     path.write_text('{"text": "a", "label": true}\n{"text": "b", "label": 1}\n')
     data = read_table_task(TableTask({"train": path}, "text"))
     assert data.labels == ("1", "true")
+    # Hashes without a sign have 64 bits, too.
+    path.write_text(f'{{"text": "a", "label": {2**64 - 1}}}\n{{"text": "b", "label": 1}}\n')
+    data = read_table_task(TableTask({"train": path}, "text"))
+    assert data.labels == ("1", str(2**64 - 1))
 
 
 def test_labels_of_the_dev_file_are_those_of_training(tmp_path: Path) -> None:

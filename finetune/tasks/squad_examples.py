@@ -164,7 +164,7 @@ def read_squad(
         InputError: not a file in this format, or, for training, a possible question does not have
             exactly one answer.
     """
-    root = load_json(path, hint=_HINT)
+    root = load_json(path, hint=_HINT, finite=False, large_integers="keep")
     examples: list[SquadExample] = []
     skipped: list[SkippedAnswer] = []
     seen: set[str] = set()

@@ -217,7 +217,7 @@ def _named(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
 def _read_json_lines(path: Path) -> Iterator[Row]:
     for number, line in enumerate(without_empty_end(read_lines(path)), 1):
         try:
-            values = parse_json(line, finite=False)
+            values = parse_json(line, finite=False, large_integers="keep")
         except ValueError as error:
             raise InputError(f"not JSON ({error})", path=path, line=number) from error
         if not isinstance(values, dict):

@@ -143,7 +143,7 @@ def read_triviaqa(path: str | os.PathLike[str], split: str | None = None) -> Tri
         InputError: not such a file, no pairs in it, a training question without an answer, or the
             name of a document that leads out of its folder.
     """
-    root = _present(load_json(path, hint=_HINT))
+    root = _present(load_json(path, hint=_HINT, finite=False, large_integers="keep"))
     data = _get(root, "Data", list, "the top level", path)
     domain = _get(root, "Domain", str, "the top level", path)
     if split is None:
