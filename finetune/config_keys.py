@@ -63,7 +63,9 @@ def unknown_keys(raw: Mapping[str, Any], shape: frozenset[str]) -> list[str]:
     if raw.get("embedding_size", raw.get("hidden_size")) != raw.get("hidden_size"):
         raise InputError("embedding_size is not hidden_size, as it is in BERT")
     code = raw.get("auto_map")
-    own = [key for key in code if re.match("Auto(Config|Model)", key)] if code else []
+    if code is not None and not isinstance(code, dict):
+        raise InputError(f"auto_map is {code!r:.60}, not an object")
+    own = [key for key in code or () if re.match("Auto(Config|Model)", key)]
     if own:
         raise InputError(f"auto_map names code of its own for {own[0]:.60}, which is never run")
     known = {*_HARMLESS, *_EXPECTED, *shape, "position_embedding_type", "embedding_size"}

@@ -153,6 +153,8 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"feed_forward_type": "geglu"}, "feed_forward_type is 'geglu'"),
         ({"embedding_size": 128}, "embedding_size is not hidden_size"),
         ({"auto_map": {"AutoModel": "modeling.Mine"}}, "auto_map names code of its own for AutoM"),
+        ({"auto_map": 5}, "auto_map is 5, not an object"),
+        ({"auto_map": [1]}, r"auto_map is \[1\], not an object"),
         ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported"),
         ({"classifier_dropout": 1.5}, r"classifier_dropout must be in \[0, 1\)"),
     ],
