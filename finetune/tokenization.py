@@ -201,6 +201,7 @@ class Tokenizer:
             for index, token in enumerate(self.added)
             if token.normalized == normalized
         }
+        found.pop("", None)  # Nothing is left of an accent alone.
         if not found:
             return text
         # What stands for a token already found stays as it is.

@@ -291,6 +291,11 @@ def test_added_tokens_are_found_before_text_is_split(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(tokenizer)) == tokenizer
 
 
+def test_an_added_token_of_which_normalization_leaves_nothing_is_nowhere(tmp_path: Path) -> None:
+    tokenizer = added_tokenizer(tmp_path, [AddedToken("\u0301", 20, normalized=True)])
+    assert tokenizer.tokenize("a be\u0301") == ["a", "[UNK]"]
+
+
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(["[E1]", "<m>", *"aAb 1.é"]), max_size=12).map("".join))
 def test_added_tokens_are_those_of_the_tokenizers_library(
