@@ -25,10 +25,18 @@ from finetune.errors import InputError
 from finetune.json_files import json_text
 from finetune.tokenization import Tokenizer
 from finetune.tokenizer_files import write_tokenizer_files
-from finetune.weights import check_encoder, find_checkpoint, missing_weight, open_weights
+from finetune.weights import (
+    NO_WEIGHTS,
+    check_encoder,
+    find_checkpoint,
+    is_optimizer_state,
+    missing_weight,
+    open_weights,
+)
 
 _POOLER_PREFIX = "bert/pooler/"
-_OPTIMIZER_ENDINGS = ("/adam_m", "/adam_v")
+# Beside what the optimizer keeps for each variable.
+_TRAINING_STATE = frozenset({"global_step", "loss_scale", "loss_scale_updates"})
 _ARCHITECTURES = {
     "squad": "BertForQuestionAnswering",
     "classifier": "BertForSequenceClassification",
@@ -122,14 +130,14 @@ def open_model(checkpoint: str | Path, config: BertConfig) -> StoredModel:
             )
         shapes[name] = shape
     check_encoder(source, there, shapes)
-    unused = set(there) - set(shapes) - {"global_step", "bert/embeddings/position_ids"}
+    unused = set(there) - set(shapes) - _TRAINING_STATE - NO_WEIGHTS
     return StoredModel(
         checkpoint=source,
         config=config,
         head=head,
         num_labels=num_labels,
         shapes=shapes,
-        left_out=tuple(sorted(name for name in unused if not name.endswith(_OPTIMIZER_ENDINGS))),
+        left_out=tuple(sorted(name for name in unused if not is_optimizer_state(name, there))),
         read=lambda name: np.asarray(read(name), np.float32),
     )
 

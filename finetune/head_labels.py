@@ -41,9 +41,9 @@ def read_trained_head(folder: Path) -> TrainedHead:
     Raises:
         InputError: a file cannot be read, or contradicts itself.
     """
-    recorded = run_record(folder).get("labels")
-    if isinstance(recorded, list) and recorded:
-        return TrainedHead(folder, tuple(map(str, recorded)))
+    recorded = recorded_labels(folder)
+    if recorded is not None:
+        return TrainedHead(folder, recorded)
     path, values = read_config_values(folder)
     if path is None:
         return TrainedHead(folder, None)

@@ -23,8 +23,9 @@ _HEAD_NAMES = frozenset(
 )
 _POOLER_PREFIX = "bert/pooler/"
 _ENCODER_PREFIXES = ("bert/embeddings/", "bert/encoder/")
-# Counted 0, 1, 2 and so on, or all 0: no weights, though they are stored like them.
-_NO_WEIGHTS = frozenset({"bert/embeddings/position_ids", "bert/embeddings/token_type_ids"})
+NO_WEIGHTS = frozenset({"bert/embeddings/position_ids", "bert/embeddings/token_type_ids"})
+"""Constants that Hugging Face's folders store like weights: 0, 1, 2 and so on, and all 0."""
+
 _CONFIG_HINT = "is its configuration file the one that belongs to it?"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _OTHER_FORMATS = ("tf_model.h5", "flax_model.msgpack", "adapter_model.safetensors", "model.onnx")
@@ -105,8 +106,7 @@ def _first_readable(prefixes: Iterable[Path]) -> Path | None:
         try:
             shapes, read = open_tf_checkpoint(prefix)
             for name in shapes:
-                # What belongs to a variable, as the optimizer's moments, is no weight.
-                if name.rpartition("/")[0] not in shapes:
+                if not is_optimizer_state(name, shapes):
                     read(name)
         except DamagedFileError as error:
             _logger.warning("passing over a damaged checkpoint: %s", error)
@@ -206,14 +206,23 @@ def check_encoder(source: Path, there: Collection[str], placed: Collection[str])
         InputError: something would be.
     """
     for name in sorted(name for name in there if name.startswith(_ENCODER_PREFIXES)):
-        # An optimizer's state is named after its variable.
-        is_state = name.rpartition("/")[0] in there
-        if name not in placed and name not in _NO_WEIGHTS and not is_state:
+        known = name in placed or name in NO_WEIGHTS
+        if not known and not is_optimizer_state(name, there):
             raise InputError(
                 f"the checkpoint has {name}, for which the configuration has no place",
                 path=source,
                 hint=_CONFIG_HINT,
             )
+
+
+def is_optimizer_state(name: str, there: Collection[str]) -> bool:
+    """Whether a tensor is an optimizer's for a variable, after which it is named.
+
+    Args:
+        name: the tensor's.
+        there: all names of the checkpoint.
+    """
+    return name.rpartition("/")[0] in there
 
 
 def missing_weight(source: Path, name: str, there: Collection[str]) -> InputError:

@@ -55,9 +55,9 @@ def values_for(head: str | None, *, pooler: bool = True) -> Arrays:
 def save_tf(prefix: Path, values: Arrays) -> Path:
     """Write a checkpoint as training leaves it, with what an export must not take along."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    state = {"global_step": np.int64(7)}
+    state = {"global_step": np.int64(7), "loss_scale": np.float32(1)}
     for name, value in values.items():
-        state |= {name: value, f"{name}/adam_m": value + 1, f"{name}/adam_v": value + 2}
+        state |= {name: value, f"{name}/adam_m": value + 1, f"{name}/lion_m": value + 2}
     tf.raw_ops.SaveV2(
         prefix=str(prefix),
         tensor_names=list(state),
