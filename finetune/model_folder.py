@@ -106,7 +106,7 @@ def find_model_files(
 
 
 def _warn_of_two_configurations(folder: Path) -> None:
-    """Say so if a folder has one of each family, and they are not of the same model."""
+    """Say so if a folder has one of each family, and they disagree."""
 
     def shape_of(path: Path) -> BertConfig | None:
         try:
@@ -115,8 +115,18 @@ def _warn_of_two_configurations(folder: Path) -> None:
             return None
 
     ours, theirs = (folder / name for name in CONFIG_NAMES)
-    if ours.is_file() and theirs.is_file() and shape_of(ours) != shape_of(theirs):
+    if not (ours.is_file() and theirs.is_file()):
+        return
+    first, second = shape_of(ours), shape_of(theirs)
+    if first == second:
+        return
+    if first is None or second is None:
         _logger.warning("%s and %s are of different models: using the first", ours, theirs.name)
+        return
+    values, others = first.values(), second.values()
+    differ = ", ".join(name for name in values | others if values.get(name) != others.get(name))
+    # The word "gelu" means another function in each.
+    _logger.warning("%s and %s differ in %s: using the first", ours, theirs.name, differ)
 
 
 def run_record(folder: Path) -> Mapping[str, Any]:

@@ -38,7 +38,12 @@ TOKENIZER_FILES = (TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, SPECIAL_TOKENS_FILE, A
 NORMALIZATION_KEYS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 
 _SPECIAL_KEYS = ("cls_token", "sep_token", "pad_token", "unk_token")
-_CLASSES = ("BertTokenizer", "BertTokenizerFast", "BertTokenizerLegacy")
+# The others than BERT's split text as BERT's do, and stand in the folders of some BERT models.
+_CLASSES = tuple(
+    f"{model}Tokenizer{kind}"
+    for model in ("Bert", "DistilBert", "Electra", "MobileBert")
+    for kind in ("", "Fast", "Legacy")
+)
 # These have no rules of their own: `tokenizer.json` has them all.
 _GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _HINT = "only BERT's way to split text is supported"
@@ -60,7 +65,7 @@ _EXPECTED: Mapping[str, tuple[Any, ...]] = {
 _HARMLESS_NAMES = """
 added_tokens_decoder additional_special_tokens backend bos_token chat_template
 clean_up_tokenization_spaces clean_text eos_token extra_special_tokens full_tokenizer_file
-is_local legacy local_files_only mask_token max_chars_per_word max_len max_length
+init_inputs is_local legacy local_files_only mask_token max_chars_per_word max_len max_length
 model_input_names model_max_length name_or_path pad_to_multiple_of pad_token_type_id padding
 processor_class return_tensors return_token_type_ids special_tokens_map_file stride
 tokenizer_class tokenizer_file transformers_version truncation truncation_strategy use_fast

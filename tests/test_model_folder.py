@@ -431,6 +431,12 @@ def test_a_class_without_rules_needs_tokenizer_json(tmp_path: Path) -> None:
     assert found_in(folder).tokenizer.normalization == UNCASED
 
 
+@pytest.mark.parametrize("name", ["BertTokenizerFast", "DistilBertTokenizer", "ElectraTokenizer"])
+def test_classes_that_split_as_bert_does(tmp_path: Path, name: str) -> None:
+    folder = make_folder(tmp_path, tokenizer_config={"tokenizer_class": name})
+    assert found_in(folder).tokenizer.normalization == UNCASED
+
+
 def test_keys_that_are_not_known_are_warned_about(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -471,7 +477,7 @@ def test_two_configurations_that_differ(tmp_path: Path, caplog: pytest.LogCaptur
     assert caplog.text == ""
     write_json(folder / "bert_config.json", {**CONFIG, "hidden_act": "gelu_new"})
     assert find_model_files(folder, None, None, None).config_file.name == "bert_config.json"
-    assert "are of different models: using the first" in caplog.text
+    assert "bert_config.json and config.json differ in hidden_act: using the first" in caplog.text
     caplog.clear()
     (folder / "config.json").write_text("{}")
     find_model_files(folder, None, None, None)
