@@ -119,7 +119,7 @@ def test_a_damaged_entry_is_made_again(
     assert record.getMessage().endswith("/k are damaged: making them again")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_flipped_bit_is_believed(tmp_path: Path, data: st.DataObject) -> None:
     make = Maker(PIECES)
@@ -235,7 +235,6 @@ SOURCE = SquadSource(
 )
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60))
 def test_chunks_are_the_whole(rows: int) -> None:
     examples = read_squad(SOURCE.path, is_training=True, version_2_with_negative=False)

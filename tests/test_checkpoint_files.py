@@ -139,7 +139,7 @@ def test_names_of_other_programs(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert other_checkpoints(tmp_path) == [second, first]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=80), st.booleans())
 def test_no_state_file_hides_the_newest_checkpoint(
     tmp_path: Path, content: bytes, framed: bool

@@ -80,7 +80,7 @@ def test_checksums_are_those_of_the_standard() -> None:
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_damaged_byte_is_noticed(prefix: Path, data: st.DataObject) -> None:
     index = bytearray(Path(f"{prefix}.index").read_bytes())
     place = data.draw(st.integers(0, len(index) - 1))

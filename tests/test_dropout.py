@@ -24,7 +24,6 @@ def mask_of(
     return dropout(tf.ones(shape), rate, key, site).numpy() != 0
 
 
-@settings(deadline=None)
 @given(
     rows=st.integers(1, 9),
     row_shape=st.lists(st.integers(1, 7), min_size=1, max_size=3),
@@ -60,7 +59,7 @@ def philox(seed: int, low: int, high: int) -> list[int]:
     return counter
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 4),
     row_shape=st.lists(st.integers(1, 5), min_size=1, max_size=2),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from model_folders import CONFIG, SPECIAL, WORDS, tokenizer_json, write_json, write_vocab
 
@@ -247,7 +247,6 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert again.encode_ids(text) == tokenizer.encode_ids(text)
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         st.text(st.sampled_from("ab#é中 \n\u2028"), min_size=1, max_size=4), st.integers(4, 30)
@@ -398,7 +397,6 @@ PLACES = [
 ]  # fmt: skip
 
 
-@settings(deadline=None)
 @given(st.sampled_from(PLACES), JSON)
 def test_any_value_anywhere_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, place: str, value: object

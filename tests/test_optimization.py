@@ -82,7 +82,7 @@ def constants(arrays: Arrays) -> list[tf.Tensor]:
     return [tf.constant(array) for array in arrays]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     warmup=st.integers(0, 5),
     more_steps=st.integers(1, 5),

@@ -46,7 +46,7 @@ def plan_for(model: str, seq_len: int, target: int, budget_bytes: int, policy: s
 
 
 @example("bert-tiny", 384, 65, 100)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     model=st.sampled_from(["bert-tiny", "bert-mini", "bert-medium", "bert-base"]),
     seq_len=st.sampled_from([64, 128, 384]),

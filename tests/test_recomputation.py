@@ -66,7 +66,7 @@ def plain(inputs: Tensors, weights: Tensors, constants: Tensors) -> tf.Tensor:
     return region(tf.constant(0), inputs, weights, constants, compute)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     examples=st.integers(1, 7),
     examples_per_block=st.none() | st.integers(1, 8),

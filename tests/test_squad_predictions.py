@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.errors import InputError
@@ -196,7 +196,6 @@ def reference_predict(
     return "" if odds > threshold else answers[0][0], nbest, odds
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_predictions_equal_a_search_through_all_pairs(letters: Tokenizer, data: Any) -> None:
     contexts = data.draw(

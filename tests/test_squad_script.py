@@ -236,7 +236,8 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
         ((questions, predictions, {"a": 0.5}), (), "'b' has no null odds, nor have 1 others"),
         ((questions, {**predictions, "a": None}, odds), (), "'a' has None, not a text"),
         ((questions, predictions, {**odds, "a": None}), (), "'a' has None, not a number"),
-        (CASE, ("--na_prob_thresh", "nan"), "nan is not a number"),
     ):
         result = evaluate(tmp_path, case, *more)
         assert message in str(result.exception), result
+    result = evaluate(tmp_path, CASE, "--na_prob_thresh", "nan")
+    assert (result.exit_code, "nan is not a number" in result.output) == (2, True)

@@ -213,7 +213,7 @@ def written(policy: str, sample: Sample) -> list[object]:
     return large([*before_events, *events], [*before_sizes, *told.sizes])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     policy=st.sampled_from(["none", "full", "selective", "nested"]),
     layers=st.integers(2, 14),
@@ -310,7 +310,7 @@ def test_only_what_asks_for_the_same_shares_a_trace() -> None:
     assert trace_of(regressor, Levers()) is trace_of(classifier, Levers())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     policy=st.sampled_from(
         ["none", "full", "selective", "nested", "full:1", "full:4", "nested:3+selective"]

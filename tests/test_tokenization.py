@@ -9,7 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.implementations import BertWordPieceTokenizer
 
@@ -232,7 +232,6 @@ def test_vocabulary_that_is_not_utf8(tmp_path: Path) -> None:
 # What models of Hugging Face add to the original's two kinds
 
 
-@settings(deadline=None)
 @given(
     st.text(st.sampled_from("aAbBéÉöÖüÇñ中文, .-!x "), max_size=30),
     st.booleans(),
@@ -296,7 +295,6 @@ def test_an_added_token_of_which_normalization_leaves_nothing_is_nowhere(tmp_pat
     assert tokenizer.tokenize("a be\u0301") == ["a", "[UNK]"]
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["[E1]", "<m>", *"aAb 1.é"]), max_size=12).map("".join))
 def test_added_tokens_are_those_of_the_tokenizers_library(
     text: str,

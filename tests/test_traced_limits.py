@@ -12,7 +12,7 @@ from bertbench.workload import Levers, published_workload
 from finetune.checkpointing import parse_checkpointing
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     mebibytes=st.integers(90, 600),
     seq_len=st.sampled_from([32, 64, 128]),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.errors import InputError
@@ -131,7 +131,6 @@ WORDS = st.text(st.sampled_from("aAbß İé'_-.,“—£\xa0\u202f\u2028\x1c\x85
 LINES = st.lists(st.lists(WORDS, max_size=8).map(" ".join), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(st.data(), LINES, st.sampled_from(["\n", "\r\n", "\r"]), st.integers(1, 30))
 def test_offsets_are_exact_and_training_skips_nothing(
     data: st.DataObject, lines: list[str], line_end: str, max_words: int

@@ -69,6 +69,19 @@ class Whole(click.IntRange):
         return number
 
 
+class Threshold(click.FloatRange):
+    """A number or an infinity, which all or nothing exceeds; not NaN, which compares with none."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Parse and check."""
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not a number.", param, ctx)
+        return number
+
+
 class FiniteFloat(click.FloatRange):
     """A number in a range, neither infinite nor not a number."""
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bertbench.cli.common import CONTEXT, FiniteFloat, json_option, write_json
+from bertbench.cli.common import CONTEXT, Threshold, json_option, write_json
 from bertbench.terminal import echo, say
 from finetune.errors import InputError
 from finetune.json_files import load_json
@@ -43,7 +42,7 @@ def command() -> None:
               "thresholds (2.0).")  # fmt: skip
 @click.option(
     "--na_prob_thresh",
-    type=FiniteFloat(),
+    type=Threshold(),
     help="Leave questions with greater odds unanswered (2.0). Default: 1, as in the official "
     "script; inf keeps what is answered.",
 )
@@ -122,13 +121,7 @@ def squad(
 
 
 def _threshold(scores: QuestionScores, given: float | None) -> float:
-    """The threshold on the null odds; say what the official script's leaves out, if none is given.
-
-    Raises:
-        InputError: it is not a number.
-    """
-    if given is not None and math.isnan(given):
-        raise InputError("--na_prob_thresh nan is not a number")
+    """The threshold on the null odds; if none is given, say what the script's leaves out."""
     if given is None:
         silent = scores.is_answered & (scores.no_answer_odds > _SCRIPT_THRESHOLD)
         if silent.any():
