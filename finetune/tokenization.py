@@ -99,6 +99,27 @@ class AddedToken:
 
 
 @dataclass(frozen=True)
+class _Finder:
+    """Finds added tokens in a text.
+
+    Attributes:
+        indices: by spelling, the token's place among all added tokens.
+        pattern: any of them; None if there are none.
+    """
+
+    indices: Mapping[str, int]
+    pattern: re.Pattern[str] | None
+
+    def mark(self, text: str) -> str:
+        """Puts words of their own in the place of added tokens; of several the longest."""
+        return text if self.pattern is None else self.pattern.sub(self._word, text)
+
+    def _word(self, match: re.Match[str]) -> str:
+        index = self.indices.get(match[0])
+        return match[0] if index is None else f" {_ADDED}{index} "
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """Turns text into WordPiece tokens and ids; never adds special tokens by itself.
 
@@ -119,6 +140,7 @@ class Tokenizer:
     special: SpecialTokens
     added: tuple[AddedToken, ...]
     max_chars_per_word: int
+    _finders: tuple[_Finder, _Finder] = field(repr=False, compare=False)
     _wordpiece: tokenizers.Tokenizer = field(repr=False, compare=False)
 
     @property
@@ -185,37 +207,13 @@ class Tokenizer:
         return ids
 
     def _prepare(self, text: str) -> str:
+        as_spelled, normalized = self._finders
         if self.added:
-            text = self._marked(text.replace(_ADDED, _NOWHERE), normalized=False)
-        text = _normalized(text, self.normalization)
-        if self.added:
-            text = self._marked(text, normalized=True)
+            text = as_spelled.mark(text.replace(_ADDED, _NOWHERE))
+        text = normalized.mark(_normalized(text, self.normalization))
         text = text.translate(_SPLIT_PUNCTUATION)
         # JSON may hold lone surrogates.
         return text if text.isascii() else re.sub("[\ud800-\udfff]", _NOWHERE, text)
-
-    def _marked(self, text: str, *, normalized: bool) -> str:
-        """Puts words of their own in the place of added tokens; of several the longest."""
-        found = {
-            _normalized(token.content, self.normalization) if normalized else token.content: index
-            for index, token in enumerate(self.added)
-            if token.normalized == normalized
-        }
-        found.pop("", None)  # Nothing is left of an accent alone.
-        if not found:
-            return text
-        # What stands for a token already found stays as it is.
-        patterns = [rf"{_ADDED}\d+"]
-        for content, index in sorted(found.items(), key=lambda item: -len(item[0])):
-            pattern = re.escape(content)
-            is_word = self.added[index].single_word
-            patterns.append(rf"(?<!\w){pattern}(?!\w)" if is_word else pattern)
-
-        def mark(match: re.Match[str]) -> str:
-            index = found.get(match[0])
-            return match[0] if index is None else f" {_ADDED}{index} "
-
-        return re.sub("|".join(patterns), mark, text)
 
 
 def load_tokenizer(vocab_file: str | os.PathLike[str], *, do_lower_case: bool) -> Tokenizer:
@@ -273,10 +271,34 @@ def make_tokenizer(
     )
     wordpiece = tokenizers.Tokenizer(model)
     wordpiece.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    size = max([vocabulary.size, *(token.id + 1 for token in added)])
     return Tokenizer(
-        vocab, normalization, size, special, tuple(added), max_chars_per_word, wordpiece
+        vocab,
+        normalization,
+        max([vocabulary.size, *(token.id + 1 for token in added)]),
+        special,
+        tuple(added),
+        max_chars_per_word,
+        (_make_finder(added, None), _make_finder(added, normalization)),
+        wordpiece,
     )
+
+
+def _make_finder(added: Sequence[AddedToken], normalization: Normalization | None) -> _Finder:
+    """Makes the finder of tokens in a text that is normalized, or in one that is not yet."""
+    indices = {
+        _normalized(token.content, normalization) if normalization else token.content: index
+        for index, token in enumerate(added)
+        if token.normalized == (normalization is not None)
+    }
+    indices.pop("", None)  # Nothing is left of an accent alone.
+    if not indices:
+        return _Finder({}, None)
+    # What stands for a token already found stays as it is.
+    patterns = [rf"{_ADDED}\d+"]
+    for content, index in sorted(indices.items(), key=lambda item: -len(item[0])):
+        pattern = re.escape(content)
+        patterns.append(rf"(?<!\w){pattern}(?!\w)" if added[index].single_word else pattern)
+    return _Finder(indices, re.compile("|".join(patterns)))
 
 
 def basic_tokenize(text: str, normalization: Normalization) -> list[str]:
