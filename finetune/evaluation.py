@@ -84,7 +84,7 @@ def truncate_eval_log(output_dir: Path, last_step: int) -> None:
     except FileNotFoundError:
         return
     warn_of_damage(output_dir / EVAL_LOG_NAME, damaged)
-    if records:
+    if records or damaged:
         _write_log(output_dir, [record for record in records if record.step <= last_step])
 
 

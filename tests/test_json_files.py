@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from finetune import training
 from finetune.errors import InputError
-from finetune.evaluation import read_eval_log
+from finetune.evaluation import read_eval_log, truncate_eval_log
 from finetune.files import read_bytes
 from finetune.json_files import (
     MOST_WHOLE,
@@ -175,3 +175,14 @@ def test_resuming_says_how_many_lines_it_passed_over(
         f"{log}: passed over 2 damaged lines",
         f"{evaluations}: passed over a damaged line",
     ]
+
+
+def test_damaged_lines_of_evaluations_are_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "eval_log.jsonl").write_text("x\n")
+    truncate_eval_log(tmp_path, 2)
+    assert "eval_log.jsonl: passed over a damaged line" in caplog.text
+    caplog.clear()
+    truncate_eval_log(tmp_path, 2)
+    assert caplog.text == ""
