@@ -43,7 +43,7 @@ def preferred_checkpoints(folder: Path) -> list[Path]:
     """Prefixes of the checkpoints that a folder offers, in the order in which to try them.
 
     Those of a training come from the newest to the oldest; where there are none, it is the one that
-    the file `checkpoint` names. What that file says else is warned about.
+    the file `checkpoint` names. If that file names another one, there is a warning.
     """
     whole = _whole(folder)
     steps = list_checkpoints(folder)

@@ -105,7 +105,7 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Keys and values of a table, in their order, which is checked."""
     footer = data[-_FOOTER_BYTES:]
     if len(footer) < _FOOTER_BYTES or int.from_bytes(footer[-8:], "little") != _MAGIC:
-        raise _DamageError("the index does not end as one")
+        raise _DamageError("the index has no end mark")
     place = 0
     handles = []
     for _ in range(2):
@@ -161,7 +161,7 @@ def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
         place += own + size
     # An empty block has one all the same.
     if restarts - {0}:
-        raise _DamageError("a block of the index has wrong places")
+        raise _DamageError("a block of the index has wrong restart points")
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ _EXPECTED: Mapping[str, tuple[Any, ...]] = {
     "hidden_norm": ("post", None),
 }
 
-# Notes, what a program gives back, and how a decoder would write, which an encoder does not.
+# Notes, what a program returns, and how a decoder generates text, which an encoder does not.
 _HARMLESS_NAMES = """
 architectures bos_token_id chunk_size_feed_forward cross_attention_hidden_size
 decoder_start_token_id directionality dtype eos_token_id finetuning_task gradient_checkpointing

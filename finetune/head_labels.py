@@ -22,7 +22,7 @@ class TrainedHead:
     """What a folder says of the head among its weights.
 
     Attributes:
-        folder: it.
+        folder: the folder.
         labels: by row; None if it does not tell.
         why_other: why it is no classifier of texts into one class each; "" if it may be one.
     """

@@ -1,6 +1,6 @@
 """JSON from files: read up to bounds, with errors that say where a file is wrong.
 
-Files of our own are read here too: a disk may have damaged them, and another may have made them.
+Files of our own are read here too: a disk may have damaged them, or another program made them.
 """
 
 from __future__ import annotations

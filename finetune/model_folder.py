@@ -163,10 +163,10 @@ class FoundTokenizer:
     """A model's tokenizer, and what is to be said about it.
 
     Attributes:
-        tokenizer: it.
-        guess: by what letters are lowered or not, if no file and no flag tells, "" if nothing else
-            does either; None if one does.
-        remarks: what contradicts what is used.
+        tokenizer: the tokenizer.
+        guess: what tells whether letters are lowered where no flag and no file says so, as in
+            `the name …`; "" if nothing tells; None if a flag or a file says so.
+        remarks: contradictions between flags, files, names and the vocabulary.
         model_max_length: tokens of a text that the model is said to be for, if a file says so.
     """
 
