@@ -87,7 +87,9 @@ def new_folder(
 
 def _clear_remains(target: Path) -> None:
     """Remove what killed exports to a folder have left, and put back what they had moved away."""
-    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-z_]+\.(tmp|old)")
+    # With the number of a process, as of earlier versions, or the 8 characters of `mkdtemp`: what
+    # a user has named alike stays.
+    name = re.compile(rf"\.{re.escape(target.name)}\.([0-9]+|[0-9a-z_]{{8}})\.(tmp|old)")
     for path in target.parent.iterdir():
         if name.fullmatch(path.name) is None or path.is_symlink() or not path.is_dir():
             continue

@@ -505,6 +505,7 @@ def test_what_a_killed_export_left_goes_and_the_old_one_comes_back(
     (tmp_path / ".out.4711.tmp").mkdir()
     (tmp_path / ".out.4711.tmp" / "model.safetensors").write_text("half")
     (tmp_path / ".out.notes.tmp.txt").write_text("of the user")
+    (tmp_path / ".out.before_march.old").mkdir()
     if between:
         (target / "vocab.txt").write_text("old")
         target.rename(tmp_path / ".out.abc_12x9.old")
@@ -513,7 +514,8 @@ def test_what_a_killed_export_left_goes_and_the_old_one_comes_back(
         assert (target / "vocab.txt").read_text() == "old"
     fill(target, force=True)
     assert (target / "vocab.txt").read_text() == "new"
-    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.notes.tmp.txt"}
+    of_the_user = {".out.notes.tmp.txt", ".out.before_march.old"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *of_the_user}
 
 
 def test_an_export_at_work_is_left_alone(tmp_path: Path) -> None:
