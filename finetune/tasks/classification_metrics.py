@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 
-CLASS_METRICS: tuple[Metric, ...] = ("accuracy", "f1", "matthews")
 REGRESSION_METRICS: tuple[Metric, ...] = ("pearson", "spearman")
 
 
