@@ -13,6 +13,7 @@ from pathlib import Path
 from bertbench.devices import TPU_CORE_BYTES, Device, TpuSettings, together
 from bertbench.hostmemory import host_memory
 from bertbench.nvml import list_gpus
+from bertbench.threads import usable_cores
 from finetune.errors import InputError
 
 
@@ -115,10 +116,7 @@ def _cpu() -> Device:
 
 def _cpu_name() -> str:
     # Cores belong to the name: step times depend on them, and so do oneDNN's scratch buffers.
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        cores = os.cpu_count() or 1
+    cores = usable_cores()
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

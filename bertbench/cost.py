@@ -10,12 +10,12 @@ import collections
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bertbench.catalogue import ACCELERATORS, Accelerator, match_accelerator
 from bertbench.devices import Device
+from bertbench.threads import usable_cores
 from bertbench.workload import Levers, Workload
 from finetune.checkpointing import examples_per_block
 from finetune.config import parameter_count
@@ -192,13 +192,6 @@ def device_rates(device: Device) -> Rates:
     accelerator = match_accelerator(device.name) or match_accelerator("t4")
     assert accelerator is not None
     return gpu_rates(accelerator)
-
-
-def usable_cores() -> int:
-    """Number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _multiplies_bfloat16() -> bool:

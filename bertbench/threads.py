@@ -1,4 +1,7 @@
-"""How many threads the system allows: libraries abort, or send signals, where it allows too few."""
+"""How many cores and threads a process may use.
+
+Libraries abort, or send signals, where the system allows too few threads.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,23 @@ from bertbench.errors import WorkError
 _LIBRARY_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
 
+def usable_cores() -> int:
+    """Number of CPU cores that this process may use.
+
+    A container of a large machine may have few. TensorFlow and OpenBLAS count these alone.
+    """
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def spare_threads() -> None:
     """Have numeric libraries do with one thread, where one for each core cannot be had.
 
     OpenBLAS, which NumPy and SciPy use, sends its own process a SIGINT when it cannot start its
     threads.
     """
-    if not can_start_threads((os.cpu_count() or 1) - 1):
+    if not can_start_threads(usable_cores() - 1):
         for name in _LIBRARY_VARIABLES:
             os.environ.setdefault(name, "1")
 
@@ -28,7 +41,7 @@ def check_threads() -> None:
         WorkError: the system does not allow the threads that TensorFlow starts.
     """
     # One pool for operations and one inside of them, and those for data, the profiler and gRPC.
-    count = 2 * (os.cpu_count() or 1) + 8
+    count = 2 * usable_cores() + 8
     if not can_start_threads(count):
         raise WorkError(
             f"TensorFlow needs {count} threads, and the system does not allow them: "
