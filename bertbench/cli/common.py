@@ -69,16 +69,22 @@ class Whole(click.IntRange):
         return number
 
 
-class Threshold(click.FloatRange):
-    """A number or an infinity, which all or nothing exceeds; not NaN, which compares with none."""
+class Number(click.types.FloatParamType):
+    """A number without bounds.
+
+    NaN, which compares with nothing, is refused, and unless `infinite` says so what is not finite.
+    """
+
+    def __init__(self, *, infinite: bool = False) -> None:
+        self.infinite = infinite
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         """Parse and check."""
         number: float = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value} is not a number.", param, ctx)
+        if math.isnan(number) or (math.isinf(number) and not self.infinite):
+            self.fail(f"{value} is not a {'' if self.infinite else 'finite '}number.", param, ctx)
         return number
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bertbench.cli.common import CONTEXT, Threshold, json_option, write_json
+from bertbench.cli.common import CONTEXT, Number, json_option, write_json
 from bertbench.terminal import echo, say
 from finetune.errors import InputError
 from finetune.json_files import load_json
@@ -42,7 +42,7 @@ def command() -> None:
               "thresholds (2.0).")  # fmt: skip
 @click.option(
     "--na_prob_thresh",
-    type=Threshold(),
+    type=Number(infinite=True),
     help="Leave questions with greater odds unanswered (2.0). Default: 1, as in the official "
     "script; inf keeps what is answered.",
 )

@@ -21,6 +21,7 @@ from bertbench.cli.common import (
     MOST_SEED,
     REPLICAS,
     FiniteFloat,
+    Number,
     Whole,
     allowed_levers,
     device_options,
@@ -137,7 +138,7 @@ def command() -> None:
 @click.option("--n_best_size", type=Whole(1), default=20, show_default=True)
 @click.option("--max_answer_length", type=Whole(1), default=30, show_default=True)
 @_switch("--version_2_with_negative", False, "Some questions have no answer.")
-@click.option("--null_score_diff_threshold", type=FiniteFloat(), default=0.0, show_default=True)
+@click.option("--null_score_diff_threshold", type=Number(), default=0.0, show_default=True)
 @_switch("--verbose_logging", False, "Accepted, as the original has it; does nothing.")
 @_switch("--tune_threshold", False, "Find that threshold on --predict_file (SQuAD 2.0).")
 @click.pass_context
