@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import platform
 import sqlite3
 from collections.abc import Callable, Iterable
@@ -365,6 +366,11 @@ def _object(text: str) -> dict[str, Any]:
     Raises:
         ValueError: it is not.
     """
+    return dict(_parsed_object(text))
+
+
+@functools.lru_cache(maxsize=64)  # most rows of a ledger share a few of them
+def _parsed_object(text: str) -> dict[str, Any]:
     values = parse_json(text)
     if not isinstance(values, dict) or any(isinstance(v, (dict, list)) for v in values.values()):
         raise ValueError("no object of plain values")

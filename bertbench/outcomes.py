@@ -186,8 +186,9 @@ def recorded_outcome(outcome: Outcome, message: str) -> Outcome:
         outcome: that was recorded.
         message: that was recorded with it.
     """
-    no_evidence = _HOST_MEMORY_RE.search(message) or _NO_FAILURE in message
-    return "failed" if outcome == "oom" and no_evidence else outcome
+    if outcome == "oom" and (_HOST_MEMORY_RE.search(message) or _NO_FAILURE in message):
+        return "failed"
+    return outcome
 
 
 def _explain_kill(before: Mapping[str, int], after: Mapping[str, int]) -> str:

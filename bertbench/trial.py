@@ -108,7 +108,8 @@ def trial_from_json(values: Mapping[str, Any]) -> Trial:
         size is None or 0 <= size < math.inf for size in sizes
     ):
         raise InputError(f"a number of the trial of batch {trial.batch} is out of range")
-    return dataclasses.replace(trial, outcome=recorded_outcome(trial.outcome, trial.message))
+    outcome = recorded_outcome(trial.outcome, trial.message)
+    return trial if outcome == trial.outcome else dataclasses.replace(trial, outcome=outcome)
 
 
 @dataclasses.dataclass(frozen=True)

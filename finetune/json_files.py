@@ -238,30 +238,35 @@ def build(kind: type[_T], values: Mapping[str, Any]) -> _T:
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{_kind(values)} instead of an object")
-    wanted = _field_types(kind)  # type: ignore[arg-type]
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
-        if field.name not in values and not optional:
-            raise InputError(f"no {field.name!r}")
-        if field.name in values and not _fits(values[field.name], wanted[field.name]):
-            raise InputError(f"{field.name!r} is {str(values[field.name])[:40]!r}")
-    return kind(**{name: value for name, value in values.items() if name in wanted})
+    fields = _fields(kind)  # type: ignore[arg-type]
+    for name, (wanted, optional) in fields.items():
+        if name not in values:
+            if not optional:
+                raise InputError(f"no {name!r}")
+        elif not _fits(values[name], wanted):
+            raise InputError(f"{name!r} is {str(values[name])[:40]!r}")
+    return kind(**{name: value for name, value in values.items() if name in fields})
 
 
-@functools.cache
-def _field_types(kind: type) -> dict[str, tuple[Any, ...]]:
-    """The plain types, or texts, that each field may have; empty if it is of another kind."""
+@functools.cache  # a ledger has a hundred thousand rows
+def _fields(kind: type) -> dict[str, tuple[tuple[Any, ...], bool]]:
+    """Of each field the plain types, or texts, that it may have, and whether it has a default.
+
+    The types are empty if it is of another kind.
+    """
     found = {}
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
         if typing.get_origin(hint) is typing.Literal:
-            found[field.name] = typing.get_args(hint)
+            found[field.name] = typing.get_args(hint), optional
             continue
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         several = typing.get_args(hint) if union else (hint,)
         plain = (int, float, str, bool, type(None))
-        found[field.name] = several if all(one in plain for one in several) else ()
+        wanted = several if all(one in plain for one in several) else ()
+        found[field.name] = wanted, optional
     return found
 
 

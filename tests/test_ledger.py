@@ -362,3 +362,18 @@ def test_the_order_of_trials_is_that_of_recording_whatever_the_clock_says(
         record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, OOM)
         assert find(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == [FITS, OOM]
         assert [row.trial for row in read_rows(ledger)] == [FITS, OOM]
+
+
+def test_rows_of_one_question_share_nothing_that_can_be_changed(tmp_path: Path) -> None:
+    """Their levers are parsed once; whoever changes those of a row changes that row alone."""
+    budget = make_budget(Device("cpu", 0, "cpu", None, GIB_BYTES, GIB_BYTES), GIB_BYTES // 2)
+    workload = published_workload("bert-tiny", 128)
+    with open_ledger(tmp_path / "ledger") as ledger:
+        for batch in (1, 2):
+            trial = Trial(batch, "fits", fresh=True)
+            record(ledger, budget, versions_key(), workload, Levers(), trial)
+        first, second = read_rows(ledger)
+    first.levers.clear()
+    first.versions.clear()
+    assert second.levers == Levers().to_json()
+    assert second.versions == json.loads(versions_key())
