@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.errors import InputError
 
-# What makes another model of it than BERT's encoder, unless it has one of these values.
+# Keys that ask for another encoder than BERT's, unless they have one of these values.
 _EXPECTED: Mapping[str, tuple[Any, ...]] = {
     "is_decoder": (False, None),
     "add_cross_attention": (False, None),
@@ -50,7 +50,7 @@ def unknown_keys(raw: Mapping[str, Any], shape: frozenset[str]) -> list[str]:
     Raises:
         InputError: a key asks for something else than BERT's encoder.
     """
-    if raw.get("model_type", "bert") != "bert":
+    if raw.get("model_type") not in ("bert", None):
         raise InputError(f"model_type is {raw['model_type']!r:.60}, not 'bert'")
     if raw.get("position_embedding_type", "absolute") not in ("absolute", None):
         raise InputError(
@@ -60,7 +60,7 @@ def unknown_keys(raw: Mapping[str, Any], shape: frozenset[str]) -> list[str]:
     for key, expected in _EXPECTED.items():
         if key in raw and raw[key] not in expected:
             raise InputError(f"{key} is {raw[key]!r:.60}, which BERT's encoder does not have")
-    if raw.get("embedding_size", raw.get("hidden_size")) != raw.get("hidden_size"):
+    if raw.get("embedding_size") not in (raw.get("hidden_size"), None):
         raise InputError("embedding_size is not hidden_size, as it is in BERT")
     code = raw.get("auto_map")
     if code is not None and not isinstance(code, dict):

@@ -174,7 +174,8 @@ def test_keys_that_change_nothing_are_silent_and_others_are_named(
         "tie_word_embeddings": True, "gradient_checkpointing": False, "bos_token_id": None,
         "id2label": {"0": "LABEL_0"}, "_name_or_path": "x", "_commit_hash": "x",
         "pooler_type": "first_token_transform", "directionality": "bidi", "initializer_range": 0.1,
-        "auto_map": None, "classifier_dropout": None, "problem_type": None,
+        "auto_map": None, "classifier_dropout": None, "problem_type": None, "embedding_size": None,
+        "model_type": None,
     }  # fmt: skip
     path = write(tmp_path / "config.json", {**HUGGING_FACE, **harmless})
     expected = BertConfig(hidden_act="gelu_erf", initializer_range=0.1)
