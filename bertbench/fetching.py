@@ -7,7 +7,6 @@ and is something else is replaced only when asked.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from bertbench.unpacking import (
 )
 from finetune.errors import InputError
 from finetune.files import write_atomically
+from finetune.folders import try_lock
 
 Comparison = Checked | Literal["published SHA-256", "SHA-256 seen before"]
 """What a file was compared with."""
@@ -245,12 +245,10 @@ def _workspace(root: Path) -> Iterator[Path]:
         ) from error
     lock = os.open(root, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(lock):
             raise WorkError(
                 f"another `bertbench fetch` is at work in {root}; wait for it, or use another --to"
-            ) from error
+            )
         workspace = root / _WORKSPACE
         shutil.rmtree(workspace, ignore_errors=True)
         workspace.mkdir()

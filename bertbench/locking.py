@@ -7,8 +7,6 @@ files.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import re
 import socket
@@ -21,7 +19,7 @@ from bertbench.ledger_file import state_folder
 from bertbench.private_folder import is_private, user_temporary_folder
 from bertbench.terminal import say
 from finetune.errors import InputError
-from finetune.folders import HeldFolder, held_folder
+from finetune.folders import HeldFolder, held_folder, try_lock
 
 LOCKS_VARIABLE = "BERTBENCH_LOCKS"
 """Names another folder for the locks of devices; a test must not wait for its user's probes."""
@@ -101,7 +99,7 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     while True:
         descriptor = _open_lock(path)
         try:
-            if _try_lock(descriptor):
+            if try_lock(descriptor):
                 # Somebody may have tidied up since it was opened.
                 if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                     os.ftruncate(descriptor, 0)
@@ -129,15 +127,6 @@ def _open_lock(path: Path) -> int:
         ) from error
 
 
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # A folder on a network may know no locks; nothing is lost there but this.
-        return error.errno not in (errno.EAGAIN, errno.EACCES)
-    return True
-
-
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[HeldFolder]:
     """Hold a folder in the block, which is made if it is not there; no file is left in it.
@@ -154,14 +143,10 @@ def alone_in(folder: Path) -> Iterator[HeldFolder]:
             held = stack.enter_context(held_folder(folder))
         except OSError as error:
             raise InputError(f"cannot use the output folder ({error})", path=folder) from error
-        try:
-            fcntl.flock(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(held.descriptor):
             raise InputError(
                 "another run is writing to this folder",
                 path=folder,
                 hint="wait for its end, or choose another --output_dir",
-            ) from error
-        except OSError:
-            pass  # A file system without locks: as if nobody else were there.
+            )
         yield held

@@ -23,7 +23,7 @@ import pooch
 from bertbench.bytes import MIB_BYTES
 from bertbench.progress import progress
 from finetune.errors import InputError
-from finetune.files import read_bytes
+from finetune.files import decode_utf8, read_bytes
 
 SUMS_FILE = "SHA256SUMS"
 """Name of the files that hold checksums, in the format of `sha256sum`."""
@@ -294,16 +294,8 @@ def _too_much() -> ArchiveError:
 
 
 def _lines(path: Path) -> list[str]:
-    data = read_bytes(path)
-    try:
-        return io.StringIO(data.decode("utf-8"), newline=None).readlines()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"not UTF-8 text ({error.reason})",
-            path=path,
-            line=data.count(b"\n", 0, error.start) + 1,
-            hint="download the file again",
-        ) from error
+    text = decode_utf8(read_bytes(path), path, hint="download the file again")
+    return io.StringIO(text, newline=None).readlines()
 
 
 def _read_mrpc(path: Path) -> tuple[str, list[list[str]]]:

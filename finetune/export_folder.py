@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finetune.errors import InputError
-from finetune.folders import held_folder
+from finetune.folders import held_folder, try_lock
 
 _EXPORTED_NAMES = frozenset(
     {
@@ -67,7 +66,7 @@ def new_folder(
     stack = contextlib.ExitStack()
     try:
         # Tells other exports that this one is still at work; see `_clear_remains`.
-        _lock(stack.enter_context(held_folder(temporary)).descriptor)
+        try_lock(stack.enter_context(held_folder(temporary)).descriptor)
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         for path in temporary.rglob("*"):
@@ -95,23 +94,12 @@ def _clear_remains(target: Path) -> None:
             continue
         work = path.with_suffix(".tmp")
         with contextlib.suppress(FileNotFoundError), held_folder(work) as held:
-            if not _lock(held.descriptor):
+            if not try_lock(held.descriptor):
                 continue
         if path.suffix == ".old" and not target.exists():
             path.rename(target)
         else:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _lock(descriptor: int) -> bool:
-    """Lock an open folder until it is closed; False if another process has."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # A file system without locks.
-    return True
 
 
 def _umask() -> int:

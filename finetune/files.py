@@ -46,6 +46,26 @@ def read_bytes(path: str | os.PathLike[str], *, limit_bytes: int = DATA_LIMIT_BY
     return b"".join(blocks)
 
 
+def decode_utf8(data: bytes, path: str | os.PathLike[str], *, hint: str) -> str:
+    """Decode what was read of a file.
+
+    Args:
+        data: the content.
+        path: the file, for the message.
+        hint: what to do if it is not UTF-8.
+
+    Raises:
+        InputError: it is not; says in which line.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"not UTF-8 text ({error.reason})", path=path, line=line, hint=hint
+        ) from error
+
+
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Write a file so that a reader, or a power cut, meets the old content or the new.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,18 @@ def held_folder(path: Path) -> Iterator[HeldFolder]:
         yield HeldFolder(path, descriptor)
     finally:
         os.close(descriptor)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file or folder until it is closed; False if another process has locked it.
+
+    On a file system without locks, as some of a network are, it is as if nobody else were there.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
 
 
 def leads_to(path: Path, descriptor: int) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, TypeVar
 
 from finetune.errors import InputError
-from finetune.files import DATA_LIMIT_BYTES, read_bytes
+from finetune.files import DATA_LIMIT_BYTES, decode_utf8, read_bytes
 
 OWN_LIMIT_BYTES = 64 << 20
 """Files of settings and results that are larger are none of ours."""
@@ -129,19 +129,15 @@ def load_json(
     except OSError as error:
         raise InputError(f"cannot read {what} ({error.strerror})", path=path, hint=hint) from error
     again = "make or fetch the file again"
+    text = decode_utf8(data, path, hint=again)
     try:
-        return parse_json(data.decode("utf-8"), finite=finite, large_integers=large_integers)
+        return parse_json(text, finite=finite, large_integers=large_integers)
     except json.JSONDecodeError as error:
         raise InputError(
             f"not JSON ({error.msg}, column {error.colno})",
             path=path,
             line=error.lineno,
             hint=again,
-        ) from error
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"not JSON (not UTF-8: {error.reason})", path=path, line=line, hint=again
         ) from error
     except ValueError as error:
         raise InputError(f"not JSON ({error})", path=path, hint=again) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError
-from finetune.files import read_bytes
+from finetune.files import decode_utf8, read_bytes
 from finetune.json_files import OWN_LIMIT_BYTES, load_object
 
 _logger = logging.getLogger(__name__)
@@ -109,18 +109,13 @@ def _read_lines(path: Path) -> Vocabulary:
     twice: list[str] = []
     try:
         data = read_bytes(path, limit_bytes=OWN_LIMIT_BYTES)
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"not UTF-8 text ({error.reason})", path=path, line=line, hint=_HINT
-        ) from error
     except OSError as error:
         raise InputError(
             f"cannot read the vocabulary ({error.strerror})",
             path=path,
             hint="give the vocab.txt that came with the model",
         ) from error
+    text = decode_utf8(data, path, hint=_HINT)
     # Some vocabularies hold line separators as tokens: only "\n" ends a line.
     lines = text.removesuffix("\n").split("\n") if text else []
     for index, token in enumerate(line.strip() for line in lines):

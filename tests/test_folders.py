@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import shutil
 from pathlib import Path
 
 import pytest
 
-from finetune.folders import FolderLostError, held_folder, leads_to
+from finetune.folders import FolderLostError, held_folder, leads_to, try_lock
 
 
 def test_a_folder_that_stays(tmp_path: Path) -> None:
@@ -60,3 +62,21 @@ def test_a_link_that_leads_elsewhere(tmp_path: Path) -> None:
         link.symlink_to(other)
         with pytest.raises(FolderLostError, match="replaced by another"):
             held.check()
+
+
+def test_a_lock_is_of_one_process_and_where_there_are_none_nobody_is_kept_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with held_folder(tmp_path) as first:
+        assert try_lock(first.descriptor)
+        with held_folder(tmp_path) as second:
+            assert not try_lock(second.descriptor)
+    with held_folder(tmp_path) as again:
+        assert try_lock(again.descriptor)
+
+    def without_locks(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with held_folder(tmp_path) as held:
+        assert try_lock(held.descriptor)

@@ -68,7 +68,7 @@ def test_numbers_without_bounds_where_they_may_be(tmp_path: Path) -> None:
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert load_object(path, what="it") == {"a": 1}
     path.write_bytes(b'{"a":\n "\xff"}')
-    with pytest.raises(InputError, match=r"a\.json:2: not JSON \(not UTF-8"):
+    with pytest.raises(InputError, match=r"a\.json:2: not UTF-8 text"):
         load_object(path, what="it")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.errors import InputError
-from finetune.files import read_bytes
+from finetune.files import decode_utf8, read_bytes
 from finetune.json_files import json_text, parse_json
 from finetune.tasks.classification import ClassificationData, ClassificationExamples
 from finetune.tasks.classification_metrics import REGRESSION_METRICS, Metric
@@ -161,15 +161,7 @@ def _read_text(path: Path, hint: str) -> str:
         raise InputError(
             f"cannot read the data ({error.strerror})", path=path, hint=hint
         ) from error
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"not UTF-8 text ({error.reason})",
-            path=path,
-            line=data.count(b"\n", 0, error.start) + 1,
-            hint="convert the file to UTF-8",
-        ) from error
+    return decode_utf8(data, path, hint="convert the file to UTF-8")
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
