@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.errors import WorkError
-from bertbench.progress import say
 from bertbench.quiet import muted_stderr
+from bertbench.terminal import say
 from finetune.errors import InputError
 
 _COPY_BYTES = 16 << 20

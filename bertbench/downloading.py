@@ -30,7 +30,8 @@ import pooch
 
 from bertbench.bytes import MIB_BYTES
 from bertbench.errors import WorkError
-from bertbench.progress import Advance, progress, say
+from bertbench.progress import Advance, progress
+from bertbench.terminal import say
 from finetune.errors import InputError
 from finetune.files import write_atomically
 from finetune.json_files import build, json_text, load_object

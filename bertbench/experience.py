@@ -23,7 +23,7 @@ from bertbench.ledger_file import (
     read_ledger,
 )
 from bertbench.limit import verdicts
-from bertbench.progress import say
+from bertbench.terminal import say
 from bertbench.trial import Trial, out_of_memory_in_run
 from bertbench.workload import Levers, Workload, levers_from_json, workload_from_key
 from finetune.errors import InputError

@@ -23,9 +23,9 @@ from bertbench.output_folder import (
     record_results,
     write_model_files,
 )
-from bertbench.progress import say
 from bertbench.running import RunSettings, choose_levers, open_device
 from bertbench.stepping_down import follow, step_down
+from bertbench.terminal import say
 from bertbench.training import (
     Predict,
     Scorer,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.private_folder import is_private, user_temporary_folder
-from bertbench.progress import say
+from bertbench.terminal import say
 from finetune.errors import InputError
 
 SCHEMA_VERSION = 2

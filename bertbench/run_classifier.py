@@ -12,8 +12,8 @@ import numpy as np
 from bertbench.devices import Budget
 from bertbench.fine_tuning import FineTuned, Job, feature_arrays, fine_tuned
 from bertbench.output_folder import hash_arrays, record_results, settings_json
-from bertbench.progress import say
 from bertbench.running import RunSettings, check_segments, load_config_and_tokenizer
+from bertbench.terminal import say
 from bertbench.training import OnProgress, Predict, Scorer, predict_with_progress
 from bertbench.workload import Workload
 from finetune.config import INPUT_NAMES, TARGET_NAMES

@@ -13,8 +13,9 @@ import numpy as np
 from bertbench.devices import Budget
 from bertbench.fine_tuning import Job, feature_arrays, fine_tuned
 from bertbench.output_folder import describe_file, record_results, settings_json
-from bertbench.progress import progress, say
+from bertbench.progress import progress
 from bertbench.running import RunSettings, check_segments, load_config_and_tokenizer
+from bertbench.terminal import say
 from bertbench.training import OnProgress, Predict, Scorer
 from bertbench.workload import Workload
 from finetune.config import INPUT_NAMES, TARGET_NAMES

@@ -19,7 +19,7 @@ from bertbench.devices import Budget, check_free
 from bertbench.experience import Experience, experience_of
 from bertbench.plan_file import read_plan
 from bertbench.planner import Plan, describe_entry, make_plan
-from bertbench.progress import say
+from bertbench.terminal import say
 from bertbench.workload import Levers, Workload, check_layers
 from finetune.checkpointing import Checkpointing
 from finetune.config import BertConfig, from_json_file

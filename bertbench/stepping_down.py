@@ -24,8 +24,8 @@ from bertbench.experience import experience_of, note_out_of_memory
 from bertbench.fitting import Room, least_peak_bytes
 from bertbench.output_folder import add_step_down, recorded_steps_down
 from bertbench.planner import PlanEntry, describe_setting
-from bertbench.progress import say
 from bertbench.running import RunSettings, plan_run
+from bertbench.terminal import say
 from bertbench.workload import MOST_BATCH, Levers, Workload, levers_from_json
 from finetune.errors import InputError
 from finetune.json_files import MOST_WHOLE, get_whole

@@ -14,8 +14,9 @@ from bertbench.errors import NotFiniteError, OutOfMemoryError, StoppedEarlyError
 from bertbench.interruption import interruptible
 from bertbench.outcomes import memory_ran_out, summarise_error
 from bertbench.planner import describe_setting
-from bertbench.progress import progress, say
+from bertbench.progress import progress
 from bertbench.running import RunSettings
+from bertbench.terminal import say
 from bertbench.workload import Levers, Workload
 
 OnProgress = Callable[[int, int], None]

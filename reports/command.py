@@ -11,7 +11,8 @@ import click
 from bertbench.cli.common import BATCH, CONTEXT, given_flags, json_option, ledger_option, write_json
 from bertbench.ledger import read_rows
 from bertbench.ledger_file import default_ledger_path, ledger_exists, read_ledger
-from bertbench.progress import progress, say
+from bertbench.progress import progress
+from bertbench.terminal import say
 from finetune.errors import InputError
 from finetune.files import write_atomically
 

@@ -71,7 +71,8 @@ from bertbench.ledger import find, record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.locking import devices_held
 from bertbench.probing import probe_cell
-from bertbench.progress import progress, say
+from bertbench.progress import progress
+from bertbench.terminal import say
 from bertbench.trial import Trial, measure_batches
 from finetune.errors import InputError
 from finetune.json_files import json_text

@@ -43,7 +43,8 @@ from bertbench.least_memory import LeastMemory, find_least_memory
 from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.planner import Plan, describe_entry, make_plan
-from bertbench.progress import progress, say
+from bertbench.progress import progress
+from bertbench.terminal import say
 from bertbench.trial import Trial
 from bertbench.verifying import verify_plan
 from bertbench.workload import Workload, check_layers, published_workload

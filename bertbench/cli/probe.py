@@ -53,7 +53,7 @@ from bertbench.limit import find_limit
 from bertbench.locking import devices_held
 from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.probing import predict_cell_seconds, probe_cell
-from bertbench.progress import say
+from bertbench.terminal import say
 from bertbench.trial import Trial
 from bertbench.workers import share_out
 from bertbench.workload import MOST_BATCH, Levers, check_layers, published_workload
