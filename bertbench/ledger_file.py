@@ -156,10 +156,10 @@ def open_ledger(path: str | os.PathLike[str] | None = None) -> Iterator[Ledger]:
 
 @contextlib.contextmanager
 def read_ledger(path: Path) -> Iterator[Ledger]:
-    """Open a copy of what a ledger holds, in this version's format; otherwise as `open_ledger`.
+    """Open what a ledger holds, in this version's format; otherwise as `open_ledger`.
 
-    So it may be of an older version, and stays so, or on a disk that cannot be written. Whatever
-    only reads a ledger reads it here.
+    Nothing is written to it: it may be on a disk that cannot be written, and one of an older
+    version is copied into memory. Whatever only reads a ledger reads it here.
 
     Args:
         path: the file, which exists.
@@ -167,18 +167,23 @@ def read_ledger(path: Path) -> Iterator[Ledger]:
     Raises:
         InputError: it is damaged, not a ledger, of a newer version, or cannot be read.
     """
-    copy = sqlite3.connect(":memory:", isolation_level=None, factory=Ledger)
-    try:
-        with _explained(path):
-            _copy(path, copy)
+    with contextlib.ExitStack() as stack, _explained(path):
+        ledger = stack.enter_context(contextlib.closing(_open_to_read(path)))
+        is_current = _pragma(ledger, "user_version") == SCHEMA_VERSION
+        if not is_current or _pragma(ledger, "application_id") != APPLICATION_ID:
+            copy = sqlite3.connect(":memory:", isolation_level=None, factory=Ledger)
+            stack.callback(copy.close)
+            ledger.backup(copy)
             _prepare(copy, path)
-            yield copy
-    finally:
-        copy.close()
-        _tell_damage(copy, path)
+            ledger = copy
+        try:
+            yield ledger
+        finally:
+            _tell_damage(ledger, path)
 
 
-def _copy(path: Path, copy: sqlite3.Connection) -> None:
+def _open_to_read(path: Path) -> Ledger:
+    """Open a file and begin to read it; what others write from now on is not seen."""
     ways = ["mode=rw"]
     log = path.with_name(f"{path.name}-wal")
     if not log.exists() or not log.stat().st_size:
@@ -187,18 +192,21 @@ def _copy(path: Path, copy: sqlite3.Connection) -> None:
         ways.append("mode=ro&immutable=1")
     for how in ways:
         address = f"{path.absolute().as_uri()}?{how}"
-        with contextlib.closing(
-            sqlite3.connect(address, timeout=_BUSY_SECONDS, isolation_level=None, uri=True)
-        ) as source:
-            try:
-                source.execute("BEGIN")
-                # This waits for a lock, but not without end as a backup would.
-                source.execute("SELECT count(*) FROM sqlite_master").fetchone()
-                source.backup(copy)
-                return
-            except sqlite3.OperationalError as error:
-                if how == ways[-1] or "locked" in str(error):
-                    raise
+        ledger = sqlite3.connect(
+            address, timeout=_BUSY_SECONDS, isolation_level=None, uri=True, factory=Ledger
+        )
+        try:
+            ledger.execute("PRAGMA query_only = ON")
+            ledger.execute("BEGIN")
+            # This waits for a lock, but not without end as a backup would.
+            ledger.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            return ledger
+        except BaseException as error:
+            ledger.close()
+            can_try_again = isinstance(error, sqlite3.OperationalError) and how != ways[-1]
+            if not can_try_again or "locked" in str(error):
+                raise
+    raise AssertionError("not reached")
 
 
 def pass_over(ledger: sqlite3.Connection, *place: object) -> None:

@@ -377,3 +377,23 @@ def test_rows_of_one_question_share_nothing_that_can_be_changed(tmp_path: Path) 
     first.versions.clear()
     assert second.levers == Levers().to_json()
     assert second.versions == json.loads(versions_key())
+
+
+def test_a_ledger_is_read_in_its_place_as_it_is_when_it_is_opened(tmp_path: Path) -> None:
+    """A copy of it, with all its recordings, could be larger than memory."""
+    budget = make_budget(Device("cpu", 0, "cpu", None, GIB_BYTES, GIB_BYTES), GIB_BYTES // 2)
+    workload, path = published_workload("bert-tiny", 128), tmp_path / "ledger"
+
+    def add(ledger: sqlite3.Connection, batch: int) -> None:
+        record(ledger, budget, versions_key(), workload, Levers(), Trial(batch, "fits", fresh=True))
+
+    with open_ledger(path) as writer:
+        add(writer, 1)
+        with read_ledger(path) as reader:
+            assert reader.execute("PRAGMA database_list").fetchone()[2] == str(path)
+            add(writer, 2)
+            assert [row.trial.batch for row in read_rows(reader)] == [1]
+            with pytest.raises(InputError, match="readonly"):
+                add(reader, 3)
+        with read_ledger(path) as reader:
+            assert [row.trial.batch for row in read_rows(reader)] == [1, 2]
