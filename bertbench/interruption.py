@@ -1,4 +1,4 @@
-"""Ctrl-C and its like: the first is a question or an interruption, and none ends in a traceback.
+"""Signals such as Ctrl-C: a training is asked to stop, other work is interrupted, in one line.
 
 A person presses Ctrl-C, a batch system sends SIGTERM or SIGXCPU before it kills, and a terminal
 that is closed sends SIGHUP. Each interrupts work that keeps what it has at all times, and asks a

@@ -12,7 +12,7 @@ def user_temporary_folder() -> Path:
     """The user's folder for what all of the user's processes on this machine share.
 
     Neither `TMPDIR` nor `XDG_RUNTIME_DIR` names it, which depend on how a shell was started. It
-    need not be there, nor be this user's: see `is_private`.
+    may be missing, and another user may have made one of this name: see `is_private`.
     """
     return Path(f"/tmp/bertbench-{os.geteuid()}")
 

@@ -14,7 +14,7 @@ def prepare_standard_streams() -> None:
     - A closed one leads to nowhere. Else the next file that is opened, a ledger for instance, would
       take its number, and TensorFlow would write its log there.
     - What the encoding does not have is written as an escape, and is no error.
-    - What cannot be said to standard error is lost: it is about the work, and must not end it.
+    - What cannot be written to standard error is lost: messages about the work must not end it.
     """
     for number in (0, 1, 2):
         try:

@@ -45,7 +45,7 @@ def remove_abandoned(parent: str) -> None:
         return
     for name in names:
         path = os.path.join(parent, name)
-        # It is in use, of another user, no folder, or on a file system without locks.
+        # An error: it is in use, of another user, no folder, or on a file system without locks.
         with contextlib.suppress(OSError):
             descriptor = _open(path)
             try:

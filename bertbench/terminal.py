@@ -1,4 +1,4 @@
-"""The one way out to the terminal: text without what would command it.
+"""Output to the terminal, with control characters written as escapes; all packages use it.
 
 Names, labels and messages come from files and from the command line. An escape sequence in them
 could set the terminal's title or its clipboard, and a character that reverses the direction of
