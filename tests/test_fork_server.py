@@ -125,7 +125,8 @@ def test_no_trial_beside_one_that_cannot_be_ended(monkeypatch: pytest.MonkeyPatc
 
     def stop_keeper(message: dict[str, Any]) -> None:
         pids.extend(message["pids"])
-        os.kill(psutil.Process(pids[0]).ppid(), signal.SIGSTOP)
+        pids.append(psutil.Process(pids[0]).ppid())
+        os.kill(pids[-1], signal.SIGSTOP)
 
     with monkeypatch.context() as patch:
         patch.setattr(isolation, "_is_running", lambda pid: True)  # as a driver may hold it
@@ -135,6 +136,7 @@ def test_no_trial_beside_one_that_cannot_be_ended(monkeypatch: pytest.MonkeyPatc
         assert (ending.exit_code, ending.timed_out) == (None, True)
         with pytest.raises(WorkError, match=f"process {pids[0]} of an earlier trial cannot be"):
             run("echo")
+    os.kill(pids[-1], signal.SIGKILL)
     _, ending = run("echo")
     assert ending.exit_code == 0
 
