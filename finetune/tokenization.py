@@ -10,7 +10,6 @@ word-final sigma to another letter, and follows an older edition of Unicode.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import unicodedata
@@ -22,6 +21,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from finetune.errors import InputError
+from finetune.json_files import json_text
 from finetune.vocabulary import Vocabulary, read_vocabulary
 
 MAX_CHARS_PER_WORD = 200
@@ -166,7 +166,7 @@ class Tokenizer:
     def description(self) -> dict[str, Any]:
         """All that decides which ids a text gets, JSON-able."""
         # A digest, because whoever hashes this would sort tens of thousands of entries again.
-        vocab = json.dumps([list(self.vocab), list(self.vocab.values())])
+        vocab = json_text([list(self.vocab), list(self.vocab.values())])
         return {
             "vocab_sha256": hashlib.sha256(vocab.encode()).hexdigest(),
             "vocab_size": self.vocab_size,

@@ -273,7 +273,7 @@ def test_a_step_goes_through_its_phases(model: str, policy: str, steps: int, hea
 
 def test_no_trace_no_timeline() -> None:
     assert read_trace("telepathic") is None
-    levers = Levers(optimizer="lion")
+    levers = Levers(precision="bf16")
     assert step_timeline(published_workload("bert-tiny", 64), levers, 5) is None
 
 
@@ -284,7 +284,7 @@ def test_predictions_are_of_fresh_trials() -> None:
     rows = [
         *rows_of(fits(8, peak // MIB_BYTES), fits(9, fresh=False), oom(60),
                  model="bert-mini", seq_len=128),
-        *rows_of(fits(8, peak // MIB_BYTES), model="bert-mini", seq_len=128, optimizer="lion"),
+        *rows_of(fits(8, peak // MIB_BYTES), model="bert-mini", seq_len=128, precision="bf16"),
     ]  # fmt: skip
     found = sorted(predict_trials(read_cells(rows)), key=lambda p: p.traced)
     assert [(p.traced, p.measured_bytes) for p in found] == [

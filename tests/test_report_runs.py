@@ -114,6 +114,7 @@ def test_the_point_of_a_threshold() -> None:
     scores = QuestionScores(
         np.array([True, True, False]), np.array([True, True, True]), np.array([1.0, 0.0, 0.0]),
         np.array([1.0, 0.5, 0.0]), np.array([0.0, 1.0, 2.0]),
+        np.array([0, 1, 2]),
     )  # fmt: skip
     assert point_at(scores, 0.5) == (1.0, 0.5)
     assert point_at(scores, 1.0) == (0.75, 0.75)
