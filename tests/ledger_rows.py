@@ -36,6 +36,7 @@ def rows_of(
     head: str = "squad",
     policy: str = "none",
     steps: int = 1,
+    optimizer: str = "adamw",
     precision: str = "float32",
     mib: int = 512,
     device: Device = CPU,
@@ -44,7 +45,12 @@ def rows_of(
 ) -> list[LedgerRow]:
     """Rows of one cell, recorded one after the other."""
     workload = published_workload(model, seq_len, head)
-    levers = Levers(parse_checkpointing(policy), accumulation_steps=steps, precision=precision)
+    levers = Levers(
+        parse_checkpointing(policy),
+        accumulation_steps=steps,
+        precision=precision,
+        optimizer=optimizer,
+    )
     budget = Budget(device, mib * MIB_BYTES)
     versions_key = json.dumps(versions, sort_keys=True)
     return [
