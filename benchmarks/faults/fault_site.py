@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 MARK = "BERTBENCH_FAULTS"
-HANG_SECONDS = 300.0
+HANG_SECONDS = 600.0
 """A command that has not ended by then hangs: it takes a tenth of that on a busy machine."""
 
 _GONE_SECONDS = 20.0
@@ -74,7 +74,7 @@ class Site:
             **os.environ,
             "HOME": str(self.root / "home"),
             "TMPDIR": str(self.temporary),
-            "XDG_RUNTIME_DIR": str(self.root / "runtime"),
+            "BERTBENCH_LOCKS": str(self.root / "locks"),
             "BERTBENCH_LEDGER": str(self.ledger),
             "BERTBENCH_CACHE": str(self.cache),
             "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -85,9 +85,9 @@ class Site:
 def make_site(root: Path, verb: str) -> Site:
     """Make the folders."""
     site = Site(root, verb)
-    for folder in ("home", "runtime", "t", "out", "ledger", "cache"):
+    for folder in ("home", "locks", "t", "out", "ledger", "cache"):
         (root / folder).mkdir(parents=True)
-    (root / "runtime").chmod(0o700)
+    (root / "locks").chmod(0o700)
     return site
 
 
@@ -126,21 +126,25 @@ class Command:
             return []
 
     def server(self) -> psutil.Process | None:
-        """The fork server, once it is there."""
-        for process in self.family():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if any("forkserver" in word for word in process.cmdline()):
-                    return process
-        return None
+        """The process that starts trials, once it is there."""
+        below = self.family()[1:]
+        return next(iter(below), None)
+
+    def keeper(self) -> psutil.Process | None:
+        """The process that waits for the end of a trial, if one is at work."""
+        return _last_child(self.server())
 
     def trial(self) -> psutil.Process | None:
         """The process of a trial, if one is at work."""
-        server = self.server()
-        try:
-            children = server.children() if server else []
-        except psutil.NoSuchProcess:
-            return None
-        return children[-1] if children else None
+        return _last_child(self.keeper())
+
+
+def _last_child(process: psutil.Process | None) -> psutil.Process | None:
+    try:
+        children = process.children() if process else []
+    except psutil.NoSuchProcess:
+        return None
+    return children[-1] if children else None
 
 
 def start(site: Site, *more: str, stdout: Any = None) -> Command:

@@ -116,6 +116,10 @@ def _trial(command: Command) -> psutil.Process | None:
     return command.trial()
 
 
+def _keeper(command: Command) -> psutil.Process | None:
+    return command.keeper()
+
+
 def _server(command: Command) -> psutil.Process | None:
     return command.server()
 
@@ -363,6 +367,7 @@ def _of_probe() -> Iterator[Fault]:
     yield Fault("trial killed", "probe", _below(_trial, kill, ended))
     yield Fault("trial aborted", "probe", _below(_trial, signal.SIGABRT, ended))
     yield Fault("trial stopped, continued", "probe", _below(_trial, stop, ended, again=True))
+    yield Fault("trial's keeper killed", "probe", _below(_keeper, kill, ended))
     yield Fault("fork server killed", "probe", _below(_server, kill, ended))
     yield Fault("fork server stopped", "probe", _below(_server, stop, ended))
     yield Fault("kernel kills for memory", "probe", _in_pressure, possible=_can_make_pressure)

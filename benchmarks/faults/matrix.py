@@ -6,14 +6,14 @@ Each fault meets a command at a random moment. Afterwards the command is repeate
 Then nothing may be lost, no verdict may be wrong, nothing may have hung, and no process or
 temporary file may be left:
 
-- an ending is the exit code that belongs to it, in 300 s, without a traceback;
+- an ending is the exit code that belongs to it, in 600 s, without a traceback;
 - no trial in the ledger contradicts the limits of a probe that nothing hurt, and the limits of the
   repeated probe are those;
 - checkpoints and trials never become fewer, and the losses of the repeated run are those of a run
   that nothing hurt;
 - no process of the command outlives it, and no hidden or temporary file the repeated command.
 
-Ten tries of 39 faults take about an hour on two cores; `--quick` tries each once. Some faults need
+Ten tries of 40 faults take about an hour on two cores; `--quick` tries each once. Some faults need
 Linux and the rights to mount a file system and to make a control group; elsewhere they are left
 out.
 """
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
-import json
 import math
 import random
 import sys
@@ -45,6 +44,8 @@ from fault_site import (
     verdicts,
 )
 from injections import FAULTS, Fault
+
+from finetune.json_files import json_text
 
 _SAME_LOSS = 2e-3
 """Relative difference of the losses of two runs: kernels on several threads add in any order."""
@@ -103,7 +104,7 @@ def main() -> None:
                 results.append(future.result())
                 _show(results[-1])
                 if arguments.json:
-                    text = json.dumps(results, indent=1) + "\n"
+                    text = json_text(results, indent=1) + "\n"
                     arguments.json.write_text(text, encoding="utf-8")
     left_out = [f"{fault.verb}: {fault.name}" for fault in chosen if not fault.possible()]
     if left_out:
