@@ -143,7 +143,13 @@ def _reference(root: Path, verb: str) -> Reference:
 
 def _named(site: Site) -> frozenset[str]:
     names = (str(path.relative_to(site.output)) for path in site.output.rglob("*"))
-    return frozenset(name for name in names if "events.out" not in name)
+    # Which checkpoint is there beside the last one depends on where the run was interrupted.
+    last = f"model.ckpt-{saved_step(site)}."
+    return frozenset(
+        name
+        for name in names
+        if "events.out" not in name and (not name.startswith("model.ckpt-") or last in name)
+    )
 
 
 def _try(
