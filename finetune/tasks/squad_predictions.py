@@ -185,7 +185,7 @@ def write_predictions(predictions: SquadPredictions, output_dir: str | os.PathLi
     Each file appears whole or not at all, and replaces one that is there.
 
     Raises:
-        InputError: the folder cannot be made or written to.
+        OSError: the folder cannot be made or written to, or the disk is full.
     """
     folder = Path(output_dir)
     files: dict[str, Mapping[str, object]] = {
@@ -194,16 +194,9 @@ def write_predictions(predictions: SquadPredictions, output_dir: str | os.PathLi
     }
     if predictions.null_odds:
         files["null_odds.json"] = predictions.null_odds
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_atomically(folder / name, json_text(content, indent=4) + "\n")
-    except OSError as error:
-        raise InputError(
-            f"cannot write the predictions ({error.strerror})",
-            path=output_dir,
-            hint="choose another output_dir",
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(folder / name, json_text(content, indent=4) + "\n")
 
 
 def recover_text(tok_text: str, orig_text: str, *, normalization: Normalization) -> str:
