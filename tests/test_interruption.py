@@ -147,6 +147,19 @@ def test_work_that_does_not_end_is_ended() -> None:
     end(process, [INT])
 
 
+def test_a_command_that_has_not_begun_is_interrupted_in_one_line() -> None:
+    """Threads are tried before; it takes long enough to be met on a busy machine."""
+    script = """
+import bertbench.cli as cli
+def interrupted():
+    raise KeyboardInterrupt
+cli.spare_threads = interrupted
+cli.main()
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (130, "bertbench: interrupted\n")
+
+
 def test_what_nohup_ignores_stays_ignored() -> None:
     process = start("plain", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(HUP)

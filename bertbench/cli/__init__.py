@@ -96,13 +96,13 @@ def main(arguments: list[str] | None = None) -> Any:
             streams and signals are set up, and it is replaced by a fresh one where a run has to go
             on in one.
     """
-    clean_warnings()
-    if arguments is None:
-        prepare_standard_streams()
-        handle_signals()
-        spare_threads()
     code = EXIT_CODE
-    with contextlib.suppress(KeyboardInterrupt):  # it comes while the command's end is told
+    # It may come before the command begins, or while its end is told.
+    with contextlib.suppress(KeyboardInterrupt):
+        clean_warnings()
+        if arguments is None:
+            prepare_standard_streams()
+            handle_signals()
         code = _flush(_run(arguments, dict(os.environ)))
     if arguments is None:
         end_quietly(code)
@@ -112,6 +112,8 @@ def main(arguments: list[str] | None = None) -> Any:
 def _run(arguments: list[str] | None, environment: dict[str, str]) -> int:
     """Run the command and say how it ended; return the exit code."""
     try:
+        if arguments is None:
+            spare_threads()
         cli.main(args=arguments, prog_name="bertbench", standalone_mode=False)
     except click.exceptions.Exit as finished:
         return finished.exit_code
