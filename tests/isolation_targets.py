@@ -62,7 +62,9 @@ def leave_file(payload: Payload, send: Send) -> None:
 
 def start_grandchild(payload: Payload, send: Send) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    send({"pids": [os.getpid(), child.pid]})
+    send({"pids": [os.getpid(), child.pid], "keeper": os.getppid()})
+    if "to_keeper" in payload:
+        os.kill(os.getppid(), getattr(signal, payload["to_keeper"]))
     if payload["then"] == "hang":
         time.sleep(600)
 

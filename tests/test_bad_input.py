@@ -194,7 +194,7 @@ def test_runs_end_with_one_line(tmp_path: Path) -> None:
     latin.write_bytes(squad_json(("caf\u00e9", [])).encode().replace(b"\\u00e9", b"\xe9"))
     for path, word in (
         (empty, "empty"),
-        (latin, "not JSON"),
+        (latin, "not UTF-8 text"),
         (tmp_path, "cannot read"),
     ):
         for flag in ("--predict_file", "--train_file"):

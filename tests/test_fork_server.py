@@ -71,13 +71,13 @@ def test_a_trial_does_not_need_its_server_any_more(how: str) -> None:
 def test_a_trial_whose_end_nobody_tells(how: str, then: str) -> None:
     """It is ended, in a bounded time, and it means nothing."""
     pids: list[int] = []
-
-    def lose(message: dict[str, Any]) -> None:
-        pids.extend(message["pids"])
-        pids.append(psutil.Process(pids[0]).ppid())
-        os.kill(pids[-1], getattr(signal, how))
-
-    _, ending = run("start_grandchild", {"then": then}, on_message=lose, timeout_seconds=3.0)
+    payload = {"then": then, "to_keeper": how}
+    _, ending = run(
+        "start_grandchild",
+        payload,
+        on_message=lambda message: pids.extend([*message["pids"], message["keeper"]]),
+        timeout_seconds=3.0,
+    )
     assert (ending.timed_out, "not known" in ending.stopped) in [(True, False), (False, True)]
     wait_until_gone(pids[:2])
     os.kill(pids[-1], signal.SIGKILL) if how == "SIGSTOP" else None

@@ -418,7 +418,7 @@ def test_broken_json_is_refused_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"qa\.json:2: not JSON"):
         read_triviaqa(path)
     path.write_bytes(b"\xff")
-    with pytest.raises(InputError, match="not JSON"):
+    with pytest.raises(InputError, match="not UTF-8 text"):
         read_triviaqa(path)
 
 
