@@ -129,14 +129,15 @@ def test_exact_update_compiled_by_xla(
 
 
 # No shrinking: each example trains two models.
-@settings(max_examples=6, derandomize=True, deadline=None, phases=[Phase.generate])
+@settings(max_examples=6, derandomize=True, phases=[Phase.generate])
 @given(
     head=st.sampled_from(["squad", "classifier", "regressor"]),
     rows=st.integers(1, 6),
     micro_batch=st.integers(1, 4),
     policy=st.sampled_from(["none", "selective", "full:1", "nested", "nested:1+selective"]),
     block_tokens=st.integers(1, 20),
-    seq_len=st.integers(1, 9),
+    # One token attends to itself alone: queries and keys have no gradient but rounding noise.
+    seq_len=st.integers(2, 9),
     seed=st.integers(0, 2**63 - 1),
 )
 def test_exact_update_of_any_cut(
