@@ -168,13 +168,19 @@ def test_what_nohup_ignores_stays_ignored() -> None:
     end(process, [TERM])
 
 
+def take_terminal() -> None:
+    """Make standard input the terminal of this new session, whose end sends it a SIGHUP."""
+    signal.signal(HUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    os.close(os.open(os.ttyname(0), os.O_RDWR))
+
+
 def test_a_terminal_that_is_gone_does_not_keep_from_saving() -> None:
     """Everything that is said to it fails, also in the handler."""
     master, terminal = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, "training"],
         stdin=terminal, stdout=subprocess.PIPE, stderr=terminal, start_new_session=True,
-        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
+        preexec_fn=take_terminal,
     )  # fmt: skip
     os.close(terminal)
     assert b"ready" in os.read(master, 100)
