@@ -192,31 +192,39 @@ def _lost_folder(move: bool) -> Attempt:
             else:
                 subprocess.run(["rm", "-rf", str(site.output)], check=True)
         code = command.wait()
-        ended = during and code == _DONE and "output:" not in command.text()
         problems = judge(site, command, code, (_FAILED,) if during else (_DONE, _FAILED))
         if site.output.exists() and move:
             problems.append("results were written into a new folder")
         subprocess.run(["rm", "-rf", str(site.output), str(away)], check=True)
-        return problems + (["exit code 0 without results"] if ended else [])
+        return problems
 
     return attempt
 
 
-def _damaged(pattern: str, folder: Callable[[Site], Path], how: str) -> Attempt:
-    """Kill a run, damage a file that it has left, and let it go on."""
+def _between(change: Callable[[Site, random.Random], None]) -> Attempt:
+    """Kill a run, change what it has left, and let it go on."""
 
     def attempt(site: Site, rng: random.Random, seconds: float) -> list[str]:
         command = start(site)
         _sleep_part(rng, seconds)
         command.process.send_signal(signal.SIGKILL)
         command.wait()
-        files = sorted(path for path in folder(site).glob(pattern) if path.is_file())
-        if files:
-            _damage(rng.choice(files), how, rng)
+        change(site, rng)
         command = start(site)
         return judge(site, command, command.wait(), (_DONE,))
 
     return attempt
+
+
+def _damaged(pattern: str, folder: Callable[[Site], Path], how: str) -> Attempt:
+    """Damage a file that a killed run has left."""
+
+    def change(site: Site, rng: random.Random) -> None:
+        files = sorted(path for path in folder(site).glob(pattern) if path.is_file())
+        if files:
+            _damage(rng.choice(files), how, rng)
+
+    return _between(change)
 
 
 def _damage(path: Path, how: str, rng: random.Random) -> None:
@@ -237,18 +245,12 @@ def _damage(path: Path, how: str, rng: random.Random) -> None:
     path.write_bytes(bytes(data))
 
 
-def _stale_state(site: Site, rng: random.Random, seconds: float) -> list[str]:
+def _stale_state(site: Site, rng: random.Random) -> None:
     """Let the state file name an older checkpoint, as a kill before its renewal does."""
-    command = start(site)
-    _sleep_part(rng, seconds)
-    command.process.send_signal(signal.SIGKILL)
-    command.wait()
     prefixes = sorted(site.output.glob("model.ckpt-*.index"), key=lambda p: int(p.stem[11:]))
     if len(prefixes) > 1:
         name = prefixes[0].stem
         (site.output / "checkpoint").write_text(f'model_checkpoint_path: "{name}"\n')
-    command = start(site)
-    return judge(site, command, command.wait(), (_DONE,))
 
 
 def _damaged_ledger(site: Site, rng: random.Random, seconds: float) -> list[str]:
@@ -391,7 +393,7 @@ def _of_run() -> Iterator[Fault]:
     yield Fault("checkpoint cut", "run", _damaged("model.ckpt-*.data*", output, "cut"))
     yield Fault("state file names another", "run", _damaged("checkpoint", output, "elsewhere"))
     yield Fault("state file empty", "run", _damaged("checkpoint", output, "empty"))
-    yield Fault("state file stale", "run", _stale_state)
+    yield Fault("state file stale", "run", _between(_stale_state))
     yield Fault("line of the log damaged", "run", _damaged("train_log.jsonl", output, "line"))
     cached = _damaged("**/*", lambda site: site.cache, "bit")
     yield Fault("cached feature's bit flipped", "run", cached)
