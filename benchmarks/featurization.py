@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.json_files import json_text
+from finetune.storage.json_files import json_text
 
 SETTINGS = {"max_seq_length": 384, "doc_stride": 128, "max_query_length": 64}
 FIELDS = ("input_ids", "input_mask", "segment_ids", "start_positions", "end_positions")
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:
-        from finetune.demo_data import demo_files
+        from finetune.tasks.demo_data import demo_files
 
         demo = demo_files()
         arguments.data = arguments.data or demo.squad_train
@@ -105,7 +105,7 @@ def peak_bytes() -> int:
 
 def run_ours(arguments: argparse.Namespace) -> dict[str, Any]:
     from finetune.tasks.squad_cache import SquadSource, load_squad_features
-    from finetune.tokenization import load_tokenizer
+    from finetune.text.tokenization import load_tokenizer
 
     made = None
 

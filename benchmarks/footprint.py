@@ -29,11 +29,11 @@ from bertbench.footprint import predict_footprint
 from bertbench.traced_steps import trace_of
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, published_workload
-from finetune.checkpointing import parse_checkpointing
-from finetune.config import ACTIVATIONS
-from finetune.json_files import json_text
-from finetune.optimizers import OPTIMIZERS
-from finetune.precisions import PRECISIONS
+from finetune.spec.checkpointing import parse_checkpointing
+from finetune.spec.config import ACTIVATIONS
+from finetune.spec.optimizers import OPTIMIZERS
+from finetune.spec.precisions import PRECISIONS
+from finetune.storage.json_files import json_text
 
 _POLICIES = {
     "bert-tiny": ("none", "selective", "full", "nested"),

@@ -45,11 +45,11 @@ from bertbench.probing import is_traced
 from bertbench.traced_limits import TracedStep
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload, published_workload
-from finetune.checkpointing import POLICIES, Checkpointing
-from finetune.config import parameter_count
-from finetune.json_files import json_text
-from finetune.optimizers import OPTIMIZERS
-from finetune.precisions import PRECISIONS
+from finetune.spec.checkpointing import POLICIES, Checkpointing
+from finetune.spec.config import parameter_count
+from finetune.spec.optimizers import OPTIMIZERS
+from finetune.spec.precisions import PRECISIONS
+from finetune.storage.json_files import json_text
 
 TIMEOUT_SECONDS = 7200.0
 

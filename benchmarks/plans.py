@@ -29,10 +29,10 @@ from bertbench.least_memory import find_least_memory
 from bertbench.planner import make_plan
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, published_workload
-from finetune.config import HEADS
-from finetune.json_files import json_text
-from finetune.optimizers import OPTIMIZERS
-from finetune.precisions import PRECISIONS
+from finetune.spec.config import HEADS
+from finetune.spec.optimizers import OPTIMIZERS
+from finetune.spec.precisions import PRECISIONS
+from finetune.storage.json_files import json_text
 
 _MODELS = ("bert-tiny", "bert-mini", "bert-small", "bert-medium")
 _SEQ_LENS = (64, 96, 128, 192, 256, 320, 384, 512)

@@ -37,8 +37,8 @@ from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, Workload, published_workload
-from finetune.checkpointing import POLICIES, parse_checkpointing
-from finetune.json_files import json_text
+from finetune.spec.checkpointing import POLICIES, parse_checkpointing
+from finetune.storage.json_files import json_text
 
 Row = dict[str, Any]
 

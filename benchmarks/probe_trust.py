@@ -34,8 +34,8 @@ from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import parse_checkpointing
-from finetune.json_files import json_text
+from finetune.spec.checkpointing import parse_checkpointing
+from finetune.storage.json_files import json_text
 
 _MARK = "BERTBENCH_PROBE_TRUST"
 _TEMPORARY = tempfile.gettempdir()

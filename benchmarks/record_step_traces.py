@@ -31,9 +31,9 @@ from bertbench.trace_variants import with_optimizer
 from bertbench.traced_steps import pattern_of
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, published_workload
-from finetune.checkpointing import parse_checkpointing
-from finetune.config import PRESETS, BertConfig, preset
-from finetune.optimizers import OPTIMIZERS
+from finetune.spec.checkpointing import parse_checkpointing
+from finetune.spec.config import PRESETS, BertConfig, preset
+from finetune.spec.optimizers import OPTIMIZERS
 
 _POLICIES = ("none", "selective", "full", "nested")
 _MIXED = (("selective", "none"), ("full", "none"), ("nested", "none"), ("nested", "selective"))

@@ -42,7 +42,7 @@ from bertbench.lever_settings import all_policies, cuts
 from bertbench.planner import make_plan
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, levers_from_json, published_workload
-from finetune.json_files import json_text
+from finetune.storage.json_files import json_text
 
 _CASES = (
     "bert-tiny:squad:128:32",

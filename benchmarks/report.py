@@ -23,8 +23,8 @@ from bertbench.ledger import record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.trial import Trial
 from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import POLICIES, parse_checkpointing
-from finetune.json_files import json_text
+from finetune.spec.checkpointing import POLICIES, parse_checkpointing
+from finetune.storage.json_files import json_text
 
 _MODELS, _SEQ_LENS = ("bert-tiny", "bert-base"), (64, 128, 256, 384, 512)
 _CELLS = 400

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Sequence
 
 from bertbench.bytes import MIB_BYTES
-from finetune.json_files import json_text, parse_json
+from finetune.storage.json_files import json_text, parse_json
 
 CHUNK_BYTES = 256
 """What the allocator hands out at least; it gives multiples of this."""

@@ -17,8 +17,8 @@ from bertbench.catalogue import ACCELERATORS, Accelerator, match_accelerator
 from bertbench.devices import Device
 from bertbench.threads import usable_cores
 from bertbench.workload import Levers, Workload
-from finetune.checkpointing import examples_per_block
-from finetune.config import parameter_count
+from finetune.spec.checkpointing import examples_per_block
+from finetune.spec.config import parameter_count
 
 _LINK_BYTES_PER_SECOND = {"cpu": 5e9, "gpu": 1e10, "tpu": 5e10}
 """Between two devices that train together. Guesses: host memory, PCIe 3 with 16 lanes, and the

@@ -9,7 +9,7 @@ from typing import Any
 from bertbench.bytes import GIB_BYTES, MIB_BYTES, format_bytes
 from bertbench.hostmemory import host_memory
 from finetune.errors import InputError
-from finetune.json_files import MOST_WHOLE, build, get_whole, json_text
+from finetune.storage.json_files import MOST_WHOLE, build, get_whole, json_text
 
 GPU_CONTEXT_RESERVE_BYTES = 600 * MIB_BYTES
 """Left free on a GPU by default: the CUDA context and the handles and workspaces of cuBLAS and

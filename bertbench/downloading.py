@@ -33,8 +33,8 @@ from bertbench.errors import WorkError
 from bertbench.progress import Advance, progress
 from bertbench.terminal import say
 from finetune.errors import InputError
-from finetune.files import write_atomically
-from finetune.json_files import build, json_text, load_object
+from finetune.storage.files import write_atomically
+from finetune.storage.json_files import build, json_text, load_object
 
 Checked = Literal["SHA-256", "server's MD5", "length", "nothing"]
 """What a file was compared with."""

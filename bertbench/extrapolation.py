@@ -1,7 +1,8 @@
 """Which batch fits, worked out from what smaller ones asked of TensorFlow's allocator.
 
 On a capped CPU a step asks for memory in an order that depends neither on its batch nor on its
-sequence length (`finetune.ordering`), and every request is a number of bytes that is a sum of few
+sequence length (`finetune.model.ordering`), and every request is a number of bytes that is a sum
+of few
 terms: a constant, one that grows with the examples, one that grows with the square of the length.
 Recordings of two batches, or of two batches each of two other lengths, tell which, and a replay of
 the requests of another batch (`bertbench.allocations`) tells whether it fits.

@@ -29,8 +29,8 @@ from bertbench.unpacking import (
     unpack,
 )
 from finetune.errors import InputError
-from finetune.files import write_atomically
-from finetune.folders import try_lock
+from finetune.storage.files import write_atomically
+from finetune.storage.folders import try_lock
 
 Comparison = Checked | Literal["published SHA-256", "SHA-256 seen before"]
 """What a file was compared with."""

@@ -35,10 +35,10 @@ from bertbench.training import (
 )
 from bertbench.workload import Workload
 from finetune.errors import InputError
-from finetune.folders import FolderLostError, HeldFolder
-from finetune.model_folder import ModelFiles
-from finetune.recipes import train_steps
-from finetune.tokenization import Tokenizer
+from finetune.model_files.model_folder import ModelFiles
+from finetune.spec.recipes import train_steps
+from finetune.storage.folders import FolderLostError, HeldFolder
+from finetune.text.tokenization import Tokenizer
 
 # Which of the two a configuration's `gelu` means is worth saying: they differ by family.
 _ACTIVATIONS = {"gelu_tanh": "GELU by tanh", "gelu_erf": "exact GELU"}
@@ -228,7 +228,7 @@ def _load(
     stack: contextlib.ExitStack,
 ) -> FineTuned:
     strategy = open_device(budget)
-    from finetune.checkpoint_files import PREFIX, list_checkpoints
+    from finetune.model_files.checkpoint_files import PREFIX, list_checkpoints
 
     variables = _create(settings, job.workload, strategy)
     source = files.init_checkpoint
@@ -258,7 +258,7 @@ def _load(
 
 
 def _create(settings: RunSettings, workload: Workload, strategy: Any) -> dict[str, Any]:
-    from finetune.modeling import create_variables
+    from finetune.model.modeling import create_variables
 
     config = workload.config
     say(

@@ -40,10 +40,10 @@ from collections.abc import Mapping
 
 from bertbench.bisection import last_that_holds
 from bertbench.workload import Levers, Workload
-from finetune.checkpointing import BLOCK_TOKENS, examples_per_block
-from finetune.config import BertConfig
-from finetune.optimizers import slot_shapes
-from finetune.precisions import EXACT_PRECISION, compute_bytes
+from finetune.spec.checkpointing import BLOCK_TOKENS, examples_per_block
+from finetune.spec.config import BertConfig
+from finetune.spec.optimizers import slot_shapes
+from finetune.spec.precisions import EXACT_PRECISION, compute_bytes
 
 _FLOAT_BYTES = 4
 _ALIGNMENT_BYTES = 256  # TensorFlow's BFC allocator hands out multiples of this.
@@ -68,7 +68,7 @@ random settings of BERT-Tiny to BERT-Base with a trace by up to 20.2 % than the 
 seq 96, `none`, 8 examples), of three of BERT-Tiny with `bf16`, by trials, by up to 21.2 %.
 """
 
-# finetune.modeling, a layer with policy `none`.
+# finetune.model.modeling, a layer with policy `none`.
 _KEPT_HIDDEN = 8
 """T kept by a layer: query, key, value and context of the attention; x - mean and output of both
 LayerNorms (the output of the second is the input of the next layer)."""
@@ -77,7 +77,7 @@ _KEPT_ATTENTION = 1
 _KEPT_INTERMEDIATE = {"gelu_tanh": 2, "gelu_erf": 2, "relu": 1}
 """F kept by a layer: input and output of the activation; a ReLU's gradient reads the latter."""
 
-# The same, policy `selective`: `finetune.modeling`'s calls of `keep`.
+# The same, policy `selective`: `finetune.model.modeling`'s calls of `keep`.
 _KEPT_HIDDEN_SELECTIVE = 5
 """T: the layer's input, query, key, value, attention output. One F comes to it, GELU's input."""
 

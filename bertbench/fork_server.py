@@ -31,7 +31,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from finetune.json_files import json_text
+from finetune.storage.json_files import json_text
 
 Message = dict[str, Any]
 

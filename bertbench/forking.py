@@ -18,7 +18,7 @@ from typing import IO
 from bertbench.errors import WorkError
 from bertbench.fork_server import NUMBER, READY, Descriptors, Request
 from bertbench.terminal import say
-from finetune.json_files import json_text
+from finetune.storage.json_files import json_text
 
 START_SECONDS = 600.0
 """Longest time in which a server imports TensorFlow, be it from a slow disk."""

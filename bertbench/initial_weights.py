@@ -11,10 +11,10 @@ import numpy as np
 from bertbench.terminal import say
 from bertbench.training import memory_errors_explained
 from finetune.errors import InputError
-from finetune.head_labels import TrainedHead, read_trained_head, rows_of
+from finetune.model_files.head_labels import TrainedHead, read_trained_head, rows_of
 
 if TYPE_CHECKING:
-    from finetune.weights import LoadReport
+    from finetune.model.weights import LoadReport
 
 _HEAD_NAMES = ("output_weights", "output_bias")
 _POOLER_PREFIX = "bert/pooler/"
@@ -27,8 +27,8 @@ def load_initial_weights(
 
     Args:
         variables: the model; changed.
-        source: see `finetune.weights.find_checkpoint`.
-        head: one of `finetune.config.HEADS`.
+        source: see `finetune.model.weights.find_checkpoint`.
+        head: one of `finetune.spec.config.HEADS`.
         labels: of a classifier, in the task's order.
         trains: whether a training follows, which can mend what is random.
 
@@ -36,7 +36,7 @@ def load_initial_weights(
         InputError: the weights cannot be read, or are of another model; or without training the
             head is of other labels, or lacks the pooler that it was trained with.
     """
-    from finetune.weights import find_checkpoint, load_weights
+    from finetune.model.weights import find_checkpoint, load_weights
 
     checkpoint = find_checkpoint(source)
     trained = TrainedHead(checkpoint.parent, None)

@@ -15,7 +15,7 @@ from bertbench.fitting import Room, fits, least_budget_bytes, least_peak_bytes
 from bertbench.footprint import SAFETY_MARGIN
 from bertbench.lever_settings import all_settings, cuts
 from bertbench.workload import Levers, Workload
-from finetune.checkpointing import POLICIES, Checkpointing
+from finetune.spec.checkpointing import POLICIES, Checkpointing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from bertbench.ledger_file import Ledger, explained, pass_over
 from bertbench.repetition import Recorded
 from bertbench.trial import Trial, trial_from_json
 from bertbench.workload import Levers, Workload
-from finetune.json_files import json_text, parse_json
+from finetune.storage.json_files import json_text, parse_json
 
 _Read = TypeVar("_Read")
 

@@ -12,7 +12,7 @@ import pandas as pd
 from bertbench.ledger import LedgerRow
 from bertbench.terminal import clean_text
 from finetune.errors import InputError
-from finetune.files import write_atomically
+from finetune.storage.files import write_atomically
 
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
 

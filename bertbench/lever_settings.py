@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from bertbench.workload import Levers, Workload
-from finetune.checkpointing import NO_CHECKPOINTING, POLICIES, Checkpointing
+from finetune.spec.checkpointing import NO_CHECKPOINTING, POLICIES, Checkpointing
 
 
 def all_policies(layers: int) -> list[Checkpointing]:

@@ -19,7 +19,7 @@ from bertbench.ledger_file import state_folder
 from bertbench.private_folder import is_private, user_temporary_folder
 from bertbench.terminal import say
 from finetune.errors import InputError
-from finetune.folders import HeldFolder, held_folder, try_lock
+from finetune.storage.folders import HeldFolder, held_folder, try_lock
 
 LOCKS_VARIABLE = "BERTBENCH_LOCKS"
 """Names another folder for the locks of devices; a test must not wait for its user's probes."""

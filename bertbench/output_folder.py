@@ -17,17 +17,17 @@ from bertbench.cloud_storage import RemoteFolder
 from bertbench.errors import WorkError
 from bertbench.running import RunSettings
 from bertbench.terminal import say
-from finetune.array_cache import hash_file
-from finetune.checkpoint_files import remove_half_written
-from finetune.checkpointing import Checkpointing
-from finetune.config import BertConfig, to_original_json
 from finetune.errors import InputError
-from finetune.files import remove_temporaries, write_atomically
-from finetune.folders import HeldFolder
-from finetune.json_files import json_text, load_object, parse_json
-from finetune.model_folder import RUN_FILE
-from finetune.tokenization import Tokenizer
-from finetune.tokenizer_files import write_tokenizer_files
+from finetune.model_files.checkpoint_files import remove_half_written
+from finetune.model_files.model_folder import RUN_FILE
+from finetune.spec.checkpointing import Checkpointing
+from finetune.spec.config import BertConfig, to_original_json
+from finetune.storage.array_cache import hash_file
+from finetune.storage.files import remove_temporaries, write_atomically
+from finetune.storage.folders import HeldFolder
+from finetune.storage.json_files import json_text, load_object, parse_json
+from finetune.text.tokenization import Tokenizer
+from finetune.text.tokenizer_files import write_tokenizer_files
 
 _T = TypeVar("_T")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bertbench.workload import MOST_BATCH, Levers, levers_from_json
 from finetune.errors import InputError
-from finetune.json_files import get_whole, load_object
+from finetune.storage.json_files import get_whole, load_object
 
 _HINT = "make one with `bertbench plan --json FILE`"
 

@@ -25,9 +25,9 @@ from bertbench.footprint import Footprint
 from bertbench.least_memory import LeastMemory, find_least_memory
 from bertbench.lever_settings import all_settings, cuts
 from bertbench.workload import Levers, Workload
-from finetune.checkpointing import Checkpointing
 from finetune.errors import InputError
-from finetune.optimizers import OPTIMIZERS
+from finetune.spec.checkpointing import Checkpointing
+from finetune.spec.optimizers import OPTIMIZERS
 
 _MOST_REJECTIONS = 20
 _LOOKED_AT = 4

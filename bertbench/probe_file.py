@@ -17,7 +17,7 @@ from bertbench.workload import (
     published_workload,
 )
 from finetune.errors import InputError
-from finetune.json_files import MOST_WHOLE, get_whole, load_object
+from finetune.storage.json_files import MOST_WHOLE, get_whole, load_object
 
 _HINT = "give a file of `bertbench probe --json`"
 

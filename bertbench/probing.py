@@ -28,7 +28,7 @@ from bertbench.search import LARGEST_BATCH, SearchResult, find_max_batch
 from bertbench.traced_limits import TracedStep
 from bertbench.trial import TIMEOUT_SECONDS, Trial, measure_batches
 from bertbench.workload import Levers, Workload
-from finetune.checkpointing import examples_per_block
+from finetune.spec.checkpointing import examples_per_block
 
 _PLENTY = 10.0
 _START_SECONDS = 5.0

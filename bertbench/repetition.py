@@ -1,7 +1,8 @@
 """Loops over blocks of examples, found in recordings of what a step asks its allocator for.
 
-`finetune.blocks` runs some layers a block of examples at a time, and their requests come back for
-every block. To tell what more blocks would ask for, one has to know where each of them begins.
+`finetune.model.blocks` runs some layers a block of examples at a time, and their requests come
+back for every block. To tell what more blocks would ask for, one has to know where each of them
+begins.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def loops_and_places(
 
 
 def examples_of_block(batch: int, blocks: int, block: int) -> int:
-    """Examples of a block, as `finetune.blocks` shares them out."""
+    """Examples of a block, as `finetune.model.blocks` shares them out."""
     return (block + 1) * batch // blocks - block * batch // blocks
 
 

@@ -16,10 +16,10 @@ from bertbench.running import RunSettings, check_segments, load_config_and_token
 from bertbench.terminal import say
 from bertbench.training import OnProgress, Predict, Scorer, predict_with_progress
 from bertbench.workload import Workload
-from finetune.config import INPUT_NAMES, TARGET_NAMES
 from finetune.errors import InputError
-from finetune.head_labels import read_trained_head, recorded_labels
-from finetune.model_folder import ModelFiles
+from finetune.model_files.head_labels import read_trained_head, recorded_labels
+from finetune.model_files.model_folder import ModelFiles
+from finetune.spec.config import INPUT_NAMES, TARGET_NAMES
 from finetune.tasks.classification import (
     ClassificationData,
     ClassificationFeatures,

@@ -18,11 +18,11 @@ from bertbench.running import RunSettings, check_segments, load_config_and_token
 from bertbench.terminal import say
 from bertbench.training import OnProgress, Predict, Scorer
 from bertbench.workload import Workload
-from finetune.config import INPUT_NAMES, TARGET_NAMES
 from finetune.errors import InputError
-from finetune.files import write_atomically
-from finetune.folders import HeldFolder
-from finetune.model_folder import ModelFiles
+from finetune.model_files.model_folder import ModelFiles
+from finetune.spec.config import INPUT_NAMES, TARGET_NAMES
+from finetune.storage.files import write_atomically
+from finetune.storage.folders import HeldFolder
 from finetune.tasks.squad import SquadFeatures
 from finetune.tasks.squad_cache import SquadSource, default_cache_dir, load_squad_features
 from finetune.tasks.squad_examples import SquadExamples, describe_skipped
@@ -38,7 +38,7 @@ from finetune.tasks.squad_predictions import (
     predict_answers,
     write_predictions,
 )
-from finetune.tokenization import Normalization
+from finetune.text.tokenization import Normalization
 
 _TRAIN_NAMES = INPUT_NAMES + TARGET_NAMES["squad"]
 

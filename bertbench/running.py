@@ -21,14 +21,14 @@ from bertbench.plan_file import read_plan
 from bertbench.planner import Plan, describe_entry, make_plan
 from bertbench.terminal import say
 from bertbench.workload import Levers, Workload, check_layers
-from finetune.checkpointing import Checkpointing
-from finetune.config import BertConfig, from_json_file
 from finetune.errors import InputError
-from finetune.model_folder import RUN_FILE, ModelFiles, find_tokenizer
-from finetune.optimizers import EXACT_OPTIMIZER
-from finetune.precisions import EXACT_PRECISION
-from finetune.tokenization import Tokenizer
-from finetune.tokenizer_files import NORMALIZATION_KEYS
+from finetune.model_files.model_folder import RUN_FILE, ModelFiles, find_tokenizer
+from finetune.spec.checkpointing import Checkpointing
+from finetune.spec.config import BertConfig, from_json_file
+from finetune.spec.optimizers import EXACT_OPTIMIZER
+from finetune.spec.precisions import EXACT_PRECISION
+from finetune.text.tokenization import Tokenizer
+from finetune.text.tokenizer_files import NORMALIZATION_KEYS
 
 # Published models pad their vocabulary by at most a few hundred entries.
 _USUAL_UNUSED_ROWS = 512
@@ -48,7 +48,7 @@ class RunSettings:
         warmup_proportion: part of the steps with a rising rate.
         save_checkpoints_steps: most steps between checkpoints.
         seed: of initialisation, order and dropout.
-        adam_bias_correction: see `finetune.optimization.OptimizerSettings`.
+        adam_bias_correction: see `finetune.train.optimization.OptimizerSettings`.
         do_lower_case: for an uncased model; None: as the model's files say.
         strip_accents: "é" becomes "e"; None likewise.
         tokenize_chinese_chars: each Chinese character is a word of its own; None likewise.
@@ -60,7 +60,7 @@ class RunSettings:
         insist_placement: of the optimizer's state, that of `allowed`; False lets a plan move it.
         resume: continue an interrupted run; False refuses a folder that holds one.
         evaluate_every_steps: optimizer steps between evaluations while training; None for none.
-        early_stopping_patience: see `finetune.evaluation.Evaluation`.
+        early_stopping_patience: see `finetune.train.evaluation.Evaluation`.
         keep_best: as there; predictions are then made with the best weights.
         tensorboard: write event files.
         feature_cache: keep SQuAD's features for the next run.
@@ -118,7 +118,8 @@ def load_config_and_tokenizer(
 
     Args:
         files: the model.
-        asked: what flags say of the tokenizer, see `finetune.model_folder.find_tokenizer`.
+        asked: what flags say of the tokenizer, see
+            `finetune.model_files.model_folder.find_tokenizer`.
         max_seq_length: tokens of an example.
         trained_in: output folders of which a run's record counts before the weights' own.
         insist: that something tells whether letters are lowered.

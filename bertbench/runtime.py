@@ -6,7 +6,7 @@ from bertbench.allocator_limit import apply_budget
 from bertbench.devices import Budget
 from bertbench.quiet import muted_stderr
 from bertbench.threads import check_threads
-from finetune.precisions import EXACT_PRECISION, allow_tensor_float_32
+from finetune.spec.precisions import EXACT_PRECISION, allow_tensor_float_32
 
 
 def start_tensorflow(budget: Budget) -> str:

@@ -29,7 +29,7 @@ from importlib import resources
 from typing import Any
 
 from finetune.errors import InputError
-from finetune.json_files import json_text
+from finetune.storage.json_files import json_text
 
 DIMENSIONS = {
     "n": "examples of the micro-batch",

@@ -28,7 +28,7 @@ from bertbench.running import RunSettings, plan_run
 from bertbench.terminal import say
 from bertbench.workload import MOST_BATCH, Levers, Workload, levers_from_json
 from finetune.errors import InputError
-from finetune.json_files import MOST_WHOLE, get_whole
+from finetune.storage.json_files import MOST_WHOLE, get_whole
 
 _LESS_EACH_TIME = 0.01
 _MOST_LESS = 0.1

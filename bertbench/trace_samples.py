@@ -11,7 +11,7 @@ from bertbench.allocations import CHUNK_BYTES, Recording
 from bertbench.repetition import Recorded, loops_and_places
 from bertbench.traced_steps import state_requests
 from bertbench.workload import Levers, Workload
-from finetune.checkpointing import examples_per_block
+from finetune.spec.checkpointing import examples_per_block
 
 
 class UnlikeError(ValueError):

@@ -22,7 +22,7 @@ _UPDATES = {
 }
 """What is asked for (+) and let go of (-) after a matrix's weight decay, and for a vector, which
 has none. a and b are as large as the variable, r has a number for each row, c for each column, and
-g is the gradient. From recordings of `finetune.optimization`'s Lion and Adafactor."""
+g is the gradient. From recordings of `finetune.train.optimization`'s Lion and Adafactor."""
 
 _EXAMPLES = frozenset("neruws")
 

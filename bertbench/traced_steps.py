@@ -26,20 +26,20 @@ from bertbench.step_traces import (
 )
 from bertbench.trace_writing import Written
 from bertbench.workload import Levers, Workload
-from finetune.checkpointing import examples_per_block
-from finetune.optimizers import EXACT_OPTIMIZER, PLACEMENTS, slot_shapes
-from finetune.precisions import EXACT_PRECISION, compute_type
+from finetune.spec.checkpointing import examples_per_block
+from finetune.spec.optimizers import EXACT_OPTIMIZER, PLACEMENTS, slot_shapes
+from finetune.spec.precisions import EXACT_PRECISION, compute_type
 
 KNOWN_ACTIVATIONS = ("gelu_tanh", "gelu_erf")
-"""Both ask for the same, see `finetune.layers`."""
+"""Both ask for the same, see `finetune.model.layers`."""
 
 
 @functools.lru_cache(maxsize=64)
 def state_requests(workload: Workload, optimizer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What is asked for before the first step: the model's variables and the optimizer's slots.
 
-    In the order of `finetune.modeling.create_variables`: the largest first, then random values for
-    each; then the slots, variable by variable.
+    In the order of `finetune.model.modeling.create_variables`: the largest first, then random
+    values for each; then the slots, variable by variable.
     """
     shapes = workload.parameters
     events: list[int] = []

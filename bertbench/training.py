@@ -70,14 +70,20 @@ def train_model(
     """
     import tensorflow as tf
 
-    from finetune.checkpoint_files import list_checkpoints
-    from finetune.evaluation import BEST_FOLDER, EvalRecord, Evaluation, best_record, read_eval_log
-    from finetune.folders import FolderLostError
-    from finetune.optimization import OptimizerSettings
-    from finetune.step import make_trainer
-    from finetune.tensorboard import ScalarWriter
-    from finetune.training import Ending, Listener, Schedule, StepRecord, resume, train
-    from finetune.weights import load_weights
+    from finetune.model.weights import load_weights
+    from finetune.model_files.checkpoint_files import list_checkpoints
+    from finetune.storage.folders import FolderLostError
+    from finetune.train.evaluation import (
+        BEST_FOLDER,
+        EvalRecord,
+        Evaluation,
+        best_record,
+        read_eval_log,
+    )
+    from finetune.train.optimization import OptimizerSettings
+    from finetune.train.step import make_trainer
+    from finetune.train.tensorboard import ScalarWriter
+    from finetune.train.training import Ending, Listener, Schedule, StepRecord, resume, train
 
     optimizer = OptimizerSettings(
         settings.learning_rate,
@@ -231,7 +237,7 @@ def train_model(
 
 def _logged_results(folder: Path, step: int) -> dict[str, float]:
     """Loss of the last step and seconds of all; nothing if the log lacks some of them."""
-    from finetune.training import LOG_NAME, read_log
+    from finetune.train.training import LOG_NAME, read_log
 
     log = read_log(folder / LOG_NAME)
     if not log or [record.step for record in log] != list(range(1, step + 1)):
@@ -242,7 +248,7 @@ def _logged_results(folder: Path, step: int) -> dict[str, float]:
 
 def _saved_step(folder: Path) -> int:
     """Optimizer steps of the newest checkpoint; 0 without one."""
-    from finetune.checkpoint_files import list_checkpoints
+    from finetune.model_files.checkpoint_files import list_checkpoints
 
     saved = [path.name.rpartition("-")[2] for path in list_checkpoints(folder)]
     return int(saved[-1]) if saved else 0
@@ -278,10 +284,10 @@ def make_predict(
         variables: the model.
         workload: its configuration and head.
         batch_size: examples at a time, on each replica.
-        strategy: see `finetune.step.make_predictor`.
+        strategy: see `finetune.train.step.make_predictor`.
     """
-    from finetune.step import make_predictor
-    from finetune.training import predict
+    from finetune.train.step import make_predictor
+    from finetune.train.training import predict
 
     predictor = make_predictor(
         variables, workload.config, workload.head, workload.seq_len, strategy=strategy

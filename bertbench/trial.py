@@ -31,7 +31,7 @@ from bertbench.workload import (
     workload_from_json,
 )
 from finetune.errors import InputError
-from finetune.json_files import build
+from finetune.storage.json_files import build
 
 TARGET = "bertbench.trial_step:run_trial"
 """What a trial's process runs: training steps for every batch of a `TrialRequest`."""

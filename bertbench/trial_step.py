@@ -19,10 +19,10 @@ from bertbench.process_memory import process_peak_bytes
 from bertbench.runtime import start_tensorflow
 from bertbench.trial import TrialRequest, request_from_payload
 from bertbench.workload import Levers, Workload
-from finetune.config import INPUT_NAMES, TARGET_NAMES
-from finetune.modeling import create_variables
-from finetune.optimization import OptimizerSettings
-from finetune.step import Trainer, make_trainer
+from finetune.model.modeling import create_variables
+from finetune.spec.config import INPUT_NAMES, TARGET_NAMES
+from finetune.train.optimization import OptimizerSettings
+from finetune.train.step import Trainer, make_trainer
 
 _NO_STATISTICS = (ValueError, tf.errors.OpError)
 
@@ -184,7 +184,7 @@ def random_batch(workload: Workload, rows: int) -> dict[str, np.ndarray]:
         rows: examples.
 
     Returns:
-        Arrays as `finetune.step.make_trainer` takes them.
+        Arrays as `finetune.train.step.make_trainer` takes them.
     """
     generator = np.random.default_rng(0)
     shape = (rows, workload.seq_len)

@@ -23,7 +23,7 @@ import pooch
 from bertbench.bytes import MIB_BYTES
 from bertbench.progress import progress
 from finetune.errors import InputError
-from finetune.files import decode_utf8, read_bytes
+from finetune.storage.files import decode_utf8, read_bytes
 
 SUMS_FILE = "SHA256SUMS"
 """Name of the files that hold checksums, in the format of `sha256sum`."""

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.checkpointing import NO_CHECKPOINTING, Checkpointing, parse_checkpointing
-from finetune.config import HEADS, BertConfig, is_trained, preset, variable_shapes
 from finetune.errors import InputError
-from finetune.json_files import build, get_whole, json_text, parse_json
-from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, PLACEMENTS
-from finetune.precisions import EXACT_PRECISION, PRECISIONS
+from finetune.spec.checkpointing import NO_CHECKPOINTING, Checkpointing, parse_checkpointing
+from finetune.spec.config import HEADS, BertConfig, is_trained, preset, variable_shapes
+from finetune.spec.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, PLACEMENTS
+from finetune.spec.precisions import EXACT_PRECISION, PRECISIONS
+from finetune.storage.json_files import build, get_whole, json_text, parse_json
 
 MOST_BATCH = 1 << 20
 """Largest batch, of all kinds; BERT has been trained with 2 ** 16 (You et al. 2020, "LAMB")."""
@@ -27,7 +27,7 @@ class Workload:
         model: name of the model, for people.
         config: the encoder's shape; two workloads with equal configurations are the same work,
             whatever their names.
-        head: one of `finetune.config.HEADS`.
+        head: one of `finetune.spec.config.HEADS`.
         seq_len: tokens per example.
         num_labels: classes of the classifier; the SQuAD head has two outputs.
     """
@@ -121,10 +121,10 @@ class Levers:
     Attributes:
         checkpointing: which activations are kept.
         accumulation_steps: micro-batches per optimizer step; above 1 the step holds accumulators.
-        precision: one of `finetune.precisions.PRECISIONS`.
-        optimizer: one of `finetune.optimizers.OPTIMIZERS`.
+        precision: one of `finetune.spec.precisions.PRECISIONS`.
+        optimizer: one of `finetune.spec.optimizers.OPTIMIZERS`.
         xla: whether the step is compiled by XLA.
-        placement: of the optimizer's state, one of `finetune.optimizers.PLACEMENTS`.
+        placement: of the optimizer's state, one of `finetune.spec.optimizers.PLACEMENTS`.
     """
 
     checkpointing: Checkpointing = NO_CHECKPOINTING

@@ -1,0 +1,1 @@
+"""Fine-tuning of BERT, faithful to the original release; it knows nothing of bertbench."""

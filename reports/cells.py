@@ -15,9 +15,9 @@ from bertbench.paper import PUBLISHED_MAX_BATCH
 from bertbench.terminal import clean_text
 from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload, levers_from_json, workload_from_key
-from finetune.checkpointing import POLICIES
-from finetune.config import PRESETS, BertConfig
 from finetune.errors import InputError
+from finetune.spec.checkpointing import POLICIES
+from finetune.spec.config import PRESETS, BertConfig
 from reports.places import Place, place_of
 
 

@@ -14,7 +14,7 @@ from bertbench.ledger_file import default_ledger_path, ledger_exists, read_ledge
 from bertbench.progress import progress
 from bertbench.terminal import say
 from finetune.errors import InputError
-from finetune.files import write_atomically
+from finetune.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from reports.report import Report

@@ -16,7 +16,7 @@ from bertbench.ledger import LedgerRow, read_rows
 from bertbench.ledger_file import read_ledger
 from bertbench.probe_file import ProbeFile, read_probe_file
 from finetune.errors import InputError
-from finetune.json_files import json_text
+from finetune.storage.json_files import json_text
 from reports.cells import Cell, model_order, read_cells, setting_order
 from reports.places import name_places
 from reports.tables import count_cells, limit_text, system_name

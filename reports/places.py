@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from bertbench.bytes import MIB_BYTES, format_bytes
 from bertbench.devices import Device
 from bertbench.ledger import LedgerRow
-from finetune.json_files import parse_json
+from finetune.storage.json_files import parse_json
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -13,8 +13,8 @@ from bertbench.ledger import LedgerRow
 from bertbench.planner import Plan, make_plan
 from bertbench.trial import Trial
 from bertbench.workload import Workload
-from finetune.config import PRESETS
 from finetune.errors import InputError
+from finetune.spec.config import PRESETS
 from reports.cells import Cell, model_order
 from reports.places import Place
 

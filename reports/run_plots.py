@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from finetune.errors import InputError
-from finetune.json_files import load_json
+from finetune.storage.json_files import load_json
 from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.squad_metrics import QuestionScores, precision_recall, score_questions
 from reports.figures import INK, Picture, add_legend, look_of, panels

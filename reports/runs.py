@@ -12,9 +12,9 @@ import pandas as pd
 
 from bertbench.output_folder import RUN_FILE, read_record
 from bertbench.terminal import clean_text
-from finetune.array_cache import hash_file
 from finetune.errors import InputError
-from finetune.json_files import JsonLines, load_json_lines, warn_of_damage
+from finetune.storage.array_cache import hash_file
+from finetune.storage.json_files import JsonLines, load_json_lines, warn_of_damage
 
 TRAIN_LOG, EVAL_LOG = "train_log.jsonl", "eval_log.jsonl"
 _STEP_COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "seconds")
@@ -32,7 +32,7 @@ class Run:
     Attributes:
         folder: where.
         record: what is in its `run.json`.
-        steps: a row for every optimizer step, see `finetune.training.StepRecord`.
+        steps: a row for every optimizer step, see `finetune.train.training.StepRecord`.
         evaluations: a row for every evaluation: the step, and a column for each metric.
     """
 

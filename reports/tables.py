@@ -12,7 +12,7 @@ from bertbench.ledger_export import neutralised
 from bertbench.limit import AT_LEAST, BELOW, CERTIFIED
 from bertbench.paper import PAPER_MODELS, PUBLISHED_MAX_BATCH
 from bertbench.terminal import clean_text
-from finetune.json_files import json_text
+from finetune.storage.json_files import json_text
 from reports.cells import Cell, model_order, setting_order
 from reports.places import Place, name_places
 

@@ -19,14 +19,14 @@ from bertbench.output_folder import settings_json
 from bertbench.repetition import Recorded
 from bertbench.run_classifier import ClassifierSettings
 from bertbench.workload import Levers, published_workload
-from finetune.array_cache import hash_key
-from finetune.checkpointing import parse_checkpointing
-from finetune.demo_data import demo_files
+from finetune.spec.checkpointing import parse_checkpointing
+from finetune.storage.array_cache import hash_key
+from finetune.tasks.demo_data import demo_files
 from finetune.tasks.glue import TASKS
 from finetune.tasks.squad_cache import SquadSource
 from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.table_files import TableTask, read_table_task
-from finetune.tokenization import load_tokenizer
+from finetune.text.tokenization import load_tokenizer
 from reports.cells import read_cells
 from reports.comparing import compare_cells
 from reports.tables import write_tables

@@ -10,7 +10,7 @@ from bertbench.devices import Budget, Device
 from bertbench.ledger import LedgerRow
 from bertbench.trial import Trial
 from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import parse_checkpointing
+from finetune.spec.checkpointing import parse_checkpointing
 
 VERSIONS = {"bertbench": "0.2.0", "python": "3.11", "tensorflow": "2.21.0"}
 CPU = Device("cpu", 0, "Some & CPU (2 cores)", None, 1 << 40, 1 << 40)

@@ -26,9 +26,9 @@ from tiny_models import (  # noqa: E402
     values_of,
 )
 
-from finetune.checkpointing import parse_checkpointing  # noqa: E402
-from finetune.modeling import create_variables  # noqa: E402
-from finetune.step import Trainer, make_predictor, make_trainer, pad_batch  # noqa: E402
+from finetune.model.modeling import create_variables  # noqa: E402
+from finetune.spec.checkpointing import parse_checkpointing  # noqa: E402
+from finetune.train.step import Trainer, make_predictor, make_trainer, pad_batch  # noqa: E402
 
 SEQ_LEN = 6
 

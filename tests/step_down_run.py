@@ -7,12 +7,12 @@ from typing import Any
 
 import tensorflow as tf
 
-import finetune.step
+import finetune.train.step
 from bertbench.cli import main
 from bertbench.cli.common import GO_ON_VARIABLE
-from finetune.step import Batch, StepResult, Trainer
+from finetune.train.step import Batch, StepResult, Trainer
 
-make_trainer = finetune.step.make_trainer
+make_trainer = finetune.train.step.make_trainer
 
 
 def short_of_memory(*arguments: Any, **options: Any) -> Trainer:
@@ -27,5 +27,5 @@ def short_of_memory(*arguments: Any, **options: Any) -> Trainer:
 
 
 if GO_ON_VARIABLE not in os.environ:
-    finetune.step.make_trainer = short_of_memory
+    finetune.train.step.make_trainer = short_of_memory
 main()

@@ -1,4 +1,4 @@
-"""Tests of finetune.array_cache and of SQuAD's features in it."""
+"""Tests of finetune.storage.array_cache and of SQuAD's features in it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.array_cache import Arrays, CacheEntry, hash_key, load_or_make
-from finetune.demo_data import demo_files
 from finetune.errors import InputError
+from finetune.storage.array_cache import Arrays, CacheEntry, hash_key, load_or_make
+from finetune.tasks.demo_data import demo_files
 from finetune.tasks.squad import SquadFeatures, feature_chunks, featurize
 from finetune.tasks.squad_cache import SquadSource, load_squad_features
 from finetune.tasks.squad_examples import read_squad
-from finetune.tokenization import (
+from finetune.text.tokenization import (
     CASED,
     UNCASED,
     AddedToken,
@@ -29,7 +29,7 @@ from finetune.tokenization import (
     load_tokenizer,
     make_tokenizer,
 )
-from finetune.vocabulary import read_vocabulary
+from finetune.text.vocabulary import read_vocabulary
 
 PIECES: list[Arrays] = [
     {"a": np.arange(6, dtype=np.int32).reshape(3, 2), "b": np.array([True, False, True])},

@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import bertbench, fails_with_one_line, squad_arguments
 
-from finetune.demo_data import demo_files
 from finetune.errors import InputError
+from finetune.tasks.demo_data import demo_files
 from finetune.tasks.glue import find_task, read_examples
 from finetune.tasks.squad import featurize
 from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.squad_predictions import predict_answers
-from finetune.tokenization import UNCASED, Tokenizer, load_tokenizer
+from finetune.text.tokenization import UNCASED, Tokenizer, load_tokenizer
 
 SOURCE = demo_files().squad_train.read_bytes()
 ODD_VALUES: list[Any] = [

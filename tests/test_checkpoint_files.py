@@ -1,4 +1,4 @@
-"""Tests of finetune.checkpoint_files."""
+"""Tests of finetune.model_files.checkpoint_files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.checkpoint_files import (
+from finetune.errors import InputError
+from finetune.model_files.checkpoint_files import (
     STATE_FILE,
     list_checkpoints,
     other_checkpoints,
     preferred_checkpoints,
 )
-from finetune.errors import InputError
 
 
 def make(folder: Path, *names: str, parts: int = 1) -> list[Path]:
@@ -151,6 +151,6 @@ def test_no_state_file_hides_the_newest_checkpoint(
 
 
 def test_needs_no_tensorflow() -> None:
-    code = "import sys, finetune.checkpoint_files; print('tensorflow' in sys.modules)"
+    code = "import sys, finetune.model_files.checkpoint_files; print('tensorflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

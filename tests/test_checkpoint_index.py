@@ -14,10 +14,10 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune import checkpoint_index
-from finetune.checkpoint_index import check_index
 from finetune.errors import DamagedFileError
-from finetune.weights import open_tf_checkpoint
+from finetune.model.weights import open_tf_checkpoint
+from finetune.model_files import checkpoint_index
+from finetune.model_files.checkpoint_index import check_index
 
 NAMES = [f"bert/encoder/layer_{layer}/output/dense/{kind}" for layer in range(40)
          for kind in ("kernel", "bias")]  # fmt: skip
@@ -130,7 +130,7 @@ READ_ALL = """
 import sys
 from pathlib import Path
 from finetune.errors import InputError
-from finetune.weights import open_tf_checkpoint
+from finetune.model.weights import open_tf_checkpoint
 for number in range(int(sys.argv[2])):
     try:
         shapes, read = open_tf_checkpoint(Path(sys.argv[1]) / str(number) / "forged")

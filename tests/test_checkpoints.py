@@ -1,4 +1,4 @@
-"""Tests of finetune.checkpoints."""
+"""Tests of finetune.train.checkpoints."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import pytest
 import tensorflow as tf
 from tiny_models import CONFIG, Arrays, eagerly, random_batch, tiny_trainer, values_of
 
-from finetune.checkpoint_files import list_checkpoints
-from finetune.checkpoints import (
+from finetune.errors import InputError
+from finetune.model.modeling import create_variables
+from finetune.model.weights import find_checkpoint, load_weights
+from finetune.model_files.checkpoint_files import list_checkpoints
+from finetune.train.checkpoints import (
     KEPT_CHECKPOINTS,
     restore_state,
     save_state,
     save_weights,
 )
-from finetune.errors import InputError
-from finetune.modeling import create_variables
-from finetune.optimization import OptimizerState, create_state
-from finetune.step import Trainer
-from finetune.weights import find_checkpoint, load_weights
+from finetune.train.optimization import OptimizerState, create_state
+from finetune.train.step import Trainer
 
 SEQ_LEN = 5
 DATA = ".data-00000-of-00001"

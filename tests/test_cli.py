@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.demo_data import demo_files
-from finetune.training import read_log
+from finetune.tasks.demo_data import demo_files
+from finetune.train.training import read_log
 
 
 def bertbench(*arguments: str | Path, **kwargs: object) -> subprocess.CompletedProcess[str]:

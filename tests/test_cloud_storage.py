@@ -20,9 +20,9 @@ from bertbench.cloud_storage import (
     open_remote_folder,
 )
 from bertbench.errors import WorkError
-from finetune.demo_data import demo_files
 from finetune.errors import InputError
-from finetune.training import read_log
+from finetune.tasks.demo_data import demo_files
+from finetune.train.training import read_log
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Tests of finetune.config."""
+"""Tests of finetune.spec.config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from finetune.config import (
+from finetune.errors import InputError
+from finetune.spec.config import (
     HEADS,
     PRESETS,
     BertConfig,
@@ -23,7 +24,6 @@ from finetune.config import (
     to_original_json,
     variable_shapes,
 )
-from finetune.errors import InputError
 
 # As published with BERT-Base, uncased.
 ORIGINAL = {
@@ -257,7 +257,7 @@ def test_without_dropout() -> None:
 
 def test_no_tensorflow_is_loaded() -> None:
     code = (
-        "import sys, finetune.config, finetune.checkpointing, finetune.errors, finetune.files;"
+        "import sys, finetune.spec.config, finetune.spec.checkpointing, finetune.storage.files;"
         "sys.exit('tensorflow' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 import finetune
-from finetune import demo_data
-from finetune.config import from_json_file
-from finetune.demo_data import demo_file, demo_files
 from finetune.errors import InputError
+from finetune.spec.config import from_json_file
+from finetune.tasks import demo_data
 from finetune.tasks.classification import featurize
+from finetune.tasks.demo_data import demo_file, demo_files
 from finetune.tasks.glue import find_task, read_examples
 from finetune.tasks.squad_examples import read_squad
-from finetune.tokenization import Tokenizer, load_tokenizer
+from finetune.text.tokenization import Tokenizer, load_tokenizer
 
 DEMO = demo_files()
 MRPC = find_task("MRPC")
@@ -55,7 +55,7 @@ def all_texts() -> Iterator[str]:
 
 class TestLocation:
     def test_paths_are_inside_the_package(self) -> None:
-        folder = Path(finetune.__file__).parent / "demo"
+        folder = Path(finetune.__file__).parent / "tasks" / "demo"
         for path in dataclasses.astuple(DEMO):
             assert path.exists()
             assert path.is_relative_to(folder)
@@ -74,18 +74,18 @@ class TestLocation:
             pytest.skip("an installed package has no pyproject.toml")
         settings = tomllib.loads(project.read_text())["tool"]["setuptools"]
         shipped = {p for glob in settings["package-data"]["finetune"] for p in root.glob(glob)}
-        files = {path for path in (root / "demo").rglob("*") if path.is_file()}
+        files = {path for path in (root / "tasks" / "demo").rglob("*") if path.is_file()}
         assert len(files) == 7
         assert files <= shipped
 
     def test_found_whatever_the_working_directory(self, tmp_path: Path) -> None:
         code = (
             "import sys; sys.path.insert(0, sys.argv[1])\n"
-            "from finetune.demo_data import demo_files\n"
+            "from finetune.tasks.demo_data import demo_files\n"
             "assert 'tensorflow' not in sys.modules\n"
             "print(demo_files().vocab_file.is_file())"
         )
-        root = Path(demo_data.__file__).parents[1]
+        root = Path(demo_data.__file__).parents[2]
         done = subprocess.run(
             [sys.executable, "-c", code, str(root)],
             cwd=tmp_path,

@@ -19,9 +19,9 @@ from bertbench.catalogue import find_accelerator
 from bertbench.devices import TPU_CORE_BYTES, TpuSettings, device_from_json, make_budget
 from bertbench.errors import WorkError
 from bertbench.tpu import connect
-from finetune.demo_data import demo_files
 from finetune.errors import InputError
-from finetune.training import read_log
+from finetune.tasks.demo_data import demo_files
+from finetune.train.training import read_log
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
@@ -195,7 +195,7 @@ def test_budget_of_a_core() -> None:
 def test_what_one_of_several_replicas_says_of_an_update_is_not_enough() -> None:
     from types import SimpleNamespace
 
-    from finetune.training import _update_began
+    from finetune.train.training import _update_began
 
     alone = SimpleNamespace(state=SimpleNamespace(step=tf.Variable(3, dtype=tf.int64)))
     assert [_update_began(alone, step) for step in (2, 3)] == [True, False]  # type: ignore[arg-type]

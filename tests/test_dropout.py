@@ -1,4 +1,4 @@
-"""Tests of finetune.dropout."""
+"""Tests of finetune.model.dropout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.dropout import DropoutKey, draw_mask, dropout
+from finetune.model.dropout import DropoutKey, draw_mask, dropout
 
 LARGEST_SEED = 2**63 - 1
 

@@ -1,4 +1,4 @@
-"""The promise of `finetune.step`: however an effective batch is cut, the update is the same.
+"""The promise of `finetune.train.step`: however an effective batch is cut, the update is the same.
 
 Two measures, after four optimizer steps with dropout on. Both take all variables as one vector.
 
@@ -37,12 +37,12 @@ from tiny_models import (
     values_of,
 )
 
-from finetune import checkpointing
-from finetune.checkpointing import BLOCK_TOKENS
-from finetune.config import BertConfig, has_no_gradient
-from finetune.modeling import create_variables
-from finetune.optimizers import OPTIMIZERS
-from finetune.step import Trainer, pad_batch
+from finetune.model.modeling import create_variables
+from finetune.spec import checkpointing
+from finetune.spec.checkpointing import BLOCK_TOKENS
+from finetune.spec.config import BertConfig, has_no_gradient
+from finetune.spec.optimizers import OPTIMIZERS
+from finetune.train.step import Trainer, pad_batch
 
 SEQ_LEN = 7
 TOLERANCE = 1e-5

@@ -21,8 +21,8 @@ from bertbench.ledger_file import open_ledger
 from bertbench.planner import make_plan
 from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload, published_workload
-from finetune.checkpointing import parse_checkpointing
 from finetune.errors import InputError
+from finetune.spec.checkpointing import parse_checkpointing
 
 DEVICE = resolve_device("cpu")
 GPU = Device("gpu", 0, "NVIDIA Test", "GPU-1", 16 << 30, 16 << 30)

@@ -1,4 +1,4 @@
-"""Tests of finetune.export and finetune.saved_model."""
+"""Tests of finetune.export.export_weights and finetune.export.saved_model."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from safetensors.numpy import load_file, save_file
 from test_weights import hugging_face_arrays, random_values
 from tiny_models import CONFIG, NUM_LABELS, Arrays, random_batch
 
-from finetune.config import INPUT_NAMES, BertConfig, from_json_file
-from finetune.demo_data import demo_files
 from finetune.errors import InputError
-from finetune.export import (
+from finetune.export.export_folder import new_folder
+from finetune.export.export_weights import (
     export_checkpoint,
     export_hugging_face,
     hugging_face_name,
     open_model,
 )
-from finetune.export_folder import new_folder
-from finetune.modeling import create_variables, encode
-from finetune.safetensors_files import original_name
-from finetune.saved_model import export_saved_model
-from finetune.step import make_predictor
-from finetune.tokenization import CASED, load_tokenizer, make_tokenizer
-from finetune.vocabulary import read_vocabulary
-from finetune.weights import find_checkpoint, load_weights, open_tf_checkpoint
+from finetune.export.saved_model import export_saved_model
+from finetune.model.modeling import create_variables, encode
+from finetune.model.weights import find_checkpoint, load_weights, open_tf_checkpoint
+from finetune.model_files.safetensors_files import original_name
+from finetune.spec.config import INPUT_NAMES, BertConfig, from_json_file
+from finetune.tasks.demo_data import demo_files
+from finetune.text.tokenization import CASED, load_tokenizer, make_tokenizer
+from finetune.text.vocabulary import read_vocabulary
+from finetune.train.step import make_predictor
 
 VOCAB = demo_files().vocab_file
 TOKENIZER = load_tokenizer(VOCAB, do_lower_case=True)

@@ -15,10 +15,10 @@ from test_export import VOCAB, assert_same, save_tf
 from test_weights import hugging_face_arrays, random_values
 
 from bertbench.cli import main
-from finetune import export
-from finetune.config import from_json_file, to_original_json
-from finetune.demo_data import demo_files
-from finetune.weights import open_tf_checkpoint
+from finetune.export import export_weights
+from finetune.model.weights import open_tf_checkpoint
+from finetune.spec.config import from_json_file, to_original_json
+from finetune.tasks.demo_data import demo_files
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_command_refuses_in_one_line(
     def disk_full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "export_checkpoint", disk_full)
+    monkeypatch.setattr(export_weights, "export_checkpoint", disk_full)
     refuses("No space left on device", run_folder, *to_out, "--force", code=1)
     # A vocabulary or configuration that lies elsewhere can be named.
     (run_folder / "vocab.txt").unlink()

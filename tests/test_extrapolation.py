@@ -23,7 +23,7 @@ from bertbench.extrapolation import (
 from bertbench.repetition import Recorded
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import examples_per_block, parse_checkpointing
+from finetune.spec.checkpointing import examples_per_block, parse_checkpointing
 
 PLENTY, LITTLE = Memory((10**7,)), Memory((50_000,))
 

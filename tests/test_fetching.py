@@ -15,8 +15,8 @@ from bertbench import downloading, fetching
 from bertbench.errors import WorkError
 from bertbench.fetch_catalogue import ENTRIES, GROUPS, Entry, Source, find_entries
 from bertbench.fetching import fetch
-from finetune.config import PRESETS, preset
 from finetune.errors import InputError
+from finetune.spec.config import PRESETS, preset
 
 
 def tree(folder: Path) -> dict[str, str]:

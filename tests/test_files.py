@@ -1,4 +1,4 @@
-"""Tests of finetune.files."""
+"""Tests of finetune.storage.files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.files import remove_temporaries, write_atomically
+from finetune.storage.files import remove_temporaries, write_atomically
 
 
 def test_writes_text_as_it_is(tmp_path: Path) -> None:

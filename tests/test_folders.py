@@ -1,4 +1,4 @@
-"""Tests of finetune.folders."""
+"""Tests of finetune.storage.folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.folders import FolderLostError, held_folder, leads_to, try_lock
+from finetune.storage.folders import FolderLostError, held_folder, leads_to, try_lock
 
 
 def test_a_folder_that_stays(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from bertbench.footprint import (
     prediction_bytes,
 )
 from bertbench.workload import Levers, Workload, published_workload
-from finetune.checkpointing import parse_checkpointing
+from finetune.spec.checkpointing import parse_checkpointing
 
 # Peaks of the CPU allocator, 2026-11-25, TensorFlow 2.21: model, head, sequence length, policy,
 # accumulation steps, micro-batch, megabytes.

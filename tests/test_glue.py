@@ -31,7 +31,7 @@ from finetune.tasks.glue import (
     read_examples,
     read_task,
 )
-from finetune.tokenization import Tokenizer, load_tokenizer
+from finetune.text.tokenization import Tokenizer, load_tokenizer
 
 MRPC = find_task("MRPC")
 COLA = find_task("CoLA")

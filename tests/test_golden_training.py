@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.checkpointing import parse_checkpointing
-from finetune.config import INPUT_NAMES, from_json_file
-from finetune.modeling import create_variables
-from finetune.optimization import OptimizerSettings
-from finetune.step import Trainer, make_predictor, make_trainer
-from finetune.weights import load_weights
+from finetune.model.modeling import create_variables
+from finetune.model.weights import load_weights
+from finetune.spec.checkpointing import parse_checkpointing
+from finetune.spec.config import INPUT_NAMES, from_json_file
+from finetune.train.optimization import OptimizerSettings
+from finetune.train.step import Trainer, make_predictor, make_trainer
 
 SEQ_LEN = 24
 SETTINGS = OptimizerSettings(1e-2, 10, 2)

@@ -23,7 +23,7 @@ from bertbench.ledger_file import open_ledger
 from bertbench.locking import locked
 from bertbench.trial import Trial, measure_batches
 from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import parse_checkpointing
+from finetune.spec.checkpointing import parse_checkpointing
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"
 H100 = Device("gpu", 0, "NVIDIA H100 80GB HBM3", "GPU-1", 80 * GIB_BYTES, 79 * GIB_BYTES)

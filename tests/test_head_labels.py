@@ -1,4 +1,4 @@
-"""Tests of finetune.head_labels."""
+"""Tests of finetune.model_files.head_labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from model_folders import CONFIG, write_json
 
 from finetune.errors import InputError
-from finetune.head_labels import TrainedHead, labels_of_config, read_trained_head, rows_of
+from finetune.model_files.head_labels import (
+    TrainedHead,
+    labels_of_config,
+    read_trained_head,
+    rows_of,
+)
 
 MNLI = ("contradiction", "entailment", "neutral")
 

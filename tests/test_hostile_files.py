@@ -47,19 +47,19 @@ from bertbench.planner import make_plan
 from bertbench.stepping_down import step_down_from_json
 from bertbench.unpacking import ArchiveError, read_sums, unpack
 from bertbench.workload import Levers, published_workload
-from finetune.array_cache import hash_key, load_or_make
-from finetune.checkpoint_files import preferred_checkpoints
-from finetune.config import from_json_file
-from finetune.demo_data import demo_files
 from finetune.errors import InputError
-from finetune.head_labels import read_trained_head
-from finetune.model_folder import find_model_files, find_tokenizer, read_config_values
-from finetune.safetensors_files import open_safetensors
+from finetune.model_files.checkpoint_files import preferred_checkpoints
+from finetune.model_files.head_labels import read_trained_head
+from finetune.model_files.model_folder import find_model_files, find_tokenizer, read_config_values
+from finetune.model_files.safetensors_files import open_safetensors
+from finetune.spec.config import from_json_file
+from finetune.storage.array_cache import hash_key, load_or_make
+from finetune.tasks.demo_data import demo_files
 from finetune.tasks.glue import find_task, read_examples
 from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.table_files import TableTask, read_table_task
 from finetune.tasks.triviaqa import read_triviaqa
-from finetune.tokenization import load_tokenizer
+from finetune.text.tokenization import load_tokenizer
 from reports.comparing import compare_cells, read_either, show_comparison
 from reports.report import Report
 from reports.runs import read_run

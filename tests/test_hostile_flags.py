@@ -17,8 +17,8 @@ from click.testing import CliRunner
 from bertbench.bytes import parse_bytes
 from bertbench.cli import cli, main
 from bertbench.cli.common import FiniteFloat, MemorySize, Number, Whole
-from finetune.checkpointing import parse_checkpointing
 from finetune.errors import InputError
+from finetune.spec.checkpointing import parse_checkpointing
 
 UGLY = [
     "-1", "0", "1", "nan", "inf", "-inf", "1e400", "1e308", "1e18", "-1e-400", "2", "0.5",

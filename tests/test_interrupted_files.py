@@ -16,11 +16,11 @@ import pytest
 import tensorflow as tf
 from tiny_models import eagerly, random_batch, tiny_trainer, values_of
 
-from finetune.checkpoint_files import list_checkpoints, remove_half_written
-from finetune.evaluation import BEST_FOLDER, Evaluation, read_eval_log
-from finetune.step import Trainer
-from finetune.training import LOG_NAME, Ending, Schedule, read_log, resume, train
-from finetune.weights import find_checkpoint, load_weights
+from finetune.model.weights import find_checkpoint, load_weights
+from finetune.model_files.checkpoint_files import list_checkpoints, remove_half_written
+from finetune.train.evaluation import BEST_FOLDER, Evaluation, read_eval_log
+from finetune.train.step import Trainer
+from finetune.train.training import LOG_NAME, Ending, Schedule, read_log, resume, train
 
 SEQ_LEN = 5
 STEPS = 4

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from finetune.demo_data import demo_files
+from finetune.tasks.demo_data import demo_files
 
 # A command in place of the real ones: it says that it begins, and how it ended.
 SCRIPT = """

@@ -12,11 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune import training
 from finetune.errors import InputError
-from finetune.evaluation import read_eval_log, truncate_eval_log
-from finetune.files import read_bytes
-from finetune.json_files import (
+from finetune.storage.files import read_bytes
+from finetune.storage.json_files import (
     MOST_WHOLE,
     build,
     load_json,
@@ -24,7 +22,9 @@ from finetune.json_files import (
     load_object,
     parse_json,
 )
-from finetune.training import StepRecord, read_log
+from finetune.train import training
+from finetune.train.evaluation import read_eval_log, truncate_eval_log
+from finetune.train.training import StepRecord, read_log
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

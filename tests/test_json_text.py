@@ -1,4 +1,4 @@
-"""Tests of finetune.json_files.json_text: what is written is JSON to every reader."""
+"""Tests of finetune.storage.json_files.json_text: what is written is JSON to every reader."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.json_files import json_text
+from finetune.storage.json_files import json_text
 
 ROOT = Path(__file__).resolve().parents[1]
 VALUES = st.recursive(
@@ -60,4 +60,4 @@ def test_nothing_else_writes_json(package: str) -> None:
                     writers.append(str(path.relative_to(ROOT)))
             elif isinstance(node, ast.ImportFrom) and node.module == "json":
                 writers.append(str(path.relative_to(ROOT)))
-    assert set(writers) <= {"finetune/json_files.py"}
+    assert set(writers) <= {"finetune/storage/json_files.py"}

@@ -1,4 +1,4 @@
-"""Tests of finetune.layers: values and gradients against float64."""
+"""Tests of finetune.model.layers: values and gradients against float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from tiny_models import operations_before
 
-from finetune.layers import activation, dense, fresh_zeros, layer_norm
+from finetune.model.layers import activation, dense, fresh_zeros, layer_norm
 
 EPSILON = 1e-12
 NORMAL_CDF = np.vectorize(lambda x: 0.5 * math.erfc(-x / math.sqrt(2)))

@@ -30,8 +30,8 @@ from bertbench.ledger import (
 from bertbench.ledger_file import default_ledger_path, open_ledger, read_ledger
 from bertbench.trial import Trial, trial_from_json
 from bertbench.workload import Levers, Workload, published_workload
-from finetune.checkpointing import Checkpointing
 from finetune.errors import InputError
+from finetune.spec.checkpointing import Checkpointing
 
 DEVICE = Device("cpu", 0, "Some CPU", None, 16 * GIB_BYTES, 8 * GIB_BYTES)
 BUDGET = make_budget(DEVICE, GIB_BYTES)

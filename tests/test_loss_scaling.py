@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tiny_models import eagerly, norm_of, random_batch, tiny_trainer, values_of
 
-from finetune import loss_scaling
-from finetune.checkpoints import restore_state, save_state
-from finetune.loss_scaling import INITIAL_SCALE
-from finetune.optimization import OptimizerState
-from finetune.step import Trainer
+from finetune.train import loss_scaling
+from finetune.train.checkpoints import restore_state, save_state
+from finetune.train.loss_scaling import INITIAL_SCALE
+from finetune.train.optimization import OptimizerState
+from finetune.train.step import Trainer
 
 SEQ_LEN = 7
 BATCH = random_batch(4, SEQ_LEN)

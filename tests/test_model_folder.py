@@ -1,4 +1,4 @@
-"""Tests of finetune.model_folder and of the files that it reads."""
+"""Tests of finetune.model_files.model_folder and of the files that it reads."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from model_folders import CONFIG, SPECIAL, WORDS, tokenizer_json, write_json, write_vocab
 
 from finetune.errors import InputError
-from finetune.model_folder import (
+from finetune.model_files.model_folder import (
     FoundTokenizer,
     ModelFiles,
     find_model_files,
     find_tokenizer,
     infer_do_lower_case,
 )
-from finetune.tokenization import (
+from finetune.text.tokenization import (
     CASED,
     UNCASED,
     AddedToken,
@@ -32,8 +32,8 @@ from finetune.tokenization import (
     SpecialTokens,
     make_tokenizer,
 )
-from finetune.tokenizer_files import write_tokenizer_files
-from finetune.vocabulary import Vocabulary, read_vocabulary
+from finetune.text.tokenizer_files import write_tokenizer_files
+from finetune.text.vocabulary import Vocabulary, read_vocabulary
 
 
 def make_folder(folder: Path, **files: object) -> Path:
@@ -484,7 +484,8 @@ def test_two_configurations_that_differ(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_no_tensorflow_is_loaded() -> None:
     code = (
-        "import sys, finetune.model_folder, finetune.head_labels, finetune.safetensors_files;"
+        "import sys, finetune.model_files.model_folder, finetune.model_files.head_labels;"
+        "import finetune.model_files.safetensors_files;"
         "sys.exit('tensorflow' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -1,4 +1,4 @@
-"""Tests of finetune.modeling and finetune.checkpointing: values, padding, what is recomputed."""
+"""Tests of finetune.model.modeling and finetune.spec.checkpointing: values, padding, and more."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import tensorflow as tf
 from tensorflow.python.eager import context
 from tiny_models import CONFIG, NUM_LABELS, Arrays, operations_needed, random_batch
 
-from finetune import dropout as dropout_module
-from finetune import modeling
-from finetune.checkpointing import (
+from finetune.errors import InputError
+from finetune.model import dropout as dropout_module
+from finetune.model import modeling
+from finetune.model.dropout import DropoutKey, draw_mask
+from finetune.model.modeling import classifier_logits, create_variables, encode, squad_logits
+from finetune.spec.checkpointing import (
     NO_CHECKPOINTING,
     POLICIES,
     Checkpointing,
     parse_checkpointing,
 )
-from finetune.config import HEADS, BertConfig, is_trained, variable_shapes
-from finetune.dropout import DropoutKey, draw_mask
-from finetune.errors import InputError
-from finetune.modeling import classifier_logits, create_variables, encode, squad_logits
-from finetune.step import INPUT_NAMES, example_losses
+from finetune.spec.config import HEADS, BertConfig, is_trained, variable_shapes
+from finetune.train.step import INPUT_NAMES, example_losses
 
 SEQ_LEN = 7
 

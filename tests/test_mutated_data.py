@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 
 from bertbench.cli.eval import command
 from bertbench.squad_plots import _bin_edges
-from finetune.demo_data import demo_files
 from finetune.errors import InputError
 from finetune.tasks import classification
 from finetune.tasks.classification_metrics import evaluate
+from finetune.tasks.demo_data import demo_files
 from finetune.tasks.glue import find_task, read_examples
 from finetune.tasks.squad import featurize
 from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.squad_predictions import predict_answers, write_predictions
 from finetune.tasks.table_files import TableTask, read_table_task
 from finetune.tasks.triviaqa import read_triviaqa
-from finetune.tokenization import UNCASED, Tokenizer, load_tokenizer
+from finetune.text.tokenization import UNCASED, Tokenizer, load_tokenizer
 
 ODD_BYTES = [
     b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r", b"\n", b"\r\n", b"\t", b'"', b",",

@@ -15,13 +15,13 @@ from bertbench.errors import NotFiniteError, WorkError
 from bertbench.run_classifier import score_logits
 from bertbench.training import check_finite, make_predict
 from bertbench.workload import Workload
-from finetune.checkpoints import list_checkpoints, save_weights
-from finetune.config import INPUT_NAMES, from_json_file
-from finetune.demo_data import demo_files
-from finetune.evaluation import EVAL_LOG_NAME, Evaluation
-from finetune.modeling import create_variables
+from finetune.model.modeling import create_variables
+from finetune.spec.config import INPUT_NAMES, from_json_file
 from finetune.tasks.classification import ClassificationData, ClassificationFeatures
-from finetune.training import Schedule, train
+from finetune.tasks.demo_data import demo_files
+from finetune.train.checkpoints import list_checkpoints, save_weights
+from finetune.train.evaluation import EVAL_LOG_NAME, Evaluation
+from finetune.train.training import Schedule, train
 
 SEQ_LEN = 16
 

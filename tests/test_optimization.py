@@ -1,4 +1,4 @@
-"""Tests of finetune.optimization against a float64 version of the original's optimizer."""
+"""Tests of finetune.train.optimization against a float64 version of the original's optimizer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune import optimization
 from finetune.errors import InputError
-from finetune.optimization import (
+from finetune.spec.optimizers import OPTIMIZERS, slot_shapes
+from finetune.train import optimization
+from finetune.train.optimization import (
     OptimizerSettings,
     OptimizerState,
     apply_gradients,
@@ -20,7 +21,6 @@ from finetune.optimization import (
     decays,
     learning_rate,
 )
-from finetune.optimizers import OPTIMIZERS, slot_shapes
 
 NAMES = ("kernel", "dense/bias", "output/LayerNorm/gamma")
 SHAPES = ((2, 3), (3,), (4,))

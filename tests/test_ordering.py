@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from finetune.ordering import run_in_order
+from finetune.model.ordering import run_in_order
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +21,7 @@ from bertbench.devices import make_budget
 from bertbench.runtime import start_tensorflow
 from bertbench.trial_step import build_trainer, random_batch
 from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import parse_checkpointing
+from finetune.spec.checkpointing import parse_checkpointing
 
 device = start_tensorflow(make_budget(resolve_device("cpu"), 512 << 20))
 workload = published_workload("bert-tiny", 64)

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from test_cli import with_unanswerable_questions
 
-from finetune.checkpoints import save_weights
-from finetune.config import from_json_file, to_original_json
-from finetune.demo_data import demo_files
-from finetune.modeling import create_variables
+from finetune.model.modeling import create_variables
+from finetune.spec.config import from_json_file, to_original_json
+from finetune.tasks.demo_data import demo_files
+from finetune.train.checkpoints import save_weights
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -31,10 +31,10 @@ from bertbench.planner import (
 )
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, levers_from_json, published_workload
-from finetune.checkpointing import parse_checkpointing
-from finetune.config import HEADS
 from finetune.errors import InputError
-from finetune.optimizers import OPTIMIZERS
+from finetune.spec.checkpointing import parse_checkpointing
+from finetune.spec.config import HEADS
+from finetune.spec.optimizers import OPTIMIZERS
 
 RATES = gpu_rates(ACCELERATORS["titan-x"])
 

@@ -20,10 +20,10 @@ from tiny_models import (
 
 from bertbench.catalogue import check_precision
 from finetune.errors import InputError
-from finetune.layers import attention, dense, layer_norm
-from finetune.modeling import create_variables
-from finetune.precisions import allow_tensor_float_32, compute_bytes
-from finetune.step import make_trainer
+from finetune.model.layers import attention, dense, layer_norm
+from finetune.model.modeling import create_variables
+from finetune.spec.precisions import allow_tensor_float_32, compute_bytes
+from finetune.train.step import make_trainer
 
 SEQ_LEN = 7
 

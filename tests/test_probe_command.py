@@ -36,8 +36,8 @@ from bertbench.traced_steps import replay_step
 from bertbench.trial import TIMEOUT_SECONDS, Trial
 from bertbench.workers import share_out
 from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import parse_checkpointing
 from finetune.errors import InputError
+from finetune.spec.checkpointing import parse_checkpointing
 
 LIMIT = 21
 

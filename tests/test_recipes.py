@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.recipes import find_recipe, train_steps
+from finetune.spec.recipes import find_recipe, train_steps
 
 
 @pytest.mark.parametrize(

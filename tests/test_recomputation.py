@@ -18,8 +18,8 @@ from tiny_models import (
     random_batch,
 )
 
-from finetune.modeling import create_variables, layer_weight_names
-from finetune.recomputation import Keep, Tensors, compute, recompute
+from finetune.model.modeling import create_variables, layer_weight_names
+from finetune.model.recomputation import Keep, Tensors, compute, recompute
 
 ROWS_PER_EXAMPLE = 2
 

@@ -20,7 +20,7 @@ from bertbench.output_folder import (
     record_results,
 )
 from bertbench.running import RunSettings
-from finetune.folders import FolderLostError
+from finetune.storage.folders import FolderLostError
 
 TRAINED = {"global_step": 30, "train_loss": 0.5, "train_seconds": 12.0}
 SCORES = {"f1": 80.0, "weights_step": 20}

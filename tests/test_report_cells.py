@@ -14,7 +14,7 @@ from bertbench.devices import Device, TpuSettings
 from bertbench.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
 from bertbench.trial import Trial
 from bertbench.workload import published_workload
-from finetune.config import preset
+from finetune.spec.config import preset
 from reports.cells import read_cells
 from reports.places import name_places
 from reports.tables import limit_text, published_tables, write_tables

@@ -17,8 +17,8 @@ from bertbench.ledger import record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.trial import Trial
 from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import parse_checkpointing
 from finetune.errors import InputError
+from finetune.spec.checkpointing import parse_checkpointing
 from reports.cells import read_cells
 from reports.command import command
 from reports.comparing import compare_cells, read_either

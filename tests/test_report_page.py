@@ -16,7 +16,7 @@ from ledger_rows import CPU, failed, fits, oom, rows_of
 from matplotlib.figure import Figure
 
 from bertbench.ledger import LedgerRow
-from finetune.evaluation import EvalRecord, read_eval_log
+from finetune.train.evaluation import EvalRecord, read_eval_log
 from reports.figures import Picture
 from reports.page import build_page
 from reports.report import Report, name_apart

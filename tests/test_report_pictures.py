@@ -19,7 +19,7 @@ from bertbench.planner import Plan
 from bertbench.step_traces import read_trace
 from bertbench.traced_steps import traced_peak_bytes
 from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import POLICIES, parse_checkpointing
+from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from reports.cells import read_cells
 from reports.figures import INK, Picture, styled
 from reports.places import name_places

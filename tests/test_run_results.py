@@ -21,9 +21,9 @@ from bertbench.output_folder import RUN_FILE
 from bertbench.run_classifier import ClassifierSettings, GlueSource
 from bertbench.running import RunSettings
 from bertbench.training import OnProgress
-from finetune.demo_data import demo_files
 from finetune.errors import InputError
-from finetune.model_folder import ModelFiles
+from finetune.model_files.model_folder import ModelFiles
+from finetune.tasks.demo_data import demo_files
 
 DEMO = demo_files()
 FILES = ModelFiles(DEMO.bert_config_file, DEMO.vocab_file, None)

@@ -9,10 +9,10 @@ import pytest
 from model_folders import CONFIG, write_json, write_vocab
 
 from bertbench.running import check_segments, load_config_and_tokenizer
-from finetune.config import from_mapping
 from finetune.errors import InputError
-from finetune.model_folder import find_model_files
-from finetune.tokenization import CASED
+from finetune.model_files.model_folder import find_model_files
+from finetune.spec.config import from_mapping
+from finetune.text.tokenization import CASED
 
 
 @pytest.fixture

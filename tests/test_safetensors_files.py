@@ -1,4 +1,4 @@
-"""Tests of finetune.safetensors_files."""
+"""Tests of finetune.model_files.safetensors_files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from model_folders import write_json
 from safetensors.numpy import save_file
 
 from finetune.errors import InputError
-from finetune.safetensors_files import INDEX_FILE, WEIGHTS_FILE, open_safetensors, original_name
+from finetune.model_files.safetensors_files import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    open_safetensors,
+    original_name,
+)
 
 WORDS = "bert.embeddings.word_embeddings.weight"
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"

@@ -25,7 +25,7 @@ from finetune.tasks.squad_examples import (
     read_squad,
 )
 from finetune.tasks.squad_predictions import predict_answers
-from finetune.tokenization import UNCASED, Tokenizer, load_tokenizer
+from finetune.text.tokenization import UNCASED, Tokenizer, load_tokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -18,7 +18,7 @@ from finetune.errors import InputError
 from finetune.tasks.squad import SquadFeatures, featurize
 from finetune.tasks.squad_examples import SquadExample, SquadExamples, SquadParagraph, read_squad
 from finetune.tasks.squad_predictions import predict_answers, recover_text, write_predictions
-from finetune.tokenization import (
+from finetune.text.tokenization import (
     CASED,
     UNCASED,
     Normalization,

@@ -1,4 +1,4 @@
-"""Tests of finetune.step: losses, weights of rows, what a step reports and leaves alone."""
+"""Tests of finetune.train.step: losses, weights of rows, what a step reports and leaves alone."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tiny_models import (
     values_of,
 )
 
-from finetune import step as step_module
-from finetune.config import has_no_gradient, is_trained
-from finetune.modeling import create_variables
-from finetune.optimizers import OPTIMIZERS
-from finetune.step import Trainer, example_losses, make_predictor, make_trainer, pad_batch
+from finetune.model.modeling import create_variables
+from finetune.spec.config import has_no_gradient, is_trained
+from finetune.spec.optimizers import OPTIMIZERS
+from finetune.train import step as step_module
+from finetune.train.step import Trainer, example_losses, make_predictor, make_trainer, pad_batch
 
 SEQ_LEN = 6
 

@@ -44,10 +44,10 @@ from bertbench.traced_steps import (
 )
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, published_workload
-from finetune.checkpointing import examples_per_block, parse_checkpointing
-from finetune.config import HEADS, preset
 from finetune.errors import InputError
-from finetune.optimizers import OPTIMIZERS
+from finetune.spec.checkpointing import examples_per_block, parse_checkpointing
+from finetune.spec.config import HEADS, preset
+from finetune.spec.optimizers import OPTIMIZERS
 
 
 class Toy:

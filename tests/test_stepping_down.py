@@ -33,10 +33,10 @@ from bertbench.running import RunSettings, choose_levers
 from bertbench.stepping_down import follow, step_down
 from bertbench.trial import Trial
 from bertbench.workload import Levers, published_workload
-from finetune.checkpoint_files import list_checkpoints
-from finetune.checkpointing import Checkpointing
 from finetune.errors import InputError
-from finetune.training import read_log
+from finetune.model_files.checkpoint_files import list_checkpoints
+from finetune.spec.checkpointing import Checkpointing
+from finetune.train.training import read_log
 from reports.cells import read_cells
 
 TESTS = Path(__file__).parent

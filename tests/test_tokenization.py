@@ -1,4 +1,4 @@
-"""Tests of finetune.tokenization."""
+"""Tests of finetune.text.tokenization."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from finetune.errors import InputError
-from finetune.tokenization import (
+from finetune.text.tokenization import (
     UNCASED,
     AddedToken,
     Normalization,
@@ -24,7 +24,7 @@ from finetune.tokenization import (
     load_tokenizer,
     make_tokenizer,
 )
-from finetune.vocabulary import Vocabulary, read_vocabulary
+from finetune.text.vocabulary import Vocabulary, read_vocabulary
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 

@@ -18,8 +18,8 @@ from bertbench.trace_variants import with_optimizer
 from bertbench.traced_steps import trace_of, write_out
 from bertbench.trial import measure_batches
 from bertbench.workload import Levers, Workload, published_workload
-from finetune.checkpointing import parse_checkpointing
-from finetune.optimizers import OPTIMIZERS
+from finetune.spec.checkpointing import parse_checkpointing
+from finetune.spec.optimizers import OPTIMIZERS
 
 SETTINGS = [
     (head, policy, steps)

@@ -13,7 +13,7 @@ from bertbench.step_traces import UPDATE
 from bertbench.traced_footprint import traced_footprint
 from bertbench.traced_steps import replay_step, traced_peak_bytes
 from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import parse_checkpointing
+from finetune.spec.checkpointing import parse_checkpointing
 
 PLENTY = memory_of("cpu", 16 * GIB_BYTES)
 POLICIES = ("none", "selective", "full", "nested", "selective:4", "nested:3")

@@ -9,7 +9,7 @@ from bertbench.allocator_limit import memory_of
 from bertbench.bytes import MIB_BYTES
 from bertbench.traced_limits import TracedStep
 from bertbench.workload import Levers, published_workload
-from finetune.checkpointing import parse_checkpointing
+from finetune.spec.checkpointing import parse_checkpointing
 
 
 @settings(max_examples=40)

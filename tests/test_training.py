@@ -1,4 +1,4 @@
-"""Tests of finetune.training and finetune.evaluation: the loop around the step."""
+"""Tests of finetune.train.training and finetune.train.evaluation: the loop around the step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 import tensorflow as tf
 from tiny_models import CONFIG, eagerly, random_batch, tiny_trainer, values_of
 
-from finetune.checkpoint_files import list_checkpoints
-from finetune.evaluation import (
+from finetune.model_files.checkpoint_files import list_checkpoints
+from finetune.storage.folders import FolderLostError
+from finetune.train.evaluation import (
     BEST_FOLDER,
     EVAL_LOG_NAME,
     EvalRecord,
@@ -24,9 +25,8 @@ from finetune.evaluation import (
     out_of_patience,
     read_eval_log,
 )
-from finetune.folders import FolderLostError
-from finetune.step import StepResult, Trainer
-from finetune.training import (
+from finetune.train.step import StepResult, Trainer
+from finetune.train.training import (
     LOG_NAME,
     Ending,
     Listener,

@@ -1,4 +1,4 @@
-"""Tests of finetune.weights."""
+"""Tests of finetune.model.weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import tensorflow as tf
 from safetensors.numpy import save_file
 from tiny_models import CONFIG, NUM_LABELS, Arrays
 
-from finetune.checkpoints import save_state
-from finetune.config import BertConfig, from_json_file, variable_shapes
 from finetune.errors import InputError
-from finetune.modeling import Variables, create_variables, encode
-from finetune.optimization import create_state
-from finetune.safetensors_files import original_name
-from finetune.weights import find_checkpoint, load_weights
+from finetune.model.modeling import Variables, create_variables, encode
+from finetune.model.weights import find_checkpoint, load_weights
+from finetune.model_files.safetensors_files import original_name
+from finetune.spec.config import BertConfig, from_json_file, variable_shapes
+from finetune.train.checkpoints import save_state
+from finetune.train.optimization import create_state
 
 POOLER = ("bert/pooler/dense/kernel", "bert/pooler/dense/bias")
 SQUAD_HEAD = ("cls/squad/output_weights", "cls/squad/output_bias")

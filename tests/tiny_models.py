@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 import tensorflow as tf
 
-from finetune.checkpointing import parse_checkpointing
-from finetune.config import BertConfig, is_trained
-from finetune.dropout import DropoutKey
-from finetune.modeling import create_variables
-from finetune.optimization import OptimizerSettings
-from finetune.step import Trainer, example_losses, make_trainer
+from finetune.model.dropout import DropoutKey
+from finetune.model.modeling import create_variables
+from finetune.spec.checkpointing import parse_checkpointing
+from finetune.spec.config import BertConfig, is_trained
+from finetune.train.optimization import OptimizerSettings
+from finetune.train.step import Trainer, example_losses, make_trainer
 
 CONFIG = BertConfig(
     vocab_size=31,

@@ -45,7 +45,7 @@ from fault_site import (
 )
 from injections import FAULTS, Fault
 
-from finetune.json_files import json_text
+from finetune.storage.json_files import json_text
 
 _SAME_LOSS = 2e-3
 """Relative difference of the losses of two runs: kernels on several threads add in any order."""

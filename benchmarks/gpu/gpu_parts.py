@@ -26,8 +26,8 @@ from bertbench.traced_limits import TracedStep
 from bertbench.traced_steps import trace_of
 from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload, published_workload
-from finetune.checkpointing import POLICIES, Checkpointing
 from finetune.errors import InputError
+from finetune.spec.checkpointing import POLICIES, Checkpointing
 
 _NEAR_THE_LIMIT = 0.97
 """Part of a budget up to which a setting is timed: where the limit is, is what `cells` is for."""

@@ -75,7 +75,7 @@ from bertbench.progress import progress
 from bertbench.terminal import say
 from bertbench.trial import Trial, measure_batches
 from finetune.errors import InputError
-from finetune.json_files import json_text
+from finetune.storage.json_files import json_text
 
 PARTS = ("cells", "speed", "plans", "choice", "placement", "peer", "xla")
 _STEPS = 4

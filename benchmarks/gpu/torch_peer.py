@@ -18,7 +18,7 @@ from typing import Any
 
 from bertbench.bisection import last_that_holds
 from bertbench.workload import published_workload
-from finetune.json_files import json_text
+from finetune.storage.json_files import json_text
 
 _STEPS = 4
 _LARGEST = 4096

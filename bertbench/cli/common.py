@@ -16,10 +16,10 @@ from bertbench.devices import Budget, make_budget
 from bertbench.terminal import PlainConsole, echo
 from bertbench.workload import MOST_BATCH, Levers
 from finetune.errors import InputError
-from finetune.files import write_atomically
-from finetune.json_files import json_text
-from finetune.optimizers import OPTIMIZERS, PLACEMENTS
-from finetune.precisions import PRECISIONS
+from finetune.spec.optimizers import OPTIMIZERS, PLACEMENTS
+from finetune.spec.precisions import PRECISIONS
+from finetune.storage.files import write_atomically
+from finetune.storage.json_files import json_text
 
 CONTEXT = {
     # The original's flags have underscores; both spellings are one flag.

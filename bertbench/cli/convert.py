@@ -11,7 +11,7 @@ from bertbench.cli.common import CONTEXT, MOST_SEED, Whole, json_option, write_j
 from bertbench.progress import progress
 from bertbench.terminal import echo, say
 from finetune.errors import InputError
-from finetune.files import write_atomically
+from finetune.storage.files import write_atomically
 from finetune.tasks.triviaqa import (
     MAX_WORDS,
     OUTCOMES,

@@ -10,7 +10,7 @@ import click
 from bertbench.cli.common import CONTEXT, Number, json_option, write_json
 from bertbench.terminal import echo, say
 from finetune.errors import InputError
-from finetune.json_files import load_json
+from finetune.storage.json_files import load_json
 
 # The default of `--na-prob-thresh` in evaluate-v2.0.py, which is meant for probabilities.
 _SCRIPT_THRESHOLD = 1.0

@@ -12,10 +12,10 @@ from bertbench.errors import WorkError
 from bertbench.quiet import muted_stderr
 from bertbench.running import load_config_and_tokenizer
 from bertbench.terminal import echo, say
-from finetune.checkpoint_files import PREFIX, list_checkpoints
 from finetune.errors import InputError
-from finetune.head_labels import read_trained_head
-from finetune.model_folder import find_model_files
+from finetune.model_files.checkpoint_files import PREFIX, list_checkpoints
+from finetune.model_files.head_labels import read_trained_head
+from finetune.model_files.model_folder import find_model_files
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -44,7 +44,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     flag_value="true",
     help="For an uncased model. Default: as the run was, or as the model's files say.",
 )
-@click.option("--force", is_flag=True, help="Replace an earlier export.")
+@click.option("--force", is_flag=True, help="Replace an earlier export_weights.")
 @json_option
 def command(
     model_dir: Path,
@@ -72,11 +72,11 @@ def command(
     # What is written says whether letters are lowered, and will be believed.
     config, tokenizer = load_config_and_tokenizer(files, asked, 1, insist=True)
     _start_tensorflow()
-    from finetune import export
-    from finetune.export_folder import new_folder
-    from finetune.saved_model import export_saved_model
+    from finetune.export import export_weights
+    from finetune.export.export_folder import new_folder
+    from finetune.export.saved_model import export_saved_model
 
-    model = export.open_model(weights, config)
+    model = export_weights.open_model(weights, config)
     sources = [files.config_file, files.vocab_file, model.checkpoint]
     labels = None
     if model.head == "classifier" and not model.is_regression:
@@ -90,9 +90,9 @@ def command(
     try:
         with new_folder(folder, force=force, sources=sources) as new:
             if kind == "huggingface":
-                export.export_hugging_face(model, tokenizer, new, labels=labels)
+                export_weights.export_hugging_face(model, tokenizer, new, labels=labels)
             elif kind == "checkpoint":
-                export.export_checkpoint(model, tokenizer, new, labels)
+                export_weights.export_checkpoint(model, tokenizer, new, labels)
             else:
                 export_saved_model(model, tokenizer, new, labels)
     except OSError as error:

@@ -48,9 +48,9 @@ from bertbench.terminal import say
 from bertbench.trial import Trial
 from bertbench.verifying import verify_plan
 from bertbench.workload import Workload, check_layers, published_workload
-from finetune.checkpointing import parse_checkpointing
-from finetune.config import HEADS
 from finetune.errors import InputError
+from finetune.spec.checkpointing import parse_checkpointing
+from finetune.spec.config import HEADS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from bertbench.least_memory import LeastMemory
 from bertbench.planner import Plan, PlanEntry, describe_cut
 from bertbench.trial import Trial
 from bertbench.workload import Levers, Workload
-from finetune.recipes import find_recipe, train_steps
+from finetune.spec.recipes import find_recipe, train_steps
 
 Cell = Plan | tuple[Workload, str]
 """A plan, or what there is none for, and why."""

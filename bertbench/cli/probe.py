@@ -57,11 +57,11 @@ from bertbench.terminal import say
 from bertbench.trial import Trial
 from bertbench.workers import share_out
 from bertbench.workload import MOST_BATCH, Levers, check_layers, published_workload
-from finetune.checkpointing import parse_checkpointing
-from finetune.config import HEADS
 from finetune.errors import InputError
-from finetune.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, PLACEMENTS
-from finetune.precisions import EXACT_PRECISION, PRECISIONS
+from finetune.spec.checkpointing import parse_checkpointing
+from finetune.spec.config import HEADS
+from finetune.spec.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, PLACEMENTS
+from finetune.spec.precisions import EXACT_PRECISION, PRECISIONS
 
 _CPU_DEFAULT_BYTES = 512 * MIB_BYTES
 _CPU_MODELS, _CPU_SEQ_LENS = "bert-tiny,bert-mini", "64,128"

@@ -38,10 +38,10 @@ from bertbench.output_folder import RUN_FILE
 from bertbench.running import RunSettings
 from bertbench.terminal import echo, say
 from bertbench.threads import check_threads
-from finetune.checkpointing import parse_checkpointing
-from finetune.demo_data import demo_files
 from finetune.errors import InputError
-from finetune.model_folder import ModelFiles, find_model_files
+from finetune.model_files.model_folder import ModelFiles, find_model_files
+from finetune.spec.checkpointing import parse_checkpointing
+from finetune.tasks.demo_data import demo_files
 
 _PATH = PathOrUrl()
 _DEMO_FLAGS = {"max_seq_length": 64, "train_batch_size": 8, "num_train_epochs": 6.0}

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.errors import InputError
-from finetune.files import write_atomically
+from finetune.storage.files import write_atomically
 from finetune.tasks.classification_metrics import Metric
-from finetune.tokenization import Tokenizer
+from finetune.text.tokenization import Tokenizer
 
 
 @dataclass(frozen=True)

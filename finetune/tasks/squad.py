@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from finetune.errors import InputError
 from finetune.tasks.squad_examples import SquadExample, SquadExamples
-from finetune.tokenization import Tokenizer
+from finetune.text.tokenization import Tokenizer
 
 # [CLS] question [SEP] window [SEP]
 _NUM_SPECIAL_TOKENS = 3

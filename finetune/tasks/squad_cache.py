@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from finetune.array_cache import CacheEntry, hash_file, hash_key, load_or_make
 from finetune.errors import InputError
+from finetune.storage.array_cache import CacheEntry, hash_file, hash_key, load_or_make
 from finetune.tasks.squad import feature_chunks
 from finetune.tasks.squad_examples import SquadExamples, read_squad
-from finetune.tokenization import Tokenizer
+from finetune.text.tokenization import Tokenizer
 
 # To be raised with every change that gives other features.
 _FEATURES_VERSION = 2

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from finetune.errors import InputError
-from finetune.json_files import get_value, load_json
+from finetune.storage.json_files import get_value, load_json
 
 _HINT = "give a SQuAD JSON file"
 _get = functools.partial(get_value, hint=_HINT)

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.errors import InputError
-from finetune.files import write_atomically
-from finetune.json_files import json_text
+from finetune.storage.files import write_atomically
+from finetune.storage.json_files import json_text
 from finetune.tasks.squad import SquadFeatures
 from finetune.tasks.squad_examples import SquadExample, SquadExamples
-from finetune.tokenization import Normalization, basic_tokenize
+from finetune.text.tokenization import Normalization, basic_tokenize
 
 
 class NbestEntry(TypedDict):

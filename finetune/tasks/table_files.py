@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from finetune.errors import InputError
-from finetune.files import decode_utf8, read_bytes
-from finetune.json_files import json_text, parse_json
+from finetune.storage.files import decode_utf8, read_bytes
+from finetune.storage.json_files import json_text, parse_json
 from finetune.tasks.classification import ClassificationData, ClassificationExamples
 from finetune.tasks.classification_metrics import REGRESSION_METRICS, Metric
 

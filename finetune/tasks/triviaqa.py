@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from finetune.errors import InputError
-from finetune.json_files import get_value, json_text, load_json
+from finetune.storage.json_files import get_value, json_text, load_json
 
 MAX_WORDS = 800
 SEED = 10

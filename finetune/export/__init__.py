@@ -1,0 +1,1 @@
+"""Fine-tuned weights for other tools."""

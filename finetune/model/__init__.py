@@ -1,0 +1,1 @@
+"""BERT's encoder and heads in TensorFlow, written for what a step keeps in memory."""

@@ -1,0 +1,185 @@
+"""Regions whose backward pass runs their forward pass again, a few examples at a time.
+
+The recomputed forward pass must draw the dropout masks of the first one. `tf.recompute_grad`
+around a stateful random op does not: it draws new masks, and the gradient belongs to another
+function than the loss. Here every mask is a function of tensors that are passed in
+(`finetune.model.dropout`), so both passes agree by construction.
+
+A region that treats every example alike may be run in blocks of examples. What it holds in
+between is then that of one block, however large the micro-batch is; its inputs and outputs alone
+grow with the batch. Gradients of weights are added up over the blocks, so they differ from those
+of one block by the order of a float32 sum.
+
+A region may name results that are too costly to compute again. They are kept, block by block.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import tensorflow as tf
+
+from finetune.model.blocks import BlockResult, Tensors, in_blocks
+
+Keep = Callable[..., tf.Tensor]
+"""`keep(function, *arguments)` stands for `function(*arguments)` and may remember the result."""
+
+
+class Region(Protocol):
+    """What can be recomputed: a pure function of tensors.
+
+    What else it needs, as the step's dropout key, it may capture as long as no gradient is wanted.
+    """
+
+    def __call__(
+        self, first: tf.Tensor, inputs: Tensors, weights: Tensors, constants: Tensors, keep: Keep
+    ) -> tf.Tensor:
+        """Compute the rows of some examples.
+
+        Args:
+            first: index of their first example within the micro-batch, int32 scalar.
+            inputs: float tensors with their rows.
+            weights: float tensors that all examples share.
+            constants: tensors with their rows that no gradient is wanted for.
+            keep: to be called for results that need not be computed again, always the same
+                ones in the same order.
+        """
+        ...
+
+
+def compute(function: Callable[..., tf.Tensor], *arguments: tf.Tensor) -> tf.Tensor:
+    """Call a function; the `Keep` that remembers nothing."""
+    return function(*arguments)
+
+
+def recompute(
+    region: Region,
+    inputs: Tensors,
+    weights: Tensors,
+    constants: Tensors = (),
+    *,
+    examples: tf.Tensor,
+    examples_per_block: int | None = None,
+    kept_types: Sequence[tf.DType] = (),
+    totals: Tensors | None = None,
+    xla: bool = False,
+) -> tf.Tensor:
+    """Run a region so that only its arguments, and what it asks to keep, outlive it.
+
+    Args:
+        region: see `Region`.
+        inputs: its inputs; the first dimension of each is a multiple of the number of examples.
+        weights: its weights.
+        constants: its constants; likewise.
+        examples: number of examples, int32 scalar.
+        examples_per_block: most examples at a time; None for all at once.
+        kept_types: types of what the region asks to keep, in that order; empty to keep nothing.
+        totals: what the gradients of the weights are to be added to, so that what is returned
+            as their gradients are new totals. None for their gradients alone.
+        xla: make a graph that XLA can compile, see `finetune.model.blocks.in_blocks`.
+
+    Returns:
+        What the region returns for all examples, of the type of the first input.
+    """
+    count = len(inputs)
+    type_ = inputs[0].dtype
+    run = functools.partial(
+        in_blocks, examples=examples, examples_per_block=examples_per_block, xla=xla
+    )
+
+    @tf.custom_gradient
+    def checkpointed(*tensors: tf.Tensor) -> tuple[tf.Tensor, Callable[..., list[tf.Tensor]]]:
+        entering, shared = tensors[:count], tensors[count:]
+
+        def forward(first: tf.Tensor, rows: Tensors, _: Tensors) -> BlockResult:
+            kept: list[tf.Tensor] = []
+            keep = _keep_in(kept) if kept_types else compute
+            result = region(first, rows[:count], shared, rows[count:], keep)
+            return BlockResult([result], kept, [])
+
+        def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
+            def backward(first: tf.Tensor, rows: Tensors, kept: Tensors) -> BlockResult:
+                upstream, block, rest = rows[0], rows[1 : count + 1], rows[count + 1 :]
+                keep = _replay(kept) if kept_types else compute
+                with tf.GradientTape() as tape:
+                    tape.watch([*block, *shared])
+                    result = region(first, block, shared, rest, keep)
+                found = tape.gradient(
+                    result,
+                    [*block, *shared],
+                    output_gradients=upstream,
+                    unconnected_gradients=tf.UnconnectedGradients.ZERO,
+                )
+                return BlockResult(found[:count], [], found[count:])
+
+            again: Tensors = entering
+            if examples_per_block is None:
+                again = [_after(upstream, x) for x in entering]
+            of_inputs, _, of_weights = run(
+                backward,
+                [upstream, *again, *constants],
+                kept,
+                joined_types=[x.dtype for x in entering],
+                sums_like=shared,
+                totals=totals,
+            )
+            # Nothing waits for a weight's gradient until the update, and TensorFlow prefers the
+            # operation that became ready last: without this the layers below would be recomputed
+            # first, and all their activations would live at once.
+            with tf.control_dependencies(of_weights):
+                return [*(tf.identity(g) for g in of_inputs), *of_weights]
+
+        (result,), kept, _ = run(
+            forward, [*entering, *constants], (), joined_types=[type_], kept_types=kept_types
+        )
+        return result, gradient
+
+    return checkpointed(*inputs, *weights)
+
+
+def _keep_in(kept: list[tf.Tensor]) -> Keep:
+    """Make the `Keep` that remembers results."""
+
+    def keep(function: Callable[..., tf.Tensor], *arguments: tf.Tensor) -> tf.Tensor:
+        kept.append(function(*arguments))
+        return kept[-1]
+
+    return keep
+
+
+def _replay(kept: Tensors) -> Keep:
+    """Make the `Keep` that returns what was remembered, with the gradient of the function."""
+    remaining = iter(kept)
+
+    def keep(function: Callable[..., tf.Tensor], *arguments: tf.Tensor) -> tf.Tensor:
+        value = next(remaining)
+        if not arguments:
+            return value
+
+        @tf.custom_gradient
+        def known(*arguments: tf.Tensor) -> tuple[tf.Tensor, Callable[..., list[tf.Tensor]]]:
+            def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
+                # The result itself is not asked for, so the graph does not compute it.
+                with tf.GradientTape() as tape:
+                    tape.watch(arguments)
+                    result = function(*arguments)
+                return tape.gradient(result, arguments, output_gradients=upstream)
+
+            return tf.identity(value), gradient
+
+        return known(*arguments)
+
+    return keep
+
+
+def _after(trigger: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    """Return `x`, but not before `trigger` is known: `x` plus what is 0 unless `trigger` is NaN.
+
+    A control dependency is not enough in a graph of one piece: its optimizer would see the same
+    computation twice and keep the activations of the first, and XLA would move the second one
+    before the loss.
+    """
+    first = tf.reshape(trigger, [-1])[0]
+    return x + tf.cast(tf.where(tf.equal(first, first), tf.zeros_like(first), first), x.dtype)

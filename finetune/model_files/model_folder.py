@@ -1,0 +1,322 @@
+"""What a model's folder says beside its weights: its files, its tokenizer, and how it was trained.
+
+A folder is of the original release, of Hugging Face, or the output of a run, which leaves its
+record there. This module does not import TensorFlow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from finetune.errors import InputError
+from finetune.spec.config import BertConfig, from_mapping
+from finetune.storage.json_files import load_object
+from finetune.text.tokenization import Normalization, Tokenizer
+from finetune.text.tokenizer_files import (
+    NORMALIZATION_KEYS,
+    TOKENIZER_FILES,
+    TokenizerSettings,
+    check_tokenizer_class,
+    make_from_files,
+    read_tokenizer_settings,
+)
+from finetune.text.vocabulary import read_vocabulary
+
+_logger = logging.getLogger(__name__)
+
+CONFIG_NAMES = ("bert_config.json", "config.json")
+VOCABULARY_NAMES = ("vocab.txt", "tokenizer.json")
+RUN_FILE = "run.json"
+SETTINGS_FILES = (*TOKENIZER_FILES, *CONFIG_NAMES, RUN_FILE)
+"""What may lie beside weights and vocabulary, and tell how they were trained."""
+
+# Of a smaller vocabulary the letters tell nothing.
+_TELLING_TOKENS = 1000
+_CAPITALS_SHARE = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """Where a model comes from.
+
+    Attributes:
+        config_file: its shape.
+        vocab_file: its vocabulary, `vocab.txt` or a `tokenizer.json`.
+        init_checkpoint: its weights; None starts from random ones.
+        folder: the model's folder, if one was named.
+    """
+
+    config_file: Path
+    vocab_file: Path
+    init_checkpoint: Path | None
+    folder: Path | None = None
+
+    @property
+    def weights_folder(self) -> Path | None:
+        """The folder that the weights lie in."""
+        if self.init_checkpoint is None or self.init_checkpoint.is_dir():
+            return self.init_checkpoint
+        return self.init_checkpoint.parent
+
+
+def find_model_files(
+    model_dir: Path | None,
+    config_file: Path | None,
+    vocab_file: Path | None,
+    init_checkpoint: Path | None,
+) -> ModelFiles:
+    """Combine a model's folder with files that are named one by one, which come first.
+
+    Raises:
+        InputError: a file is neither named nor in the folder.
+    """
+
+    def locate(given: Path | None, names: tuple[str, ...], flag: str) -> Path:
+        if given is not None:
+            if not given.is_file():
+                raise InputError(f"no such file, given as {flag}", path=given)
+            return given
+        if model_dir is None:
+            raise InputError(f"{flag} is missing", hint=f"give --model FOLDER or {flag} FILE")
+        for name in names:
+            if (model_dir / name).is_file():
+                return model_dir / name
+        raise InputError(
+            f"no {' or '.join(names)} in the model's folder",
+            path=model_dir,
+            hint=f"give it with {flag}",
+        )
+
+    if model_dir is not None and not model_dir.is_dir():
+        raise InputError("no such model folder", path=model_dir)
+    if model_dir is not None and config_file is None:
+        _warn_of_two_configurations(model_dir)
+    return ModelFiles(
+        locate(config_file, CONFIG_NAMES, "--bert_config_file"),
+        locate(vocab_file, VOCABULARY_NAMES, "--vocab_file"),
+        init_checkpoint or model_dir,
+        model_dir,
+    )
+
+
+def _warn_of_two_configurations(folder: Path) -> None:
+    """Say so if a folder has one of each family, and they disagree."""
+
+    def shape_of(path: Path) -> BertConfig | None:
+        try:
+            return from_mapping(_read_object(path, "the model configuration"))
+        except InputError:
+            return None
+
+    ours, theirs = (folder / name for name in CONFIG_NAMES)
+    if not (ours.is_file() and theirs.is_file()):
+        return
+    first, second = shape_of(ours), shape_of(theirs)
+    if first == second:
+        return
+    if first is None or second is None:
+        _logger.warning("%s and %s are of different models: using the first", ours, theirs.name)
+        return
+    values, others = first.values(), second.values()
+    differ = ", ".join(name for name in values | others if values.get(name) != others.get(name))
+    # The word "gelu" means another function in each.
+    _logger.warning("%s and %s differ in %s: using the first", ours, theirs.name, differ)
+
+
+def run_record(folder: Path) -> Mapping[str, Any]:
+    """What a run has recorded about itself in its output folder; empty for any other folder.
+
+    Raises:
+        InputError: there is a record, and it cannot be read.
+    """
+    path = folder / RUN_FILE
+    if not path.is_file() and folder.resolve().name == "best":
+        # A run keeps its best weights in a folder within its own.
+        path = folder.resolve().parent / RUN_FILE
+    return _read_object(path, "the record of a run") if path.is_file() else {}
+
+
+def read_config_values(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
+    """A folder's configuration file and its values, as they are; none without such a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    for name in CONFIG_NAMES:
+        if (folder / name).is_file():
+            return folder / name, _read_object(folder / name, "the model configuration")
+    return None, {}
+
+
+def _read_object(path: Path, what: str) -> Mapping[str, Any]:
+    return load_object(path, what=what, finite=False, large_integers="float")
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundTokenizer:
+    """A model's tokenizer, and what is to be said about it.
+
+    Attributes:
+        tokenizer: the tokenizer.
+        guess: what tells whether letters are lowered where no flag and no file says so, as in
+            `the name …`; "" if nothing tells; None if a flag or a file says so.
+        remarks: contradictions between flags, files, names and the vocabulary.
+        model_max_length: tokens of a text that the model is said to be for, if a file says so.
+    """
+
+    tokenizer: Tokenizer
+    guess: str | None
+    remarks: tuple[str, ...]
+    model_max_length: int | None
+
+
+def find_tokenizer(
+    files: ModelFiles, asked: Mapping[str, bool | None], trained_in: Sequence[Path] = ()
+) -> FoundTokenizer:
+    """Make the tokenizer with which a model was trained.
+
+    Whether letters are lowered, accents stripped and Chinese characters set apart is what the flags
+    say, else the record of the run that trained the weights, else `tokenizer_config.json`, else
+    `tokenizer.json`. If none of them tells, the names of the files decide, and then the vocabulary.
+
+    Args:
+        files: the model.
+        asked: what flags say of `finetune.text.tokenizer_files.NORMALIZATION_KEYS`; None says
+            nothing.
+        trained_in: output folders of which a run's record counts before the weights' own.
+
+    Raises:
+        InputError: a file cannot be read, or asks for tokens that cannot be made here.
+    """
+    folders = [folder for folder in (files.weights_folder, files.folder) if folder is not None]
+    settings = read_tokenizer_settings(files.vocab_file, folders)
+    config = _read_object(files.config_file, "the model configuration")
+    check_tokenizer_class(config.get("tokenizer_class"), files.config_file, settings.described)
+    sources = _sources(files, settings, [*trained_in, *folders], asked)
+    values: dict[str, bool | None] = {}
+    remarks: list[str] = []
+    for key in NORMALIZATION_KEYS:
+        told = [(where, said[key]) for where, said in sources if key in said]
+        if told:
+            where, values[key] = told[0]
+            remarks += _contradictions(key, told)
+    guess = None
+    if "do_lower_case" not in values:
+        values["do_lower_case"], guess = _guess(files, [*trained_in, *folders])
+    normalization = Normalization(
+        bool(values["do_lower_case"]),
+        values.get("strip_accents"),
+        values.get("tokenize_chinese_chars") is not False,
+    )
+    tokenizer = make_from_files(files.vocab_file, settings, normalization)
+    if guess is None:
+        where = next(where for where, said in sources if "do_lower_case" in said)
+        if PurePath(where).name != RUN_FILE:
+            remarks += _doubts(normalization.do_lower_case, files, tokenizer.vocab)
+    return FoundTokenizer(tokenizer, guess, tuple(remarks), settings.model_max_length)
+
+
+def _sources(
+    files: ModelFiles,
+    settings: TokenizerSettings,
+    folders: Sequence[Path],
+    asked: Mapping[str, bool | None],
+) -> list[tuple[str, Mapping[str, bool | None]]]:
+    """What flags and files say of the normalization, the most telling first."""
+    given = {key: value for key, value in asked.items() if value is not None}
+    sources: list[tuple[str, Mapping[str, bool | None]]] = [("the flag", given)]
+    vocab_file = files.vocab_file
+    for folder in dict.fromkeys([*folders, vocab_file.parent, vocab_file.resolve().parent]):
+        record = run_record(folder)
+        if isinstance(record.get("do_lower_case"), bool):
+            # A record that lacks the others is of a version that knew only their defaults.
+            accents = record.get("strip_accents")
+            trained = {
+                "do_lower_case": record["do_lower_case"],
+                "strip_accents": accents if isinstance(accents, bool) else None,
+                "tokenize_chinese_chars": record.get("tokenize_chinese_chars") is not False,
+            }
+            sources.append((str(folder / RUN_FILE), trained))
+            break
+    sources += [(str(path), said) for path, said in settings.normalization.items()]
+    return sources
+
+
+def _contradictions(key: str, told: Sequence[tuple[str, bool | None]]) -> list[str]:
+    where, used = told[0]
+    others = [other for other, value in told[1:] if value is not None and value != used]
+    if used is None or not others:
+        return []
+    return [f"{key} is {used} by {where}, and {not used} by {others[0]}: using {used}"]
+
+
+def _guess(files: ModelFiles, folders: Iterable[Path]) -> tuple[bool, str]:
+    """Guess from names and vocabulary whether letters are to be lowered, and say why."""
+    names = [
+        str(path)
+        for path in (files.init_checkpoint, files.config_file)
+        if path is not None
+        for path in (path, path.resolve())
+    ]
+    # What a run of an earlier version has recorded.
+    names += [str(run_record(folder).get("init_checkpoint") or "") for folder in folders]
+    for name in names:
+        inferred = infer_do_lower_case(name)
+        if inferred is not None:
+            return inferred, f"the name {name}"
+    looks = _looks_lowered(read_vocabulary(files.vocab_file).ids)
+    if looks is not None:
+        return looks, f"the {'lack of ' if looks else ''}capital letters in {files.vocab_file}"
+    return True, ""
+
+
+def _doubts(do_lower_case: bool, files: ModelFiles, vocab: Mapping[str, int]) -> list[str]:
+    """What speaks against a choice that no run has recorded."""
+    name = str(files.init_checkpoint or files.config_file)
+    inferred = infer_do_lower_case(name)
+    if inferred is not None and inferred != do_lower_case:
+        return [f"do_lower_case is {do_lower_case}, but {name} looks like {_kind(inferred)} model"]
+    if do_lower_case and _looks_lowered(vocab) is False:
+        return [
+            f"do_lower_case is True, but the capital letters in {files.vocab_file} look like "
+            f"{_kind(False)} model"
+        ]
+    return []
+
+
+def _kind(lowered: bool) -> str:
+    return "an uncased" if lowered else "a cased"
+
+
+def _looks_lowered(vocab: Mapping[str, int]) -> bool | None:
+    """Whether a vocabulary is of lowered text; None if that cannot be told."""
+    words = [token for token in vocab if not token.startswith("[")]
+    if len(words) < _TELLING_TOKENS:
+        return None
+    capitals = sum(token != token.lower() for token in words)
+    if capitals > _CAPITALS_SHARE * len(words):
+        return False
+    return True if capitals == 0 else None
+
+
+def infer_do_lower_case(name_or_path: str | os.PathLike[str]) -> bool | None:
+    """Guess from a model's name whether it is an uncased one; None if the name does not tell.
+
+    Knows names that say `cased` or `uncased`, and Google's two lower-cased releases that do not:
+    `multilingual_L-12_H-768_A-12` and `chinese_L-12_H-768_A-12`. The part of a path nearest to the
+    file counts most.
+    """
+    for part in reversed(PurePath(name_or_path).parts):
+        if re.search(r"(?<![a-z])uncased(?![a-z])", part, re.IGNORECASE):
+            return True
+        if re.search(r"(?<![a-z])cased(?![a-z])", part, re.IGNORECASE):
+            return False
+        if re.match(r"(multilingual|chinese)_L-\d", part):
+            return True
+    return None

@@ -1,0 +1,1 @@
+"""The optimizer step, the training loop, evaluation, and training state on disk."""
