@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import nnls
 
+from bertbench.core.workload import levers_from_json, published_workload
 from bertbench.cost import Work, work_of
-from bertbench.workload import levers_from_json, published_workload
 
 _NAMES = [field.name for field in dataclasses.fields(Work)]
 

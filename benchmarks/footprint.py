@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.attached import resolve_device
+from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices import Budget, make_budget
 from bertbench.fitting import Room, footprint_in
 from bertbench.footprint import predict_footprint
 from bertbench.traced_steps import trace_of
 from bertbench.trial import measure_batches
-from bertbench.workload import Levers, Workload, published_workload
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import ACTIVATIONS
 from finetune.spec.optimizers import OPTIMIZERS

@@ -37,14 +37,14 @@ from typing import Any
 
 from bertbench.allocator_limit import empty_memory
 from bertbench.attached import resolve_device
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices import Budget, make_budget
 from bertbench.fitting import Room, footprint_in
 from bertbench.footprint import max_micro_batch, predict_footprint
 from bertbench.probing import is_traced
 from bertbench.traced_limits import TracedStep
 from bertbench.trial import Trial, measure_batches
-from bertbench.workload import Levers, Workload, published_workload
 from finetune.spec.checkpointing import POLICIES, Checkpointing
 from finetune.spec.config import parameter_count
 from finetune.spec.optimizers import OPTIMIZERS

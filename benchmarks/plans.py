@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.attached import resolve_device
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.cost import device_rates
 from bertbench.devices import make_budget
 from bertbench.fitting import Room, least_peak_bytes, margin_for
 from bertbench.least_memory import find_least_memory
 from bertbench.planner import make_plan
 from bertbench.trial import measure_batches
-from bertbench.workload import Levers, Workload, published_workload
 from finetune.spec.config import HEADS
 from finetune.spec.optimizers import OPTIMIZERS
 from finetune.spec.precisions import PRECISIONS

@@ -30,13 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.attached import resolve_device
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices import Budget, Device, make_budget
 from bertbench.ledger import find_allocations, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell
 from bertbench.trial import Trial, measure_batches
-from bertbench.workload import Levers, Workload, published_workload
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from finetune.storage.json_files import json_text
 

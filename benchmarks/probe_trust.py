@@ -27,13 +27,13 @@ import psutil
 
 from bertbench.allocator_limit import child_environment
 from bertbench.attached import resolve_device
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.devices import make_budget
 from bertbench.isolation import run_isolated
 from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell
 from bertbench.trial import measure_batches
-from bertbench.workload import Levers, published_workload
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.storage.json_files import json_text
 

@@ -21,7 +21,8 @@ from typing import Any
 
 from bertbench.allocations import Recording
 from bertbench.attached import resolve_device
-from bertbench.bytes import GIB_BYTES
+from bertbench.core.units import GIB_BYTES
+from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices import Budget, make_budget
 from bertbench.step_traces import LAYERS, OTHER_LAYERS, traces_from_bytes, traces_to_bytes
 from bertbench.trace_building import build_trace
@@ -30,7 +31,6 @@ from bertbench.trace_samples import Sample
 from bertbench.trace_variants import with_optimizer
 from bertbench.traced_steps import pattern_of
 from bertbench.trial import measure_batches
-from bertbench.workload import Levers, Workload, published_workload
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import PRESETS, BertConfig, preset
 from finetune.spec.optimizers import OPTIMIZERS

@@ -33,7 +33,8 @@ from typing import Any
 
 from bertbench.allocator_limit import child_environment
 from bertbench.attached import resolve_device
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, Workload, levers_from_json, published_workload
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, Device, make_budget
 from bertbench.fitting import Room, footprint_in, least_peak_bytes
@@ -41,7 +42,6 @@ from bertbench.least_memory import find_least_memory
 from bertbench.lever_settings import all_policies, cuts
 from bertbench.planner import make_plan
 from bertbench.trial import measure_batches
-from bertbench.workload import Levers, Workload, levers_from_json, published_workload
 from finetune.storage.json_files import json_text
 
 _CASES = (

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.attached import resolve_device
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.devices import make_budget
 from bertbench.ledger import record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.trial import Trial
-from bertbench.workload import Levers, published_workload
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from finetune.storage.json_files import json_text
 

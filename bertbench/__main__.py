@@ -18,7 +18,7 @@ def main() -> None:
 
 
 def _end(message: str, exit_code: int) -> None:
-    # As `bertbench.terminal` does, which may be what cannot be imported.
+    # As `bertbench.core.terminal` does, which may be what cannot be imported.
     clean = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     try:
         print(f"bertbench: {clean}", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ import functools
 import zlib
 from collections.abc import Sequence
 
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
 from finetune.storage.json_files import json_text, parse_json
 
 CHUNK_BYTES = 256

@@ -9,9 +9,9 @@ import os
 from typing import Any
 
 from bertbench.allocations import Memory
-from bertbench.bytes import MIB_BYTES, format_bytes
+from bertbench.core.errors import WorkError
+from bertbench.core.units import MIB_BYTES, format_bytes
 from bertbench.devices import Budget
-from bertbench.errors import WorkError
 from finetune.errors import InputError
 
 _FIRST_REGION_BYTES = 2 * MIB_BYTES

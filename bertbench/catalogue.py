@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from bertbench.bytes import GIB_BYTES, MIB_BYTES
-from bertbench.workload import Levers
+from bertbench.core.units import GIB_BYTES, MIB_BYTES
+from bertbench.core.workload import Levers
 from finetune.errors import InputError
 
 _USABLE_SHARE = 0.93

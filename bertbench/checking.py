@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.attached import resolve_device, tpu_device
+from bertbench.core.workload import Levers, Workload
 from bertbench.devices import Budget, make_budget
 from bertbench.ledger import find, record, versions_key
 from bertbench.probe_file import read_probe_file
 from bertbench.probing import plenty_seconds
 from bertbench.trial import Trial, measure_batches
-from bertbench.workload import Levers, Workload
 from finetune.errors import InputError
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bertbench.errors import WorkError
-from bertbench.quiet import muted_stderr
-from bertbench.terminal import say
+from bertbench.core.errors import WorkError
+from bertbench.core.quiet import muted_stderr
+from bertbench.core.terminal import say
 from finetune.errors import InputError
 
 _COPY_BYTES = 16 << 20

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bertbench.catalogue import ACCELERATORS, Accelerator, match_accelerator
+from bertbench.core.workload import Levers, Workload
 from bertbench.devices import Device
 from bertbench.threads import usable_cores
-from bertbench.workload import Levers, Workload
 from finetune.spec.checkpointing import examples_per_block
 from finetune.spec.config import parameter_count
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from bertbench.bytes import GIB_BYTES, MIB_BYTES, format_bytes
+from bertbench.core.units import GIB_BYTES, MIB_BYTES, format_bytes
 from bertbench.hostmemory import host_memory
 from finetune.errors import InputError
 from finetune.storage.json_files import MOST_WHOLE, build, get_whole, json_text

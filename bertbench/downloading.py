@@ -28,10 +28,10 @@ from typing import Any, Literal
 
 import pooch
 
-from bertbench.bytes import MIB_BYTES
-from bertbench.errors import WorkError
-from bertbench.progress import Advance, progress
-from bertbench.terminal import say
+from bertbench.core.errors import WorkError
+from bertbench.core.progress import Advance, progress
+from bertbench.core.terminal import say
+from bertbench.core.units import MIB_BYTES
 from finetune.errors import InputError
 from finetune.storage.files import write_atomically
 from finetune.storage.json_files import build, json_text, load_object

@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bertbench.core.terminal import say
+from bertbench.core.workload import Levers, Workload, levers_from_json, workload_from_key
 from bertbench.cost import Rates, predict_step_seconds
 from bertbench.devices import Budget, Device
 from bertbench.fitting import Room, has_trace, least_peak_bytes
@@ -23,9 +25,7 @@ from bertbench.ledger_file import (
     read_ledger,
 )
 from bertbench.limit import verdicts
-from bertbench.terminal import say
 from bertbench.trial import Trial, out_of_memory_in_run
-from bertbench.workload import Levers, Workload, levers_from_json, workload_from_key
 from finetune.errors import InputError
 
 _LEAST_TRIALS = 4

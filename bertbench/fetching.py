@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bertbench.core.errors import WorkError
 from bertbench.downloading import Checked, download
-from bertbench.errors import WorkError
 from bertbench.fetch_catalogue import Entry, Source
 from bertbench.unpacking import (
     SUMS_FILE,

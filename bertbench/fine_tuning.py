@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from bertbench.core.errors import OutOfMemoryError, WorkError
+from bertbench.core.locks import alone_in
+from bertbench.core.terminal import say
+from bertbench.core.workload import Workload
 from bertbench.devices import Budget
-from bertbench.errors import OutOfMemoryError, WorkError
 from bertbench.fitting import prediction_batch
 from bertbench.initial_weights import load_initial_weights
-from bertbench.locking import alone_in
 from bertbench.output_folder import (
     clear_remains,
     describe_file,
@@ -25,7 +27,6 @@ from bertbench.output_folder import (
 )
 from bertbench.running import RunSettings, choose_levers, open_device
 from bertbench.stepping_down import follow, step_down
-from bertbench.terminal import say
 from bertbench.training import (
     Predict,
     Scorer,
@@ -33,7 +34,6 @@ from bertbench.training import (
     memory_errors_explained,
     train_model,
 )
-from bertbench.workload import Workload
 from finetune.errors import InputError
 from finetune.model_files.model_folder import ModelFiles
 from finetune.spec.recipes import train_steps
@@ -116,9 +116,11 @@ def fine_tuned(
     Raises:
         InputError: too few examples, nothing fits, the weights do not match, or the output
             folder holds another run.
-        bertbench.errors.SteppedDownError: a step ran out of memory; what was done is saved, and the
+        bertbench.core.errors.SteppedDownError: a step ran out of memory; what was done is saved,
+        and the
             same call in a fresh process goes on with another plan.
-        bertbench.errors.WorkError: training failed, or somebody deleted or renamed the folder, in
+        bertbench.core.errors.WorkError: training failed, or somebody deleted or renamed the
+        folder, in
             the block too.
     """
     with contextlib.ExitStack() as stack:

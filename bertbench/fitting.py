@@ -13,8 +13,9 @@ import dataclasses
 
 from bertbench.allocations import Memory
 from bertbench.allocator_limit import memory_of
-from bertbench.bisection import last_that_holds
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.bisection import last_that_holds
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, Workload
 from bertbench.footprint import (
     COMPILED_MARGIN,
     FORMULA_MARGIN,
@@ -31,7 +32,6 @@ from bertbench.traced_steps import (
     trace_of,
     traced_peak_bytes,
 )
-from bertbench.workload import Levers, Workload
 
 _RECORDED_MULTIPLES, _OTHER_LENGTHS_MARGIN = 16, 0.005
 """Traces were recorded of sequence lengths that are multiples of 16. Of others TensorFlow copies

@@ -38,8 +38,8 @@ import functools
 import math
 from collections.abc import Mapping
 
-from bertbench.bisection import last_that_holds
-from bertbench.workload import Levers, Workload
+from bertbench.core.bisection import last_that_holds
+from bertbench.core.workload import Levers, Workload
 from finetune.spec.checkpointing import BLOCK_TOKENS, examples_per_block
 from finetune.spec.config import BertConfig
 from finetune.spec.optimizers import slot_shapes

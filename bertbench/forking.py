@@ -15,9 +15,9 @@ import tempfile
 import threading
 from typing import IO
 
-from bertbench.errors import WorkError
+from bertbench.core.errors import WorkError
+from bertbench.core.terminal import say
 from bertbench.fork_server import NUMBER, READY, Descriptors, Request
-from bertbench.terminal import say
 from finetune.storage.json_files import json_text
 
 START_SECONDS = 600.0

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from bertbench.errors import WorkError
+from bertbench.core.errors import WorkError
 from bertbench.fork_server import OWN_KEY, Message, Request
 from bertbench.forking import Started, read_number, start
 from bertbench.hostmemory import oom_kill_counts

@@ -10,11 +10,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, Workload
 from bertbench.fitting import Room, fits, least_budget_bytes, least_peak_bytes
 from bertbench.footprint import SAFETY_MARGIN
 from bertbench.lever_settings import all_settings, cuts
-from bertbench.workload import Levers, Workload
 from finetune.spec.checkpointing import POLICIES, Checkpointing
 
 

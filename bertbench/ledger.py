@@ -18,11 +18,11 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 from bertbench.allocations import Recording, recording_from_text, recording_to_text
+from bertbench.core.workload import Levers, Workload
 from bertbench.devices import Budget, Device
 from bertbench.ledger_file import Ledger, explained, pass_over
 from bertbench.repetition import Recorded
 from bertbench.trial import Trial, trial_from_json
-from bertbench.workload import Levers, Workload
 from finetune.storage.json_files import json_text, parse_json
 
 _Read = TypeVar("_Read")

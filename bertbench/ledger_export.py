@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from bertbench.core.terminal import clean_text
 from bertbench.ledger import LedgerRow
-from bertbench.terminal import clean_text
 from finetune.errors import InputError
 from finetune.storage.files import write_atomically
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bertbench.private_folder import is_private, user_temporary_folder
-from bertbench.terminal import say
+from bertbench.core.private_folders import is_private, user_temporary_folder
+from bertbench.core.terminal import say
 from finetune.errors import InputError
 
 SCHEMA_VERSION = 2

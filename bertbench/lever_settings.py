@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from bertbench.workload import Levers, Workload
+from bertbench.core.workload import Levers, Workload
 from finetune.spec.checkpointing import NO_CHECKPOINTING, POLICIES, Checkpointing
 
 

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bertbench.cloud_storage import RemoteFolder
-from bertbench.errors import WorkError
+from bertbench.core.errors import WorkError
+from bertbench.core.terminal import say
 from bertbench.running import RunSettings
-from bertbench.terminal import say
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import remove_half_written
 from finetune.model_files.model_folder import RUN_FILE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from bertbench.workload import MOST_BATCH, Levers, levers_from_json
+from bertbench.core.workload import MOST_BATCH, Levers, levers_from_json
 from finetune.errors import InputError
 from finetune.storage.json_files import get_whole, load_object
 

@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bertbench.bytes import format_bytes
+from bertbench.core.units import format_bytes
+from bertbench.core.workload import Levers, Workload
 from bertbench.cost import Rates, predict_step_seconds
 from bertbench.experience import Experience
 from bertbench.fitting import (
@@ -24,7 +25,6 @@ from bertbench.fitting import (
 from bertbench.footprint import Footprint
 from bertbench.least_memory import LeastMemory, find_least_memory
 from bertbench.lever_settings import all_settings, cuts
-from bertbench.workload import Levers, Workload
 from finetune.errors import InputError
 from finetune.spec.checkpointing import Checkpointing
 from finetune.spec.optimizers import OPTIMIZERS

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bertbench.devices import Device, device_from_json
-from bertbench.trial import Trial, trial_from_json
-from bertbench.workload import (
+from bertbench.core.workload import (
     MOST_BATCH,
     Levers,
     Workload,
     levers_from_json,
     published_workload,
 )
+from bertbench.devices import Device, device_from_json
+from bertbench.trial import Trial, trial_from_json
 from finetune.errors import InputError
 from finetune.storage.json_files import MOST_WHOLE, get_whole, load_object
 

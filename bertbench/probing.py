@@ -11,6 +11,7 @@ from typing import Any
 
 from bertbench.allocations import Recording
 from bertbench.allocator_limit import empty_memory
+from bertbench.core.workload import Levers, Workload
 from bertbench.cost import device_rates, predict_step_seconds
 from bertbench.devices import Budget
 from bertbench.extrapolation import extrapolate, largest_batch
@@ -27,7 +28,6 @@ from bertbench.repetition import Recorded
 from bertbench.search import LARGEST_BATCH, SearchResult, find_max_batch
 from bertbench.traced_limits import TracedStep
 from bertbench.trial import TIMEOUT_SECONDS, Trial, measure_batches
-from bertbench.workload import Levers, Workload
 from finetune.spec.checkpointing import examples_per_block
 
 _PLENTY = 10.0

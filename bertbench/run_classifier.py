@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from bertbench.core.terminal import say
+from bertbench.core.workload import Workload
 from bertbench.devices import Budget
 from bertbench.fine_tuning import FineTuned, Job, feature_arrays, fine_tuned
 from bertbench.output_folder import hash_arrays, record_results, settings_json
 from bertbench.running import RunSettings, check_segments, load_config_and_tokenizer
-from bertbench.terminal import say
 from bertbench.training import OnProgress, Predict, Scorer, predict_with_progress
-from bertbench.workload import Workload
 from finetune.errors import InputError
 from finetune.model_files.head_labels import read_trained_head, recorded_labels
 from finetune.model_files.model_folder import ModelFiles
@@ -76,7 +76,7 @@ def run_classifier(
 
     Raises:
         InputError: something the user can mend.
-        bertbench.errors.WorkError: training failed.
+        bertbench.core.errors.WorkError: training failed.
     """
     config, tokenizer = load_config_and_tokenizer(
         files, settings.tokenizer_flags, settings.max_seq_length, settings.earlier_run

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from bertbench.core.progress import progress
+from bertbench.core.terminal import say
+from bertbench.core.workload import Workload
 from bertbench.devices import Budget
 from bertbench.fine_tuning import Job, feature_arrays, fine_tuned
 from bertbench.output_folder import describe_file, record_results, settings_json
-from bertbench.progress import progress
 from bertbench.running import RunSettings, check_segments, load_config_and_tokenizer
-from bertbench.terminal import say
 from bertbench.training import OnProgress, Predict, Scorer
-from bertbench.workload import Workload
 from finetune.errors import InputError
 from finetune.model_files.model_folder import ModelFiles
 from finetune.spec.config import INPUT_NAMES, TARGET_NAMES
@@ -97,7 +97,7 @@ def run_squad(
 
     Raises:
         InputError: something the user can mend.
-        bertbench.errors.WorkError: training failed.
+        bertbench.core.errors.WorkError: training failed.
     """
     config, tokenizer = load_config_and_tokenizer(
         files, settings.tokenizer_flags, settings.max_seq_length, settings.earlier_run

@@ -11,16 +11,16 @@ from typing import Any
 
 from bertbench import tpu
 from bertbench.allocator_limit import child_environment
-from bertbench.bytes import format_bytes
 from bertbench.catalogue import check_levers
 from bertbench.cloud_storage import RemoteFolder
+from bertbench.core.terminal import say
+from bertbench.core.units import format_bytes
+from bertbench.core.workload import Levers, Workload, check_layers
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, check_free
 from bertbench.experience import Experience, experience_of
 from bertbench.plan_file import read_plan
 from bertbench.planner import Plan, describe_entry, make_plan
-from bertbench.terminal import say
-from bertbench.workload import Levers, Workload, check_layers
 from finetune.errors import InputError
 from finetune.model_files.model_folder import RUN_FILE, ModelFiles, find_tokenizer
 from finetune.spec.checkpointing import Checkpointing
@@ -308,7 +308,7 @@ def open_device(budget: Budget) -> Any:
 
     Raises:
         InputError: see `bind_budget` and `bertbench.tpu.connect`.
-        bertbench.errors.WorkError: the TPU cannot be reached.
+        bertbench.core.errors.WorkError: the TPU cannot be reached.
     """
     if budget.device.tpu is not None:
         return tpu.connect(budget.device.tpu)

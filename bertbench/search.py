@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from bertbench.bisection import last_that_holds
+from bertbench.core.bisection import last_that_holds
 from bertbench.limit import Limit, contradictions, find_limit, verdicts
 from bertbench.trial import Trial
 

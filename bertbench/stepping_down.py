@@ -16,17 +16,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bertbench.bytes import format_bytes
+from bertbench.core.errors import OutOfMemoryError, SteppedDownError, WorkError
+from bertbench.core.terminal import say
+from bertbench.core.units import format_bytes
+from bertbench.core.workload import MOST_BATCH, Levers, Workload, levers_from_json
 from bertbench.cost import device_rates
 from bertbench.devices import Budget
-from bertbench.errors import OutOfMemoryError, SteppedDownError, WorkError
 from bertbench.experience import experience_of, note_out_of_memory
 from bertbench.fitting import Room, least_peak_bytes
 from bertbench.output_folder import add_step_down, recorded_steps_down
 from bertbench.planner import PlanEntry, describe_setting
 from bertbench.running import RunSettings, plan_run
-from bertbench.terminal import say
-from bertbench.workload import MOST_BATCH, Levers, Workload, levers_from_json
 from finetune.errors import InputError
 from finetune.storage.json_files import MOST_WHOLE, get_whole
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 
-from bertbench.errors import WorkError
+from bertbench.core.errors import WorkError
 
 _LIBRARY_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from bertbench.core.errors import WorkError
+from bertbench.core.quiet import muted_stderr
 from bertbench.devices import TpuSettings
-from bertbench.errors import WorkError
-from bertbench.quiet import muted_stderr
 from finetune.errors import InputError
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
+from bertbench.core.workload import Workload
 from bertbench.step_traces import (
     ALL_LAYERS,
     BACKWARD,
@@ -33,7 +34,6 @@ from bertbench.step_traces import (
 )
 from bertbench.trace_writing import Section, Written
 from bertbench.traced_steps import highest, moment_bytes
-from bertbench.workload import Workload
 
 _BLOCKS = 4
 """Enough for first, second and final ones to be different ones."""

@@ -8,9 +8,9 @@ import itertools
 import re
 
 from bertbench.allocations import CHUNK_BYTES, Recording
+from bertbench.core.workload import Levers, Workload
 from bertbench.repetition import Recorded, loops_and_places
 from bertbench.traced_steps import state_requests
-from bertbench.workload import Levers, Workload
 from finetune.spec.checkpointing import examples_per_block
 
 

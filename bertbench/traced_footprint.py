@@ -21,6 +21,7 @@ import collections
 import math
 
 from bertbench.allocations import CHUNK_BYTES, Memory
+from bertbench.core.workload import Levers, Workload
 from bertbench.footprint import Footprint
 from bertbench.step_traces import LAYERS, OTHER_LAYERS, UPDATE, StepTrace, Term
 from bertbench.traced_steps import (
@@ -33,7 +34,6 @@ from bertbench.traced_steps import (
     term_values,
     trace_of,
 )
-from bertbench.workload import Levers, Workload
 
 _SMALL_TENSORS = 22
 """Of each variable, at the peak; of 256 bytes each."""

@@ -9,13 +9,13 @@ import dataclasses
 from collections.abc import Callable, Sequence, Set
 
 from bertbench.allocations import Memory, Replay
-from bertbench.bisection import last_that_holds
+from bertbench.core.bisection import last_that_holds
+from bertbench.core.workload import Levers, Workload
 from bertbench.extrapolation import largest_batch
 from bertbench.limit import verdicts
 from bertbench.search import LARGEST_BATCH
 from bertbench.traced_steps import replay_step, step_requests, traced_peak_bytes
 from bertbench.trial import Trial
-from bertbench.workload import Levers, Workload
 
 _LOOKED_AT_BEYOND = 64
 _REQUESTS_LOOKED_THROUGH = 1_000_000

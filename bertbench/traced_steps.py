@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from bertbench.allocations import CHUNK_BYTES, Memory, Replay, replay
+from bertbench.core.workload import Levers, Workload
 from bertbench.repetition import examples_of_block
 from bertbench.step_traces import (
     ALL_LAYERS,
@@ -25,7 +26,6 @@ from bertbench.step_traces import (
     read_trace,
 )
 from bertbench.trace_writing import Written
-from bertbench.workload import Levers, Workload
 from finetune.spec.checkpointing import examples_per_block
 from finetune.spec.optimizers import EXACT_OPTIMIZER, PLACEMENTS, slot_shapes
 from finetune.spec.precisions import EXACT_PRECISION, compute_type

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from bertbench.errors import NotFiniteError, OutOfMemoryError, StoppedEarlyError, WorkError
-from bertbench.interruption import interruptible
+from bertbench.core.errors import NotFiniteError, OutOfMemoryError, StoppedEarlyError, WorkError
+from bertbench.core.interruption import interruptible
+from bertbench.core.progress import progress
+from bertbench.core.terminal import say
+from bertbench.core.workload import Levers, Workload
 from bertbench.outcomes import memory_ran_out, summarise_error
 from bertbench.planner import describe_setting
-from bertbench.progress import progress
 from bertbench.running import RunSettings
-from bertbench.terminal import say
-from bertbench.workload import Levers, Workload
 
 OnProgress = Callable[[int, int], None]
 """Told how many examples are done, and of how many."""

@@ -10,7 +10,14 @@ from typing import Any
 
 from bertbench.allocations import Recording, recording_from_text
 from bertbench.allocator_limit import child_environment
-from bertbench.bytes import MIB_BYTES, format_bytes
+from bertbench.core.units import MIB_BYTES, format_bytes
+from bertbench.core.workload import (
+    MOST_BATCH,
+    Levers,
+    Workload,
+    levers_from_json,
+    workload_from_json,
+)
 from bertbench.devices import Budget, budget_from_json, check_free
 from bertbench.hostmemory import host_memory
 from bertbench.isolation import Ending, Message, run_isolated
@@ -22,13 +29,6 @@ from bertbench.outcomes import (
     recorded_outcome,
     shorten,
     summarise_error,
-)
-from bertbench.workload import (
-    MOST_BATCH,
-    Levers,
-    Workload,
-    levers_from_json,
-    workload_from_json,
 )
 from finetune.errors import InputError
 from finetune.storage.json_files import build

@@ -15,10 +15,10 @@ import tensorflow as tf
 
 from bertbench import tpu
 from bertbench.allocations import recording_to_text
+from bertbench.core.workload import Levers, Workload
 from bertbench.process_memory import process_peak_bytes
 from bertbench.runtime import start_tensorflow
 from bertbench.trial import TrialRequest, request_from_payload
-from bertbench.workload import Levers, Workload
 from finetune.model.modeling import create_variables
 from finetune.spec.config import INPUT_NAMES, TARGET_NAMES
 from finetune.train.optimization import OptimizerSettings

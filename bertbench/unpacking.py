@@ -20,8 +20,8 @@ from typing import IO, Any
 
 import pooch
 
-from bertbench.bytes import MIB_BYTES
-from bertbench.progress import progress
+from bertbench.core.progress import progress
+from bertbench.core.units import MIB_BYTES
 from finetune.errors import InputError
 from finetune.storage.files import decode_utf8, read_bytes
 

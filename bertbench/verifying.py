@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 
+from bertbench.core.errors import WorkError
 from bertbench.devices import Budget
-from bertbench.errors import WorkError
 from bertbench.ledger import record, versions_key
 from bertbench.planner import Plan
 from bertbench.trial import Trial, measure_batches

@@ -9,12 +9,12 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bertbench.core.published import PUBLISHED_MAX_BATCH
+from bertbench.core.terminal import clean_text
+from bertbench.core.workload import Levers, Workload, levers_from_json, workload_from_key
 from bertbench.ledger import LedgerRow
 from bertbench.limit import AT_LEAST, CERTIFIED, MEASURED, Limit, find_limit
-from bertbench.paper import PUBLISHED_MAX_BATCH
-from bertbench.terminal import clean_text
 from bertbench.trial import Trial
-from bertbench.workload import Levers, Workload, levers_from_json, workload_from_key
 from finetune.errors import InputError
 from finetune.spec.checkpointing import POLICIES
 from finetune.spec.config import PRESETS, BertConfig

@@ -19,7 +19,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bertbench.terminal import clean_text
+from bertbench.core.terminal import clean_text
 
 INK = "#1b1e23"
 """Text and axes; a page puts its own colour in its place."""

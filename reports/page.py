@@ -10,11 +10,11 @@ from typing import Any
 
 import jinja2
 
-from bertbench.bytes import format_bytes
+from bertbench.core.progress import Advance, describe_duration
+from bertbench.core.terminal import clean_text
+from bertbench.core.units import format_bytes
 from bertbench.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
 from bertbench.planner import Plan, describe_setting
-from bertbench.progress import Advance, describe_duration
-from bertbench.terminal import clean_text
 from reports.cells import Cell, trial_rate
 from reports.places import Place
 from reports.planning import Planned

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable
 
-from bertbench.bytes import MIB_BYTES, format_bytes
+from bertbench.core.units import MIB_BYTES, format_bytes
 from bertbench.devices import Device
 from bertbench.ledger import LedgerRow
 from finetune.storage.json_files import parse_json

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
 from bertbench.fitting import has_trace
 from bertbench.planner import Plan, PlanEntry, describe_setting
 from reports.figures import INK, Picture, add_legend, look_of, panels

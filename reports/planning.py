@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from bertbench.bytes import MIB_BYTES
 from bertbench.catalogue import find_accelerator
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Workload
 from bertbench.cost import device_rates
 from bertbench.experience import learn
 from bertbench.ledger import LedgerRow
 from bertbench.planner import Plan, make_plan
 from bertbench.trial import Trial
-from bertbench.workload import Workload
 from finetune.errors import InputError
 from finetune.spec.config import PRESETS
 from reports.cells import Cell, model_order

@@ -11,9 +11,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.published import PUBLISHED_MAX_BATCH
+from bertbench.core.units import MIB_BYTES
 from bertbench.limit import AT_LEAST, CERTIFIED
-from bertbench.paper import PUBLISHED_MAX_BATCH
 from reports.cells import Cell, model_order, setting_order
 from reports.figures import INK, Look, Picture, add_legend, look_of, panels
 from reports.places import Place

@@ -10,9 +10,9 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
+from bertbench.core.published import PAPER_MODELS
 from bertbench.ledger import LedgerRow
 from bertbench.limit import CERTIFIED, FAILED
-from bertbench.paper import PAPER_MODELS
 from bertbench.planner import Plan
 from reports.cells import Cell, read_cells
 from reports.figures import Picture

@@ -8,8 +8,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from bertbench.bytes import format_bytes
 from bertbench.cli.common import terminal
+from bertbench.core.units import format_bytes
 from bertbench.planner import Plan
 from reports.cells import Cell
 from reports.planning import Planned

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from bertbench.core.workload import Levers, Workload
 from bertbench.step_traces import Repeated, StepTrace
 from bertbench.trace_writing import Written
 from bertbench.traced_steps import (
@@ -20,7 +21,6 @@ from bertbench.traced_steps import (
     state_bytes,
     trace_of,
 )
-from bertbench.workload import Levers, Workload
 
 FORWARD, BACKWARD, UPDATE = "forward pass", "backward pass", "update"
 BOTH_PASSES = "forward and backward pass"

@@ -11,14 +11,14 @@ from click.testing import CliRunner
 from ledger_rows import fits, oom, rows_of
 
 from bertbench.allocations import Recording, recording_to_text
-from bertbench.bytes import MIB_BYTES
 from bertbench.cli.plan import command as plan
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.devices import Budget, Device
 from bertbench.extrapolation import extrapolate
 from bertbench.output_folder import settings_json
 from bertbench.repetition import Recorded
 from bertbench.run_classifier import ClassifierSettings
-from bertbench.workload import Levers, published_workload
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.storage.array_cache import hash_key
 from finetune.tasks.demo_data import demo_files

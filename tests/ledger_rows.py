@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.devices import Budget, Device
 from bertbench.ledger import LedgerRow
 from bertbench.trial import Trial
-from bertbench.workload import Levers, published_workload
 from finetune.spec.checkpointing import parse_checkpointing
 
 VERSIONS = {"bertbench": "0.2.0", "python": "3.11", "tensorflow": "2.21.0"}

@@ -19,7 +19,7 @@ from bertbench.allocations import (
     recording_to_text,
     replay,
 )
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
 
 
 def allocator_of(*region_bytes: int) -> BestFitAllocator:

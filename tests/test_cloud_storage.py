@@ -19,7 +19,7 @@ from bertbench.cloud_storage import (
     is_url,
     open_remote_folder,
 )
-from bertbench.errors import WorkError
+from bertbench.core.errors import WorkError
 from finetune.errors import InputError
 from finetune.tasks.demo_data import demo_files
 from finetune.train.training import read_log

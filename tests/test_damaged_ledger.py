@@ -21,9 +21,10 @@ from click.testing import CliRunner, Result
 from bertbench import ledger_file
 from bertbench.allocations import Recording
 from bertbench.attached import resolve_device
-from bertbench.bytes import MIB_BYTES
 from bertbench.cli.ledger import command as ledger_command
 from bertbench.cli.plan import command as plan_command
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, make_budget
 from bertbench.experience import Experience, experience_of
@@ -39,7 +40,6 @@ from bertbench.ledger import (
 from bertbench.ledger_file import open_ledger, read_ledger
 from bertbench.limit import find_limit
 from bertbench.trial import Trial
-from bertbench.workload import Levers, published_workload
 from finetune.errors import InputError
 from reports.cells import read_cells
 from reports.command import command as report_command

@@ -18,7 +18,7 @@ from bertbench import allocator_limit, hostmemory
 from bertbench.allocations import CHUNK_BYTES
 from bertbench.allocator_limit import apply_budget, child_environment, empty_memory
 from bertbench.attached import list_devices, resolve_device, resolve_together, visible_gpus
-from bertbench.bytes import GIB_BYTES, MIB_BYTES
+from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.devices import (
     GPU_CONTEXT_RESERVE_BYTES,
     Budget,

@@ -13,8 +13,8 @@ import pytest
 from file_server import FileServer, Served, serving, unused_url
 
 from bertbench import downloading
+from bertbench.core.errors import WorkError
 from bertbench.downloading import Download, download
-from bertbench.errors import WorkError
 
 CONTENT = bytes(range(256)) * 5000
 OTHER = CONTENT[::-1]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bertbench import threads
-from bertbench.errors import WorkError
+from bertbench.core.errors import WorkError
 from bertbench.threads import can_start_threads, check_threads
 
 ROOT = Path(__file__).resolve().parents[1]

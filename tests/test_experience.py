@@ -10,8 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from bertbench.attached import resolve_device
-from bertbench.bytes import MIB_BYTES
 from bertbench.cli.plan import command
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.cost import device_rates, predict_step_seconds
 from bertbench.devices import Device, make_budget
 from bertbench.experience import Experience, Outcomes, experience_of, learn
@@ -20,7 +21,6 @@ from bertbench.ledger import read_device_rows, record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.planner import make_plan
 from bertbench.trial import Trial
-from bertbench.workload import Levers, Workload, published_workload
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from bertbench.allocations import Memory, Recording, Replay, replay
 from bertbench.allocator_limit import empty_memory
 from bertbench.attached import resolve_device
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.devices import make_budget
 from bertbench.extrapolation import (
     Extrapolation,
@@ -22,7 +23,6 @@ from bertbench.extrapolation import (
 )
 from bertbench.repetition import Recorded
 from bertbench.trial import Trial, measure_batches
-from bertbench.workload import Levers, published_workload
 from finetune.spec.checkpointing import examples_per_block, parse_checkpointing
 
 PLENTY, LITTLE = Memory((10**7,)), Memory((50_000,))

@@ -12,7 +12,7 @@ import pytest
 from file_server import MODEL, FileServer, Served, serving, sha256, zipped
 
 from bertbench import downloading, fetching
-from bertbench.errors import WorkError
+from bertbench.core.errors import WorkError
 from bertbench.fetch_catalogue import ENTRIES, GROUPS, Entry, Source, find_entries
 from bertbench.fetching import fetch
 from finetune.errors import InputError

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.fitting import (
     Room,
     least_budget_bytes,
@@ -25,7 +26,6 @@ from bertbench.footprint import (
     predict_footprint,
     prediction_bytes,
 )
-from bertbench.workload import Levers, Workload, published_workload
 from finetune.spec.checkpointing import parse_checkpointing
 
 # Peaks of the CPU allocator, 2026-11-25, TensorFlow 2.21: model, head, sequence length, policy,
@@ -144,7 +144,7 @@ def test_a_micro_batch_of_nothing_is_refused() -> None:
 def test_needs_no_tensorflow() -> None:
     code = (
         "import sys; from bertbench.footprint import max_micro_batch as m;"
-        "from bertbench.workload import Levers, published_workload as p;"
+        "from bertbench.core.workload import Levers, published_workload as p;"
         "m(p('bert-base', 128), Levers(), 12 << 30); sys.exit('tensorflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

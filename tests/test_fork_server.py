@@ -17,7 +17,7 @@ import pytest
 from test_isolation import run, start_script, wait_until_gone
 
 from bertbench import forking, isolation, temporary
-from bertbench.errors import WorkError
+from bertbench.core.errors import WorkError
 from bertbench.fork_server import NUMBER
 from bertbench.temporary import remove_abandoned, temporary_folder
 

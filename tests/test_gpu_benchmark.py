@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from bertbench.attached import resolve_device
-from bertbench.bytes import GIB_BYTES, MIB_BYTES
+from bertbench.core.locks import locked
+from bertbench.core.units import GIB_BYTES, MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.devices import Budget, Device, make_budget
 from bertbench.ledger import read_rows, record, versions_key
 from bertbench.ledger_file import open_ledger
-from bertbench.locking import locked
 from bertbench.trial import Trial, measure_batches
-from bertbench.workload import Levers, published_workload
 from finetune.spec.checkpointing import parse_checkpointing
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"

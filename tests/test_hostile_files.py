@@ -34,11 +34,12 @@ from bertbench.allocations import (
     recording_to_text,
     replay,
 )
-from bertbench.bytes import MIB_BYTES
 from bertbench.checking import read_claims
 from bertbench.cli import cli
+from bertbench.core.errors import WorkError
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.devices import Budget
-from bertbench.errors import WorkError
 from bertbench.ledger import record
 from bertbench.ledger_file import open_ledger
 from bertbench.output_folder import recorded_steps_down
@@ -46,7 +47,6 @@ from bertbench.plan_file import read_plan
 from bertbench.planner import make_plan
 from bertbench.stepping_down import step_down_from_json
 from bertbench.unpacking import ArchiveError, read_sums, unpack
-from bertbench.workload import Levers, published_workload
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import preferred_checkpoints
 from finetune.model_files.head_labels import read_trained_head

@@ -14,9 +14,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from bertbench.bytes import parse_bytes
 from bertbench.cli import cli, main
 from bertbench.cli.common import FiniteFloat, MemorySize, Number, Whole
+from bertbench.core.units import parse_bytes
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 

@@ -19,9 +19,9 @@ from finetune.tasks.demo_data import demo_files
 SCRIPT = """
 import sys, time
 import bertbench.cli as cli
-from bertbench.errors import StoppedEarlyError
-from bertbench.interruption import interruptible
-from bertbench.terminal import say
+from bertbench.core.errors import StoppedEarlyError
+from bertbench.core.interruption import interruptible
+from bertbench.core.terminal import say
 
 def training():
     with interruptible() as should_stop:

@@ -23,13 +23,13 @@ from bertbench import allocator_limit
 from bertbench import isolation as isolation_module
 from bertbench import trial as trial_module
 from bertbench.allocator_limit import child_environment
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.errors import WorkError
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.devices import Budget, Device
-from bertbench.errors import WorkError
 from bertbench.isolation import Ending, run_isolated
 from bertbench.outcomes import classify_error, classify_exit
 from bertbench.trial import Trial, TrialRequest, measure_batches, request_from_payload
-from bertbench.workload import Levers, published_workload
 
 CPU = Device("cpu", 0, "test", None, 1 << 34, 1 << 34)
 
@@ -196,7 +196,7 @@ import sys
 sys.path[:0] = {paths!r}
 print("script starts", flush=True)
 from bertbench import forking
-from bertbench.errors import WorkError
+from bertbench.core.errors import WorkError
 from bertbench.isolation import run_isolated
 forking.PRELOAD = "json"  # imported at once
 run_isolated("isolation_targets:start_grandchild", {{"then": {then!r}}}, environment={{}},

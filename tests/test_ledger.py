@@ -17,7 +17,8 @@ import pytest
 from bertbench import ledger as ledger_module
 from bertbench import ledger_file
 from bertbench.allocations import Recording
-from bertbench.bytes import GIB_BYTES
+from bertbench.core.units import GIB_BYTES
+from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices import Budget, Device, make_budget
 from bertbench.ledger import (
     find,
@@ -29,7 +30,6 @@ from bertbench.ledger import (
 )
 from bertbench.ledger_file import default_ledger_path, open_ledger, read_ledger
 from bertbench.trial import Trial, trial_from_json
-from bertbench.workload import Levers, Workload, published_workload
 from finetune.errors import InputError
 from finetune.spec.checkpointing import Checkpointing
 

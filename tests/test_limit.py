@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ledger_rows import failed, fits, oom, rows_of
 
-from bertbench.bytes import MIB_BYTES
 from bertbench.cli import ledger as ledger_cli
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.cost import device_rates
 from bertbench.devices import Device, make_budget
 from bertbench.experience import learn
@@ -33,7 +34,6 @@ from bertbench.limit import (
 )
 from bertbench.search import find_max_batch
 from bertbench.trial import Trial
-from bertbench.workload import Levers, published_workload
 from reports.cells import read_cells
 
 HOLE = [fits(4), oom(5), fits(7), oom(8)]

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
 from bertbench.hostmemory import CGROUP_ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -11,10 +11,10 @@ import pytest
 from test_cli import bertbench, classifier_arguments, squad_arguments
 from tiny_models import CONFIG, random_batch, tiny_trainer
 
-from bertbench.errors import NotFiniteError, WorkError
+from bertbench.core.errors import NotFiniteError, WorkError
+from bertbench.core.workload import Workload
 from bertbench.run_classifier import score_logits
 from bertbench.training import check_finite, make_predict
-from bertbench.workload import Workload
 from finetune.model.modeling import create_variables
 from finetune.spec.config import INPUT_NAMES, from_json_file
 from finetune.tasks.classification import ClassificationData, ClassificationFeatures

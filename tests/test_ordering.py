@@ -20,7 +20,7 @@ from bertbench.attached import resolve_device
 from bertbench.devices import make_budget
 from bertbench.runtime import start_tensorflow
 from bertbench.trial_step import build_trainer, random_batch
-from bertbench.workload import Levers, published_workload
+from bertbench.core.workload import Levers, published_workload
 from finetune.spec.checkpointing import parse_checkpointing
 
 device = start_tensorflow(make_budget(resolve_device("cpu"), 512 << 20))

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from bertbench.core.workload import Levers
 from bertbench.output_folder import RUN_FILE, prepare_output
 from bertbench.running import RunSettings
-from bertbench.workload import Levers
 from finetune.errors import InputError
 
 IDENTITY = {"seed": 1}

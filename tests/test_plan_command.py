@@ -13,9 +13,9 @@ from bertbench import attached
 from bertbench.catalogue import ACCELERATORS
 from bertbench.cli.plan import command
 from bertbench.cli.plan_view import cards_of
+from bertbench.core.workload import levers_from_json, published_workload
 from bertbench.devices import GPU_CONTEXT_RESERVE_BYTES, Device
 from bertbench.fitting import Room, fits
-from bertbench.workload import levers_from_json, published_workload
 from finetune.errors import InputError
 
 BASE = ["--model", "bert-base", "--seq-len", "384", "--target-batch", "24"]

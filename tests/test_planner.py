@@ -12,13 +12,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bertbench.attached import resolve_device
-from bertbench.bytes import GIB_BYTES, MIB_BYTES, format_bytes, parse_bytes
 from bertbench.catalogue import (
     ACCELERATORS,
     check_levers,
     find_accelerator,
     match_accelerator,
 )
+from bertbench.core.units import GIB_BYTES, MIB_BYTES, format_bytes, parse_bytes
+from bertbench.core.workload import Levers, Workload, levers_from_json, published_workload
 from bertbench.cost import gpu_rates, predict_step_seconds
 from bertbench.devices import make_budget
 from bertbench.fitting import Room, fits, has_trace, least_peak_bytes, usable_bytes
@@ -30,7 +31,6 @@ from bertbench.planner import (
     make_plan,
 )
 from bertbench.trial import measure_batches
-from bertbench.workload import Levers, Workload, levers_from_json, published_workload
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import HEADS

@@ -19,23 +19,23 @@ from rich.console import Console
 from bertbench import attached, checking, probing
 from bertbench.allocator_limit import empty_memory
 from bertbench.attached import resolve_device
-from bertbench.bytes import MIB_BYTES
 from bertbench.cli import ledger as ledger_cli
 from bertbench.cli import probe as probe_cli
 from bertbench.cli.probe_view import View, build_table, holes, shown
+from bertbench.core.errors import WorkError
+from bertbench.core.locks import devices_held, locked
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.cost import device_rates, predict_step_seconds
 from bertbench.devices import GPU_CONTEXT_RESERVE_BYTES, Device, check_alone, make_budget
-from bertbench.errors import WorkError
 from bertbench.extrapolation import largest_batch
 from bertbench.ledger import read_rows, record, versions_key
 from bertbench.ledger_file import open_ledger
-from bertbench.locking import devices_held, locked
 from bertbench.probing import Cell, plenty_seconds, predict_cell_seconds, probe_cell
 from bertbench.search import Certificate, SearchResult
 from bertbench.traced_steps import replay_step
 from bertbench.trial import TIMEOUT_SECONDS, Trial
 from bertbench.workers import share_out
-from bertbench.workload import Levers, published_workload
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from bertbench.errors import WorkError
-from bertbench.locking import alone_in
+from bertbench.core.errors import WorkError
+from bertbench.core.locks import alone_in
 from bertbench.output_folder import (
     RUN_FILE,
     add_step_down,

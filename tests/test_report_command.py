@@ -11,12 +11,12 @@ import pytest
 from click.testing import CliRunner
 from ledger_rows import CPU, failed, fits, oom, rows_of
 
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.devices import Budget
 from bertbench.ledger import record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.trial import Trial
-from bertbench.workload import Levers, published_workload
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 from reports.cells import read_cells

@@ -13,12 +13,12 @@ import pytest
 from ledger_rows import fits, oom, rows_of
 from matplotlib.figure import Figure
 
-from bertbench.bytes import GIB_BYTES, MIB_BYTES
+from bertbench.core.units import GIB_BYTES, MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.devices import Device, TpuSettings
 from bertbench.planner import Plan
 from bertbench.step_traces import read_trace
 from bertbench.traced_steps import traced_peak_bytes
-from bertbench.workload import Levers, published_workload
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from reports.cells import read_cells
 from reports.figures import INK, Picture, styled

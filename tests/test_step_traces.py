@@ -18,7 +18,8 @@ from bertbench import step_traces, traced_steps
 from bertbench.allocations import CHUNK_BYTES, Memory, Recording, replay
 from bertbench.allocator_limit import empty_memory
 from bertbench.attached import resolve_device
-from bertbench.bytes import GIB_BYTES, MIB_BYTES
+from bertbench.core.units import GIB_BYTES, MIB_BYTES
+from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices import make_budget
 from bertbench.lever_settings import all_policies
 from bertbench.step_traces import (
@@ -43,7 +44,6 @@ from bertbench.traced_steps import (
     write_out,
 )
 from bertbench.trial import measure_batches
-from bertbench.workload import Levers, Workload, published_workload
 from finetune.errors import InputError
 from finetune.spec.checkpointing import examples_per_block, parse_checkpointing
 from finetune.spec.config import HEADS, preset

@@ -16,11 +16,12 @@ import pytest
 import tensorflow as tf
 
 from bertbench.attached import resolve_device
-from bertbench.bytes import MIB_BYTES
 from bertbench.cli import main
+from bertbench.core.errors import OutOfMemoryError, SteppedDownError, WorkError
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, Device, make_budget
-from bertbench.errors import OutOfMemoryError, SteppedDownError, WorkError
 from bertbench.experience import note_out_of_memory
 from bertbench.fitting import Room, least_peak_bytes
 from bertbench.ledger import find, read_rows, record, versions_key
@@ -32,7 +33,6 @@ from bertbench.planner import make_plan
 from bertbench.running import RunSettings, choose_levers
 from bertbench.stepping_down import follow, step_down
 from bertbench.trial import Trial
-from bertbench.workload import Levers, published_workload
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import list_checkpoints
 from finetune.spec.checkpointing import Checkpointing

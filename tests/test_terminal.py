@@ -21,10 +21,10 @@ from test_report_runs import squad_run
 
 from bertbench.cli import main
 from bertbench.cli.common import terminal
+from bertbench.core.progress import progress
+from bertbench.core.terminal import clean_text, clean_warnings, echo, say
 from bertbench.ledger import LedgerRow
 from bertbench.ledger_export import export, to_frame
-from bertbench.progress import progress
-from bertbench.terminal import clean_text, clean_warnings, echo, say
 from reports.cells import read_cells
 from reports.page import build_page
 from reports.report import Report
@@ -100,7 +100,7 @@ def test_warnings_are_cleaned(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_nothing_else_writes_to_the_terminal() -> None:
-    """All packages print through `bertbench.terminal`, and rich through its console."""
+    """All packages print through `bertbench.core.terminal`, and rich through its console."""
     root = Path(__file__).resolve().parents[1]
     for path in (file for package in PACKAGES for file in (root / package).rglob("*.py")):
         if path.name in ("terminal.py", "__main__.py"):

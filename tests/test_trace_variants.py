@@ -9,7 +9,8 @@ import math
 import pytest
 
 from bertbench.attached import resolve_device
-from bertbench.bytes import GIB_BYTES
+from bertbench.core.units import GIB_BYTES
+from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices import make_budget
 from bertbench.fitting import Room, footprint_in
 from bertbench.step_traces import StepTrace, read_trace
@@ -17,7 +18,6 @@ from bertbench.trace_samples import UnlikeError
 from bertbench.trace_variants import with_optimizer
 from bertbench.traced_steps import trace_of, write_out
 from bertbench.trial import measure_batches
-from bertbench.workload import Levers, Workload, published_workload
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.optimizers import OPTIMIZERS
 

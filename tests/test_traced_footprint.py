@@ -8,11 +8,11 @@ import pytest
 
 from bertbench.allocations import Memory
 from bertbench.allocator_limit import memory_of
-from bertbench.bytes import GIB_BYTES
+from bertbench.core.units import GIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.step_traces import UPDATE
 from bertbench.traced_footprint import traced_footprint
 from bertbench.traced_steps import replay_step, traced_peak_bytes
-from bertbench.workload import Levers, published_workload
 from finetune.spec.checkpointing import parse_checkpointing
 
 PLENTY = memory_of("cpu", 16 * GIB_BYTES)

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertbench.allocator_limit import memory_of
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, published_workload
 from bertbench.traced_limits import TracedStep
-from bertbench.workload import Levers, published_workload
 from finetune.spec.checkpointing import parse_checkpointing
 
 

@@ -11,16 +11,16 @@ import pytest
 
 from bertbench import verifying
 from bertbench.attached import resolve_device
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.errors import WorkError
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.cost import device_rates
 from bertbench.devices import Budget, make_budget
-from bertbench.errors import WorkError
 from bertbench.ledger import read_rows
 from bertbench.ledger_file import open_ledger
 from bertbench.planner import Plan, make_plan
 from bertbench.trial import Trial
 from bertbench.verifying import verify_plan
-from bertbench.workload import Levers, Workload, published_workload
 from finetune.errors import InputError
 
 DEVICE = resolve_device("cpu")

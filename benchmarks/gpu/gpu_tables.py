@@ -9,11 +9,11 @@ from typing import Any
 
 from gpu_parts import Question, peak_on_capped_cpu, plan_question, settled
 
-from bertbench.bytes import MIB_BYTES, format_bytes
+from bertbench.core.units import MIB_BYTES, format_bytes
+from bertbench.core.workload import Levers, Workload
 from bertbench.devices import Budget
 from bertbench.ledger import find, read_rows, versions_key
 from bertbench.planner import Plan, describe_entry, describe_setting
-from bertbench.workload import Levers, Workload
 
 Row = dict[str, Any]
 

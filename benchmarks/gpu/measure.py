@@ -58,7 +58,10 @@ from gpu_parts import (
 from timed_trial import TARGET, TURN_VARIABLE
 
 from bertbench.attached import resolve_device
-from bertbench.bytes import MIB_BYTES
+from bertbench.core.locks import devices_held
+from bertbench.core.progress import progress
+from bertbench.core.terminal import say
+from bertbench.core.units import MIB_BYTES
 from bertbench.devices import (
     GPU_CONTEXT_RESERVE_BYTES,
     Budget,
@@ -69,10 +72,7 @@ from bertbench.devices import (
 )
 from bertbench.ledger import find, record, versions_key
 from bertbench.ledger_file import open_ledger
-from bertbench.locking import devices_held
 from bertbench.probing import probe_cell
-from bertbench.progress import progress
-from bertbench.terminal import say
 from bertbench.trial import Trial, measure_batches
 from finetune.errors import InputError
 from finetune.storage.json_files import json_text

@@ -16,8 +16,8 @@ import statistics
 import time
 from typing import Any
 
-from bertbench.bisection import last_that_holds
-from bertbench.workload import published_workload
+from bertbench.core.bisection import last_that_holds
+from bertbench.core.workload import published_workload
 from finetune.storage.json_files import json_text
 
 _STEPS = 4

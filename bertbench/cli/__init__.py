@@ -12,15 +12,15 @@ from typing import Any
 import click
 
 from bertbench.cli.common import CONTEXT, GO_ON_VARIABLE
-from bertbench.errors import (
+from bertbench.core.errors import (
     SteppedDownError,
     StoppedEarlyError,
     WorkError,
     describe_system_error,
 )
-from bertbench.interruption import EXIT_CODE, end_quietly, handle_signals, was_interrupted
-from bertbench.standard_streams import give_up_stdout, prepare_standard_streams
-from bertbench.terminal import clean_warnings, say
+from bertbench.core.interruption import EXIT_CODE, end_quietly, handle_signals, was_interrupted
+from bertbench.core.standard_streams import give_up_stdout, prepare_standard_streams
+from bertbench.core.terminal import clean_warnings, say
 from bertbench.threads import spare_threads
 from finetune.errors import InputError
 

@@ -11,10 +11,10 @@ import click
 from rich.console import Console
 
 from bertbench.attached import resolve_together
-from bertbench.bytes import parse_bytes
+from bertbench.core.terminal import PlainConsole, echo
+from bertbench.core.units import parse_bytes
+from bertbench.core.workload import MOST_BATCH, Levers
 from bertbench.devices import Budget, make_budget
-from bertbench.terminal import PlainConsole, echo
-from bertbench.workload import MOST_BATCH, Levers
 from finetune.errors import InputError
 from finetune.spec.optimizers import OPTIMIZERS, PLACEMENTS
 from finetune.spec.precisions import PRECISIONS

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from bertbench.cli.common import CONTEXT, MOST_SEED, Whole, json_option, write_json
-from bertbench.progress import progress
-from bertbench.terminal import echo, say
+from bertbench.core.progress import progress
+from bertbench.core.terminal import echo, say
 from finetune.errors import InputError
 from finetune.storage.files import write_atomically
 from finetune.tasks.triviaqa import (

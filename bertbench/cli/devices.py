@@ -8,8 +8,8 @@ import click
 from rich.table import Table
 
 from bertbench.attached import list_devices
-from bertbench.bytes import format_bytes
 from bertbench.cli.common import CONTEXT, json_option, terminal, write_json
+from bertbench.core.units import format_bytes
 from bertbench.devices import default_budget_bytes
 from finetune.errors import InputError
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bertbench.cli.common import CONTEXT, Number, json_option, write_json
-from bertbench.terminal import echo, say
+from bertbench.core.terminal import echo, say
 from finetune.errors import InputError
 from finetune.storage.json_files import load_json
 

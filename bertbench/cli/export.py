@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 from bertbench.cli.common import CONTEXT, json_option, write_json
-from bertbench.errors import WorkError
-from bertbench.quiet import muted_stderr
+from bertbench.core.errors import WorkError
+from bertbench.core.quiet import muted_stderr
+from bertbench.core.terminal import echo, say
 from bertbench.running import load_config_and_tokenizer
-from bertbench.terminal import echo, say
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import PREFIX, list_checkpoints
 from finetune.model_files.head_labels import read_trained_head

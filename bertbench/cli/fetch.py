@@ -10,12 +10,12 @@ from typing import Any
 import click
 from rich.table import Table
 
-from bertbench.bytes import MIB_BYTES
 from bertbench.cli.common import CONTEXT, json_option, terminal, write_json
-from bertbench.errors import StoppedEarlyError
+from bertbench.core.errors import StoppedEarlyError
+from bertbench.core.terminal import echo
+from bertbench.core.units import MIB_BYTES
 from bertbench.fetch_catalogue import ENTRIES, GROUPS, Entry, find_entries
 from bertbench.fetching import Comparison, Fetched, fetch
-from bertbench.terminal import echo
 from finetune.errors import InputError
 from finetune.tasks.glue import find_task
 

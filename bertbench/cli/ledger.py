@@ -9,8 +9,10 @@ from typing import Any
 import click
 from rich.table import Table
 
-from bertbench.bytes import format_bytes
 from bertbench.cli.common import CONTEXT, json_option, ledger_option, terminal, write_json
+from bertbench.core.terminal import echo
+from bertbench.core.units import format_bytes
+from bertbench.core.workload import levers_from_json
 from bertbench.ledger import (
     LedgerRow,
     Prunable,
@@ -27,8 +29,6 @@ from bertbench.ledger_file import (
     read_ledger,
 )
 from bertbench.limit import find_limit
-from bertbench.terminal import echo
-from bertbench.workload import levers_from_json
 from finetune.errors import InputError
 
 

@@ -20,7 +20,7 @@ from bertbench.cloud_storage import (
     new_staging_folder,
     open_remote_folder,
 )
-from bertbench.errors import WorkError
+from bertbench.core.errors import WorkError
 from finetune.model_files.model_folder import SETTINGS_FILES
 
 _REMOTE_FILES = ("bert_config_file", "vocab_file", "train_file", "predict_file", "dev_file",

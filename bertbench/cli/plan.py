@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from bertbench.attached import resolve_together
-from bertbench.bytes import format_bytes
 from bertbench.catalogue import ACCELERATORS, check_levers, find_accelerator
 from bertbench.cli.common import (
     BATCH,
@@ -36,18 +35,19 @@ from bertbench.cli.plan_view import (
     show_least,
     show_plan,
 )
+from bertbench.core.progress import progress
+from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
+from bertbench.core.terminal import say
+from bertbench.core.units import format_bytes
+from bertbench.core.workload import Workload, check_layers, published_workload
 from bertbench.cost import Rates, device_rates, gpu_rates
 from bertbench.devices import Device
 from bertbench.experience import experience_of
 from bertbench.least_memory import LeastMemory, find_least_memory
 from bertbench.ledger_file import default_ledger_path, open_ledger
-from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.planner import Plan, describe_entry, make_plan
-from bertbench.progress import progress
-from bertbench.terminal import say
 from bertbench.trial import Trial
 from bertbench.verifying import verify_plan
-from bertbench.workload import Workload, check_layers, published_workload
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import HEADS

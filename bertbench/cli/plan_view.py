@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from bertbench.bytes import GIB_BYTES, format_bytes
 from bertbench.catalogue import ACCELERATORS, Accelerator
 from bertbench.cli.common import terminal
+from bertbench.core.units import GIB_BYTES, format_bytes
+from bertbench.core.workload import Levers, Workload
 from bertbench.least_memory import LeastMemory
 from bertbench.planner import Plan, PlanEntry, describe_cut
 from bertbench.trial import Trial
-from bertbench.workload import Levers, Workload
 from finetune.spec.recipes import find_recipe, train_steps
 
 Cell = Plan | tuple[Workload, str]

@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from bertbench.attached import resolve_device, tpu_device
-from bertbench.bytes import MIB_BYTES, format_bytes
 from bertbench.catalogue import check_levers
 from bertbench.checking import Check, check_claim, read_claims
 from bertbench.cli.common import (
@@ -37,6 +36,12 @@ from bertbench.cli.probe_view import (
     holes,
     shown,
 )
+from bertbench.core.errors import WorkError
+from bertbench.core.locks import devices_held
+from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
+from bertbench.core.terminal import say
+from bertbench.core.units import MIB_BYTES, format_bytes
+from bertbench.core.workload import MOST_BATCH, Levers, check_layers, published_workload
 from bertbench.devices import (
     Budget,
     Device,
@@ -46,17 +51,12 @@ from bertbench.devices import (
     check_free,
     make_budget,
 )
-from bertbench.errors import WorkError
 from bertbench.ledger import versions_key
 from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.limit import find_limit
-from bertbench.locking import devices_held
-from bertbench.paper import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.probing import predict_cell_seconds, probe_cell
-from bertbench.terminal import say
 from bertbench.trial import Trial
 from bertbench.workers import share_out
-from bertbench.workload import MOST_BATCH, Levers, check_layers, published_workload
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import HEADS

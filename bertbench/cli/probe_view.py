@@ -15,15 +15,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bertbench.bytes import format_bytes
 from bertbench.checking import Check
+from bertbench.core.progress import describe_duration
+from bertbench.core.published import PUBLISHED_MAX_BATCH, published_ratio
+from bertbench.core.terminal import PlainConsole, clean_text, say
+from bertbench.core.units import format_bytes
+from bertbench.core.workload import Levers, Workload
 from bertbench.devices import Budget
-from bertbench.paper import PUBLISHED_MAX_BATCH, published_ratio
 from bertbench.probing import Cell
-from bertbench.progress import describe_duration
-from bertbench.terminal import PlainConsole, clean_text, say
 from bertbench.trial import Trial
-from bertbench.workload import Levers, Workload
 
 _REFRESH_PER_SECOND = 4
 _SHOWN = 6

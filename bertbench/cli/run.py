@@ -32,11 +32,11 @@ from bertbench.cli.common import (
 )
 from bertbench.cli.original_flags import OriginalCommand, PathOrUrl, local_files
 from bertbench.cloud_storage import is_url
+from bertbench.core.errors import WorkError
+from bertbench.core.terminal import echo, say
 from bertbench.devices import Budget, TpuSettings, make_budget
-from bertbench.errors import WorkError
 from bertbench.output_folder import RUN_FILE
 from bertbench.running import RunSettings
-from bertbench.terminal import echo, say
 from bertbench.threads import check_threads
 from finetune.errors import InputError
 from finetune.model_files.model_folder import ModelFiles, find_model_files

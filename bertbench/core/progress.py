@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from bertbench.terminal import PlainConsole, clean_text, say
+from bertbench.core.terminal import PlainConsole, clean_text, say
 
 LINE_EVERY_SECONDS = 15.0
 

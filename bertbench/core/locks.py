@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from bertbench.core.private_folders import is_private, user_temporary_folder
+from bertbench.core.terminal import say
 from bertbench.devices import Device
 from bertbench.ledger_file import state_folder
-from bertbench.private_folder import is_private, user_temporary_folder
-from bertbench.terminal import say
 from finetune.errors import InputError
 from finetune.storage.folders import HeldFolder, held_folder, try_lock
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from bertbench.terminal import say
+from bertbench.core.terminal import say
 
 PATIENCE_SECONDS = 2.0
 """Further signals are ignored for so long after the interruption, and then end the process."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bertbench.workload import Workload
+from bertbench.core.workload import Workload
 
 PAPER_MODELS = ("bert-base", "bert-large")
 PAPER_SEQ_LENS = (64, 128, 256, 320, 384, 512)
