@@ -1,9 +1,10 @@
-"""Fit the seconds of a CPU's work (`bertbench.cost`) to the sweeps of `benchmarks/regret.py`.
+"""Fit the seconds of a CPU's work (`bertbench.devices.step_time`) to the sweeps of `benchmarks/regret.py`.
 
     python benchmarks/fit_cost.py SWEEP.json [SWEEP.json ...] [--leave-out CASE ...]
 
-Least squares of the relative errors, no number below 0. Prints what `bertbench.cost` takes, and how
-far predictions are from the measurements: of the cases that were used, and of those left out.
+Least squares of the relative errors, no number below 0. Prints what `bertbench.devices.step_time`
+takes, and how far predictions are from the measurements: of the cases that were used, and of those
+left out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from bertbench.core.workload import levers_from_json, published_workload
-from bertbench.cost import Work, work_of
+from bertbench.devices.step_time import Work, work_of
 
 _NAMES = [field.name for field in dataclasses.fields(Work)]
 

@@ -22,9 +22,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertbench.attached import resolve_device
 from bertbench.core.workload import Levers, Workload, published_workload
-from bertbench.devices import Budget, make_budget
+from bertbench.devices.device import Budget, make_budget
+from bertbench.devices.discover import resolve_device
 from bertbench.fitting import Room, footprint_in
 from bertbench.footprint import predict_footprint
 from bertbench.traced_steps import trace_of

@@ -20,11 +20,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bertbench.attached import resolve_device
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
-from bertbench.cost import device_rates
-from bertbench.devices import make_budget
+from bertbench.devices.device import make_budget
+from bertbench.devices.discover import resolve_device
+from bertbench.devices.step_time import device_rates
 from bertbench.fitting import Room, least_peak_bytes, margin_for
 from bertbench.least_memory import find_least_memory
 from bertbench.planner import make_plan

@@ -29,10 +29,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertbench.attached import resolve_device
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
-from bertbench.devices import Budget, Device, make_budget
+from bertbench.devices.device import Budget, Device, make_budget
+from bertbench.devices.discover import resolve_device
 from bertbench.ledger import find_allocations, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell

@@ -26,10 +26,10 @@ from typing import Any
 import psutil
 
 from bertbench.allocator_limit import child_environment
-from bertbench.attached import resolve_device
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.devices import make_budget
+from bertbench.devices.device import make_budget
+from bertbench.devices.discover import resolve_device
 from bertbench.isolation import run_isolated
 from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.allocations import Recording
-from bertbench.attached import resolve_device
 from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
-from bertbench.devices import Budget, make_budget
+from bertbench.devices.device import Budget, make_budget
+from bertbench.devices.discover import resolve_device
 from bertbench.step_traces import LAYERS, OTHER_LAYERS, traces_from_bytes, traces_to_bytes
 from bertbench.trace_building import build_trace
 from bertbench.trace_moments import find_moments, keep_highest

@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.allocator_limit import child_environment
-from bertbench.attached import resolve_device
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Workload, levers_from_json, published_workload
-from bertbench.cost import device_rates
-from bertbench.devices import Budget, Device, make_budget
+from bertbench.devices.device import Budget, Device, make_budget
+from bertbench.devices.discover import resolve_device
+from bertbench.devices.step_time import device_rates
 from bertbench.fitting import Room, footprint_in, least_peak_bytes
 from bertbench.least_memory import find_least_memory
 from bertbench.lever_settings import all_policies, cuts

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bertbench.attached import resolve_device
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.devices import make_budget
+from bertbench.devices.device import make_budget
+from bertbench.devices.discover import resolve_device
 from bertbench.ledger import record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.trial import Trial

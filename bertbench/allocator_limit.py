@@ -11,7 +11,7 @@ from typing import Any
 from bertbench.allocations import Memory
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES, format_bytes
-from bertbench.devices import Budget
+from bertbench.devices.device import Budget
 from finetune.errors import InputError
 
 _FIRST_REGION_BYTES = 2 * MIB_BYTES

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bertbench.attached import resolve_device, tpu_device
 from bertbench.core.workload import Levers, Workload
-from bertbench.devices import Budget, make_budget
+from bertbench.devices.device import Budget, make_budget
+from bertbench.devices.discover import resolve_device, tpu_device
 from bertbench.ledger import find, record, versions_key
 from bertbench.probe_file import read_probe_file
 from bertbench.probing import plenty_seconds

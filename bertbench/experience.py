@@ -14,8 +14,8 @@ from pathlib import Path
 
 from bertbench.core.terminal import say
 from bertbench.core.workload import Levers, Workload, levers_from_json, workload_from_key
-from bertbench.cost import Rates, predict_step_seconds
-from bertbench.devices import Budget, Device
+from bertbench.devices.device import Budget, Device
+from bertbench.devices.step_time import Rates, predict_step_seconds
 from bertbench.fitting import Room, has_trace, least_peak_bytes
 from bertbench.ledger import LedgerRow, read_device_rows, record, versions_key
 from bertbench.ledger_file import (

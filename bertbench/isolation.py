@@ -23,9 +23,9 @@ from typing import Any
 import psutil
 
 from bertbench.core.errors import WorkError
+from bertbench.devices.host import oom_kill_counts
 from bertbench.fork_server import OWN_KEY, Message, Request
 from bertbench.forking import Started, read_number, start
-from bertbench.hostmemory import oom_kill_counts
 from bertbench.temporary import temporary_folder
 
 # A message is a line of JSON; the largest carries what a large model asked of its allocator.

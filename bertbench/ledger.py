@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from bertbench.allocations import Recording, recording_from_text, recording_to_text
 from bertbench.core.workload import Levers, Workload
-from bertbench.devices import Budget, Device
+from bertbench.devices.device import Budget, Device
 from bertbench.ledger_file import Ledger, explained, pass_over
 from bertbench.repetition import Recorded
 from bertbench.trial import Trial, trial_from_json

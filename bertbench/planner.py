@@ -12,7 +12,7 @@ from typing import Any
 
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Workload
-from bertbench.cost import Rates, predict_step_seconds
+from bertbench.devices.step_time import Rates, predict_step_seconds
 from bertbench.experience import Experience
 from bertbench.fitting import (
     Room,
@@ -158,7 +158,7 @@ def make_plan(
         device_kind: `cpu`, `gpu` or `tpu`.
         policies: checkpointing to choose from; all settings by default.
         allowed: the other levers, in all combinations, that the device can be trained on with, see
-            `bertbench.catalogue.check_levers`; only exact ones by default.
+            `bertbench.devices.accelerators.check_levers`; only exact ones by default.
         host_if_needed: keep the optimizer's state of a single GPU on the host if nothing fits
             otherwise.
         spare_bytes: what is to be left free of the budget.

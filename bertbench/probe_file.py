@@ -14,7 +14,7 @@ from bertbench.core.workload import (
     levers_from_json,
     published_workload,
 )
-from bertbench.devices import Device, device_from_json
+from bertbench.devices.device import Device, device_from_json
 from bertbench.trial import Trial, trial_from_json
 from finetune.errors import InputError
 from finetune.storage.json_files import MOST_WHOLE, get_whole, load_object

@@ -12,8 +12,8 @@ from typing import Any
 from bertbench.allocations import Recording
 from bertbench.allocator_limit import empty_memory
 from bertbench.core.workload import Levers, Workload
-from bertbench.cost import device_rates, predict_step_seconds
-from bertbench.devices import Budget
+from bertbench.devices.device import Budget
+from bertbench.devices.step_time import device_rates, predict_step_seconds
 from bertbench.extrapolation import extrapolate, largest_batch
 from bertbench.fitting import has_trace
 from bertbench.footprint import max_micro_batch, predict_footprint

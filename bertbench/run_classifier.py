@@ -11,7 +11,7 @@ import numpy as np
 
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
-from bertbench.devices import Budget
+from bertbench.devices.device import Budget
 from bertbench.fine_tuning import FineTuned, Job, feature_arrays, fine_tuned
 from bertbench.output_folder import hash_arrays, record_results, settings_json
 from bertbench.running import RunSettings, check_segments, load_config_and_tokenizer

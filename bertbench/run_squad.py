@@ -13,7 +13,7 @@ import numpy as np
 from bertbench.core.progress import progress
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
-from bertbench.devices import Budget
+from bertbench.devices.device import Budget
 from bertbench.fine_tuning import Job, feature_arrays, fine_tuned
 from bertbench.output_folder import describe_file, record_results, settings_json
 from bertbench.running import RunSettings, check_segments, load_config_and_tokenizer

@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertbench import tpu
 from bertbench.allocator_limit import child_environment
-from bertbench.catalogue import check_levers
 from bertbench.cloud_storage import RemoteFolder
 from bertbench.core.terminal import say
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Workload, check_layers
-from bertbench.cost import device_rates
-from bertbench.devices import Budget, check_free
+from bertbench.devices import tpu
+from bertbench.devices.accelerators import check_levers
+from bertbench.devices.device import Budget, check_free
+from bertbench.devices.step_time import device_rates
 from bertbench.experience import Experience, experience_of
 from bertbench.plan_file import read_plan
 from bertbench.planner import Plan, describe_entry, make_plan
@@ -307,7 +307,7 @@ def open_device(budget: Budget) -> Any:
         A `tf.distribute.Strategy` if it has several replicas, else None.
 
     Raises:
-        InputError: see `bind_budget` and `bertbench.tpu.connect`.
+        InputError: see `bind_budget` and `bertbench.devices.tpu.connect`.
         bertbench.core.errors.WorkError: the TPU cannot be reached.
     """
     if budget.device.tpu is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bertbench.allocator_limit import apply_budget
 from bertbench.core.quiet import muted_stderr
-from bertbench.devices import Budget
-from bertbench.threads import check_threads
+from bertbench.devices.device import Budget
+from bertbench.devices.threads import check_threads
 from finetune.spec.precisions import EXACT_PRECISION, allow_tensor_float_32
 
 

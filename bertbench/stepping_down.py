@@ -20,8 +20,8 @@ from bertbench.core.errors import OutOfMemoryError, SteppedDownError, WorkError
 from bertbench.core.terminal import say
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import MOST_BATCH, Levers, Workload, levers_from_json
-from bertbench.cost import device_rates
-from bertbench.devices import Budget
+from bertbench.devices.device import Budget
+from bertbench.devices.step_time import device_rates
 from bertbench.experience import experience_of, note_out_of_memory
 from bertbench.fitting import Room, least_peak_bytes
 from bertbench.output_folder import add_step_down, recorded_steps_down

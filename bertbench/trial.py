@@ -18,10 +18,10 @@ from bertbench.core.workload import (
     levers_from_json,
     workload_from_json,
 )
-from bertbench.devices import Budget, budget_from_json, check_free
-from bertbench.hostmemory import host_memory
+from bertbench.devices.device import Budget, budget_from_json, check_free
+from bertbench.devices.host import host_memory
+from bertbench.devices.nvml import list_gpus
 from bertbench.isolation import Ending, Message, run_isolated
-from bertbench.nvml import list_gpus
 from bertbench.outcomes import (
     Outcome,
     classify_error,

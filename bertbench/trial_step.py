@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from bertbench import tpu
 from bertbench.allocations import recording_to_text
 from bertbench.core.workload import Levers, Workload
-from bertbench.process_memory import process_peak_bytes
+from bertbench.devices import tpu
+from bertbench.devices.process import process_peak_bytes
 from bertbench.runtime import start_tensorflow
 from bertbench.trial import TrialRequest, request_from_payload
 from finetune.model.modeling import create_variables

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable
 
 from bertbench.core.errors import WorkError
-from bertbench.devices import Budget
+from bertbench.devices.device import Budget
 from bertbench.ledger import record, versions_key
 from bertbench.planner import Plan
 from bertbench.trial import Trial, measure_batches

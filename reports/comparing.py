@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from bertbench.cli.common import terminal
-from bertbench.devices import Budget
+from bertbench.devices.device import Budget
 from bertbench.ledger import LedgerRow, read_rows
 from bertbench.ledger_file import read_ledger
 from bertbench.probe_file import ProbeFile, read_probe_file

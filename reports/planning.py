@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from bertbench.catalogue import find_accelerator
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Workload
-from bertbench.cost import device_rates
+from bertbench.devices.accelerators import find_accelerator
+from bertbench.devices.step_time import device_rates
 from bertbench.experience import learn
 from bertbench.ledger import LedgerRow
 from bertbench.planner import Plan, make_plan

@@ -14,7 +14,7 @@ from bertbench.allocations import Recording, recording_to_text
 from bertbench.cli.plan import command as plan
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.devices import Budget, Device
+from bertbench.devices.device import Budget, Device
 from bertbench.extrapolation import extrapolate
 from bertbench.output_folder import settings_json
 from bertbench.repetition import Recorded

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.devices import Budget, Device
+from bertbench.devices.device import Budget, Device
 from bertbench.ledger import LedgerRow
 from bertbench.trial import Trial
 from finetune.spec.checkpointing import parse_checkpointing

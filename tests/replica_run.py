@@ -6,8 +6,8 @@ import sys
 
 import tensorflow as tf
 
-from bertbench import tpu
 from bertbench.cli import main
+from bertbench.devices import tpu
 
 
 def connect(settings: tpu.TpuSettings) -> tf.distribute.Strategy:

@@ -20,13 +20,13 @@ from click.testing import CliRunner, Result
 
 from bertbench import ledger_file
 from bertbench.allocations import Recording
-from bertbench.attached import resolve_device
 from bertbench.cli.ledger import command as ledger_command
 from bertbench.cli.plan import command as plan_command
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.cost import device_rates
-from bertbench.devices import Budget, make_budget
+from bertbench.devices.device import Budget, make_budget
+from bertbench.devices.discover import resolve_device
+from bertbench.devices.step_time import device_rates
 from bertbench.experience import Experience, experience_of
 from bertbench.ledger import (
     find,

@@ -14,12 +14,12 @@ import pynvml
 import pytest
 import tensorflow as tf
 
-from bertbench import allocator_limit, hostmemory
+from bertbench import allocator_limit
 from bertbench.allocations import CHUNK_BYTES
 from bertbench.allocator_limit import apply_budget, child_environment, empty_memory
-from bertbench.attached import list_devices, resolve_device, resolve_together, visible_gpus
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
-from bertbench.devices import (
+from bertbench.devices import host
+from bertbench.devices.device import (
     GPU_CONTEXT_RESERVE_BYTES,
     Budget,
     Device,
@@ -30,7 +30,8 @@ from bertbench.devices import (
     device_from_json,
     make_budget,
 )
-from bertbench.hostmemory import cgroup_limits, memory_cgroups, oom_kill_counts
+from bertbench.devices.discover import list_devices, resolve_device, resolve_together, visible_gpus
+from bertbench.devices.host import cgroup_limits, memory_cgroups, oom_kill_counts
 from finetune.errors import InputError
 
 CPU = Device("cpu", 0, "Some CPU (2 cores)", None, 16 * GIB_BYTES, 8 * GIB_BYTES)
@@ -212,8 +213,8 @@ APPLY = """
 import sys
 from bertbench.allocations import CHUNK_BYTES
 from bertbench.allocator_limit import empty_memory, apply_budget
-from bertbench.attached import list_devices
-from bertbench.devices import make_budget
+from bertbench.devices.discover import list_devices
+from bertbench.devices.device import make_budget
 assert "tensorflow" not in sys.modules, "listing devices needs no TensorFlow"
 budget = make_budget(list_devices()[-1], 64 << 20)
 if {early}:
@@ -346,6 +347,6 @@ def test_cgroup_v1_in_a_container_whose_path_is_not_mounted(tmp_path: Path) -> N
 
 
 def test_a_limit_of_a_control_group_is_the_cpu_s_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hostmemory, "cgroup_limits", lambda _: [(1 << 28, 1 << 27)])
+    monkeypatch.setattr(host, "cgroup_limits", lambda _: [(1 << 28, 1 << 27)])
     cpu = list_devices()[-1]
     assert (cpu.total_bytes, cpu.free_bytes) == (1 << 28, 1 << 27)

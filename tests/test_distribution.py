@@ -14,11 +14,11 @@ import pytest
 import tensorflow as tf
 from tiny_models import eagerly, norm_of, random_batch, tiny_trainer, values_of
 
-from bertbench.attached import tpu_device
-from bertbench.catalogue import find_accelerator
 from bertbench.core.errors import WorkError
-from bertbench.devices import TPU_CORE_BYTES, TpuSettings, device_from_json, make_budget
-from bertbench.tpu import connect
+from bertbench.devices.accelerators import find_accelerator
+from bertbench.devices.device import TPU_CORE_BYTES, TpuSettings, device_from_json, make_budget
+from bertbench.devices.discover import tpu_device
+from bertbench.devices.tpu import connect
 from finetune.errors import InputError
 from finetune.tasks.demo_data import demo_files
 from finetune.train.training import read_log

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from bertbench import threads
 from bertbench.core.errors import WorkError
-from bertbench.threads import can_start_threads, check_threads
+from bertbench.devices import threads
+from bertbench.devices.threads import can_start_threads, check_threads
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bertbench.attached import resolve_device
 from bertbench.cli.plan import command
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
-from bertbench.cost import device_rates, predict_step_seconds
-from bertbench.devices import Device, make_budget
+from bertbench.devices.device import Device, make_budget
+from bertbench.devices.discover import resolve_device
+from bertbench.devices.step_time import device_rates, predict_step_seconds
 from bertbench.experience import Experience, Outcomes, experience_of, learn
 from bertbench.fitting import Room, least_peak_bytes
 from bertbench.ledger import read_device_rows, record, versions_key

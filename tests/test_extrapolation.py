@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from bertbench.allocations import Memory, Recording, Replay, replay
 from bertbench.allocator_limit import empty_memory
-from bertbench.attached import resolve_device
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.devices import make_budget
+from bertbench.devices.device import make_budget
+from bertbench.devices.discover import resolve_device
 from bertbench.extrapolation import (
     Extrapolation,
     _last_that_fits,

@@ -39,7 +39,7 @@ from bertbench.cli import cli
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.devices import Budget
+from bertbench.devices.device import Budget
 from bertbench.ledger import record
 from bertbench.ledger_file import open_ledger
 from bertbench.output_folder import recorded_steps_down
@@ -84,8 +84,8 @@ def text(name: str, content: str | bytes) -> Callable[[Path], None]:
 
 
 def plan_text() -> str:
-    from bertbench.catalogue import find_accelerator
-    from bertbench.cost import gpu_rates
+    from bertbench.devices.accelerators import find_accelerator
+    from bertbench.devices.step_time import gpu_rates
 
     card = find_accelerator("rtx-2080")
     workload = published_workload("bert-base", 128)

@@ -26,7 +26,7 @@ from bertbench.allocator_limit import child_environment
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.devices import Budget, Device
+from bertbench.devices.device import Budget, Device
 from bertbench.isolation import Ending, run_isolated
 from bertbench.outcomes import classify_error, classify_exit
 from bertbench.trial import Trial, TrialRequest, measure_batches, request_from_payload

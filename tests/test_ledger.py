@@ -19,7 +19,7 @@ from bertbench import ledger_file
 from bertbench.allocations import Recording
 from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
-from bertbench.devices import Budget, Device, make_budget
+from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.ledger import (
     find,
     find_allocations,

@@ -17,8 +17,8 @@ from ledger_rows import failed, fits, oom, rows_of
 from bertbench.cli import ledger as ledger_cli
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.cost import device_rates
-from bertbench.devices import Device, make_budget
+from bertbench.devices.device import Device, make_budget
+from bertbench.devices.step_time import device_rates
 from bertbench.experience import learn
 from bertbench.ledger import find, read_rows, record
 from bertbench.ledger_file import open_ledger

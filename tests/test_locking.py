@@ -12,7 +12,7 @@ import pytest
 
 from bertbench.core import locks
 from bertbench.core.locks import LOCKS_VARIABLE, devices_held, locked
-from bertbench.devices import Device
+from bertbench.devices.device import Device
 from finetune.errors import InputError
 
 GPU = Device("gpu", 0, "A", "GPU-1/2", 1 << 34, 1 << 34)

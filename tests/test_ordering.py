@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 PEAK = """
 import tensorflow as tf
-from bertbench.attached import resolve_device
-from bertbench.devices import make_budget
+from bertbench.devices.discover import resolve_device
+from bertbench.devices.device import make_budget
 from bertbench.runtime import start_tensorflow
 from bertbench.trial_step import build_trainer, random_batch
 from bertbench.core.workload import Levers, published_workload

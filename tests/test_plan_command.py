@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bertbench import attached
-from bertbench.catalogue import ACCELERATORS
 from bertbench.cli.plan import command
 from bertbench.cli.plan_view import cards_of
 from bertbench.core.workload import levers_from_json, published_workload
-from bertbench.devices import GPU_CONTEXT_RESERVE_BYTES, Device
+from bertbench.devices import discover
+from bertbench.devices.accelerators import ACCELERATORS
+from bertbench.devices.device import GPU_CONTEXT_RESERVE_BYTES, Device
 from bertbench.fitting import Room, fits
 from finetune.errors import InputError
 
@@ -162,7 +162,7 @@ def test_what_would_help_where_nothing_fits() -> None:
 def test_gpus_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1 << 30
     cards = [Device("gpu", n, "Tesla V100", f"GPU-{n}", 16 * gib, (15 - n) * gib) for n in (0, 1)]
-    monkeypatch.setattr(attached, "list_devices", lambda: cards)
+    monkeypatch.setattr(discover, "list_devices", lambda: cards)
     both = [*BASE, "--device", "gpu:0,gpu:1"]
     values = json.loads(plan(*both, "--json", "-"))
     assert values["budget_bytes"] == 14 * gib - GPU_CONTEXT_RESERVE_BYTES

@@ -11,17 +11,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bertbench.attached import resolve_device
-from bertbench.catalogue import (
+from bertbench.core.units import GIB_BYTES, MIB_BYTES, format_bytes, parse_bytes
+from bertbench.core.workload import Levers, Workload, levers_from_json, published_workload
+from bertbench.devices.accelerators import (
     ACCELERATORS,
     check_levers,
     find_accelerator,
     match_accelerator,
 )
-from bertbench.core.units import GIB_BYTES, MIB_BYTES, format_bytes, parse_bytes
-from bertbench.core.workload import Levers, Workload, levers_from_json, published_workload
-from bertbench.cost import gpu_rates, predict_step_seconds
-from bertbench.devices import make_budget
+from bertbench.devices.device import make_budget
+from bertbench.devices.discover import resolve_device
+from bertbench.devices.step_time import gpu_rates, predict_step_seconds
 from bertbench.fitting import Room, fits, has_trace, least_peak_bytes, usable_bytes
 from bertbench.least_memory import find_least_memory
 from bertbench.lever_settings import cuts

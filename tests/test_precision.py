@@ -18,7 +18,7 @@ from tiny_models import (
     values_of,
 )
 
-from bertbench.catalogue import check_precision
+from bertbench.devices.accelerators import check_precision
 from finetune.errors import InputError
 from finetune.model.layers import attention, dense, layer_norm
 from finetune.model.modeling import create_variables

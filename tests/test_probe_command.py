@@ -16,9 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from bertbench import attached, checking, probing
+from bertbench import checking, probing
 from bertbench.allocator_limit import empty_memory
-from bertbench.attached import resolve_device
 from bertbench.cli import ledger as ledger_cli
 from bertbench.cli import probe as probe_cli
 from bertbench.cli.probe_view import View, build_table, holes, shown
@@ -26,8 +25,10 @@ from bertbench.core.errors import WorkError
 from bertbench.core.locks import devices_held, locked
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.cost import device_rates, predict_step_seconds
-from bertbench.devices import GPU_CONTEXT_RESERVE_BYTES, Device, check_alone, make_budget
+from bertbench.devices import discover
+from bertbench.devices.device import GPU_CONTEXT_RESERVE_BYTES, Device, check_alone, make_budget
+from bertbench.devices.discover import resolve_device
+from bertbench.devices.step_time import device_rates, predict_step_seconds
 from bertbench.extrapolation import largest_batch
 from bertbench.ledger import read_rows, record, versions_key
 from bertbench.ledger_file import open_ledger
@@ -390,7 +391,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch, *changes: dict[str, Any]) -> None:
     cards = [Device("gpu", n, "Card", f"GPU-{n}", 24 * gib, 23 * gib, driver="1") for n in range(2)]
     for number, change in enumerate(changes):
         cards[number] = dataclasses.replace(cards[number], **change)
-    monkeypatch.setattr(attached, "list_devices", lambda: cards)
+    monkeypatch.setattr(discover, "list_devices", lambda: cards)
 
 
 def test_like_gpus_share_the_cells(

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from bertbench import checking, probing
 from bertbench.cli import common
 from bertbench.cli import probe as probe_cli
-from bertbench.devices import TPU_CORE_BYTES
+from bertbench.devices.device import TPU_CORE_BYTES
 from bertbench.trial import measure_batches
 from finetune.errors import InputError
 

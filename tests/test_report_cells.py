@@ -11,7 +11,7 @@ import pytest
 from ledger_rows import CPU, VERSIONS, failed, fits, oom, rows_of
 
 from bertbench.core.workload import published_workload
-from bertbench.devices import Device, TpuSettings
+from bertbench.devices.device import Device, TpuSettings
 from bertbench.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
 from bertbench.trial import Trial
 from finetune.spec.config import preset

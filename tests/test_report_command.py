@@ -13,7 +13,7 @@ from ledger_rows import CPU, failed, fits, oom, rows_of
 
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.devices import Budget
+from bertbench.devices.device import Budget
 from bertbench.ledger import record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.trial import Trial

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.devices import Device, TpuSettings
+from bertbench.devices.device import Device, TpuSettings
 from bertbench.planner import Plan
 from bertbench.step_traces import read_trace
 from bertbench.traced_steps import traced_peak_bytes

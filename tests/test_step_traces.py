@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from bertbench import step_traces, traced_steps
 from bertbench.allocations import CHUNK_BYTES, Memory, Recording, replay
 from bertbench.allocator_limit import empty_memory
-from bertbench.attached import resolve_device
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
-from bertbench.devices import make_budget
+from bertbench.devices.device import make_budget
+from bertbench.devices.discover import resolve_device
 from bertbench.lever_settings import all_policies
 from bertbench.step_traces import (
     LAYERS,

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from bertbench.attached import resolve_device
 from bertbench.cli import main
 from bertbench.core.errors import OutOfMemoryError, SteppedDownError, WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.cost import device_rates
-from bertbench.devices import Budget, Device, make_budget
+from bertbench.devices.device import Budget, Device, make_budget
+from bertbench.devices.discover import resolve_device
+from bertbench.devices.step_time import device_rates
 from bertbench.experience import note_out_of_memory
 from bertbench.fitting import Room, least_peak_bytes
 from bertbench.ledger import find, read_rows, record, versions_key

@@ -8,10 +8,10 @@ import math
 
 import pytest
 
-from bertbench.attached import resolve_device
 from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
-from bertbench.devices import make_budget
+from bertbench.devices.device import make_budget
+from bertbench.devices.discover import resolve_device
 from bertbench.fitting import Room, footprint_in
 from bertbench.step_traces import StepTrace, read_trace
 from bertbench.trace_samples import UnlikeError

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from bertbench import verifying
-from bertbench.attached import resolve_device
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
-from bertbench.cost import device_rates
-from bertbench.devices import Budget, make_budget
+from bertbench.devices.device import Budget, make_budget
+from bertbench.devices.discover import resolve_device
+from bertbench.devices.step_time import device_rates
 from bertbench.ledger import read_rows
 from bertbench.ledger_file import open_ledger
 from bertbench.planner import Plan, make_plan

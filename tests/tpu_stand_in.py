@@ -7,8 +7,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from bertbench import tpu, trial_step
-from bertbench.devices import TpuSettings
+from bertbench import trial_step
+from bertbench.devices import tpu
+from bertbench.devices.device import TpuSettings
 
 LIMIT = 5
 """Examples that a core has memory for."""

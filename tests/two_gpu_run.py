@@ -6,10 +6,11 @@ import sys
 
 import tensorflow as tf
 
-from bertbench import attached, running
+from bertbench import running
 from bertbench.allocator_limit import child_environment
 from bertbench.cli import main
-from bertbench.devices import Budget, Device
+from bertbench.devices import discover
+from bertbench.devices.device import Budget, Device
 
 GIB_BYTES = 1 << 30
 CARDS = [
@@ -33,7 +34,7 @@ def mirrored(devices: list[str]) -> tf.distribute.Strategy:
     return Mirrored(["CPU:0", "CPU:1"])
 
 
-attached.list_gpus = lambda: CARDS
+discover.list_gpus = lambda: CARDS
 running.bind_budget = bind_budget
 tf.distribute.MirroredStrategy = mirrored
 main(sys.argv[1:])

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from bertbench.allocator_limit import empty_memory
-from bertbench.catalogue import check_levers
 from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
-from bertbench.cost import device_rates
-from bertbench.devices import Budget, make_budget
+from bertbench.devices.accelerators import check_levers
+from bertbench.devices.device import Budget, make_budget
+from bertbench.devices.step_time import device_rates
 from bertbench.fitting import Room, least_peak_bytes
 from bertbench.ledger import find, versions_key
 from bertbench.planner import Plan, make_plan

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
-from bertbench.attached import resolve_together
 from bertbench.core.terminal import PlainConsole, echo
 from bertbench.core.units import parse_bytes
 from bertbench.core.workload import MOST_BATCH, Levers
-from bertbench.devices import Budget, make_budget
+from bertbench.devices.device import Budget, make_budget
+from bertbench.devices.discover import resolve_together
 from finetune.errors import InputError
 from finetune.spec.optimizers import OPTIMIZERS, PLACEMENTS
 from finetune.spec.precisions import PRECISIONS

@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from bertbench.attached import list_devices
 from bertbench.cli.common import CONTEXT, json_option, terminal, write_json
 from bertbench.core.units import format_bytes
-from bertbench.devices import default_budget_bytes
+from bertbench.devices.device import default_budget_bytes
+from bertbench.devices.discover import list_devices
 from finetune.errors import InputError
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import click
 
-from bertbench.attached import resolve_together
-from bertbench.catalogue import ACCELERATORS, check_levers, find_accelerator
 from bertbench.cli.common import (
     BATCH,
     CONTEXT,
@@ -40,8 +38,10 @@ from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.core.terminal import say
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Workload, check_layers, published_workload
-from bertbench.cost import Rates, device_rates, gpu_rates
-from bertbench.devices import Device
+from bertbench.devices.accelerators import ACCELERATORS, check_levers, find_accelerator
+from bertbench.devices.device import Device
+from bertbench.devices.discover import resolve_together
+from bertbench.devices.step_time import Rates, device_rates, gpu_rates
 from bertbench.experience import experience_of
 from bertbench.least_memory import LeastMemory, find_least_memory
 from bertbench.ledger_file import default_ledger_path, open_ledger

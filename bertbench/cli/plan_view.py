@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from bertbench.catalogue import ACCELERATORS, Accelerator
 from bertbench.cli.common import terminal
 from bertbench.core.units import GIB_BYTES, format_bytes
 from bertbench.core.workload import Levers, Workload
+from bertbench.devices.accelerators import ACCELERATORS, Accelerator
 from bertbench.least_memory import LeastMemory
 from bertbench.planner import Plan, PlanEntry, describe_cut
 from bertbench.trial import Trial

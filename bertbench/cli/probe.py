@@ -10,8 +10,6 @@ from typing import Any
 
 import click
 
-from bertbench.attached import resolve_device, tpu_device
-from bertbench.catalogue import check_levers
 from bertbench.checking import Check, check_claim, read_claims
 from bertbench.cli.common import (
     BATCH,
@@ -42,7 +40,8 @@ from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.core.terminal import say
 from bertbench.core.units import MIB_BYTES, format_bytes
 from bertbench.core.workload import MOST_BATCH, Levers, check_layers, published_workload
-from bertbench.devices import (
+from bertbench.devices.accelerators import check_levers
+from bertbench.devices.device import (
     Budget,
     Device,
     TpuSettings,
@@ -51,6 +50,7 @@ from bertbench.devices import (
     check_free,
     make_budget,
 )
+from bertbench.devices.discover import resolve_device, tpu_device
 from bertbench.ledger import versions_key
 from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.limit import find_limit

@@ -21,7 +21,7 @@ from bertbench.core.published import PUBLISHED_MAX_BATCH, published_ratio
 from bertbench.core.terminal import PlainConsole, clean_text, say
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Workload
-from bertbench.devices import Budget
+from bertbench.devices.device import Budget
 from bertbench.probing import Cell
 from bertbench.trial import Trial
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import click
 
-from bertbench.attached import tpu_device
-from bertbench.catalogue import find_accelerator
 from bertbench.cli.common import (
     BATCH,
     CONTEXT,
@@ -34,10 +32,12 @@ from bertbench.cli.original_flags import OriginalCommand, PathOrUrl, local_files
 from bertbench.cloud_storage import is_url
 from bertbench.core.errors import WorkError
 from bertbench.core.terminal import echo, say
-from bertbench.devices import Budget, TpuSettings, make_budget
+from bertbench.devices.accelerators import find_accelerator
+from bertbench.devices.device import Budget, TpuSettings, make_budget
+from bertbench.devices.discover import tpu_device
+from bertbench.devices.threads import check_threads
 from bertbench.output_folder import RUN_FILE
 from bertbench.running import RunSettings
-from bertbench.threads import check_threads
 from finetune.errors import InputError
 from finetune.model_files.model_folder import ModelFiles, find_model_files
 from finetune.spec.checkpointing import parse_checkpointing

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bertbench.core.private_folders import is_private, user_temporary_folder
 from bertbench.core.terminal import say
-from bertbench.devices import Device
+from bertbench.devices.device import Device
 from bertbench.ledger_file import state_folder
 from finetune.errors import InputError
 from finetune.storage.folders import HeldFolder, held_folder, try_lock
@@ -32,7 +32,7 @@ def devices_held(devices: Sequence[Device]) -> Iterator[None]:
     """Keep this user's other probes off devices, whatever their ledgers and temporary folders.
 
     Another user's probe is not waited for: a lock that others can open is one that they can hold
-    for ever. Of others `bertbench.devices.check_free` and `check_alone` tell.
+    for ever. Of others `bertbench.devices.device.check_free` and `check_alone` tell.
     """
     folder = _lock_folder()
     if folder is None:

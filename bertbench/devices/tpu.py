@@ -10,7 +10,7 @@ from typing import Any
 
 from bertbench.core.errors import WorkError
 from bertbench.core.quiet import muted_stderr
-from bertbench.devices import TpuSettings
+from bertbench.devices.device import TpuSettings
 from finetune.errors import InputError
 
 

@@ -13,10 +13,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bertbench.catalogue import ACCELERATORS, Accelerator, match_accelerator
 from bertbench.core.workload import Levers, Workload
-from bertbench.devices import Device
-from bertbench.threads import usable_cores
+from bertbench.devices.accelerators import ACCELERATORS, Accelerator, match_accelerator
+from bertbench.devices.device import Device
+from bertbench.devices.threads import usable_cores
 from finetune.spec.checkpointing import examples_per_block
 from finetune.spec.config import parameter_count
 

@@ -7,8 +7,8 @@ import os
 import psutil
 import pynvml
 
-from bertbench.devices import Device
-from bertbench.hostmemory import host_memory
+from bertbench.devices.device import Device
+from bertbench.devices.host import host_memory
 
 
 def list_gpus() -> list[Device]:

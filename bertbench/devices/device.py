@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bertbench.core.units import GIB_BYTES, MIB_BYTES, format_bytes
-from bertbench.hostmemory import host_memory
+from bertbench.devices.host import host_memory
 from finetune.errors import InputError
 from finetune.storage.json_files import MOST_WHOLE, build, get_whole, json_text
 

@@ -10,10 +10,10 @@ import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bertbench.devices import TPU_CORE_BYTES, Device, TpuSettings, together
-from bertbench.hostmemory import host_memory
-from bertbench.nvml import list_gpus
-from bertbench.threads import usable_cores
+from bertbench.devices.device import TPU_CORE_BYTES, Device, TpuSettings, together
+from bertbench.devices.host import host_memory
+from bertbench.devices.nvml import list_gpus
+from bertbench.devices.threads import usable_cores
 from finetune.errors import InputError
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from bertbench import nvml
-from bertbench.devices import Device
+from bertbench.devices import nvml
+from bertbench.devices.device import Device
 
 
 def process_peak_bytes(device: Device) -> int | None:
