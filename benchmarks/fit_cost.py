@@ -1,4 +1,4 @@
-"""Fit the seconds of a CPU's work (`bertbench.devices.step_time`) to the sweeps of `benchmarks/regret.py`.
+"""Fit the seconds of work of a CPU (`bertbench.devices.step_time`) to sweeps of `regret.py`.
 
     python benchmarks/fit_cost.py SWEEP.json [SWEEP.json ...] [--leave-out CASE ...]
 

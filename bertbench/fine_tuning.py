@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from bertbench.core.errors import OutOfMemoryError, WorkError
-from bertbench.core.locks import alone_in
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
 from bertbench.devices.device import Budget
+from bertbench.devices.lock import alone_in
 from bertbench.fitting import prediction_batch
 from bertbench.initial_weights import load_initial_weights
 from bertbench.output_folder import (

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bertbench.core.private_folders import is_private, user_temporary_folder
+from bertbench.core.private_folders import state_folder
 from bertbench.core.terminal import say
 from finetune.errors import InputError
 
@@ -77,25 +76,6 @@ def default_ledger_path() -> Path:
             hint="name a file with BERTBENCH_LEDGER, or set HOME",
         )
     return folder / "ledger.sqlite"
-
-
-def state_folder() -> Path | None:
-    """`bertbench` in the user's folder for such state.
-
-    Who has no home, as in some containers, has `user_temporary_folder()`; None without that.
-    """
-    state = os.environ.get("XDG_STATE_HOME", "")
-    # The XDG specification has relative paths ignored.
-    if sys.platform != "darwin" and os.path.isabs(state):
-        return Path(state) / "bertbench"
-    try:
-        home = Path.home()
-    except RuntimeError:  # neither HOME nor an entry for the user
-        folder = user_temporary_folder()
-        return folder if is_private(folder) else None
-    if sys.platform == "darwin":
-        return home / "Library" / "Application Support" / "bertbench"
-    return home / ".local" / "state" / "bertbench"
 
 
 class Ledger(sqlite3.Connection):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from bertbench.core.locks import LOCKS_VARIABLE
+from bertbench.devices.lock import LOCKS_VARIABLE
 
 # A busy machine is no failure.
 settings.register_profile("untimed", deadline=None)

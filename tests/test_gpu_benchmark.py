@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from bertbench.core.locks import locked
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.devices.discover import resolve_device
+from bertbench.devices.lock import locked
 from bertbench.ledger import read_rows, record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.trial import Trial, measure_batches

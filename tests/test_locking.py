@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bertbench.core import locks
-from bertbench.core.locks import LOCKS_VARIABLE, devices_held, locked
+from bertbench.devices import lock
 from bertbench.devices.device import Device
+from bertbench.devices.lock import LOCKS_VARIABLE, devices_held, locked
 from finetune.errors import InputError
 
 GPU = Device("gpu", 0, "A", "GPU-1/2", 1 << 34, 1 << 34)
@@ -59,22 +59,22 @@ def test_the_folder_does_not_depend_on_how_a_shell_was_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv(LOCKS_VARIABLE)
-    before = locks._lock_folder()
+    before = lock._lock_folder()
     for name in ("TMPDIR", "XDG_RUNTIME_DIR", "XDG_STATE_HOME", "HOME", "BERTBENCH_LEDGER"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    assert locks._lock_folder() == before
+    assert lock._lock_folder() == before
 
 
 def test_a_folder_that_another_has_prepared_is_not_used(folder: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     folder.symlink_to(elsewhere)
-    assert locks._lock_folder() is None
+    assert lock._lock_folder() is None
     folder.unlink()
     if os.geteuid() == 0:
         folder.mkdir()
         os.chown(folder, 12345, 12345)
-        assert locks._lock_folder() is None
+        assert lock._lock_folder() is None
 
 
 def test_a_link_in_the_place_of_a_lock_is_not_followed(folder: Path, tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ from bertbench.cli import ledger as ledger_cli
 from bertbench.cli import probe as probe_cli
 from bertbench.cli.probe_view import View, build_table, holes, shown
 from bertbench.core.errors import WorkError
-from bertbench.core.locks import devices_held, locked
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices import discover
 from bertbench.devices.device import GPU_CONTEXT_RESERVE_BYTES, Device, check_alone, make_budget
 from bertbench.devices.discover import resolve_device
+from bertbench.devices.lock import devices_held, locked
 from bertbench.devices.step_time import device_rates, predict_step_seconds
 from bertbench.extrapolation import largest_batch
 from bertbench.ledger import read_rows, record, versions_key

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bertbench.core.errors import WorkError
-from bertbench.core.locks import alone_in
+from bertbench.devices.lock import alone_in
 from bertbench.output_folder import (
     RUN_FILE,
     add_step_down,

@@ -13,9 +13,9 @@ import pytest
 
 from bertbench import fine_tuning, run_classifier
 from bertbench.core.errors import WorkError
-from bertbench.core.locks import alone_in
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
+from bertbench.devices.lock import alone_in
 from bertbench.fine_tuning import FineTuned
 from bertbench.output_folder import RUN_FILE
 from bertbench.run_classifier import ClassifierSettings, GlueSource

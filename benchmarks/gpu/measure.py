@@ -57,7 +57,6 @@ from gpu_parts import (
 )
 from timed_trial import TARGET, TURN_VARIABLE
 
-from bertbench.core.locks import devices_held
 from bertbench.core.progress import progress
 from bertbench.core.terminal import say
 from bertbench.core.units import MIB_BYTES
@@ -70,6 +69,7 @@ from bertbench.devices.device import (
     make_budget,
 )
 from bertbench.devices.discover import resolve_device
+from bertbench.devices.lock import devices_held
 from bertbench.ledger import find, record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell

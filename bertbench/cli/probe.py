@@ -35,7 +35,6 @@ from bertbench.cli.probe_view import (
     shown,
 )
 from bertbench.core.errors import WorkError
-from bertbench.core.locks import devices_held
 from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.core.terminal import say
 from bertbench.core.units import MIB_BYTES, format_bytes
@@ -51,6 +50,7 @@ from bertbench.devices.device import (
     make_budget,
 )
 from bertbench.devices.discover import resolve_device, tpu_device
+from bertbench.devices.lock import devices_held
 from bertbench.ledger import versions_key
 from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.limit import find_limit

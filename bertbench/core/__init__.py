@@ -1,1 +1,1 @@
-"""What every wing uses: sizes, errors, the terminal, locks, and the values everything is asked about."""
+"""What every wing uses: sizes, errors, the terminal, and the values asked about."""

@@ -1,10 +1,11 @@
-"""Folders that only this user can enter."""
+"""Where bertbench keeps what is the user's: folders that nobody else can enter."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import stat
+import sys
 from pathlib import Path
 
 
@@ -31,3 +32,22 @@ def is_private(folder: Path) -> bool:
     except OSError:
         return False
     return os.access(folder, os.W_OK | os.X_OK)
+
+
+def state_folder() -> Path | None:
+    """`bertbench` in the user's folder for such state.
+
+    Who has no home, as in some containers, has `user_temporary_folder()`; None without that.
+    """
+    state = os.environ.get("XDG_STATE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    if sys.platform != "darwin" and os.path.isabs(state):
+        return Path(state) / "bertbench"
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither HOME nor an entry for the user
+        folder = user_temporary_folder()
+        return folder if is_private(folder) else None
+    if sys.platform == "darwin":
+        return home / "Library" / "Application Support" / "bertbench"
+    return home / ".local" / "state" / "bertbench"

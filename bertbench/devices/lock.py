@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bertbench.core.private_folders import is_private, user_temporary_folder
+from bertbench.core.private_folders import is_private, state_folder, user_temporary_folder
 from bertbench.core.terminal import say
 from bertbench.devices.device import Device
-from bertbench.ledger_file import state_folder
 from finetune.errors import InputError
 from finetune.storage.folders import HeldFolder, held_folder, try_lock
 
