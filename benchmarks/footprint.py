@@ -25,9 +25,9 @@ from typing import Any
 from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.fitting import Room, footprint_in
-from bertbench.footprint import predict_footprint
-from bertbench.traced_steps import trace_of
+from bertbench.memory.fit import Room, footprint_in
+from bertbench.memory.footprint import predict_footprint
+from bertbench.memory.traces.step import trace_of
 from bertbench.trial import measure_batches
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import ACTIVATIONS

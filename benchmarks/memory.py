@@ -35,13 +35,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bertbench.allocator_limit import empty_memory
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.fitting import Room, footprint_in
-from bertbench.footprint import max_micro_batch, predict_footprint
+from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.fit import Room, footprint_in
+from bertbench.memory.footprint import max_micro_batch, predict_footprint
 from bertbench.probing import is_traced
 from bertbench.traced_limits import TracedStep
 from bertbench.trial import Trial, measure_batches

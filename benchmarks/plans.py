@@ -25,8 +25,8 @@ from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
-from bertbench.fitting import Room, least_peak_bytes, margin_for
 from bertbench.least_memory import find_least_memory
+from bertbench.memory.fit import Room, least_peak_bytes, margin_for
 from bertbench.planner import make_plan
 from bertbench.trial import measure_batches
 from finetune.spec.config import HEADS

@@ -4,10 +4,10 @@
 
 One to four minutes for each of 32 patterns (two heads, eight combinations of policies, one
 micro-batch or several), with AdamW; the traces of the other optimizers are made out of these, see
-`bertbench.trace_variants`. A regressor has the classifier's trace, exact GELU that of the one by
-tanh. To be run again when `finetune` or TensorFlow changes what a step does: `pytest -m slow
-tests/test_step_traces.py` tells whether the traces still say what a real step asks for. `--quick`
-makes one.
+`bertbench.memory.traces.build.variants`. A regressor has the classifier's trace, exact GELU that
+of the one by tanh. To be run again when `finetune` or TensorFlow changes what a step does: `pytest
+-m slow tests/test_step_traces.py` tells whether the traces still say what a real step asks for.
+`--quick` makes one.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bertbench.allocations import Recording
 from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.step_traces import LAYERS, OTHER_LAYERS, traces_from_bytes, traces_to_bytes
-from bertbench.trace_building import build_trace
-from bertbench.trace_moments import find_moments, keep_highest
-from bertbench.trace_samples import Sample
-from bertbench.trace_variants import with_optimizer
-from bertbench.traced_steps import pattern_of
+from bertbench.memory.allocator.bfc import Recording
+from bertbench.memory.traces.build.building import build_trace
+from bertbench.memory.traces.build.moments import find_moments, keep_highest
+from bertbench.memory.traces.build.samples import Sample
+from bertbench.memory.traces.build.variants import with_optimizer
+from bertbench.memory.traces.step import pattern_of
+from bertbench.memory.traces.trace import LAYERS, OTHER_LAYERS, traces_from_bytes, traces_to_bytes
 from bertbench.trial import measure_batches
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import PRESETS, BertConfig, preset

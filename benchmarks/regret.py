@@ -31,15 +31,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertbench.allocator_limit import child_environment
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Workload, levers_from_json, published_workload
 from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
-from bertbench.fitting import Room, footprint_in, least_peak_bytes
 from bertbench.least_memory import find_least_memory
 from bertbench.lever_settings import all_policies, cuts
+from bertbench.memory.allocator.limit import child_environment
+from bertbench.memory.fit import Room, footprint_in, least_peak_bytes
 from bertbench.planner import make_plan
 from bertbench.trial import measure_batches
 from finetune.storage.json_files import json_text
@@ -150,7 +150,7 @@ def _steps_in_turn(
     budget: Budget, workload: Workload, settings: Sequence[Setting]
 ) -> list[list[float]]:
     os.environ.update(child_environment(budget))
-    from bertbench.runtime import start_tensorflow
+    from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
     from bertbench.trial_step import build_trainer, random_batch
 
     start_tensorflow(budget)

@@ -16,7 +16,6 @@ from bertbench.core.terminal import say
 from bertbench.core.workload import Levers, Workload, levers_from_json, workload_from_key
 from bertbench.devices.device import Budget, Device
 from bertbench.devices.step_time import Rates, predict_step_seconds
-from bertbench.fitting import Room, has_trace, least_peak_bytes
 from bertbench.ledger import LedgerRow, read_device_rows, record, versions_key
 from bertbench.ledger_file import (
     default_ledger_path,
@@ -25,6 +24,7 @@ from bertbench.ledger_file import (
     read_ledger,
 )
 from bertbench.limit import verdicts
+from bertbench.memory.fit import Room, has_trace, least_peak_bytes
 from bertbench.trial import Trial, out_of_memory_in_run
 from finetune.errors import InputError
 

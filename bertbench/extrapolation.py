@@ -5,7 +5,7 @@ sequence length (`finetune.model.ordering`), and every request is a number of by
 of few
 terms: a constant, one that grows with the examples, one that grows with the square of the length.
 Recordings of two batches, or of two batches each of two other lengths, tell which, and a replay of
-the requests of another batch (`bertbench.allocations`) tells whether it fits.
+the requests of another batch (`bertbench.memory.allocator.bfc`) tells whether it fits.
 
 Layers that are computed in blocks of examples ask more often, not for more, when the batch grows.
 Their recorded requests have as many like parts as there are blocks; for a larger batch one of them
@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bertbench.allocations import Memory, Recording, Replay, replay
-from bertbench.repetition import (
+from bertbench.memory.allocator.bfc import Memory, Recording, Replay, replay
+from bertbench.memory.traces.loops import (
     SMALL_BYTES,
     Loop,
     Place,

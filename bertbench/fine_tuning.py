@@ -15,8 +15,8 @@ from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
 from bertbench.devices.device import Budget
 from bertbench.devices.lock import alone_in
-from bertbench.fitting import prediction_batch
 from bertbench.initial_weights import load_initial_weights
+from bertbench.memory.fit import prediction_batch
 from bertbench.output_folder import (
     clear_remains,
     describe_file,
@@ -77,7 +77,7 @@ class FineTuned:
 
     Attributes:
         predict: predicts with it, no more examples at a time than fit, see
-            `bertbench.fitting.prediction_batch`.
+            `bertbench.memory.fit.prediction_batch`.
         results: for `--json`; `weights_step` says how many optimizer steps its weights have seen,
             where that is known.
         folder: the output folder; to be checked before anything is written to it.

@@ -17,11 +17,11 @@ from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any, TypeVar
 
-from bertbench.allocations import Recording, recording_from_text, recording_to_text
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.device import Budget, Device
 from bertbench.ledger_file import Ledger, explained, pass_over
-from bertbench.repetition import Recorded
+from bertbench.memory.allocator.bfc import Recording, recording_from_text, recording_to_text
+from bertbench.memory.traces.loops import Recorded
 from bertbench.trial import Trial, trial_from_json
 from finetune.storage.json_files import json_text, parse_json
 

@@ -14,7 +14,9 @@ from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.step_time import Rates, predict_step_seconds
 from bertbench.experience import Experience
-from bertbench.fitting import (
+from bertbench.least_memory import LeastMemory, find_least_memory
+from bertbench.lever_settings import all_settings, cuts
+from bertbench.memory.fit import (
     Room,
     fits,
     footprint_in,
@@ -22,9 +24,7 @@ from bertbench.fitting import (
     margin_for,
     usable_bytes,
 )
-from bertbench.footprint import Footprint
-from bertbench.least_memory import LeastMemory, find_least_memory
-from bertbench.lever_settings import all_settings, cuts
+from bertbench.memory.footprint import Footprint
 from finetune.errors import InputError
 from finetune.spec.checkpointing import Checkpointing
 from finetune.spec.optimizers import OPTIMIZERS
@@ -147,7 +147,7 @@ def make_plan(
     """Choose the fastest setting that is predicted to fit.
 
     All settings are put in order of their predicted seconds, and the first that fits is taken, see
-    `bertbench.fitting.fits`.
+    `bertbench.memory.fit.fits`.
 
     Args:
         workload: what is trained.

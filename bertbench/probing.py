@@ -9,14 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bertbench.allocations import Recording
-from bertbench.allocator_limit import empty_memory
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.device import Budget
 from bertbench.devices.step_time import device_rates, predict_step_seconds
 from bertbench.extrapolation import extrapolate, largest_batch
-from bertbench.fitting import has_trace
-from bertbench.footprint import max_micro_batch, predict_footprint
 from bertbench.ledger import (
     find,
     find_allocations,
@@ -24,7 +20,11 @@ from bertbench.ledger import (
     record_allocations,
     versions_key,
 )
-from bertbench.repetition import Recorded
+from bertbench.memory.allocator.bfc import Recording
+from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.fit import has_trace
+from bertbench.memory.footprint import max_micro_batch, predict_footprint
+from bertbench.memory.traces.loops import Recorded
 from bertbench.search import LARGEST_BATCH, SearchResult, find_max_batch
 from bertbench.traced_limits import TracedStep
 from bertbench.trial import TIMEOUT_SECONDS, Trial, measure_batches

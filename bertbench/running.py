@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertbench.allocator_limit import child_environment
 from bertbench.cloud_storage import RemoteFolder
 from bertbench.core.terminal import say
 from bertbench.core.units import format_bytes
@@ -19,6 +18,7 @@ from bertbench.devices.accelerators import check_levers
 from bertbench.devices.device import Budget, check_free
 from bertbench.devices.step_time import device_rates
 from bertbench.experience import Experience, experience_of
+from bertbench.memory.allocator.limit import child_environment
 from bertbench.plan_file import read_plan
 from bertbench.planner import Plan, describe_entry, make_plan
 from finetune.errors import InputError
@@ -331,6 +331,6 @@ def bind_budget(budget: Budget) -> str:
     """
     check_free(budget)
     os.environ.update(child_environment(budget))
-    from bertbench.runtime import start_tensorflow
+    from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
 
     return start_tensorflow(budget)

@@ -23,7 +23,7 @@ from bertbench.core.workload import MOST_BATCH, Levers, Workload, levers_from_js
 from bertbench.devices.device import Budget
 from bertbench.devices.step_time import device_rates
 from bertbench.experience import experience_of, note_out_of_memory
-from bertbench.fitting import Room, least_peak_bytes
+from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.output_folder import add_step_down, recorded_steps_down
 from bertbench.planner import PlanEntry, describe_setting
 from bertbench.running import RunSettings, plan_run

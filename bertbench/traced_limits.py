@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence, Set
 
-from bertbench.allocations import Memory, Replay
 from bertbench.core.bisection import last_that_holds
 from bertbench.core.workload import Levers, Workload
 from bertbench.extrapolation import largest_batch
 from bertbench.limit import verdicts
+from bertbench.memory.allocator.bfc import Memory, Replay
+from bertbench.memory.traces.step import replay_step, step_requests, traced_peak_bytes
 from bertbench.search import LARGEST_BATCH
-from bertbench.traced_steps import replay_step, step_requests, traced_peak_bytes
 from bertbench.trial import Trial
 
 _LOOKED_AT_BEYOND = 64

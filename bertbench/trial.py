@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bertbench.allocations import Recording, recording_from_text
-from bertbench.allocator_limit import child_environment
 from bertbench.core.units import MIB_BYTES, format_bytes
 from bertbench.core.workload import (
     MOST_BATCH,
@@ -22,6 +20,8 @@ from bertbench.devices.device import Budget, budget_from_json, check_free
 from bertbench.devices.host import host_memory
 from bertbench.devices.nvml import list_gpus
 from bertbench.isolation import Ending, Message, run_isolated
+from bertbench.memory.allocator.bfc import Recording, recording_from_text
+from bertbench.memory.allocator.limit import child_environment
 from bertbench.outcomes import (
     Outcome,
     classify_error,
@@ -190,7 +190,7 @@ def measure_batches(
     - `{"event": "paused"}` before one of these, if the process was stopped and went on since it
       began. What it measured after that is no evidence of a limit, and no time;
     - `{"event": "recording", "batch", "recording"}`, the text of a
-      `bertbench.allocations.Recording`, if that is asked for.
+      `bertbench.memory.allocator.bfc.Recording`, if that is asked for.
 
     Anything else that it sends with an `event` is ignored.
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from bertbench.allocations import recording_to_text
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices import tpu
 from bertbench.devices.process import process_peak_bytes
-from bertbench.runtime import start_tensorflow
+from bertbench.memory.allocator.bfc import recording_to_text
+from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
 from bertbench.trial import TrialRequest, request_from_payload
 from finetune.model.modeling import create_variables
 from finetune.spec.config import INPUT_NAMES, TARGET_NAMES
@@ -137,7 +137,7 @@ def _recorded(
     request: TrialRequest, device: str, send: Callable[[Mapping[str, Any]], None]
 ) -> Trainer:
     """Make a trainer and do two steps, the first of which is not like the others, recorded."""
-    from bertbench.recording import recorded_allocations
+    from bertbench.memory.allocator.profiler import recorded_allocations
 
     (batch,) = request.batches
     with recorded_allocations(device) as recordings:

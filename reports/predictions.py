@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from bertbench.fitting import Room, footprint_in, has_trace
+from bertbench.memory.fit import Room, footprint_in, has_trace
 from reports.cells import Cell
 
 _MOST = 200

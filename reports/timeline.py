@@ -11,9 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bertbench.core.workload import Levers, Workload
-from bertbench.step_traces import Repeated, StepTrace
-from bertbench.trace_writing import Written
-from bertbench.traced_steps import (
+from bertbench.memory.traces.step import (
     blocks_of,
     chunk_bytes,
     layers_of,
@@ -21,6 +19,8 @@ from bertbench.traced_steps import (
     state_bytes,
     trace_of,
 )
+from bertbench.memory.traces.trace import Repeated, StepTrace
+from bertbench.memory.traces.unroll import Written
 
 FORWARD, BACKWARD, UPDATE = "forward pass", "backward pass", "update"
 BOTH_PASSES = "forward and backward pass"

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertbench.allocations import (
+from bertbench.core.units import MIB_BYTES
+from bertbench.memory.allocator.bfc import (
     BestFitAllocator,
     Memory,
     Recording,
@@ -19,7 +20,6 @@ from bertbench.allocations import (
     recording_to_text,
     replay,
 )
-from bertbench.core.units import MIB_BYTES
 
 
 def allocator_of(*region_bytes: int) -> BestFitAllocator:
@@ -164,7 +164,7 @@ def test_what_no_allocator_was_asked_is_no_recording(text: str) -> None:
 def test_a_recording_is_read_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     text = recording_to_text(Recording((0, 1, ~0), (8, 9), ("", "a")))
     assert recording_from_text(text).sizes == (8, 9)
-    monkeypatch.setattr("bertbench.allocations._RECORDING_BYTES", 10)
+    monkeypatch.setattr("bertbench.memory.allocator.bfc._RECORDING_BYTES", 10)
     with pytest.raises(ValueError, match="too large"):
         recording_from_text(text)
 

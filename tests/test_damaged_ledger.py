@@ -19,7 +19,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bertbench import ledger_file
-from bertbench.allocations import Recording
 from bertbench.cli.ledger import command as ledger_command
 from bertbench.cli.plan import command as plan_command
 from bertbench.core.units import MIB_BYTES
@@ -39,6 +38,7 @@ from bertbench.ledger import (
 )
 from bertbench.ledger_file import open_ledger, read_ledger
 from bertbench.limit import find_limit
+from bertbench.memory.allocator.bfc import Recording
 from bertbench.trial import Trial
 from finetune.errors import InputError
 from reports.cells import read_cells

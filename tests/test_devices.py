@@ -14,9 +14,6 @@ import pynvml
 import pytest
 import tensorflow as tf
 
-from bertbench import allocator_limit
-from bertbench.allocations import CHUNK_BYTES
-from bertbench.allocator_limit import apply_budget, child_environment, empty_memory
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.devices import host
 from bertbench.devices.device import (
@@ -32,6 +29,9 @@ from bertbench.devices.device import (
 )
 from bertbench.devices.discover import list_devices, resolve_device, resolve_together, visible_gpus
 from bertbench.devices.host import cgroup_limits, memory_cgroups, oom_kill_counts
+from bertbench.memory.allocator import limit
+from bertbench.memory.allocator.bfc import CHUNK_BYTES
+from bertbench.memory.allocator.limit import apply_budget, child_environment, empty_memory
 from finetune.errors import InputError
 
 CPU = Device("cpu", 0, "Some CPU (2 cores)", None, 16 * GIB_BYTES, 8 * GIB_BYTES)
@@ -104,9 +104,7 @@ def test_a_budget_of_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         "set_logical_device_configuration",
         lambda card, parts: limits.update({card: [part.memory_limit for part in parts]}),
     )
-    monkeypatch.setattr(
-        allocator_limit, "_set_small_chunks_aside", lambda _, *what: set_aside.append(what)
-    )
+    monkeypatch.setattr(limit, "_set_small_chunks_aside", lambda _, *what: set_aside.append(what))
     assert apply_budget(budget) == "GPU:0"
     assert limits == {"first": [1024], "second": [1024]}
     chunks = empty_memory(budget).small_chunks
@@ -211,8 +209,8 @@ def test_a_budget_without_its_environment_is_refused(monkeypatch: pytest.MonkeyP
 
 APPLY = """
 import sys
-from bertbench.allocations import CHUNK_BYTES
-from bertbench.allocator_limit import empty_memory, apply_budget
+from bertbench.memory.allocator.bfc import CHUNK_BYTES
+from bertbench.memory.allocator.limit import empty_memory, apply_budget
 from bertbench.devices.discover import list_devices
 from bertbench.devices.device import make_budget
 assert "tensorflow" not in sys.modules, "listing devices needs no TensorFlow"

@@ -16,9 +16,9 @@ from bertbench.devices.device import Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates, predict_step_seconds
 from bertbench.experience import Experience, Outcomes, experience_of, learn
-from bertbench.fitting import Room, least_peak_bytes
 from bertbench.ledger import read_device_rows, record, versions_key
 from bertbench.ledger_file import open_ledger
+from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.planner import make_plan
 from bertbench.trial import Trial
 from finetune.errors import InputError

@@ -9,8 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertbench.allocations import Memory, Recording, Replay, replay
-from bertbench.allocator_limit import empty_memory
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import make_budget
@@ -21,7 +19,9 @@ from bertbench.extrapolation import (
     extrapolate,
     largest_batch,
 )
-from bertbench.repetition import Recorded
+from bertbench.memory.allocator.bfc import Memory, Recording, Replay, replay
+from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.traces.loops import Recorded
 from bertbench.trial import Trial, measure_batches
 from finetune.spec.checkpointing import examples_per_block, parse_checkpointing
 

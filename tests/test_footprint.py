@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bertbench.core.workload import Levers, Workload, published_workload
-from bertbench.fitting import (
+from bertbench.memory.fit import (
     Room,
     least_budget_bytes,
     margin_for,
     prediction_batch,
     usable_bytes,
 )
-from bertbench.footprint import (
+from bertbench.memory.footprint import (
     FORMULA_MARGIN,
     Footprint,
     max_micro_batch,
@@ -143,7 +143,7 @@ def test_a_micro_batch_of_nothing_is_refused() -> None:
 
 def test_needs_no_tensorflow() -> None:
     code = (
-        "import sys; from bertbench.footprint import max_micro_batch as m;"
+        "import sys; from bertbench.memory.footprint import max_micro_batch as m;"
         "from bertbench.core.workload import Levers, published_workload as p;"
         "m(p('bert-base', 128), Levers(), 12 << 30); sys.exit('tensorflow' in sys.modules)"
     )

@@ -27,13 +27,6 @@ from model_folders import tokenizer_json, write_json
 from mutations import mutated
 from test_report_runs import squad_run
 
-from bertbench.allocations import (
-    Memory,
-    Recording,
-    recording_from_text,
-    recording_to_text,
-    replay,
-)
 from bertbench.checking import read_claims
 from bertbench.cli import cli
 from bertbench.core.errors import WorkError
@@ -42,6 +35,13 @@ from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget
 from bertbench.ledger import record
 from bertbench.ledger_file import open_ledger
+from bertbench.memory.allocator.bfc import (
+    Memory,
+    Recording,
+    recording_from_text,
+    recording_to_text,
+    replay,
+)
 from bertbench.output_folder import recorded_steps_down
 from bertbench.plan_file import read_plan
 from bertbench.planner import make_plan

@@ -19,15 +19,15 @@ from typing import Any
 import psutil
 import pytest
 
-from bertbench import allocator_limit
 from bertbench import isolation as isolation_module
 from bertbench import trial as trial_module
-from bertbench.allocator_limit import child_environment
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget, Device
 from bertbench.isolation import Ending, run_isolated
+from bertbench.memory.allocator import limit
+from bertbench.memory.allocator.limit import child_environment
 from bertbench.outcomes import classify_error, classify_exit
 from bertbench.trial import Trial, TrialRequest, measure_batches, request_from_payload
 
@@ -259,7 +259,7 @@ def test_a_system_that_refuses_the_budget_is_no_limit() -> None:
         uint8=None,
     )
     with pytest.raises(WorkError, match=r"does not give a process 2,000 MiB") as refused:
-        allocator_limit._reserve(tensorflow, 2000 * MIB_BYTES)
+        limit._reserve(tensorflow, 2000 * MIB_BYTES)
     assert classify_error("WorkError", str(refused.value)) == "failed"
 
 

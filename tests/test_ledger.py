@@ -16,7 +16,6 @@ import pytest
 
 from bertbench import ledger as ledger_module
 from bertbench import ledger_file
-from bertbench.allocations import Recording
 from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.device import Budget, Device, make_budget
@@ -29,6 +28,7 @@ from bertbench.ledger import (
     versions_key,
 )
 from bertbench.ledger_file import default_ledger_path, open_ledger, read_ledger
+from bertbench.memory.allocator.bfc import Recording
 from bertbench.trial import Trial, trial_from_json
 from finetune.errors import InputError
 from finetune.spec.checkpointing import Checkpointing

@@ -15,7 +15,7 @@ from bertbench.core.workload import levers_from_json, published_workload
 from bertbench.devices import discover
 from bertbench.devices.accelerators import ACCELERATORS
 from bertbench.devices.device import GPU_CONTEXT_RESERVE_BYTES, Device
-from bertbench.fitting import Room, fits
+from bertbench.memory.fit import Room, fits
 from finetune.errors import InputError
 
 BASE = ["--model", "bert-base", "--seq-len", "384", "--target-batch", "24"]

@@ -17,7 +17,6 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from bertbench import checking, probing
-from bertbench.allocator_limit import empty_memory
 from bertbench.cli import ledger as ledger_cli
 from bertbench.cli import probe as probe_cli
 from bertbench.cli.probe_view import View, build_table, holes, shown
@@ -32,9 +31,10 @@ from bertbench.devices.step_time import device_rates, predict_step_seconds
 from bertbench.extrapolation import largest_batch
 from bertbench.ledger import read_rows, record, versions_key
 from bertbench.ledger_file import open_ledger
+from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.traces.step import replay_step
 from bertbench.probing import Cell, plenty_seconds, predict_cell_seconds, probe_cell
 from bertbench.search import Certificate, SearchResult
-from bertbench.traced_steps import replay_step
 from bertbench.trial import TIMEOUT_SECONDS, Trial
 from bertbench.workers import share_out
 from finetune.errors import InputError

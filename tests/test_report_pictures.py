@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Device, TpuSettings
+from bertbench.memory.traces.step import traced_peak_bytes
+from bertbench.memory.traces.trace import read_trace
 from bertbench.planner import Plan
-from bertbench.step_traces import read_trace
-from bertbench.traced_steps import traced_peak_bytes
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from reports.cells import read_cells
 from reports.figures import INK, Picture, styled

@@ -14,25 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertbench import step_traces, traced_steps
-from bertbench.allocations import CHUNK_BYTES, Memory, Recording, replay
-from bertbench.allocator_limit import empty_memory
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.lever_settings import all_policies
-from bertbench.step_traces import (
-    LAYERS,
-    OTHER_LAYERS,
-    Repeated,
-    read_trace,
-    traces_from_bytes,
-    traces_to_bytes,
-)
-from bertbench.trace_building import build_trace, insertions, says
-from bertbench.trace_samples import Sample, UnlikeError
-from bertbench.traced_steps import (
+from bertbench.memory.allocator.bfc import CHUNK_BYTES, Memory, Recording, replay
+from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.traces import step, trace
+from bertbench.memory.traces.build.building import build_trace, insertions, says
+from bertbench.memory.traces.build.samples import Sample, UnlikeError
+from bertbench.memory.traces.step import (
     chunk_bytes,
     highest,
     layers_of,
@@ -42,6 +34,14 @@ from bertbench.traced_steps import (
     step_requests,
     trace_of,
     write_out,
+)
+from bertbench.memory.traces.trace import (
+    LAYERS,
+    OTHER_LAYERS,
+    Repeated,
+    read_trace,
+    traces_from_bytes,
+    traces_to_bytes,
 )
 from bertbench.trial import measure_batches
 from finetune.errors import InputError
@@ -283,7 +283,7 @@ def test_too_few_layers_are_not_written_out(monkeypatch: pytest.MonkeyPatch) -> 
         for item in trace.items
     ]
     needs_three = dataclasses.replace(trace, items=tuple(items))
-    monkeypatch.setattr(traced_steps, "read_trace", lambda pattern: needs_three)
+    monkeypatch.setattr(step, "read_trace", lambda pattern: needs_three)
     assert trace_of(workload, Levers()) is None
     assert trace_of(published_workload("bert-mini", 64), Levers()) is needs_three
 
@@ -496,7 +496,7 @@ def test_no_flipped_bit_in_the_packages_traces_is_believed(monkeypatch: pytest.M
         def open_damaged(data: bytes = bytes(damaged)) -> zipfile.ZipFile:
             return zipfile.ZipFile(io.BytesIO(data))
 
-        monkeypatch.setattr(step_traces, "_archive", open_damaged)
+        monkeypatch.setattr(trace, "_archive", open_damaged)
         read_trace.cache_clear()
         try:
             assert read_trace(pattern) in (expected, None)

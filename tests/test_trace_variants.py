@@ -12,11 +12,11 @@ from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.fitting import Room, footprint_in
-from bertbench.step_traces import StepTrace, read_trace
-from bertbench.trace_samples import UnlikeError
-from bertbench.trace_variants import with_optimizer
-from bertbench.traced_steps import trace_of, write_out
+from bertbench.memory.fit import Room, footprint_in
+from bertbench.memory.traces.build.samples import UnlikeError
+from bertbench.memory.traces.build.variants import with_optimizer
+from bertbench.memory.traces.step import trace_of, write_out
+from bertbench.memory.traces.trace import StepTrace, read_trace
 from bertbench.trial import measure_batches
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.optimizers import OPTIMIZERS

@@ -6,13 +6,13 @@ import math
 
 import pytest
 
-from bertbench.allocations import Memory
-from bertbench.allocator_limit import memory_of
 from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.step_traces import UPDATE
-from bertbench.traced_footprint import traced_footprint
-from bertbench.traced_steps import replay_step, traced_peak_bytes
+from bertbench.memory.allocator.bfc import Memory
+from bertbench.memory.allocator.limit import memory_of
+from bertbench.memory.traced_footprint import traced_footprint
+from bertbench.memory.traces.step import replay_step, traced_peak_bytes
+from bertbench.memory.traces.trace import UPDATE
 from finetune.spec.checkpointing import parse_checkpointing
 
 PLENTY = memory_of("cpu", 16 * GIB_BYTES)

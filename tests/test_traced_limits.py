@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertbench.allocator_limit import memory_of
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
+from bertbench.memory.allocator.limit import memory_of
 from bertbench.traced_limits import TracedStep
 from finetune.spec.checkpointing import parse_checkpointing
 

@@ -7,10 +7,10 @@ import sys
 import tensorflow as tf
 
 from bertbench import running
-from bertbench.allocator_limit import child_environment
 from bertbench.cli import main
 from bertbench.devices import discover
 from bertbench.devices.device import Budget, Device
+from bertbench.memory.allocator.limit import child_environment
 
 GIB_BYTES = 1 << 30
 CARDS = [

@@ -11,20 +11,20 @@ import sqlite3
 from collections.abc import Sequence
 from typing import NoReturn
 
-from bertbench.allocator_limit import empty_memory
 from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.accelerators import check_levers
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.step_time import device_rates
-from bertbench.fitting import Room, least_peak_bytes
 from bertbench.ledger import find, versions_key
+from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.fit import Room, least_peak_bytes
+from bertbench.memory.traced_footprint import traced_footprint
+from bertbench.memory.traces.step import trace_of
 from bertbench.planner import Plan, make_plan
 from bertbench.search import SearchResult, find_max_batch
-from bertbench.traced_footprint import traced_footprint
 from bertbench.traced_limits import TracedStep
-from bertbench.traced_steps import trace_of
 from bertbench.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import POLICIES, Checkpointing

@@ -30,7 +30,7 @@ def run_in_turn(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], 
         payload: of a `bertbench.trial.TrialRequest` for one device.
         send: takes the messages of `measure_batches`.
     """
-    from bertbench.runtime import start_tensorflow
+    from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
     from bertbench.trial import request_from_payload
     from bertbench.trial_step import build_trainer, measure_steps, random_batch
 

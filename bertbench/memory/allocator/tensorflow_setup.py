@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bertbench.allocator_limit import apply_budget
 from bertbench.core.quiet import muted_stderr
 from bertbench.devices.device import Budget
 from bertbench.devices.threads import check_threads
+from bertbench.memory.allocator.limit import apply_budget
 from finetune.spec.precisions import EXACT_PRECISION, allow_tensor_float_32
 
 
@@ -20,7 +20,7 @@ def start_tensorflow(budget: Budget) -> str:
 
     Args:
         budget: what this process's environment was set for by
-            `bertbench.allocator_limit.child_environment`.
+            `bertbench.memory.allocator.limit.child_environment`.
 
     Returns:
         TensorFlow's name of the device, as in `GPU:0`.

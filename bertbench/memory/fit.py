@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from bertbench.allocations import Memory
-from bertbench.allocator_limit import memory_of
 from bertbench.core.bisection import last_that_holds
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Workload
-from bertbench.footprint import (
+from bertbench.memory.allocator.bfc import Memory
+from bertbench.memory.allocator.limit import memory_of
+from bertbench.memory.footprint import (
     COMPILED_MARGIN,
     FORMULA_MARGIN,
     SAFETY_MARGIN,
@@ -25,8 +25,8 @@ from bertbench.footprint import (
     predict_footprint,
     prediction_bytes,
 )
-from bertbench.traced_footprint import traced_footprint
-from bertbench.traced_steps import (
+from bertbench.memory.traced_footprint import traced_footprint
+from bertbench.memory.traces.step import (
     left_out_bytes,
     replay_step,
     trace_of,

@@ -7,10 +7,10 @@ import dataclasses
 import itertools
 import re
 
-from bertbench.allocations import CHUNK_BYTES, Recording
+from bertbench.memory.allocator.bfc import CHUNK_BYTES, Recording
 from bertbench.core.workload import Levers, Workload
-from bertbench.repetition import Recorded, loops_and_places
-from bertbench.traced_steps import state_requests
+from bertbench.memory.traces.loops import Recorded, loops_and_places
+from bertbench.memory.traces.step import state_requests
 from finetune.spec.checkpointing import examples_per_block
 
 

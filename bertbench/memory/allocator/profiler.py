@@ -12,7 +12,7 @@ import tensorflow as tf
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from bertbench.allocations import Recording
+from bertbench.memory.allocator.bfc import Recording
 
 _ALLOCATION, _END = b"MemoryAllocation", b"MemoryDeallocation"
 

@@ -20,11 +20,10 @@ from __future__ import annotations
 import collections
 import math
 
-from bertbench.allocations import CHUNK_BYTES, Memory
 from bertbench.core.workload import Levers, Workload
-from bertbench.footprint import Footprint
-from bertbench.step_traces import LAYERS, OTHER_LAYERS, UPDATE, StepTrace, Term
-from bertbench.traced_steps import (
+from bertbench.memory.allocator.bfc import CHUNK_BYTES, Memory
+from bertbench.memory.footprint import Footprint
+from bertbench.memory.traces.step import (
     chunk_bytes,
     highest,
     layers_of,
@@ -34,6 +33,7 @@ from bertbench.traced_steps import (
     term_values,
     trace_of,
 )
+from bertbench.memory.traces.trace import LAYERS, OTHER_LAYERS, UPDATE, StepTrace, Term
 
 _SMALL_TENSORS = 22
 """Of each variable, at the peak; of 256 bytes each."""

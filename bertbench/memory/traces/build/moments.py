@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from bertbench.core.workload import Workload
-from bertbench.step_traces import (
+from bertbench.memory.traces.trace import (
     ALL_LAYERS,
     BACKWARD,
     EMBEDDINGS,
@@ -32,8 +32,8 @@ from bertbench.step_traces import (
     StepTrace,
     Term,
 )
-from bertbench.trace_writing import Section, Written
-from bertbench.traced_steps import highest, moment_bytes
+from bertbench.memory.traces.unroll import Section, Written
+from bertbench.memory.traces.step import highest, moment_bytes
 
 _BLOCKS = 4
 """Enough for first, second and final ones to be different ones."""

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
-from bertbench.step_traces import LAST, OLDEST, Ask, Blocks, End, Repeated, StepTrace
+from bertbench.memory.traces.trace import LAST, OLDEST, Ask, Blocks, End, Repeated, StepTrace
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ class Written(Generic[T]):
         values: of the sizes by number, for a policy and one of its blocks, or for "" and 0.
 
     Attributes:
-        events: as `bertbench.allocations.replay` takes them.
+        events: as `bertbench.memory.allocator.bfc.replay` takes them.
         sizes: of every request, as `values` gives them.
         sections: in order.
     """

@@ -10,10 +10,10 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from bertbench.allocations import CHUNK_BYTES, Memory, Replay, replay
 from bertbench.core.workload import Levers, Workload
-from bertbench.repetition import examples_of_block
-from bertbench.step_traces import (
+from bertbench.memory.allocator.bfc import CHUNK_BYTES, Memory, Replay, replay
+from bertbench.memory.traces.loops import examples_of_block
+from bertbench.memory.traces.trace import (
     ALL_LAYERS,
     FINAL,
     FIRST,
@@ -25,7 +25,7 @@ from bertbench.step_traces import (
     Term,
     read_trace,
 )
-from bertbench.trace_writing import Written
+from bertbench.memory.traces.unroll import Written
 from finetune.spec.checkpointing import examples_per_block
 from finetune.spec.optimizers import EXACT_OPTIMIZER, PLACEMENTS, slot_shapes
 from finetune.spec.precisions import EXACT_PRECISION, compute_type
@@ -181,7 +181,8 @@ def step_requests(
     """Everything that a trial asks for, from its first variable to the end of its second step.
 
     Returns:
-        Events and sizes as `bertbench.allocations.replay` takes them; None if there is no trace.
+        Events and sizes as `bertbench.memory.allocator.bfc.replay` takes them; None if there is no
+        trace.
     """
     trace = trace_of(workload, levers)
     if trace is None:
@@ -224,7 +225,7 @@ class MomentBytes:
 
     Attributes:
         number: of the moment, in its trace.
-        least_layers: see `bertbench.step_traces.Moment`.
+        least_layers: see `bertbench.memory.traces.trace.Moment`.
         constant: whatever the number of layers.
         each: for each layer of the first policy.
         each_other: for each of the others.

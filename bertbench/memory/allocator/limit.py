@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from bertbench.allocations import Memory
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES, format_bytes
 from bertbench.devices.device import Budget
+from bertbench.memory.allocator.bfc import Memory
 from finetune.errors import InputError
 
 _FIRST_REGION_BYTES = 2 * MIB_BYTES

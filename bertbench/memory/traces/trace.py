@@ -2,12 +2,13 @@
 
 A *step trace* is the list of requests of the first two optimizer steps, with symbols for sizes and
 with what is repeated for every layer and every block of examples written once. Traces are made from
-recordings of small models (`bertbench.trace_building`, `benchmarks/record_step_traces.py`) and
-written out for a model and a batch by `bertbench.traced_steps`.
+recordings of small models (`bertbench.memory.traces.build.building`,
+`benchmarks/record_step_traces.py`) and written out for a model and a batch by
+`bertbench.memory.traces.step`.
 
-Requests of up to 256 bytes are left out: `bertbench.allocator_limit` gives those a place of their
-own. The workspaces of some matrix products, which come and go at once, depend on the number of
-cores and are only near (two cores, TensorFlow 2.21; some hundred kilobytes at most); all else is
+Requests of up to 256 bytes are left out: `bertbench.memory.allocator.limit` gives those a place of
+their own. The workspaces of some matrix products, which come and go at once, depend on the number
+of cores and are only near (two cores, TensorFlow 2.21; some hundred kilobytes at most); all else is
 exact.
 
 This module does not import TensorFlow.
@@ -243,7 +244,7 @@ def _archive() -> zipfile.ZipFile:
 
 @functools.cache
 def read_trace(pattern: str) -> StepTrace | None:
-    """One of the traces that come with this package, by `bertbench.traced_steps.pattern_of`.
+    """One of the traces that come with this package, by `bertbench.memory.traces.step.pattern_of`.
 
     Raises:
         InputError: the package's file of them is damaged.

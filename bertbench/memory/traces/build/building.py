@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from bertbench.step_traces import (
+from bertbench.memory.traces.trace import (
     ALL_LAYERS,
     LAST,
     OLDEST,
@@ -26,11 +26,11 @@ from bertbench.step_traces import (
     Repeated,
     StepTrace,
 )
-from bertbench.trace_moments import find_moments
-from bertbench.trace_samples import Sample, StepItem, Steps, UnlikeError, step_items
-from bertbench.trace_sizes import find_sizes
-from bertbench.trace_writing import NothingAliveError
-from bertbench.traced_steps import layers_of, write_out
+from bertbench.memory.traces.build.moments import find_moments
+from bertbench.memory.traces.build.samples import Sample, StepItem, Steps, UnlikeError, step_items
+from bertbench.memory.traces.build.sizes import find_sizes
+from bertbench.memory.traces.unroll import NothingAliveError
+from bertbench.memory.traces.step import layers_of, write_out
 
 Place = tuple[int, int]
 """Number of an item, and position in its block."""
