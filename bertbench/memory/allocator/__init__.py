@@ -1,0 +1,1 @@
+"""TensorFlow's allocator: limited to a budget, recorded, and worked out."""

@@ -238,7 +238,7 @@ def traces_from_bytes(data: bytes) -> dict[str, StepTrace]:
 
 @functools.cache
 def _archive() -> zipfile.ZipFile:
-    path = resources.files("bertbench").joinpath(_FILE)
+    path = resources.files("bertbench.memory.traces").joinpath(_FILE)
     return zipfile.ZipFile(io.BytesIO(path.read_bytes()))
 
 
@@ -257,7 +257,7 @@ def read_trace(pattern: str) -> StepTrace | None:
         # The archive has a checksum of each trace, so none that is damaged is taken for whole.
         raise InputError(
             f"damaged ({error})",
-            path=str(resources.files("bertbench").joinpath(_FILE)),
+            path=str(resources.files("bertbench.memory.traces").joinpath(_FILE)),
             hint="install bertbench again",
         ) from error
 
