@@ -28,7 +28,7 @@ from bertbench.devices.discover import resolve_device
 from bertbench.memory.fit import Room, footprint_in
 from bertbench.memory.footprint import predict_footprint
 from bertbench.memory.traces.step import trace_of
-from bertbench.trial import measure_batches
+from bertbench.trials.trial import measure_batches
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import ACTIVATIONS
 from finetune.spec.optimizers import OPTIMIZERS

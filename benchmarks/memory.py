@@ -44,7 +44,7 @@ from bertbench.memory.fit import Room, footprint_in
 from bertbench.memory.footprint import max_micro_batch, predict_footprint
 from bertbench.probing import is_traced
 from bertbench.traced_limits import TracedStep
-from bertbench.trial import Trial, measure_batches
+from bertbench.trials.trial import Trial, measure_batches
 from finetune.spec.checkpointing import POLICIES, Checkpointing
 from finetune.spec.config import parameter_count
 from finetune.spec.optimizers import OPTIMIZERS

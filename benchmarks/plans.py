@@ -28,7 +28,7 @@ from bertbench.devices.step_time import device_rates
 from bertbench.least_memory import find_least_memory
 from bertbench.memory.fit import Room, least_peak_bytes, margin_for
 from bertbench.planner import make_plan
-from bertbench.trial import measure_batches
+from bertbench.trials.trial import measure_batches
 from finetune.spec.config import HEADS
 from finetune.spec.optimizers import OPTIMIZERS
 from finetune.spec.precisions import PRECISIONS

@@ -36,7 +36,7 @@ from bertbench.devices.discover import resolve_device
 from bertbench.ledger import find_allocations, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell
-from bertbench.trial import Trial, measure_batches
+from bertbench.trials.trial import Trial, measure_batches
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from finetune.storage.json_files import json_text
 

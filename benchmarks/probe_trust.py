@@ -29,11 +29,11 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.isolation import run_isolated
 from bertbench.ledger_file import open_ledger
 from bertbench.memory.allocator.limit import child_environment
 from bertbench.probing import probe_cell
-from bertbench.trial import measure_batches
+from bertbench.trials.isolation import run_isolated
+from bertbench.trials.trial import measure_batches
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.storage.json_files import json_text
 

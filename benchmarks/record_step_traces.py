@@ -30,7 +30,7 @@ from bertbench.memory.traces.build.samples import Sample
 from bertbench.memory.traces.build.variants import with_optimizer
 from bertbench.memory.traces.step import pattern_of
 from bertbench.memory.traces.trace import LAYERS, OTHER_LAYERS, traces_from_bytes, traces_to_bytes
-from bertbench.trial import measure_batches
+from bertbench.trials.trial import measure_batches
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import PRESETS, BertConfig, preset
 from finetune.spec.optimizers import OPTIMIZERS

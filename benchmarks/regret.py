@@ -41,7 +41,7 @@ from bertbench.lever_settings import all_policies, cuts
 from bertbench.memory.allocator.limit import child_environment
 from bertbench.memory.fit import Room, footprint_in, least_peak_bytes
 from bertbench.planner import make_plan
-from bertbench.trial import measure_batches
+from bertbench.trials.trial import measure_batches
 from finetune.storage.json_files import json_text
 
 _CASES = (
@@ -151,7 +151,7 @@ def _steps_in_turn(
 ) -> list[list[float]]:
     os.environ.update(child_environment(budget))
     from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
-    from bertbench.trial_step import build_trainer, random_batch
+    from bertbench.trials.worker import build_trainer, random_batch
 
     start_tensorflow(budget)
     trainers = [build_trainer(workload, levers) for levers, _ in settings]

@@ -22,7 +22,7 @@ from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.ledger import record, versions_key
 from bertbench.ledger_file import open_ledger
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from finetune.storage.json_files import json_text
 

@@ -14,7 +14,7 @@ from bertbench.devices.discover import resolve_device, tpu_device
 from bertbench.ledger import find, record, versions_key
 from bertbench.probe_file import read_probe_file
 from bertbench.probing import plenty_seconds
-from bertbench.trial import Trial, measure_batches
+from bertbench.trials.trial import Trial, measure_batches
 from finetune.errors import InputError
 
 

@@ -25,7 +25,7 @@ from bertbench.ledger_file import (
 )
 from bertbench.limit import verdicts
 from bertbench.memory.fit import Room, has_trace, least_peak_bytes
-from bertbench.trial import Trial, out_of_memory_in_run
+from bertbench.trials.trial import Trial, out_of_memory_in_run
 from finetune.errors import InputError
 
 _LEAST_TRIALS = 4

@@ -22,7 +22,7 @@ from bertbench.devices.device import Budget, Device
 from bertbench.ledger_file import Ledger, explained, pass_over
 from bertbench.memory.allocator.bfc import Recording, recording_from_text, recording_to_text
 from bertbench.memory.traces.loops import Recorded
-from bertbench.trial import Trial, trial_from_json
+from bertbench.trials.trial import Trial, trial_from_json
 from finetune.storage.json_files import json_text, parse_json
 
 _Read = TypeVar("_Read")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 
 CERTIFIED, MEASURED, AT_LEAST, BELOW, FAILED = (
     "certified",

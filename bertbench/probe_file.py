@@ -15,7 +15,7 @@ from bertbench.core.workload import (
     published_workload,
 )
 from bertbench.devices.device import Device, device_from_json
-from bertbench.trial import Trial, trial_from_json
+from bertbench.trials.trial import Trial, trial_from_json
 from finetune.errors import InputError
 from finetune.storage.json_files import MOST_WHOLE, get_whole, load_object
 

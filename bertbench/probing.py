@@ -27,7 +27,7 @@ from bertbench.memory.footprint import max_micro_batch, predict_footprint
 from bertbench.memory.traces.loops import Recorded
 from bertbench.search import LARGEST_BATCH, SearchResult, find_max_batch
 from bertbench.traced_limits import TracedStep
-from bertbench.trial import TIMEOUT_SECONDS, Trial, measure_batches
+from bertbench.trials.trial import TIMEOUT_SECONDS, Trial, measure_batches
 from finetune.spec.checkpointing import examples_per_block
 
 _PLENTY = 10.0

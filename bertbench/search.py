@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from bertbench.core.bisection import last_that_holds
 from bertbench.limit import Limit, contradictions, find_limit, verdicts
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 
 LARGEST_BATCH = 1 << 16
 """No batch above this is tried, even when nothing limits it."""

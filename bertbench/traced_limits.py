@@ -15,7 +15,7 @@ from bertbench.limit import verdicts
 from bertbench.memory.allocator.bfc import Memory, Replay
 from bertbench.memory.traces.step import replay_step, step_requests, traced_peak_bytes
 from bertbench.search import LARGEST_BATCH
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 
 _LOOKED_AT_BEYOND = 64
 _REQUESTS_LOOKED_THROUGH = 1_000_000

@@ -15,9 +15,9 @@ from bertbench.core.interruption import interruptible
 from bertbench.core.progress import progress
 from bertbench.core.terminal import say
 from bertbench.core.workload import Levers, Workload
-from bertbench.outcomes import memory_ran_out, summarise_error
 from bertbench.planner import describe_setting
 from bertbench.running import RunSettings
+from bertbench.trials.outcome import memory_ran_out, summarise_error
 
 OnProgress = Callable[[int, int], None]
 """Told how many examples are done, and of how many."""

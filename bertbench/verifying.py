@@ -9,7 +9,7 @@ from bertbench.core.errors import WorkError
 from bertbench.devices.device import Budget
 from bertbench.ledger import record, versions_key
 from bertbench.planner import Plan
-from bertbench.trial import Trial, measure_batches
+from bertbench.trials.trial import Trial, measure_batches
 
 _PLANS = 4
 _STEP_SHARE = 0.02

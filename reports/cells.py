@@ -14,7 +14,7 @@ from bertbench.core.terminal import clean_text
 from bertbench.core.workload import Levers, Workload, levers_from_json, workload_from_key
 from bertbench.ledger import LedgerRow
 from bertbench.limit import AT_LEAST, CERTIFIED, MEASURED, Limit, find_limit
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import POLICIES
 from finetune.spec.config import PRESETS, BertConfig

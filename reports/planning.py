@@ -12,7 +12,7 @@ from bertbench.devices.step_time import device_rates
 from bertbench.experience import learn
 from bertbench.ledger import LedgerRow
 from bertbench.planner import Plan, make_plan
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.config import PRESETS
 from reports.cells import Cell, model_order

@@ -1,4 +1,4 @@
-"""What the tests of `bertbench.isolation` and `bertbench.trial` run in isolated processes."""
+"""What the tests of `bertbench.trials.isolation` and `bertbench.trials.trial` run in isolated processes."""
 
 from __future__ import annotations
 
@@ -115,12 +115,12 @@ def train(payload: Payload, send: Send) -> None:
 
 def stop_in_a_step(payload: Payload, send: Send) -> None:
     """A trial that is stopped in its step, and runs out of memory when it goes on."""
-    from bertbench import trial_step
+    from bertbench.trials import worker
 
     def measure(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
         raise ResourceExhaustedError("OOM when allocating tensor with shape[2]")
 
-    trial_step.measure_steps = measure
-    trial_step.build_trainer = trial_step.start_tensorflow = lambda *arguments: None
-    trial_step.run_trial(payload, send)
+    worker.measure_steps = measure
+    worker.build_trainer = worker.start_tensorflow = lambda *arguments: None
+    worker.run_trial(payload, send)

@@ -9,7 +9,7 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget, Device
 from bertbench.ledger import LedgerRow
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 from finetune.spec.checkpointing import parse_checkpointing
 
 VERSIONS = {"bertbench": "0.2.0", "python": "3.11", "tensorflow": "2.21.0"}

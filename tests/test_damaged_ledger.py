@@ -39,7 +39,7 @@ from bertbench.ledger import (
 from bertbench.ledger_file import open_ledger, read_ledger
 from bertbench.limit import find_limit
 from bertbench.memory.allocator.bfc import Recording
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from reports.cells import read_cells
 from reports.command import command as report_command

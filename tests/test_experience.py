@@ -20,7 +20,7 @@ from bertbench.ledger import read_device_rows, record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.planner import make_plan
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 

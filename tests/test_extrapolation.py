@@ -22,7 +22,7 @@ from bertbench.extrapolation import (
 from bertbench.memory.allocator.bfc import Memory, Recording, Replay, replay
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.traces.loops import Recorded
-from bertbench.trial import Trial, measure_batches
+from bertbench.trials.trial import Trial, measure_batches
 from finetune.spec.checkpointing import examples_per_block, parse_checkpointing
 
 PLENTY, LITTLE = Memory((10**7,)), Memory((50_000,))

@@ -16,29 +16,29 @@ import psutil
 import pytest
 from test_isolation import run, start_script, wait_until_gone
 
-from bertbench import forking, isolation, temporary
 from bertbench.core.errors import WorkError
-from bertbench.fork_server import NUMBER
-from bertbench.temporary import remove_abandoned, temporary_folder
+from bertbench.trials import fork_client, isolation, temporary_folders
+from bertbench.trials.fork_server import NUMBER
+from bertbench.trials.temporary_folders import remove_abandoned, temporary_folder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks")
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    forking._stop()
-    monkeypatch.setattr(forking, "PRELOAD", "json")  # imported at once
-    monkeypatch.setattr(forking, "REPLY_SECONDS", 3.0)
+    fork_client._stop()
+    monkeypatch.setattr(fork_client, "PRELOAD", "json")  # imported at once
+    monkeypatch.setattr(fork_client, "REPLY_SECONDS", 3.0)
     monkeypatch.setattr(isolation, "KILL_SECONDS", 1.0)
     run("echo")  # the server is up
     yield
     # A test may have left one that is stopped.
-    forking._stop()
+    fork_client._stop()
 
 
 def server_pid() -> int:
-    assert forking._server is not None
-    return forking._server.process.pid
+    assert fork_client._server is not None
+    return fork_client._server.process.pid
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,12 @@ def test_a_server_that_cannot_start_is_one_line(
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho ImportError: no such thing >&2\nexit 3\n")
     python.chmod(0o755)
-    forking._stop()
+    fork_client._stop()
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(WorkError, match=r"exit code 3 \(ImportError: no such thing\), twice$"):
         run("echo")
     python.write_text("#!/bin/sh\nsleep 600\n")
-    monkeypatch.setattr(forking, "START_SECONDS", 0.5)
+    monkeypatch.setattr(fork_client, "START_SECONDS", 0.5)
     with pytest.raises(WorkError, match=r"was not ready within 0\.5 s, twice$"):
         run("echo")
 
@@ -110,10 +110,10 @@ def test_a_system_that_allows_no_more_processes(monkeypatch: pytest.MonkeyPatch)
             os.close(number)
 
     threading.Thread(target=refuse).start()
-    server = forking._server
+    server = fork_client._server
     assert server is not None
     monkeypatch.setattr(
-        forking, "_server", forking._Server(os.getpid(), server.process, near, server.log)
+        fork_client, "_server", fork_client._Server(os.getpid(), server.process, near, server.log)
     )
     with pytest.raises(BlockingIOError):
         run("echo")
@@ -143,8 +143,8 @@ def test_no_trial_beside_one_that_cannot_be_ended(monkeypatch: pytest.MonkeyPatc
 
 def test_without_a_fork_each_trial_imports_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on systems where a fork is unsafe."""
-    forking._stop()
-    monkeypatch.setattr(forking, "PRELOAD", "")
+    fork_client._stop()
+    monkeypatch.setattr(fork_client, "PRELOAD", "")
     [message], ending = run("echo", {"a": 1})
     assert message["payload"] == {"a": 1}
     assert ending.exit_code == 0
@@ -179,12 +179,12 @@ def test_a_long_place_for_temporary_files(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_a_killed_process_left_goes_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(temporary.tempfile, "tempdir", str(tmp_path))
-    abandoned = tmp_path / f"{temporary.PREFIX}abandoned"
+    monkeypatch.setattr(temporary_folders.tempfile, "tempdir", str(tmp_path))
+    abandoned = tmp_path / f"{temporary_folders.PREFIX}abandoned"
     (abandoned / "inside").mkdir(parents=True)
     kept = tmp_path / "kept"
     kept.mkdir()
-    (tmp_path / f"{temporary.PREFIX}link").symlink_to(kept)
+    (tmp_path / f"{temporary_folders.PREFIX}link").symlink_to(kept)
     (tmp_path / "bertbench-demo-1").mkdir()
     with temporary_folder() as used:
         assert not abandoned.exists()
@@ -192,12 +192,12 @@ def test_what_a_killed_process_left_goes_at_the_next_start(
         remove_abandoned(str(tmp_path))
         assert used.is_dir()
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["bertbench-demo-1", f"{temporary.PREFIX}link", "kept"]
+    assert names == ["bertbench-demo-1", f"{temporary_folders.PREFIX}link", "kept"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 def test_another_s_folder_is_left_alone(tmp_path: Path) -> None:
-    other = tmp_path / f"{temporary.PREFIX}other"
+    other = tmp_path / f"{temporary_folders.PREFIX}other"
     other.mkdir()
     os.chown(other, 12345, 12345)
     remove_abandoned.cache_clear()

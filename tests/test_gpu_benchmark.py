@@ -22,7 +22,7 @@ from bertbench.devices.discover import resolve_device
 from bertbench.devices.lock import locked
 from bertbench.ledger import read_rows, record, versions_key
 from bertbench.ledger_file import open_ledger
-from bertbench.trial import Trial, measure_batches
+from bertbench.trials.trial import Trial, measure_batches
 from finetune.spec.checkpointing import parse_checkpointing
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"

@@ -19,17 +19,17 @@ from typing import Any
 import psutil
 import pytest
 
-from bertbench import isolation as isolation_module
-from bertbench import trial as trial_module
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget, Device
-from bertbench.isolation import Ending, run_isolated
 from bertbench.memory.allocator import limit
 from bertbench.memory.allocator.limit import child_environment
-from bertbench.outcomes import classify_error, classify_exit
-from bertbench.trial import Trial, TrialRequest, measure_batches, request_from_payload
+from bertbench.trials import isolation as isolation_module
+from bertbench.trials import trial as trial_module
+from bertbench.trials.isolation import Ending, run_isolated
+from bertbench.trials.outcome import classify_error, classify_exit
+from bertbench.trials.trial import Trial, TrialRequest, measure_batches, request_from_payload
 
 CPU = Device("cpu", 0, "test", None, 1 << 34, 1 << 34)
 
@@ -195,10 +195,10 @@ SCRIPT = """
 import sys
 sys.path[:0] = {paths!r}
 print("script starts", flush=True)
-from bertbench import forking
+from bertbench.trials import fork_client
 from bertbench.core.errors import WorkError
-from bertbench.isolation import run_isolated
-forking.PRELOAD = "json"  # imported at once
+from bertbench.trials.isolation import run_isolated
+fork_client.PRELOAD = "json"  # imported at once
 run_isolated("isolation_targets:start_grandchild", {{"then": {then!r}}}, environment={{}},
              timeout_seconds=60, on_message=lambda m: print(*m["pids"], flush=True))
 print("script ends", flush=True)

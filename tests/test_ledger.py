@@ -29,7 +29,7 @@ from bertbench.ledger import (
 )
 from bertbench.ledger_file import default_ledger_path, open_ledger, read_ledger
 from bertbench.memory.allocator.bfc import Recording
-from bertbench.trial import Trial, trial_from_json
+from bertbench.trials.trial import Trial, trial_from_json
 from finetune.errors import InputError
 from finetune.spec.checkpointing import Checkpointing
 

@@ -33,7 +33,7 @@ from bertbench.limit import (
     verdicts,
 )
 from bertbench.search import find_max_batch
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 from reports.cells import read_cells
 
 HOLE = [fits(4), oom(5), fits(7), oom(8)]

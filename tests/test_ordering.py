@@ -19,7 +19,7 @@ import tensorflow as tf
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.device import make_budget
 from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
-from bertbench.trial_step import build_trainer, random_batch
+from bertbench.trials.worker import build_trainer, random_batch
 from bertbench.core.workload import Levers, published_workload
 from finetune.spec.checkpointing import parse_checkpointing
 

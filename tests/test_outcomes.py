@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from bertbench.outcomes import (
+from bertbench.trials.outcome import (
     MESSAGE_LIMIT,
     classify_error,
     classify_exit,

@@ -30,7 +30,7 @@ from bertbench.planner import (
     Plan,
     make_plan,
 )
-from bertbench.trial import measure_batches
+from bertbench.trials.trial import measure_batches
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import HEADS

@@ -35,7 +35,7 @@ from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.traces.step import replay_step
 from bertbench.probing import Cell, plenty_seconds, predict_cell_seconds, probe_cell
 from bertbench.search import Certificate, SearchResult
-from bertbench.trial import TIMEOUT_SECONDS, Trial
+from bertbench.trials.trial import TIMEOUT_SECONDS, Trial
 from bertbench.workers import share_out
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing

@@ -14,7 +14,7 @@ from bertbench import checking, probing
 from bertbench.cli import common
 from bertbench.cli import probe as probe_cli
 from bertbench.devices.device import TPU_CORE_BYTES
-from bertbench.trial import measure_batches
+from bertbench.trials.trial import measure_batches
 from finetune.errors import InputError
 
 

@@ -16,7 +16,7 @@ from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget
 from bertbench.ledger import record, versions_key
 from bertbench.ledger_file import open_ledger
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 from reports.cells import read_cells

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertbench.search import LARGEST_BATCH, Measure, SearchResult, find_max_batch
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 
 Calls = list[tuple[list[int], bool]]
 

@@ -43,7 +43,7 @@ from bertbench.memory.traces.trace import (
     traces_from_bytes,
     traces_to_bytes,
 )
-from bertbench.trial import measure_batches
+from bertbench.trials.trial import measure_batches
 from finetune.errors import InputError
 from finetune.spec.checkpointing import examples_per_block, parse_checkpointing
 from finetune.spec.config import HEADS, preset

@@ -32,7 +32,7 @@ from bertbench.output_folder import RUN_FILE
 from bertbench.planner import make_plan
 from bertbench.running import RunSettings, choose_levers
 from bertbench.stepping_down import follow, step_down
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import list_checkpoints
 from finetune.spec.checkpointing import Checkpointing

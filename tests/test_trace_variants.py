@@ -17,7 +17,7 @@ from bertbench.memory.traces.build.samples import UnlikeError
 from bertbench.memory.traces.build.variants import with_optimizer
 from bertbench.memory.traces.step import trace_of, write_out
 from bertbench.memory.traces.trace import StepTrace, read_trace
-from bertbench.trial import measure_batches
+from bertbench.trials.trial import measure_batches
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.optimizers import OPTIMIZERS
 

@@ -19,7 +19,7 @@ from bertbench.devices.step_time import device_rates
 from bertbench.ledger import read_rows
 from bertbench.ledger_file import open_ledger
 from bertbench.planner import Plan, make_plan
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 from bertbench.verifying import verify_plan
 from finetune.errors import InputError
 

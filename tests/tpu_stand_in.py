@@ -7,9 +7,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from bertbench import trial_step
 from bertbench.devices import tpu
 from bertbench.devices.device import TpuSettings
+from bertbench.trials import worker
 
 LIMIT = 5
 """Examples that a core has memory for."""
@@ -19,8 +19,8 @@ SETTINGS = TpuSettings("stand-in", "us-central1-b", "a-project", 2)
 
 def run_trial(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], None]) -> None:
     tpu.connect = _connect
-    trial_step.random_batch = _within_memory(trial_step.random_batch)
-    trial_step.run_trial(payload, send)
+    worker.random_batch = _within_memory(worker.random_batch)
+    worker.run_trial(payload, send)
 
 
 def _connect(settings: TpuSettings) -> tf.distribute.Strategy:

@@ -25,7 +25,7 @@ from bertbench.memory.traces.step import trace_of
 from bertbench.planner import Plan, make_plan
 from bertbench.search import SearchResult, find_max_batch
 from bertbench.traced_limits import TracedStep
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import POLICIES, Checkpointing
 

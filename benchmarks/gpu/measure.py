@@ -73,7 +73,7 @@ from bertbench.devices.lock import devices_held
 from bertbench.ledger import find, record, versions_key
 from bertbench.ledger_file import open_ledger
 from bertbench.probing import probe_cell
-from bertbench.trial import Trial, measure_batches
+from bertbench.trials.trial import Trial, measure_batches
 from finetune.errors import InputError
 from finetune.storage.json_files import json_text
 

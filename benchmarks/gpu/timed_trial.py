@@ -15,24 +15,24 @@ from typing import Any
 from bertbench.devices.lock import locked
 
 TARGET = "timed_trial:run_in_turn"
-"""Target of `bertbench.trial.measure_batches`."""
+"""Target of `bertbench.trials.trial.measure_batches`."""
 
 TURN_VARIABLE = "BERTBENCH_TURN"
 """Environment variable with the path of the lock."""
 
 
 def run_in_turn(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], None]) -> None:
-    """Do what `bertbench.trial_step.run_trial` does, with the steps that count in turn.
+    """Do what `bertbench.trials.worker.run_trial` does, with the steps that count in turn.
 
     A single micro-batch is as exact as an ordinary trial's: no step has touched the memory before.
 
     Args:
-        payload: of a `bertbench.trial.TrialRequest` for one device.
+        payload: of a `bertbench.trials.trial.TrialRequest` for one device.
         send: takes the messages of `measure_batches`.
     """
     from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
-    from bertbench.trial import request_from_payload
-    from bertbench.trial_step import build_trainer, measure_steps, random_batch
+    from bertbench.trials.trial import request_from_payload
+    from bertbench.trials.worker import build_trainer, measure_steps, random_batch
 
     request = request_from_payload(payload)
     device = start_tensorflow(request.budget)

@@ -46,7 +46,7 @@ from bertbench.experience import experience_of
 from bertbench.least_memory import LeastMemory, find_least_memory
 from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.planner import Plan, describe_entry, make_plan
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 from bertbench.verifying import verify_plan
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing

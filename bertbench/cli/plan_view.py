@@ -12,7 +12,7 @@ from bertbench.core.workload import Levers, Workload
 from bertbench.devices.accelerators import ACCELERATORS, Accelerator
 from bertbench.least_memory import LeastMemory
 from bertbench.planner import Plan, PlanEntry, describe_cut
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 from finetune.spec.recipes import find_recipe, train_steps
 
 Cell = Plan | tuple[Workload, str]

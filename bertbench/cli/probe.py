@@ -55,7 +55,7 @@ from bertbench.ledger import versions_key
 from bertbench.ledger_file import default_ledger_path, open_ledger
 from bertbench.limit import find_limit
 from bertbench.probing import predict_cell_seconds, probe_cell
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 from bertbench.workers import share_out
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing

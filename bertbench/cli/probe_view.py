@@ -23,7 +23,7 @@ from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.device import Budget
 from bertbench.probing import Cell
-from bertbench.trial import Trial
+from bertbench.trials.trial import Trial
 
 _REFRESH_PER_SECOND = 4
 _SHOWN = 6

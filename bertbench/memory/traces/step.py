@@ -69,7 +69,7 @@ def different_words(workload: Workload, micro_batch: int) -> int:
     """How many different words the examples of a micro-batch have.
 
     The gradient of the word embeddings is summed for each word. This many are expected of random
-    ones, as `bertbench.trial_step.random_batch` draws them; text has fewer.
+    ones, as `bertbench.trials.worker.random_batch` draws them; text has fewer.
     """
     words = workload.config.vocab_size
     return round(-words * math.expm1(micro_batch * workload.seq_len * math.log1p(-1 / words)))

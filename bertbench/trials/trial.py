@@ -19,10 +19,10 @@ from bertbench.core.workload import (
 from bertbench.devices.device import Budget, budget_from_json, check_free
 from bertbench.devices.host import host_memory
 from bertbench.devices.nvml import list_gpus
-from bertbench.isolation import Ending, Message, run_isolated
 from bertbench.memory.allocator.bfc import Recording, recording_from_text
 from bertbench.memory.allocator.limit import child_environment
-from bertbench.outcomes import (
+from bertbench.trials.isolation import Ending, Message, run_isolated
+from bertbench.trials.outcome import (
     Outcome,
     classify_error,
     classify_exit,
@@ -33,7 +33,7 @@ from bertbench.outcomes import (
 from finetune.errors import InputError
 from finetune.storage.json_files import build
 
-TARGET = "bertbench.trial_step:run_trial"
+TARGET = "bertbench.trials.worker:run_trial"
 """What a trial's process runs: training steps for every batch of a `TrialRequest`."""
 
 _GIVEN_BACK_SECONDS = 5.0
@@ -97,7 +97,7 @@ def trial_from_json(values: Mapping[str, Any]) -> Trial:
     """Read what `Trial.to_json` wrote; unknown keys are ignored.
 
     What an earlier version took for the end of a device's memory and was not is `failed`, see
-    `bertbench.outcomes.recorded_outcome`.
+    `bertbench.trials.outcome.recorded_outcome`.
 
     Raises:
         InputError: it is something else.

@@ -1,4 +1,4 @@
-"""The processes that start a trial and wait for its end; `bertbench.isolation` asks them to.
+"""The processes that start a trial and wait for its end; `bertbench.trials.isolation` asks them to.
 
     caller -- a request --> server -- fork --> keeper -- fork --> trial
 
@@ -181,7 +181,7 @@ def _run_in_fresh_process(descriptors: Descriptors) -> None:
     numbers = (descriptors.request, descriptors.messages, descriptors.log)
     for number in numbers:
         os.set_inheritable(number, True)
-    code = f"from bertbench.fork_server import run_trial; run_trial{numbers}"
+    code = f"from bertbench.trials.fork_server import run_trial; run_trial{numbers}"
     path = f"import sys; sys.path[:] = {sys.path}"
     os.execv(sys.executable, [sys.executable, "-c", f"{path}; {code}"])
 

@@ -1,7 +1,7 @@
 """Run a function in a fresh process that cannot harm this one, and learn how it ended.
 
-`bertbench.fork_server` starts it, with TensorFlow imported. What it sends is kept even when it
-crashes later, nothing of it stays, neither process nor file, and no wait for it is without end.
+`bertbench.trials.fork_server` starts it, with TensorFlow imported. What it sends is kept even when
+it crashes later, nothing of it stays, neither process nor file, and no wait for it is without end.
 Windows is not supported.
 """
 
@@ -24,9 +24,9 @@ import psutil
 
 from bertbench.core.errors import WorkError
 from bertbench.devices.host import oom_kill_counts
-from bertbench.fork_server import OWN_KEY, Message, Request
-from bertbench.forking import Started, read_number, start
-from bertbench.temporary import temporary_folder
+from bertbench.trials.fork_client import Started, read_number, start
+from bertbench.trials.fork_server import OWN_KEY, Message, Request
+from bertbench.trials.temporary_folders import temporary_folder
 
 # A message is a line of JSON; the largest carries what a large model asked of its allocator.
 _MESSAGE_LIMIT_BYTES = 1 << 24

@@ -18,7 +18,7 @@ from bertbench.devices import tpu
 from bertbench.devices.process import process_peak_bytes
 from bertbench.memory.allocator.bfc import recording_to_text
 from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
-from bertbench.trial import TrialRequest, request_from_payload
+from bertbench.trials.trial import TrialRequest, request_from_payload
 from finetune.model.modeling import create_variables
 from finetune.spec.config import INPUT_NAMES, TARGET_NAMES
 from finetune.train.optimization import OptimizerSettings
@@ -36,8 +36,8 @@ def run_trial(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], No
     each of a TPU's cores has as many examples.
 
     Args:
-        payload: of a `bertbench.trial.TrialRequest`.
-        send: takes the messages of `bertbench.trial.measure_batches`.
+        payload: of a `bertbench.trials.trial.TrialRequest`.
+        send: takes the messages of `bertbench.trials.trial.measure_batches`.
 
     Raises:
         tensorflow.errors.ResourceExhaustedError: a batch does not fit.
@@ -94,7 +94,7 @@ def measure_steps(
         batch: micro-batch of one replica.
 
     Returns:
-        The message of `bertbench.trial.measure_batches` for a batch that fits.
+        The message of `bertbench.trials.trial.measure_batches` for a batch that fits.
 
     Raises:
         tensorflow.errors.ResourceExhaustedError: it does not fit.

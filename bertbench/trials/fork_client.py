@@ -1,4 +1,4 @@
-"""The caller's side of `bertbench.fork_server`: one server for a process, started when needed."""
+"""The caller's side of `bertbench.trials.fork_server`: one server for a process, started when needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import IO
 
 from bertbench.core.errors import WorkError
 from bertbench.core.terminal import say
-from bertbench.fork_server import NUMBER, READY, Descriptors, Request
+from bertbench.trials.fork_server import NUMBER, READY, Descriptors, Request
 from finetune.storage.json_files import json_text
 
 START_SECONDS = 600.0
@@ -130,7 +130,7 @@ def _launch() -> _Server:
     control, far = socket.socketpair()
     log = tempfile.TemporaryFile()  # noqa: SIM115 -- it stays open as long as the server
     with far:
-        code = f"from bertbench.fork_server import serve; serve{(far.fileno(), PRELOAD)}"
+        code = f"from bertbench.trials.fork_server import serve; serve{(far.fileno(), PRELOAD)}"
         process = subprocess.Popen(
             [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path}; {code}"],
             stdin=subprocess.DEVNULL,
