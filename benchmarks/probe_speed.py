@@ -33,8 +33,8 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.ledger import find_allocations, versions_key
-from bertbench.ledger_file import open_ledger
+from bertbench.ledger.database import open_ledger
+from bertbench.ledger.records import find_allocations, versions_key
 from bertbench.probing import probe_cell
 from bertbench.trials.trial import Trial, measure_batches
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing

@@ -29,7 +29,7 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.ledger_file import open_ledger
+from bertbench.ledger.database import open_ledger
 from bertbench.memory.allocator.limit import child_environment
 from bertbench.probing import probe_cell
 from bertbench.trials.isolation import run_isolated

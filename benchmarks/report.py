@@ -20,8 +20,8 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.ledger import record, versions_key
-from bertbench.ledger_file import open_ledger
+from bertbench.ledger.database import open_ledger
+from bertbench.ledger.records import record, versions_key
 from bertbench.trials.trial import Trial
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from finetune.storage.json_files import json_text

@@ -11,7 +11,7 @@ from typing import Any
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device, tpu_device
-from bertbench.ledger import find, record, versions_key
+from bertbench.ledger.records import find, record, versions_key
 from bertbench.probe_file import read_probe_file
 from bertbench.probing import plenty_seconds
 from bertbench.trials.trial import Trial, measure_batches

@@ -16,14 +16,14 @@ from bertbench.core.terminal import say
 from bertbench.core.workload import Levers, Workload, levers_from_json, workload_from_key
 from bertbench.devices.device import Budget, Device
 from bertbench.devices.step_time import Rates, predict_step_seconds
-from bertbench.ledger import LedgerRow, read_device_rows, record, versions_key
-from bertbench.ledger_file import (
+from bertbench.ledger.database import (
     default_ledger_path,
     ledger_exists,
     open_ledger,
     read_ledger,
 )
-from bertbench.limit import verdicts
+from bertbench.ledger.limit import verdicts
+from bertbench.ledger.records import LedgerRow, read_device_rows, record, versions_key
 from bertbench.memory.fit import Room, has_trace, least_peak_bytes
 from bertbench.trials.trial import Trial, out_of_memory_in_run
 from finetune.errors import InputError

@@ -13,7 +13,7 @@ from bertbench.core.workload import Levers, Workload
 from bertbench.devices.device import Budget
 from bertbench.devices.step_time import device_rates, predict_step_seconds
 from bertbench.extrapolation import extrapolate, largest_batch
-from bertbench.ledger import (
+from bertbench.ledger.records import (
     find,
     find_allocations,
     record,

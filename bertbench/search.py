@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from bertbench.core.bisection import last_that_holds
-from bertbench.limit import Limit, contradictions, find_limit, verdicts
+from bertbench.ledger.limit import Limit, contradictions, find_limit, verdicts
 from bertbench.trials.trial import Trial
 
 LARGEST_BATCH = 1 << 16
@@ -64,7 +64,7 @@ class SearchResult:
 
     Attributes:
         max_batch: largest batch below which no tried batch ran out of memory, see
-            `bertbench.limit`; 0 if none has fitted.
+            `bertbench.ledger.limit`; 0 if none has fitted.
         certificate: None if the search was stopped, or not asked to certify.
         stopped_by: `oom`: a limit was measured. `max_batch`: all up to the bound that was asked
             for fits, and no limit was looked for. `failed`: a trial failed for another reason,
@@ -101,9 +101,9 @@ def find_max_batch(
 ) -> SearchResult:
     """Find the largest batch that fits.
 
-    The answer rests on trials only, as `bertbench.limit` reads them; the prediction and the peaks
-    merely choose which to make. `SearchResult.contradictions` names trials that a limit cannot
-    explain.
+    The answer rests on trials only, as `bertbench.ledger.limit` reads them; the prediction and the
+    peaks merely choose which to make. `SearchResult.contradictions` names trials that a limit
+    cannot explain.
 
     Args:
         measure: makes trials. The first batch of a call is taken as measured in a fresh process.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence, Set
 from bertbench.core.bisection import last_that_holds
 from bertbench.core.workload import Levers, Workload
 from bertbench.extrapolation import largest_batch
-from bertbench.limit import verdicts
+from bertbench.ledger.limit import verdicts
 from bertbench.memory.allocator.bfc import Memory, Replay
 from bertbench.memory.traces.step import replay_step, step_requests, traced_peak_bytes
 from bertbench.search import LARGEST_BATCH

@@ -12,8 +12,8 @@ from typing import Any
 from bertbench.core.published import PUBLISHED_MAX_BATCH
 from bertbench.core.terminal import clean_text
 from bertbench.core.workload import Levers, Workload, levers_from_json, workload_from_key
-from bertbench.ledger import LedgerRow
-from bertbench.limit import AT_LEAST, CERTIFIED, MEASURED, Limit, find_limit
+from bertbench.ledger.limit import AT_LEAST, CERTIFIED, MEASURED, Limit, find_limit
+from bertbench.ledger.records import LedgerRow
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import POLICIES
@@ -43,7 +43,7 @@ class Cell:
 
     @property
     def evidence(self) -> str:
-        """How that is known, one of the words of `bertbench.limit`."""
+        """How that is known, one of the words of `bertbench.ledger.limit`."""
         return self.ends.evidence
 
     @property
@@ -153,7 +153,7 @@ def trial_rate(row: LedgerRow, trial: Trial) -> float | None:
 
 
 def read_cells(rows: Iterable[LedgerRow]) -> list[Cell]:
-    """Put trials together that answer the same question; see `bertbench.limit`.
+    """Put trials together that answer the same question; see `bertbench.ledger.limit`.
 
     Steps of runs are left out, for nobody had asked where their limit is.
 

@@ -11,8 +11,8 @@ import click
 from bertbench.cli.common import BATCH, CONTEXT, given_flags, json_option, ledger_option, write_json
 from bertbench.core.progress import progress
 from bertbench.core.terminal import say
-from bertbench.ledger import read_rows
-from bertbench.ledger_file import default_ledger_path, ledger_exists, read_ledger
+from bertbench.ledger.database import default_ledger_path, ledger_exists, read_ledger
+from bertbench.ledger.records import read_rows
 from finetune.errors import InputError
 from finetune.storage.files import write_atomically
 

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from bertbench.cli.common import terminal
 from bertbench.devices.device import Budget
-from bertbench.ledger import LedgerRow, read_rows
-from bertbench.ledger_file import read_ledger
+from bertbench.ledger.database import read_ledger
+from bertbench.ledger.records import LedgerRow, read_rows
 from bertbench.probe_file import ProbeFile, read_probe_file
 from finetune.errors import InputError
 from finetune.storage.json_files import json_text

@@ -13,7 +13,7 @@ import jinja2
 from bertbench.core.progress import Advance, describe_duration
 from bertbench.core.terminal import clean_text
 from bertbench.core.units import format_bytes
-from bertbench.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
+from bertbench.ledger.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
 from bertbench.planner import Plan, describe_setting
 from reports.cells import Cell, trial_rate
 from reports.places import Place

@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 from bertbench.core.published import PAPER_MODELS
-from bertbench.ledger import LedgerRow
-from bertbench.limit import CERTIFIED, FAILED
+from bertbench.ledger.limit import CERTIFIED, FAILED
+from bertbench.ledger.records import LedgerRow
 from bertbench.planner import Plan
 from reports.cells import Cell, read_cells
 from reports.figures import Picture

@@ -10,8 +10,8 @@ import pandas as pd
 
 from bertbench.core.published import PAPER_MODELS, PUBLISHED_MAX_BATCH
 from bertbench.core.terminal import clean_text
-from bertbench.ledger_export import neutralised
-from bertbench.limit import AT_LEAST, BELOW, CERTIFIED
+from bertbench.ledger.export import neutralised
+from bertbench.ledger.limit import AT_LEAST, BELOW, CERTIFIED
 from finetune.storage.json_files import json_text
 from reports.cells import Cell, model_order, setting_order
 from reports.places import Place, name_places

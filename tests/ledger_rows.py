@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget, Device
-from bertbench.ledger import LedgerRow
+from bertbench.ledger.records import LedgerRow
 from bertbench.trials.trial import Trial
 from finetune.spec.checkpointing import parse_checkpointing
 

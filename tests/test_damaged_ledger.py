@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from bertbench import ledger_file
 from bertbench.cli.ledger import command as ledger_command
 from bertbench.cli.plan import command as plan_command
 from bertbench.core.units import MIB_BYTES
@@ -27,7 +26,10 @@ from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
 from bertbench.experience import Experience, experience_of
-from bertbench.ledger import (
+from bertbench.ledger import database
+from bertbench.ledger.database import open_ledger, read_ledger
+from bertbench.ledger.limit import find_limit
+from bertbench.ledger.records import (
     find,
     find_allocations,
     read_device_rows,
@@ -36,8 +38,6 @@ from bertbench.ledger import (
     record_allocations,
     versions_key,
 )
-from bertbench.ledger_file import open_ledger, read_ledger
-from bertbench.limit import find_limit
 from bertbench.memory.allocator.bfc import Recording
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
@@ -91,7 +91,7 @@ def damage(path: Path, wrong: tuple[Any, ...] = WRONG) -> int:
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_file, "_told", set())
+    monkeypatch.setattr(database, "_told", set())
 
 
 def invoke(command: Any, *arguments: object) -> Result:

@@ -16,8 +16,8 @@ from bertbench.devices.device import Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates, predict_step_seconds
 from bertbench.experience import Experience, Outcomes, experience_of, learn
-from bertbench.ledger import read_device_rows, record, versions_key
-from bertbench.ledger_file import open_ledger
+from bertbench.ledger.database import open_ledger
+from bertbench.ledger.records import read_device_rows, record, versions_key
 from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.planner import make_plan
 from bertbench.trials.trial import Trial

@@ -20,8 +20,8 @@ from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.lock import locked
-from bertbench.ledger import read_rows, record, versions_key
-from bertbench.ledger_file import open_ledger
+from bertbench.ledger.database import open_ledger
+from bertbench.ledger.records import read_rows, record, versions_key
 from bertbench.trials.trial import Trial, measure_batches
 from finetune.spec.checkpointing import parse_checkpointing
 

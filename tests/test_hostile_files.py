@@ -33,8 +33,8 @@ from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget
-from bertbench.ledger import record
-from bertbench.ledger_file import open_ledger
+from bertbench.ledger.database import open_ledger
+from bertbench.ledger.records import record
 from bertbench.memory.allocator.bfc import (
     Memory,
     Recording,

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from bertbench import ledger as ledger_module
-from bertbench import ledger_file
 from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.device import Budget, Device, make_budget
-from bertbench.ledger import (
+from bertbench.ledger import database
+from bertbench.ledger import records as ledger_module
+from bertbench.ledger.database import default_ledger_path, open_ledger, read_ledger
+from bertbench.ledger.records import (
     find,
     find_allocations,
     read_rows,
@@ -27,7 +28,6 @@ from bertbench.ledger import (
     record_allocations,
     versions_key,
 )
-from bertbench.ledger_file import default_ledger_path, open_ledger, read_ledger
 from bertbench.memory.allocator.bfc import Recording
 from bertbench.trials.trial import Trial, trial_from_json
 from finetune.errors import InputError
@@ -181,7 +181,7 @@ def test_a_newer_format_asks_for_an_upgrade(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "ledger.sqlite"
-    monkeypatch.setattr(ledger_file, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(database, "SCHEMA_VERSION", 3)
     with open_ledger(path):
         pass
     monkeypatch.undo()
@@ -251,7 +251,7 @@ def test_a_damaged_page_names_the_file(tmp_path: Path) -> None:
 def test_a_locked_ledger_is_not_waited_for_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_file, "_BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(database, "_BUSY_SECONDS", 0.1)
     path = tmp_path / "locked.sqlite"
     with open_ledger(path) as ledger:
         ledger.execute("PRAGMA journal_mode = DELETE")
@@ -266,8 +266,8 @@ def test_a_ledger_in_a_folder_that_cannot_be_written(logged: bool) -> None:
     program = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from bertbench.ledger import read_rows\n"
-        "from bertbench.ledger_file import read_ledger\n"
+        "from bertbench.ledger.records import read_rows\n"
+        "from bertbench.ledger.database import read_ledger\n"
         "from finetune.errors import InputError\n"
         "os.setuid(65534)\n"
         "try:\n"
@@ -339,7 +339,7 @@ def test_default_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_versions_are_found_without_importing_tensorflow() -> None:
     code = (
-        "import sys; from bertbench.ledger import versions_key; print(versions_key());"
+        "import sys; from bertbench.ledger.records import versions_key; print(versions_key());"
         "assert 'tensorflow' not in sys.modules"
     )
     root = Path(__file__).parents[1]

@@ -20,9 +20,8 @@ from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Device, make_budget
 from bertbench.devices.step_time import device_rates
 from bertbench.experience import learn
-from bertbench.ledger import find, read_rows, record
-from bertbench.ledger_file import open_ledger
-from bertbench.limit import (
+from bertbench.ledger.database import open_ledger
+from bertbench.ledger.limit import (
     AT_LEAST,
     BELOW,
     CERTIFIED,
@@ -32,6 +31,7 @@ from bertbench.limit import (
     find_limit,
     verdicts,
 )
+from bertbench.ledger.records import find, read_rows, record
 from bertbench.search import find_max_batch
 from bertbench.trials.trial import Trial
 from reports.cells import read_cells

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bertbench.ledger import read_rows
-from bertbench.ledger_file import open_ledger
+from bertbench.ledger.database import open_ledger
+from bertbench.ledger.records import read_rows
 
 # Every trial that runs out of memory waits ten seconds or more for memory to be freed.
 pytestmark = pytest.mark.timeout(600)

@@ -29,8 +29,8 @@ from bertbench.devices.discover import resolve_device
 from bertbench.devices.lock import devices_held, locked
 from bertbench.devices.step_time import device_rates, predict_step_seconds
 from bertbench.extrapolation import largest_batch
-from bertbench.ledger import read_rows, record, versions_key
-from bertbench.ledger_file import open_ledger
+from bertbench.ledger.database import open_ledger
+from bertbench.ledger.records import read_rows, record, versions_key
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.traces.step import replay_step
 from bertbench.probing import Cell, plenty_seconds, predict_cell_seconds, probe_cell

@@ -12,7 +12,7 @@ from ledger_rows import CPU, VERSIONS, failed, fits, oom, rows_of
 
 from bertbench.core.workload import published_workload
 from bertbench.devices.device import Device, TpuSettings
-from bertbench.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
+from bertbench.ledger.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
 from bertbench.trials.trial import Trial
 from finetune.spec.config import preset
 from reports.cells import read_cells

@@ -14,8 +14,8 @@ from ledger_rows import CPU, failed, fits, oom, rows_of
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget
-from bertbench.ledger import record, versions_key
-from bertbench.ledger_file import open_ledger
+from bertbench.ledger.database import open_ledger
+from bertbench.ledger.records import record, versions_key
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing

@@ -15,7 +15,7 @@ import pytest
 from ledger_rows import CPU, failed, fits, oom, rows_of
 from matplotlib.figure import Figure
 
-from bertbench.ledger import LedgerRow
+from bertbench.ledger.records import LedgerRow
 from finetune.train.evaluation import EvalRecord, read_eval_log
 from reports.figures import Picture
 from reports.page import build_page

@@ -23,10 +23,10 @@ from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
 from bertbench.experience import note_out_of_memory
-from bertbench.ledger import find, read_rows, record, versions_key
-from bertbench.ledger_file import open_ledger
+from bertbench.ledger.database import open_ledger
+from bertbench.ledger.limit import AT_LEAST, find_limit
+from bertbench.ledger.records import find, read_rows, record, versions_key
 from bertbench.lever_settings import all_settings, cuts
-from bertbench.limit import AT_LEAST, find_limit
 from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.output_folder import RUN_FILE
 from bertbench.planner import make_plan

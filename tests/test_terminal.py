@@ -23,8 +23,8 @@ from bertbench.cli import main
 from bertbench.cli.common import terminal
 from bertbench.core.progress import progress
 from bertbench.core.terminal import clean_text, clean_warnings, echo, say
-from bertbench.ledger import LedgerRow
-from bertbench.ledger_export import export, to_frame
+from bertbench.ledger.export import export, to_frame
+from bertbench.ledger.records import LedgerRow
 from reports.cells import read_cells
 from reports.page import build_page
 from reports.report import Report

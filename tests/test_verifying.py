@@ -16,8 +16,8 @@ from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
-from bertbench.ledger import read_rows
-from bertbench.ledger_file import open_ledger
+from bertbench.ledger.database import open_ledger
+from bertbench.ledger.records import read_rows
 from bertbench.planner import Plan, make_plan
 from bertbench.trials.trial import Trial
 from bertbench.verifying import verify_plan

@@ -17,7 +17,7 @@ from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.accelerators import check_levers
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.step_time import device_rates
-from bertbench.ledger import find, versions_key
+from bertbench.ledger.records import find, versions_key
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.memory.traced_footprint import traced_footprint

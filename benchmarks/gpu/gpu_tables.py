@@ -12,7 +12,7 @@ from gpu_parts import Question, peak_on_capped_cpu, plan_question, settled
 from bertbench.core.units import MIB_BYTES, format_bytes
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.device import Budget
-from bertbench.ledger import find, read_rows, versions_key
+from bertbench.ledger.records import find, read_rows, versions_key
 from bertbench.planner import Plan, describe_entry, describe_setting
 
 Row = dict[str, Any]

@@ -70,8 +70,8 @@ from bertbench.devices.device import (
 )
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.lock import devices_held
-from bertbench.ledger import find, record, versions_key
-from bertbench.ledger_file import open_ledger
+from bertbench.ledger.database import open_ledger
+from bertbench.ledger.records import find, record, versions_key
 from bertbench.probing import probe_cell
 from bertbench.trials.trial import Trial, measure_batches
 from finetune.errors import InputError

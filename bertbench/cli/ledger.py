@@ -13,7 +13,14 @@ from bertbench.cli.common import CONTEXT, json_option, ledger_option, terminal, 
 from bertbench.core.terminal import echo
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import levers_from_json
-from bertbench.ledger import (
+from bertbench.ledger.database import (
+    default_ledger_path,
+    ledger_exists,
+    open_ledger,
+    read_ledger,
+)
+from bertbench.ledger.limit import find_limit
+from bertbench.ledger.records import (
     LedgerRow,
     Prunable,
     count_prunable,
@@ -22,13 +29,6 @@ from bertbench.ledger import (
     read_rows,
     versions_key,
 )
-from bertbench.ledger_file import (
-    default_ledger_path,
-    ledger_exists,
-    open_ledger,
-    read_ledger,
-)
-from bertbench.limit import find_limit
 from finetune.errors import InputError
 
 
@@ -115,7 +115,7 @@ def export_(file: Path, ledger_file: Path | None, force: bool) -> None:
     Example:
       bertbench ledger export trials.csv
     """
-    from bertbench.ledger_export import export
+    from bertbench.ledger.export import export
 
     _, rows = _read(ledger_file)
     export(rows, file, overwrite=force)

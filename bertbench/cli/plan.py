@@ -44,7 +44,7 @@ from bertbench.devices.discover import resolve_together
 from bertbench.devices.step_time import Rates, device_rates, gpu_rates
 from bertbench.experience import experience_of
 from bertbench.least_memory import LeastMemory, find_least_memory
-from bertbench.ledger_file import default_ledger_path, open_ledger
+from bertbench.ledger.database import default_ledger_path, open_ledger
 from bertbench.planner import Plan, describe_entry, make_plan
 from bertbench.trials.trial import Trial
 from bertbench.verifying import verify_plan

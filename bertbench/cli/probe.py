@@ -51,9 +51,9 @@ from bertbench.devices.device import (
 )
 from bertbench.devices.discover import resolve_device, tpu_device
 from bertbench.devices.lock import devices_held
-from bertbench.ledger import versions_key
-from bertbench.ledger_file import default_ledger_path, open_ledger
-from bertbench.limit import find_limit
+from bertbench.ledger.database import default_ledger_path, open_ledger
+from bertbench.ledger.limit import find_limit
+from bertbench.ledger.records import versions_key
 from bertbench.probing import predict_cell_seconds, probe_cell
 from bertbench.trials.trial import Trial
 from bertbench.workers import share_out

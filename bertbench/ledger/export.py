@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from bertbench.core.terminal import clean_text
-from bertbench.ledger import LedgerRow
+from bertbench.ledger.records import LedgerRow
 from finetune.errors import InputError
 from finetune.storage.files import write_atomically
 
@@ -53,7 +53,7 @@ def export(rows: Sequence[LedgerRow], path: Path, *, overwrite: bool = False) ->
     """Write trials to a CSV, Parquet or JSON file, as its ending says; complete or not at all.
 
     Args:
-        rows: what `bertbench.ledger.read_rows` returns.
+        rows: what `bertbench.ledger.records.read_rows` returns.
         path: file to write.
         overwrite: replace a file that is there.
 

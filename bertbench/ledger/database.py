@@ -116,7 +116,7 @@ def open_ledger(path: str | os.PathLike[str] | None = None) -> Iterator[Ledger]:
 
     Raises:
         InputError: it is damaged, not a ledger, of a newer version, or cannot be written. So do
-            the functions of `bertbench.ledger` that are called inside the block.
+            the functions of `bertbench.ledger.records` that are called inside the block.
     """
     path = Path(default_ledger_path() if path is None else path)
     with _explained(path):

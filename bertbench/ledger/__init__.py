@@ -1,0 +1,1 @@
+"""The record of all trials, and what trials say together."""
