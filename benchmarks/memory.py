@@ -42,8 +42,8 @@ from bertbench.devices.discover import resolve_device
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.fit import Room, footprint_in
 from bertbench.memory.footprint import max_micro_batch, predict_footprint
-from bertbench.probing import is_traced
-from bertbench.traced_limits import TracedStep
+from bertbench.probe.cell import is_traced
+from bertbench.probe.traced_limit import TracedStep
 from bertbench.trials.trial import Trial, measure_batches
 from finetune.spec.checkpointing import POLICIES, Checkpointing
 from finetune.spec.config import parameter_count

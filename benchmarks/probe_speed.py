@@ -35,7 +35,7 @@ from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.records import find_allocations, versions_key
-from bertbench.probing import probe_cell
+from bertbench.probe.cell import probe_cell
 from bertbench.trials.trial import Trial, measure_batches
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from finetune.storage.json_files import json_text

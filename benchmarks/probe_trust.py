@@ -31,7 +31,7 @@ from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.ledger.database import open_ledger
 from bertbench.memory.allocator.limit import child_environment
-from bertbench.probing import probe_cell
+from bertbench.probe.cell import probe_cell
 from bertbench.trials.isolation import run_isolated
 from bertbench.trials.trial import measure_batches
 from finetune.spec.checkpointing import parse_checkpointing

@@ -14,7 +14,7 @@ from bertbench.cli.common import terminal
 from bertbench.devices.device import Budget
 from bertbench.ledger.database import read_ledger
 from bertbench.ledger.records import LedgerRow, read_rows
-from bertbench.probe_file import ProbeFile, read_probe_file
+from bertbench.probe.probe_file import ProbeFile, read_probe_file
 from finetune.errors import InputError
 from finetune.storage.json_files import json_text
 from reports.cells import Cell, model_order, read_cells, setting_order

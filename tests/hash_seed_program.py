@@ -14,10 +14,10 @@ from bertbench.cli.plan import command as plan
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget, Device
-from bertbench.extrapolation import extrapolate
 from bertbench.memory.allocator.bfc import Recording, recording_to_text
 from bertbench.memory.traces.loops import Recorded
 from bertbench.output_folder import settings_json
+from bertbench.probe.extrapolation import extrapolate
 from bertbench.run_classifier import ClassifierSettings
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.storage.array_cache import hash_key

@@ -13,15 +13,15 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.extrapolation import (
+from bertbench.memory.allocator.bfc import Memory, Recording, Replay, replay
+from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.traces.loops import Recorded
+from bertbench.probe.extrapolation import (
     Extrapolation,
     _last_that_fits,
     extrapolate,
     largest_batch,
 )
-from bertbench.memory.allocator.bfc import Memory, Recording, Replay, replay
-from bertbench.memory.allocator.limit import empty_memory
-from bertbench.memory.traces.loops import Recorded
 from bertbench.trials.trial import Trial, measure_batches
 from finetune.spec.checkpointing import examples_per_block, parse_checkpointing
 

@@ -27,7 +27,6 @@ from model_folders import tokenizer_json, write_json
 from mutations import mutated
 from test_report_runs import squad_run
 
-from bertbench.checking import read_claims
 from bertbench.cli import cli
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
@@ -45,6 +44,7 @@ from bertbench.memory.allocator.bfc import (
 from bertbench.output_folder import recorded_steps_down
 from bertbench.plan_file import read_plan
 from bertbench.planner import make_plan
+from bertbench.probe.recheck import read_claims
 from bertbench.stepping_down import step_down_from_json
 from bertbench.unpacking import ArchiveError, read_sums, unpack
 from finetune.errors import InputError

@@ -32,7 +32,7 @@ from bertbench.ledger.limit import (
     verdicts,
 )
 from bertbench.ledger.records import find, read_rows, record
-from bertbench.search import find_max_batch
+from bertbench.probe.search import find_max_batch
 from bertbench.trials.trial import Trial
 from reports.cells import read_cells
 

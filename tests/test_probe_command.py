@@ -16,7 +16,6 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from bertbench import checking, probing
 from bertbench.cli import ledger as ledger_cli
 from bertbench.cli import probe as probe_cli
 from bertbench.cli.probe_view import View, build_table, holes, shown
@@ -28,15 +27,16 @@ from bertbench.devices.device import GPU_CONTEXT_RESERVE_BYTES, Device, check_al
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.lock import devices_held, locked
 from bertbench.devices.step_time import device_rates, predict_step_seconds
-from bertbench.extrapolation import largest_batch
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.records import read_rows, record, versions_key
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.traces.step import replay_step
-from bertbench.probing import Cell, plenty_seconds, predict_cell_seconds, probe_cell
-from bertbench.search import Certificate, SearchResult
+from bertbench.probe import cell, recheck
+from bertbench.probe.cell import Cell, plenty_seconds, predict_cell_seconds, probe_cell
+from bertbench.probe.extrapolation import largest_batch
+from bertbench.probe.search import Certificate, SearchResult
+from bertbench.probe.workers import share_out
 from bertbench.trials.trial import TIMEOUT_SECONDS, Trial
-from bertbench.workers import share_out
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 
@@ -65,8 +65,8 @@ def limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
                 break
         return trials
 
-    monkeypatch.setattr(probing, "measure_batches", measure)
-    monkeypatch.setattr(checking, "measure_batches", measure)
+    monkeypatch.setattr(cell, "measure_batches", measure)
+    monkeypatch.setattr(recheck, "measure_batches", measure)
     return limits
 
 
@@ -208,7 +208,7 @@ def test_a_file_that_cannot_be_checked_is_refused(
 def test_what_is_known_is_printed_when_interrupted(
     tmp_path: Path, limits: dict[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = probing.measure_batches
+    measure = cell.measure_batches
 
     def interrupted(workload: Any, *arguments: Any, **keywords: Any) -> list[Trial]:
         found = measure(workload, *arguments, **keywords)
@@ -216,13 +216,13 @@ def test_what_is_known_is_printed_when_interrupted(
             raise KeyboardInterrupt
         return found
 
-    monkeypatch.setattr(probing, "measure_batches", interrupted)
+    monkeypatch.setattr(cell, "measure_batches", interrupted)
     path = tmp_path / "p.json"
     result = probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
     assert result.exit_code != 0
     assert [cell["max_batch"] for cell in json.loads(path.read_text())["cells"]] == [LIMIT]
     assert "interrupted at [2/2] bert-tiny 128: batch" in result.output
-    monkeypatch.setattr(probing, "measure_batches", measure)
+    monkeypatch.setattr(cell, "measure_batches", measure)
     again = probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
     assert "[1/2] bert-tiny 64: known from the ledger" in again.output
     assert [c["max_batch"] for c in json.loads(path.read_text())["cells"]] == [LIMIT, 9]
@@ -296,7 +296,7 @@ def test_a_check_that_fails_refutes_nothing(
 ) -> None:
     path, checked = tmp_path / "p.json", tmp_path / "checked.json"
     probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
-    measure = checking.measure_batches
+    measure = recheck.measure_batches
 
     def crash(workload: Any, *arguments: Any, **keywords: Any) -> list[Trial]:
         if workload.seq_len == 64:
@@ -304,7 +304,7 @@ def test_a_check_that_fails_refutes_nothing(
         found: list[Trial] = measure(workload, *arguments, **keywords)
         return found
 
-    monkeypatch.setattr(checking, "measure_batches", crash)
+    monkeypatch.setattr(recheck, "measure_batches", crash)
     result = check(tmp_path, path, "--json", str(checked))
     assert isinstance(result.exception, WorkError)
     assert "1 of 2 certificates could not be checked" in str(result.exception)
@@ -317,7 +317,7 @@ def test_a_check_that_fails_refutes_nothing(
         found: list[Trial] = measure(workload, *arguments, **keywords)
         return found
 
-    monkeypatch.setattr(checking, "measure_batches", interrupt)
+    monkeypatch.setattr(recheck, "measure_batches", interrupt)
     assert check(tmp_path, path, "--json", str(checked)).exit_code != 0
     assert [c["confirmed"] for c in json.loads(checked.read_text())["cells"]] == [True]
 
@@ -398,7 +398,7 @@ def test_like_gpus_share_the_cells(
     tmp_path: Path, limits: dict[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two_gpus(monkeypatch, {"free_bytes": 22 << 30})
-    measure = probing.measure_batches
+    measure = cell.measure_batches
     both = threading.Barrier(2)
     used: dict[int, set[str]] = {64: set(), 128: set()}
 
@@ -409,7 +409,7 @@ def test_like_gpus_share_the_cells(
         found: list[Trial] = measure(workload, levers, budget, batches, **more)
         return found
 
-    monkeypatch.setattr(probing, "measure_batches", together)
+    monkeypatch.setattr(cell, "measure_batches", together)
     path = tmp_path / "p.json"
     result = CliRunner().invoke(
         probe_cli.command,
@@ -573,7 +573,7 @@ def test_an_unknown_cell_takes_two_trials_where_a_trace_tells_its_limit(
             on_trial(trial)
         return found[:1] if found[0].outcome == "oom" else found
 
-    monkeypatch.setattr(probing, "measure_batches", measure)
+    monkeypatch.setattr(cell, "measure_batches", measure)
     with open_ledger(tmp_path / "l.sqlite") as ledger:
         cell = probe_cell(ledger, budget, workload, Levers())
     assert cell.result.max_batch == limit + off
@@ -617,7 +617,7 @@ def test_holes_on_both_sides_of_the_limit_are_told_of(
             on_trial(trials[-1])
         return trials
 
-    monkeypatch.setattr(probing, "measure_batches", measure)
+    monkeypatch.setattr(cell, "measure_batches", measure)
     with open_ledger(tmp_path / "l.sqlite") as ledger:
         cell = probe_cell(ledger, budget, workload, levers)
     assert cell.result.max_batch == limit

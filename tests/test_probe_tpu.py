@@ -10,10 +10,10 @@ import pytest
 import tpu_stand_in
 from click.testing import CliRunner
 
-from bertbench import checking, probing
 from bertbench.cli import common
 from bertbench.cli import probe as probe_cli
 from bertbench.devices.device import TPU_CORE_BYTES
+from bertbench.probe import cell, recheck
 from bertbench.trials.trial import measure_batches
 from finetune.errors import InputError
 
@@ -22,7 +22,7 @@ from finetune.errors import InputError
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BERTBENCH_LEDGER", str(tmp_path / "ledger.sqlite"))
     measure = functools.partial(measure_batches, target="tpu_stand_in:run_trial")
-    for module in (probing, checking):
+    for module in (cell, recheck):
         monkeypatch.setattr(module, "measure_batches", measure)
 
 

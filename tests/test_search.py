@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertbench.search import LARGEST_BATCH, Measure, SearchResult, find_max_batch
+from bertbench.probe.search import LARGEST_BATCH, Measure, SearchResult, find_max_batch
 from bertbench.trials.trial import Trial
 
 Calls = list[tuple[list[int], bool]]

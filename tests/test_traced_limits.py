@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.memory.allocator.limit import memory_of
-from bertbench.traced_limits import TracedStep
+from bertbench.probe.traced_limit import TracedStep
 from finetune.spec.checkpointing import parse_checkpointing
 
 

@@ -23,8 +23,8 @@ from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.memory.traced_footprint import traced_footprint
 from bertbench.memory.traces.step import trace_of
 from bertbench.planner import Plan, make_plan
-from bertbench.search import SearchResult, find_max_batch
-from bertbench.traced_limits import TracedStep
+from bertbench.probe.search import SearchResult, find_max_batch
+from bertbench.probe.traced_limit import TracedStep
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import POLICIES, Checkpointing

@@ -72,7 +72,7 @@ from bertbench.devices.discover import resolve_device
 from bertbench.devices.lock import devices_held
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.records import find, record, versions_key
-from bertbench.probing import probe_cell
+from bertbench.probe.cell import probe_cell
 from bertbench.trials.trial import Trial, measure_batches
 from finetune.errors import InputError
 from finetune.storage.json_files import json_text

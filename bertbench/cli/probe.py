@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from bertbench.checking import Check, check_claim, read_claims
 from bertbench.cli.common import (
     BATCH,
     CONTEXT,
@@ -54,9 +53,10 @@ from bertbench.devices.lock import devices_held
 from bertbench.ledger.database import default_ledger_path, open_ledger
 from bertbench.ledger.limit import find_limit
 from bertbench.ledger.records import versions_key
-from bertbench.probing import predict_cell_seconds, probe_cell
+from bertbench.probe.cell import predict_cell_seconds, probe_cell
+from bertbench.probe.recheck import Check, check_claim, read_claims
+from bertbench.probe.workers import share_out
 from bertbench.trials.trial import Trial
-from bertbench.workers import share_out
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import HEADS

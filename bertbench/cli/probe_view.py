@@ -15,14 +15,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bertbench.checking import Check
 from bertbench.core.progress import describe_duration
 from bertbench.core.published import PUBLISHED_MAX_BATCH, published_ratio
 from bertbench.core.terminal import PlainConsole, clean_text, say
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.device import Budget
-from bertbench.probing import Cell
+from bertbench.probe.cell import Cell
+from bertbench.probe.recheck import Check
 from bertbench.trials.trial import Trial
 
 _REFRESH_PER_SECOND = 4

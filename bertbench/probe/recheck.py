@@ -12,8 +12,8 @@ from bertbench.core.workload import Levers, Workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device, tpu_device
 from bertbench.ledger.records import find, record, versions_key
-from bertbench.probe_file import read_probe_file
-from bertbench.probing import plenty_seconds
+from bertbench.probe.cell import plenty_seconds
+from bertbench.probe.probe_file import read_probe_file
 from bertbench.trials.trial import Trial, measure_batches
 from finetune.errors import InputError
 

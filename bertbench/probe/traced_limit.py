@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence, Set
 
 from bertbench.core.bisection import last_that_holds
 from bertbench.core.workload import Levers, Workload
-from bertbench.extrapolation import largest_batch
 from bertbench.ledger.limit import verdicts
 from bertbench.memory.allocator.bfc import Memory, Replay
 from bertbench.memory.traces.step import replay_step, step_requests, traced_peak_bytes
-from bertbench.search import LARGEST_BATCH
+from bertbench.probe.extrapolation import largest_batch
+from bertbench.probe.search import LARGEST_BATCH
 from bertbench.trials.trial import Trial
 
 _LOOKED_AT_BEYOND = 64
@@ -55,7 +55,7 @@ class TracedStep:
         )
 
     def limit(self, at_most: int = LARGEST_BATCH, fitting: int = 0) -> int:
-        """Largest batch that fits; see `bertbench.extrapolation.largest_batch`."""
+        """Largest batch that fits; see `bertbench.probe.extrapolation.largest_batch`."""
         # A replay takes up to a second, and what is alive at once a fraction of a millisecond.
         bound = last_that_holds(lambda batch: self._alive(batch) <= 1.0, fitting, at_most)
         if bound <= fitting:

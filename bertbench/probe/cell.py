@@ -12,7 +12,6 @@ from typing import Any
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.device import Budget
 from bertbench.devices.step_time import device_rates, predict_step_seconds
-from bertbench.extrapolation import extrapolate, largest_batch
 from bertbench.ledger.records import (
     find,
     find_allocations,
@@ -25,8 +24,9 @@ from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.fit import has_trace
 from bertbench.memory.footprint import max_micro_batch, predict_footprint
 from bertbench.memory.traces.loops import Recorded
-from bertbench.search import LARGEST_BATCH, SearchResult, find_max_batch
-from bertbench.traced_limits import TracedStep
+from bertbench.probe.extrapolation import extrapolate, largest_batch
+from bertbench.probe.search import LARGEST_BATCH, SearchResult, find_max_batch
+from bertbench.probe.traced_limit import TracedStep
 from bertbench.trials.trial import TIMEOUT_SECONDS, Trial, measure_batches
 from finetune.spec.checkpointing import examples_per_block
 
