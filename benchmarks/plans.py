@@ -25,9 +25,9 @@ from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
-from bertbench.least_memory import find_least_memory
 from bertbench.memory.fit import Room, least_peak_bytes, margin_for
-from bertbench.planner import make_plan
+from bertbench.plan.min_memory import find_least_memory
+from bertbench.plan.planner import make_plan
 from bertbench.trials.trial import measure_batches
 from finetune.spec.config import HEADS
 from finetune.spec.optimizers import OPTIMIZERS

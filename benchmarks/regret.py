@@ -36,11 +36,11 @@ from bertbench.core.workload import Levers, Workload, levers_from_json, publishe
 from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
-from bertbench.least_memory import find_least_memory
-from bertbench.lever_settings import all_policies, cuts
 from bertbench.memory.allocator.limit import child_environment
 from bertbench.memory.fit import Room, footprint_in, least_peak_bytes
-from bertbench.planner import make_plan
+from bertbench.plan.candidates import all_policies, cuts
+from bertbench.plan.min_memory import find_least_memory
+from bertbench.plan.planner import make_plan
 from bertbench.trials.trial import measure_batches
 from finetune.storage.json_files import json_text
 

@@ -17,10 +17,10 @@ from bertbench.devices import tpu
 from bertbench.devices.accelerators import check_levers
 from bertbench.devices.device import Budget, check_free
 from bertbench.devices.step_time import device_rates
-from bertbench.experience import Experience, experience_of
 from bertbench.memory.allocator.limit import child_environment
-from bertbench.plan_file import read_plan
-from bertbench.planner import Plan, describe_entry, make_plan
+from bertbench.plan.calibration import Experience, experience_of
+from bertbench.plan.plan_file import read_plan
+from bertbench.plan.planner import Plan, describe_entry, make_plan
 from finetune.errors import InputError
 from finetune.model_files.model_folder import RUN_FILE, ModelFiles, find_tokenizer
 from finetune.spec.checkpointing import Checkpointing
@@ -253,7 +253,7 @@ def plan_run(
         settings: what is asked for.
         budget: the device.
         experience: of the workload on the device; None asks the user's ledger.
-        below_bytes: see `bertbench.planner.make_plan`.
+        below_bytes: see `bertbench.plan.planner.make_plan`.
 
     Raises:
         InputError: nothing fits.

@@ -22,10 +22,10 @@ from bertbench.core.units import format_bytes
 from bertbench.core.workload import MOST_BATCH, Levers, Workload, levers_from_json
 from bertbench.devices.device import Budget
 from bertbench.devices.step_time import device_rates
-from bertbench.experience import experience_of, note_out_of_memory
 from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.output_folder import add_step_down, recorded_steps_down
-from bertbench.planner import PlanEntry, describe_setting
+from bertbench.plan.calibration import experience_of, note_out_of_memory
+from bertbench.plan.planner import PlanEntry, describe_setting
 from bertbench.running import RunSettings, plan_run
 from finetune.errors import InputError
 from finetune.storage.json_files import MOST_WHOLE, get_whole

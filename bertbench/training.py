@@ -15,7 +15,7 @@ from bertbench.core.interruption import interruptible
 from bertbench.core.progress import progress
 from bertbench.core.terminal import say
 from bertbench.core.workload import Levers, Workload
-from bertbench.planner import describe_setting
+from bertbench.plan.planner import describe_setting
 from bertbench.running import RunSettings
 from bertbench.trials.outcome import memory_ran_out, summarise_error
 

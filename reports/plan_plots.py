@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter
 
 from bertbench.core.units import MIB_BYTES
 from bertbench.memory.fit import has_trace
-from bertbench.planner import Plan, PlanEntry, describe_setting
+from bertbench.plan.planner import Plan, PlanEntry, describe_setting
 from reports.figures import INK, Picture, add_legend, look_of, panels
 from reports.places import Place
 from reports.planning import Planned

@@ -9,9 +9,9 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Workload
 from bertbench.devices.accelerators import find_accelerator
 from bertbench.devices.step_time import device_rates
-from bertbench.experience import learn
 from bertbench.ledger.records import LedgerRow
-from bertbench.planner import Plan, make_plan
+from bertbench.plan.calibration import learn
+from bertbench.plan.planner import Plan, make_plan
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.config import PRESETS

@@ -13,7 +13,7 @@ from pathlib import Path
 from bertbench.core.published import PAPER_MODELS
 from bertbench.ledger.limit import CERTIFIED, FAILED
 from bertbench.ledger.records import LedgerRow
-from bertbench.planner import Plan
+from bertbench.plan.planner import Plan
 from reports.cells import Cell, read_cells
 from reports.figures import Picture
 from reports.places import Place, name_places

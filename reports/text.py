@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 
 from bertbench.cli.common import terminal
 from bertbench.core.units import format_bytes
-from bertbench.planner import Plan
+from bertbench.plan.planner import Plan
 from reports.cells import Cell
 from reports.planning import Planned
 from reports.predictions import describe_errors

@@ -25,7 +25,6 @@ from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
-from bertbench.experience import Experience, experience_of
 from bertbench.ledger import database
 from bertbench.ledger.database import open_ledger, read_ledger
 from bertbench.ledger.limit import find_limit
@@ -39,6 +38,7 @@ from bertbench.ledger.records import (
     versions_key,
 )
 from bertbench.memory.allocator.bfc import Recording
+from bertbench.plan.calibration import Experience, experience_of
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from reports.cells import read_cells

@@ -15,11 +15,11 @@ from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.device import Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates, predict_step_seconds
-from bertbench.experience import Experience, Outcomes, experience_of, learn
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.records import read_device_rows, record, versions_key
 from bertbench.memory.fit import Room, least_peak_bytes
-from bertbench.planner import make_plan
+from bertbench.plan.calibration import Experience, Outcomes, experience_of, learn
+from bertbench.plan.planner import make_plan
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing

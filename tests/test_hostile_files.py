@@ -42,8 +42,8 @@ from bertbench.memory.allocator.bfc import (
     replay,
 )
 from bertbench.output_folder import recorded_steps_down
-from bertbench.plan_file import read_plan
-from bertbench.planner import make_plan
+from bertbench.plan.plan_file import read_plan
+from bertbench.plan.planner import make_plan
 from bertbench.probe.recheck import read_claims
 from bertbench.stepping_down import step_down_from_json
 from bertbench.unpacking import ArchiveError, read_sums, unpack

@@ -19,7 +19,6 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Device, make_budget
 from bertbench.devices.step_time import device_rates
-from bertbench.experience import learn
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.limit import (
     AT_LEAST,
@@ -32,6 +31,7 @@ from bertbench.ledger.limit import (
     verdicts,
 )
 from bertbench.ledger.records import find, read_rows, record
+from bertbench.plan.calibration import learn
 from bertbench.probe.search import find_max_batch
 from bertbench.trials.trial import Trial
 from reports.cells import read_cells

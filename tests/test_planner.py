@@ -22,11 +22,11 @@ from bertbench.devices.accelerators import (
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import gpu_rates, predict_step_seconds
-from bertbench.least_memory import find_least_memory
-from bertbench.lever_settings import cuts
 from bertbench.memory.fit import Room, fits, has_trace, least_peak_bytes, usable_bytes
-from bertbench.plan_file import PlannedSetting, read_plan
-from bertbench.planner import (
+from bertbench.plan.candidates import cuts
+from bertbench.plan.min_memory import find_least_memory
+from bertbench.plan.plan_file import PlannedSetting, read_plan
+from bertbench.plan.planner import (
     Plan,
     make_plan,
 )

@@ -18,7 +18,7 @@ from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Device, TpuSettings
 from bertbench.memory.traces.step import traced_peak_bytes
 from bertbench.memory.traces.trace import read_trace
-from bertbench.planner import Plan
+from bertbench.plan.planner import Plan
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from reports.cells import read_cells
 from reports.figures import INK, Picture, styled

@@ -18,7 +18,6 @@ from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.lever_settings import all_policies
 from bertbench.memory.allocator.bfc import CHUNK_BYTES, Memory, Recording, replay
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.traces import step, trace
@@ -43,6 +42,7 @@ from bertbench.memory.traces.trace import (
     traces_from_bytes,
     traces_to_bytes,
 )
+from bertbench.plan.candidates import all_policies
 from bertbench.trials.trial import measure_batches
 from finetune.errors import InputError
 from finetune.spec.checkpointing import examples_per_block, parse_checkpointing

@@ -22,14 +22,14 @@ from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
-from bertbench.experience import note_out_of_memory
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.limit import AT_LEAST, find_limit
 from bertbench.ledger.records import find, read_rows, record, versions_key
-from bertbench.lever_settings import all_settings, cuts
 from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.output_folder import RUN_FILE
-from bertbench.planner import make_plan
+from bertbench.plan.calibration import note_out_of_memory
+from bertbench.plan.candidates import all_settings, cuts
+from bertbench.plan.planner import make_plan
 from bertbench.running import RunSettings, choose_levers
 from bertbench.stepping_down import follow, step_down
 from bertbench.trials.trial import Trial

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from bertbench import verifying
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Workload, published_workload
@@ -18,9 +17,10 @@ from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.records import read_rows
-from bertbench.planner import Plan, make_plan
+from bertbench.plan import verify
+from bertbench.plan.planner import Plan, make_plan
+from bertbench.plan.verify import verify_plan
 from bertbench.trials.trial import Trial
-from bertbench.verifying import verify_plan
 from finetune.errors import InputError
 
 DEVICE = resolve_device("cpu")
@@ -48,7 +48,7 @@ def simulate(monkeypatch: pytest.MonkeyPatch, *outcomes: str) -> list[tuple[int,
         peak_bytes = 300 * MIB_BYTES if outcome == "fits" else None
         return [Trial(batches[0], outcome, peak_bytes, 0.5, message="why", fresh=True)]
 
-    monkeypatch.setattr(verifying, "measure_batches", measure)
+    monkeypatch.setattr(verify, "measure_batches", measure)
     return tried
 
 

@@ -22,7 +22,7 @@ from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.memory.traced_footprint import traced_footprint
 from bertbench.memory.traces.step import trace_of
-from bertbench.planner import Plan, make_plan
+from bertbench.plan.planner import Plan, make_plan
 from bertbench.probe.search import SearchResult, find_max_batch
 from bertbench.probe.traced_limit import TracedStep
 from bertbench.trials.trial import Trial

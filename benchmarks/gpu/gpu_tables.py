@@ -13,7 +13,7 @@ from bertbench.core.units import MIB_BYTES, format_bytes
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.device import Budget
 from bertbench.ledger.records import find, read_rows, versions_key
-from bertbench.planner import Plan, describe_entry, describe_setting
+from bertbench.plan.planner import Plan, describe_entry, describe_setting
 
 Row = dict[str, Any]
 

@@ -42,12 +42,12 @@ from bertbench.devices.accelerators import ACCELERATORS, check_levers, find_acce
 from bertbench.devices.device import Device
 from bertbench.devices.discover import resolve_together
 from bertbench.devices.step_time import Rates, device_rates, gpu_rates
-from bertbench.experience import experience_of
-from bertbench.least_memory import LeastMemory, find_least_memory
 from bertbench.ledger.database import default_ledger_path, open_ledger
-from bertbench.planner import Plan, describe_entry, make_plan
+from bertbench.plan.calibration import experience_of
+from bertbench.plan.min_memory import LeastMemory, find_least_memory
+from bertbench.plan.planner import Plan, describe_entry, make_plan
+from bertbench.plan.verify import verify_plan
 from bertbench.trials.trial import Trial
-from bertbench.verifying import verify_plan
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import HEADS

@@ -10,8 +10,8 @@ from bertbench.cli.common import terminal
 from bertbench.core.units import GIB_BYTES, format_bytes
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.accelerators import ACCELERATORS, Accelerator
-from bertbench.least_memory import LeastMemory
-from bertbench.planner import Plan, PlanEntry, describe_cut
+from bertbench.plan.min_memory import LeastMemory
+from bertbench.plan.planner import Plan, PlanEntry, describe_cut
 from bertbench.trials.trial import Trial
 from finetune.spec.recipes import find_recipe, train_steps
 

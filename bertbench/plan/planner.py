@@ -13,9 +13,6 @@ from typing import Any
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.step_time import Rates, predict_step_seconds
-from bertbench.experience import Experience
-from bertbench.least_memory import LeastMemory, find_least_memory
-from bertbench.lever_settings import all_settings, cuts
 from bertbench.memory.fit import (
     Room,
     fits,
@@ -25,6 +22,9 @@ from bertbench.memory.fit import (
     usable_bytes,
 )
 from bertbench.memory.footprint import Footprint
+from bertbench.plan.calibration import Experience
+from bertbench.plan.candidates import all_settings, cuts
+from bertbench.plan.min_memory import LeastMemory, find_least_memory
 from finetune.errors import InputError
 from finetune.spec.checkpointing import Checkpointing
 from finetune.spec.optimizers import OPTIMIZERS

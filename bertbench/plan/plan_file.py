@@ -14,7 +14,7 @@ _HINT = "make one with `bertbench plan --json FILE`"
 
 @dataclasses.dataclass(frozen=True)
 class PlannedSetting:
-    """What `run` needs of a plan file; see `bertbench.planner.PlanEntry`."""
+    """What `run` needs of a plan file; see `bertbench.plan.planner.PlanEntry`."""
 
     target_batch: int
     micro_batch: int

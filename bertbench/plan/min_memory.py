@@ -12,9 +12,9 @@ from typing import Any
 
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Workload
-from bertbench.lever_settings import all_settings, cuts
 from bertbench.memory.fit import Room, fits, least_budget_bytes, least_peak_bytes
 from bertbench.memory.footprint import SAFETY_MARGIN
+from bertbench.plan.candidates import all_settings, cuts
 from finetune.spec.checkpointing import POLICIES, Checkpointing
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from bertbench.core.errors import WorkError
 from bertbench.devices.device import Budget
 from bertbench.ledger.records import record, versions_key
-from bertbench.planner import Plan
+from bertbench.plan.planner import Plan
 from bertbench.trials.trial import Trial, measure_batches
 
 _PLANS = 4

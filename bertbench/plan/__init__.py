@@ -1,0 +1,1 @@
+"""The fastest setting that fits, and the smallest memory that will do."""
