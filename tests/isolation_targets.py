@@ -1,4 +1,4 @@
-"""What the tests of `bertbench.trials.isolation` and `bertbench.trials.trial` run in isolated processes."""
+"""What tests of `bertbench.trials` run in isolated processes."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ from bertbench.ledger.database import open_ledger
 from bertbench.ledger.records import read_rows, record, versions_key
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.traces.step import replay_step
-from bertbench.probe import cell, recheck
+from bertbench.probe import cell as probe_cell_module
+from bertbench.probe import recheck
 from bertbench.probe.cell import Cell, plenty_seconds, predict_cell_seconds, probe_cell
 from bertbench.probe.extrapolation import largest_batch
 from bertbench.probe.search import Certificate, SearchResult
@@ -65,7 +66,7 @@ def limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
                 break
         return trials
 
-    monkeypatch.setattr(cell, "measure_batches", measure)
+    monkeypatch.setattr(probe_cell_module, "measure_batches", measure)
     monkeypatch.setattr(recheck, "measure_batches", measure)
     return limits
 
@@ -208,7 +209,7 @@ def test_a_file_that_cannot_be_checked_is_refused(
 def test_what_is_known_is_printed_when_interrupted(
     tmp_path: Path, limits: dict[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = cell.measure_batches
+    measure = probe_cell_module.measure_batches
 
     def interrupted(workload: Any, *arguments: Any, **keywords: Any) -> list[Trial]:
         found = measure(workload, *arguments, **keywords)
@@ -216,13 +217,13 @@ def test_what_is_known_is_printed_when_interrupted(
             raise KeyboardInterrupt
         return found
 
-    monkeypatch.setattr(cell, "measure_batches", interrupted)
+    monkeypatch.setattr(probe_cell_module, "measure_batches", interrupted)
     path = tmp_path / "p.json"
     result = probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
     assert result.exit_code != 0
     assert [cell["max_batch"] for cell in json.loads(path.read_text())["cells"]] == [LIMIT]
     assert "interrupted at [2/2] bert-tiny 128: batch" in result.output
-    monkeypatch.setattr(cell, "measure_batches", measure)
+    monkeypatch.setattr(probe_cell_module, "measure_batches", measure)
     again = probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
     assert "[1/2] bert-tiny 64: known from the ledger" in again.output
     assert [c["max_batch"] for c in json.loads(path.read_text())["cells"]] == [LIMIT, 9]
@@ -262,7 +263,7 @@ def test_a_second_probe_of_a_device_waits(
     if checks:
         probe(tmp_path, "--seq-lens", "64", "--json", str(file))
     measured = threading.Event()
-    module = checking if checks else probing
+    module = recheck if checks else probe_cell_module
     measure = module.measure_batches
 
     def note(*arguments: Any, **keywords: Any) -> list[Trial]:
@@ -398,7 +399,7 @@ def test_like_gpus_share_the_cells(
     tmp_path: Path, limits: dict[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two_gpus(monkeypatch, {"free_bytes": 22 << 30})
-    measure = cell.measure_batches
+    measure = probe_cell_module.measure_batches
     both = threading.Barrier(2)
     used: dict[int, set[str]] = {64: set(), 128: set()}
 
@@ -409,7 +410,7 @@ def test_like_gpus_share_the_cells(
         found: list[Trial] = measure(workload, levers, budget, batches, **more)
         return found
 
-    monkeypatch.setattr(cell, "measure_batches", together)
+    monkeypatch.setattr(probe_cell_module, "measure_batches", together)
     path = tmp_path / "p.json"
     result = CliRunner().invoke(
         probe_cli.command,
@@ -573,7 +574,7 @@ def test_an_unknown_cell_takes_two_trials_where_a_trace_tells_its_limit(
             on_trial(trial)
         return found[:1] if found[0].outcome == "oom" else found
 
-    monkeypatch.setattr(cell, "measure_batches", measure)
+    monkeypatch.setattr(probe_cell_module, "measure_batches", measure)
     with open_ledger(tmp_path / "l.sqlite") as ledger:
         cell = probe_cell(ledger, budget, workload, Levers())
     assert cell.result.max_batch == limit + off
@@ -617,7 +618,7 @@ def test_holes_on_both_sides_of_the_limit_are_told_of(
             on_trial(trials[-1])
         return trials
 
-    monkeypatch.setattr(cell, "measure_batches", measure)
+    monkeypatch.setattr(probe_cell_module, "measure_batches", measure)
     with open_ledger(tmp_path / "l.sqlite") as ledger:
         cell = probe_cell(ledger, budget, workload, levers)
     assert cell.result.max_batch == limit

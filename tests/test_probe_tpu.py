@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from bertbench.cli import common
 from bertbench.cli import probe as probe_cli
 from bertbench.devices.device import TPU_CORE_BYTES
-from bertbench.probe import cell, recheck
+from bertbench.probe import recheck
 from bertbench.trials.trial import measure_batches
 from finetune.errors import InputError
 

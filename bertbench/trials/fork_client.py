@@ -1,4 +1,4 @@
-"""The caller's side of `bertbench.trials.fork_server`: one server for a process, started when needed."""
+"""The side of `bertbench.trials.fork_server` that calls: one server, started when needed."""
 
 from __future__ import annotations
 
