@@ -41,11 +41,11 @@ from bertbench.memory.allocator.bfc import (
     recording_to_text,
     replay,
 )
-from bertbench.output_folder import recorded_steps_down
 from bertbench.plan.plan_file import read_plan
 from bertbench.plan.planner import make_plan
 from bertbench.probe.recheck import read_claims
-from bertbench.stepping_down import step_down_from_json
+from bertbench.run.oom_recovery import step_down_from_json
+from bertbench.run.run_folder import recorded_steps_down
 from bertbench.unpacking import ArchiveError, read_sums, unpack
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import preferred_checkpoints

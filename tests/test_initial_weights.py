@@ -1,4 +1,4 @@
-"""Tests of bertbench.initial_weights."""
+"""Tests of bertbench.run.initial_weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from test_weights import (
 )
 from tiny_models import NUM_LABELS, Arrays
 
-from bertbench.initial_weights import load_initial_weights
+from bertbench.run.initial_weights import load_initial_weights
 from finetune.errors import InputError
 
 HEAD = ("output_weights", "output_bias")

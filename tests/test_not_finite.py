@@ -13,8 +13,8 @@ from tiny_models import CONFIG, random_batch, tiny_trainer
 
 from bertbench.core.errors import NotFiniteError, WorkError
 from bertbench.core.workload import Workload
-from bertbench.run_classifier import score_logits
-from bertbench.training import check_finite, make_predict
+from bertbench.run.classifier import score_logits
+from bertbench.run.training import check_finite, make_predict
 from finetune.model.modeling import create_variables
 from finetune.spec.config import INPUT_NAMES, from_json_file
 from finetune.tasks.classification import ClassificationData, ClassificationFeatures

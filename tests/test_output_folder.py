@@ -1,4 +1,4 @@
-"""Tests of bertbench.output_folder: which runs an output folder lets go on."""
+"""Tests of bertbench.run.run_folder: which runs an output folder lets go on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from bertbench.core.workload import Levers
-from bertbench.output_folder import RUN_FILE, prepare_output
-from bertbench.running import RunSettings
+from bertbench.run.run_folder import RUN_FILE, prepare_output
+from bertbench.run.settings import RunSettings
 from finetune.errors import InputError
 
 IDENTITY = {"seed": 1}

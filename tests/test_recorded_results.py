@@ -12,14 +12,14 @@ import pytest
 
 from bertbench.core.errors import WorkError
 from bertbench.devices.lock import alone_in
-from bertbench.output_folder import (
+from bertbench.run.run_folder import (
     RUN_FILE,
     add_step_down,
     clear_remains,
     prepare_output,
     record_results,
 )
-from bertbench.running import RunSettings
+from bertbench.run.settings import RunSettings
 from finetune.storage.folders import FolderLostError
 
 TRAINED = {"global_step": 30, "train_loss": 0.5, "train_seconds": 12.0}

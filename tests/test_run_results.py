@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bertbench import fine_tuning, run_classifier
 from bertbench.core.errors import WorkError
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.lock import alone_in
-from bertbench.fine_tuning import FineTuned
-from bertbench.output_folder import RUN_FILE
-from bertbench.run_classifier import ClassifierSettings, GlueSource
-from bertbench.running import RunSettings
-from bertbench.training import OnProgress
+from bertbench.run import classifier, job
+from bertbench.run.classifier import ClassifierSettings, GlueSource
+from bertbench.run.job import FineTuned
+from bertbench.run.run_folder import RUN_FILE
+from bertbench.run.settings import RunSettings
+from bertbench.run.training import OnProgress
 from finetune.errors import InputError
 from finetune.model_files.model_folder import ModelFiles
 from finetune.tasks.demo_data import demo_files
@@ -62,9 +62,9 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, model: Model) -> dict[str
         (folder / RUN_FILE).write_text(json.dumps(BEGUN))
         return FineTuned(model, {"global_step": 30, "weights_step": 20}, held, BEGUN)
 
-    monkeypatch.setattr(fine_tuning, "_load", train)
+    monkeypatch.setattr(job, "_load", train)
     budget = make_budget(resolve_device("cpu"), 1 << 30)
-    return run_classifier.run_classifier(FILES, settings(folder), EVALUATED, budget)
+    return classifier.run_classifier(FILES, settings(folder), EVALUATED, budget)
 
 
 def results_in(folder: Path) -> dict[str, Any]:

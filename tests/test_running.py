@@ -1,4 +1,4 @@
-"""Tests of what bertbench.running says and refuses of a model's files."""
+"""Tests of what bertbench.run.settings says and refuses of a model's files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from model_folders import CONFIG, write_json, write_vocab
 
-from bertbench.running import check_segments, load_config_and_tokenizer
+from bertbench.run.settings import check_segments, load_config_and_tokenizer
 from finetune.errors import InputError
 from finetune.model_files.model_folder import find_model_files
 from finetune.spec.config import from_mapping

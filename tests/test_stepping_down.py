@@ -26,12 +26,12 @@ from bertbench.ledger.database import open_ledger
 from bertbench.ledger.limit import AT_LEAST, find_limit
 from bertbench.ledger.records import find, read_rows, record, versions_key
 from bertbench.memory.fit import Room, least_peak_bytes
-from bertbench.output_folder import RUN_FILE
 from bertbench.plan.calibration import note_out_of_memory
 from bertbench.plan.candidates import all_settings, cuts
 from bertbench.plan.planner import make_plan
-from bertbench.running import RunSettings, choose_levers
-from bertbench.stepping_down import follow, step_down
+from bertbench.run.oom_recovery import follow, step_down
+from bertbench.run.run_folder import RUN_FILE
+from bertbench.run.settings import RunSettings, choose_levers
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import list_checkpoints

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from bertbench.cloud_storage import (
+from bertbench.core.errors import WorkError
+from bertbench.run.cloud_storage import (
     RemoteFolder,
     fetch_beside,
     fetch_file,
@@ -20,7 +21,6 @@ from bertbench.cloud_storage import (
     new_staging_folder,
     open_remote_folder,
 )
-from bertbench.core.errors import WorkError
 from finetune.model_files.model_folder import SETTINGS_FILES
 
 _REMOTE_FILES = ("bert_config_file", "vocab_file", "train_file", "predict_file", "dev_file",

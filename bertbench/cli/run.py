@@ -29,15 +29,15 @@ from bertbench.cli.common import (
     write_json,
 )
 from bertbench.cli.original_flags import OriginalCommand, PathOrUrl, local_files
-from bertbench.cloud_storage import is_url
 from bertbench.core.errors import WorkError
 from bertbench.core.terminal import echo, say
 from bertbench.devices.accelerators import find_accelerator
 from bertbench.devices.device import Budget, TpuSettings, make_budget
 from bertbench.devices.discover import tpu_device
 from bertbench.devices.threads import check_threads
-from bertbench.output_folder import RUN_FILE
-from bertbench.running import RunSettings
+from bertbench.run.cloud_storage import is_url
+from bertbench.run.run_folder import RUN_FILE
+from bertbench.run.settings import RunSettings
 from finetune.errors import InputError
 from finetune.model_files.model_folder import ModelFiles, find_model_files
 from finetune.spec.checkpointing import parse_checkpointing
@@ -188,7 +188,7 @@ def _saved_before(goes_on: bool) -> Iterator[None]:
 
 def _run_squad(context: click.Context, flags: dict[str, Any], goes_on: bool) -> None:
     check_threads()
-    from bertbench.run_squad import SquadSettings, run_squad
+    from bertbench.run.squad import SquadSettings, run_squad
 
     asked = flags["do_train"] or flags["do_predict"]
     if asked:
@@ -264,7 +264,7 @@ def classifier(context: click.Context, **flags: Any) -> None:
 
 def _run_classifier(context: click.Context, flags: dict[str, Any], goes_on: bool) -> None:
     check_threads()
-    from bertbench.run_classifier import ClassifierSettings, run_classifier
+    from bertbench.run.classifier import ClassifierSettings, run_classifier
 
     tables = {split: flags[f"{split}_file"] for split in ("train", "dev", "test")}
     has_table = any(tables.values())
@@ -304,7 +304,7 @@ def _classifier_source(
     flags: dict[str, Any], tables: dict[str, Path | None], do: dict[str, bool]
 ) -> Any:
     """What to classify: a task's folder, or tables."""
-    from bertbench.run_classifier import GlueSource
+    from bertbench.run.classifier import GlueSource
     from finetune.tasks.table_files import TableTask
 
     given = {split: path for split, path in tables.items() if path is not None}

@@ -15,9 +15,10 @@ from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
 from bertbench.devices.device import Budget
 from bertbench.devices.lock import alone_in
-from bertbench.initial_weights import load_initial_weights
 from bertbench.memory.fit import prediction_batch
-from bertbench.output_folder import (
+from bertbench.run.initial_weights import load_initial_weights
+from bertbench.run.oom_recovery import follow, step_down
+from bertbench.run.run_folder import (
     clear_remains,
     describe_file,
     hash_arrays,
@@ -25,9 +26,8 @@ from bertbench.output_folder import (
     record_results,
     write_model_files,
 )
-from bertbench.running import RunSettings, choose_levers, open_device
-from bertbench.stepping_down import follow, step_down
-from bertbench.training import (
+from bertbench.run.settings import RunSettings, choose_levers, open_device
+from bertbench.run.training import (
     Predict,
     Scorer,
     make_predict,

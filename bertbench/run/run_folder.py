@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bertbench.cloud_storage import RemoteFolder
 from bertbench.core.errors import WorkError
 from bertbench.core.terminal import say
-from bertbench.running import RunSettings
+from bertbench.run.cloud_storage import RemoteFolder
+from bertbench.run.settings import RunSettings
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import remove_half_written
 from finetune.model_files.model_folder import RUN_FILE
@@ -248,7 +248,7 @@ def clear_remains(folder: Path) -> None:
 
 
 def recorded_steps_down(folder: Path) -> list[dict[str, Any]]:
-    """What a folder's run could not go on with, oldest first; see `bertbench.stepping_down`.
+    """What a folder's run could not go on with, oldest first; see `bertbench.run.oom_recovery`.
 
     Empty if there is no run, or no readable record; `prepare_output` says what is wrong with it.
     """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bertbench.core.terminal import say
-from bertbench.training import memory_errors_explained
+from bertbench.run.training import memory_errors_explained
 from finetune.errors import InputError
 from finetune.model_files.head_labels import TrainedHead, read_trained_head, rows_of
 

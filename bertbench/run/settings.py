@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertbench.cloud_storage import RemoteFolder
 from bertbench.core.terminal import say
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Workload, check_layers
@@ -21,6 +20,7 @@ from bertbench.memory.allocator.limit import child_environment
 from bertbench.plan.calibration import Experience, experience_of
 from bertbench.plan.plan_file import read_plan
 from bertbench.plan.planner import Plan, describe_entry, make_plan
+from bertbench.run.cloud_storage import RemoteFolder
 from finetune.errors import InputError
 from finetune.model_files.model_folder import RUN_FILE, ModelFiles, find_tokenizer
 from finetune.spec.checkpointing import Checkpointing

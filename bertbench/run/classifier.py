@@ -12,10 +12,10 @@ import numpy as np
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
 from bertbench.devices.device import Budget
-from bertbench.fine_tuning import FineTuned, Job, feature_arrays, fine_tuned
-from bertbench.output_folder import hash_arrays, record_results, settings_json
-from bertbench.running import RunSettings, check_segments, load_config_and_tokenizer
-from bertbench.training import OnProgress, Predict, Scorer, predict_with_progress
+from bertbench.run.job import FineTuned, Job, feature_arrays, fine_tuned
+from bertbench.run.run_folder import hash_arrays, record_results, settings_json
+from bertbench.run.settings import RunSettings, check_segments, load_config_and_tokenizer
+from bertbench.run.training import OnProgress, Predict, Scorer, predict_with_progress
 from finetune.errors import InputError
 from finetune.model_files.head_labels import read_trained_head, recorded_labels
 from finetune.model_files.model_folder import ModelFiles

@@ -14,10 +14,10 @@ from bertbench.core.progress import progress
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
 from bertbench.devices.device import Budget
-from bertbench.fine_tuning import Job, feature_arrays, fine_tuned
-from bertbench.output_folder import describe_file, record_results, settings_json
-from bertbench.running import RunSettings, check_segments, load_config_and_tokenizer
-from bertbench.training import OnProgress, Predict, Scorer
+from bertbench.run.job import Job, feature_arrays, fine_tuned
+from bertbench.run.run_folder import describe_file, record_results, settings_json
+from bertbench.run.settings import RunSettings, check_segments, load_config_and_tokenizer
+from bertbench.run.training import OnProgress, Predict, Scorer
 from finetune.errors import InputError
 from finetune.model_files.model_folder import ModelFiles
 from finetune.spec.config import INPUT_NAMES, TARGET_NAMES

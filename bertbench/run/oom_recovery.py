@@ -23,10 +23,10 @@ from bertbench.core.workload import MOST_BATCH, Levers, Workload, levers_from_js
 from bertbench.devices.device import Budget
 from bertbench.devices.step_time import device_rates
 from bertbench.memory.fit import Room, least_peak_bytes
-from bertbench.output_folder import add_step_down, recorded_steps_down
 from bertbench.plan.calibration import experience_of, note_out_of_memory
 from bertbench.plan.planner import PlanEntry, describe_setting
-from bertbench.running import RunSettings, plan_run
+from bertbench.run.run_folder import add_step_down, recorded_steps_down
+from bertbench.run.settings import RunSettings, plan_run
 from finetune.errors import InputError
 from finetune.storage.json_files import MOST_WHOLE, get_whole
 

@@ -16,7 +16,7 @@ from bertbench.core.progress import progress
 from bertbench.core.terminal import say
 from bertbench.core.workload import Levers, Workload
 from bertbench.plan.planner import describe_setting
-from bertbench.running import RunSettings
+from bertbench.run.settings import RunSettings
 from bertbench.trials.outcome import memory_ran_out, summarise_error
 
 OnProgress = Callable[[int, int], None]

@@ -1,0 +1,1 @@
+"""A run: from settings and files to trained weights, predictions and scores."""
