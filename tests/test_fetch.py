@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from file_server import MODEL, FileServer, Served, serving, sha256, unused_url, zipped
 
-from bertbench.fetch_catalogue import ENTRIES
+from bertbench.fetch.catalogue import ENTRIES
 
 TINY_ZIP = "uncased_L-2_H-128_A-2.zip"
 TINY_PATH = f"/storage.googleapis.com/bert_models/2020_02_20/{TINY_ZIP}"

@@ -1,4 +1,4 @@
-"""Tests of bertbench.fetching and its catalogue, against a server on this machine."""
+"""Tests of bertbench.fetch.fetch and its catalogue, against a server on this machine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from file_server import MODEL, FileServer, Served, serving, sha256, zipped
 
-from bertbench import downloading, fetching
 from bertbench.core.errors import WorkError
-from bertbench.fetch_catalogue import ENTRIES, GROUPS, Entry, Source, find_entries
-from bertbench.fetching import fetch
+from bertbench.fetch import download, fetch
+from bertbench.fetch.catalogue import ENTRIES, GROUPS, Entry, Source, find_entries
+from bertbench.fetch.fetch import fetch
 from finetune.errors import InputError
 from finetune.spec.config import PRESETS, preset
 
@@ -27,7 +27,7 @@ def tree(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(downloading, "_PAUSES_SECONDS", ())
+    monkeypatch.setattr(download, "_PAUSES_SECONDS", ())
     with serving() as server:
         yield server
 
@@ -99,7 +99,7 @@ def test_a_folder_of_files_that_may_not_be_written_to_is_enough(
     plain: Entry, server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch(plain, tmp_path)
-    monkeypatch.setattr(fetching, "_workspace", None)
+    monkeypatch.setattr(fetch, "_workspace", None)
     assert fetch(plain, tmp_path).was_there
 
 
@@ -299,7 +299,7 @@ def test_a_full_disk_is_one_line(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fetching, "unpack", fail)
+    monkeypatch.setattr(fetch, "unpack", fail)
     with pytest.raises(WorkError, match=r"cannot fetch m \(No space left on device\)"):
         fetch(model(), tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["SHA256SUMS", "m.zip"]

@@ -32,6 +32,7 @@ from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget
+from bertbench.fetch.archives import ArchiveError, read_sums, unpack
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.records import record
 from bertbench.memory.allocator.bfc import (
@@ -46,7 +47,6 @@ from bertbench.plan.planner import make_plan
 from bertbench.probe.recheck import read_claims
 from bertbench.run.oom_recovery import step_down_from_json
 from bertbench.run.run_folder import recorded_steps_down
-from bertbench.unpacking import ArchiveError, read_sums, unpack
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import preferred_checkpoints
 from finetune.model_files.head_labels import read_trained_head

@@ -1,4 +1,4 @@
-"""Tests of bertbench.unpacking."""
+"""Tests of bertbench.fetch.archives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bertbench.unpacking import (
+from bertbench.fetch.archives import (
     ArchiveError,
     check_members,
     format_sums,
@@ -236,13 +236,13 @@ def test_an_archive_of_far_more_than_its_size_is_refused(
     fits = make_zip(tmp_path / "fits.zip", {"a": zeros})
     unpack(fits, tmp_path / "fits")
     assert (tmp_path / "fits" / "a").stat().st_size == len(zeros)
-    monkeypatch.setattr("bertbench.unpacking._ALWAYS_BYTES", 2_900_000)
+    monkeypatch.setattr("bertbench.fetch.archives._ALWAYS_BYTES", 2_900_000)
     assert 100 * fits.stat().st_size < 2_900_000
     tar = make_tar(tmp_path / "x.tar.gz", member("a"), text=zeros.encode())
     for archive in (fits, tar):
         with pytest.raises(ArchiveError, match="more than 100 times its own size"):
             unpack(archive, tmp_path / "out")
-    monkeypatch.setattr("bertbench.unpacking._MOST_TIMES", 10)
+    monkeypatch.setattr("bertbench.fetch.archives._MOST_TIMES", 10)
     names = make_tar(tmp_path / "y.tar.gz", *(member(str(n)) for n in range(9000)), text=b"")
     with pytest.raises(ArchiveError, match="more than 10 times its own size"):
         unpack(names, tmp_path / "out2")

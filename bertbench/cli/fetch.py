@@ -14,8 +14,8 @@ from bertbench.cli.common import CONTEXT, json_option, terminal, write_json
 from bertbench.core.errors import StoppedEarlyError
 from bertbench.core.terminal import echo
 from bertbench.core.units import MIB_BYTES
-from bertbench.fetch_catalogue import ENTRIES, GROUPS, Entry, find_entries
-from bertbench.fetching import Comparison, Fetched, fetch
+from bertbench.fetch.catalogue import ENTRIES, GROUPS, Entry, find_entries
+from bertbench.fetch.fetch import Comparison, Fetched, fetch
 from finetune.errors import InputError
 from finetune.tasks.glue import find_task
 

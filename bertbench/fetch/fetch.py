@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bertbench.core.errors import WorkError
-from bertbench.downloading import Checked, download
-from bertbench.fetch_catalogue import Entry, Source
-from bertbench.unpacking import (
+from bertbench.fetch.archives import (
     SUMS_FILE,
     ArchiveError,
     check_members,
@@ -28,6 +26,8 @@ from bertbench.unpacking import (
     split_mrpc,
     unpack,
 )
+from bertbench.fetch.catalogue import Entry, Source
+from bertbench.fetch.download import Checked, download
 from finetune.errors import InputError
 from finetune.storage.files import write_atomically
 from finetune.storage.folders import try_lock

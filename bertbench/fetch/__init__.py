@@ -1,0 +1,1 @@
+"""Data sets and weights by name: downloaded, verified, unpacked."""
