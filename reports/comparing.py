@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bertbench.cli.common import terminal
+from bertbench.core.terminal import terminal
 from bertbench.devices.device import Budget
 from bertbench.ledger.database import read_ledger
 from bertbench.ledger.records import LedgerRow, read_rows

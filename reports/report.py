@@ -15,13 +15,13 @@ from bertbench.ledger.limit import CERTIFIED, FAILED
 from bertbench.ledger.records import LedgerRow
 from bertbench.plan.planner import Plan
 from reports.cells import Cell, read_cells
-from reports.figures import Picture
+from reports.pictures.figures import Picture
+from reports.pictures.plan_plots import footprint_picture, front_picture, timeline_picture
+from reports.pictures.plots import limits_picture, predictions_picture, throughput_picture
+from reports.pictures.run_plots import precision_recall_picture, training_picture
 from reports.places import Place, name_places
-from reports.plan_plots import footprint_picture, front_picture, timeline_picture
 from reports.planning import Planned, plan_places
-from reports.plots import limits_picture, predictions_picture, throughput_picture
 from reports.predictions import Prediction, predict_trials
-from reports.run_plots import precision_recall_picture, training_picture
 from reports.runs import Run
 from reports.tables import Table, count_cells, published_tables
 

@@ -8,7 +8,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from bertbench.cli.common import terminal
+from bertbench.core.terminal import terminal
 from bertbench.core.units import format_bytes
 from bertbench.plan.planner import Plan
 from reports.cells import Cell

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import finetune.train.step
 from bertbench.cli import main
-from bertbench.cli.common import GO_ON_VARIABLE
+from bertbench.cli.options.common import GO_ON_VARIABLE
 from finetune.train.step import Batch, StepResult, Trainer
 
 make_trainer = finetune.train.step.make_trainer

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from bertbench.cli.original_flags import local_files
+from bertbench.cli.options.original_flags import local_files
 from bertbench.core.errors import WorkError
 from bertbench.run.cloud_storage import (
     fetch_file,

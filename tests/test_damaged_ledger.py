@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 
 from bertbench.cli.ledger import command as ledger_command
 from bertbench.cli.plan import command as plan_command
+from bertbench.cli.report import command as report_command
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget, make_budget
@@ -42,7 +43,6 @@ from bertbench.plan.calibration import Experience, experience_of
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from reports.cells import read_cells
-from reports.command import command as report_command
 from reports.comparing import read_either
 
 WORKLOAD = published_workload("bert-tiny", 64)

@@ -13,7 +13,7 @@ import pytest
 from file_server import FileServer, Served, serving, unused_url
 
 from bertbench.core.errors import WorkError
-from bertbench.fetch import download
+from bertbench.fetch import download as download_module
 from bertbench.fetch.download import Download, download
 
 CONTENT = bytes(range(256)) * 5000
@@ -24,7 +24,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(download, "_PAUSES_SECONDS", ())
+    monkeypatch.setattr(download_module, "_PAUSES_SECONDS", ())
     with serving() as server:
         yield server
 
@@ -102,7 +102,7 @@ def test_a_weak_etag_is_no_proof_but_a_date_is(target: Target, date: str | None)
 def test_continues_by_itself_as_long_as_something_arrives(
     target: Target, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(download, "_PAUSES_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(download_module, "_PAUSES_SECONDS", (0.0, 0.0, 0.0))
     target.server.files["/file"] = Served(CONTENT, cuts=[100_000, 200_000, 5])
     target.get()
     assert target.path.read_bytes() == CONTENT
@@ -196,13 +196,13 @@ def test_without_a_checksum_the_servers_md5_counts(
     assert target.get(None) == Download(SHA256, "server's MD5")
 
     target.path.unlink()
-    append = download._append
+    append = download_module._append
 
     def damage(response: object, part: Path, *rest: object) -> None:
         append(response, part, *rest)  # type: ignore[arg-type]
         part.write_bytes(OTHER)
 
-    monkeypatch.setattr(download, "_append", damage)
+    monkeypatch.setattr(download_module, "_append", damage)
     with pytest.raises(WorkError, match=f"MD5 {hashlib.md5(OTHER).hexdigest()}, not"):
         target.get(None)
     assert target.left() == []
@@ -256,8 +256,8 @@ def test_an_interruption_keeps_what_has_arrived(
         yield advance
 
     with monkeypatch.context() as patch:
-        patch.setattr(download, "progress", interrupting)
-        patch.setattr(download, "_CHUNK_BYTES", 10_000)
+        patch.setattr(download_module, "progress", interrupting)
+        patch.setattr(download_module, "_CHUNK_BYTES", 10_000)
         with pytest.raises(KeyboardInterrupt):
             target.get()
     kept = target.part.stat().st_size

@@ -12,7 +12,8 @@ import pytest
 from file_server import MODEL, FileServer, Served, serving, sha256, zipped
 
 from bertbench.core.errors import WorkError
-from bertbench.fetch import download, fetch
+from bertbench.fetch import download
+from bertbench.fetch import fetch as fetch_module
 from bertbench.fetch.catalogue import ENTRIES, GROUPS, Entry, Source, find_entries
 from bertbench.fetch.fetch import fetch
 from finetune.errors import InputError
@@ -99,7 +100,7 @@ def test_a_folder_of_files_that_may_not_be_written_to_is_enough(
     plain: Entry, server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch(plain, tmp_path)
-    monkeypatch.setattr(fetch, "_workspace", None)
+    monkeypatch.setattr(fetch_module, "_workspace", None)
     assert fetch(plain, tmp_path).was_there
 
 
@@ -299,7 +300,7 @@ def test_a_full_disk_is_one_line(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fetch, "unpack", fail)
+    monkeypatch.setattr(fetch_module, "unpack", fail)
     with pytest.raises(WorkError, match=r"cannot fetch m \(No space left on device\)"):
         fetch(model(), tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["SHA256SUMS", "m.zip"]

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from bertbench.cli import cli, main
-from bertbench.cli.common import FiniteFloat, MemorySize, Number, Whole
+from bertbench.cli.options.common import FiniteFloat, MemorySize, Number, Whole
 from bertbench.core.units import parse_bytes
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bertbench.cli.eval import command
-from bertbench.squad_plots import _bin_edges
 from finetune.errors import InputError
 from finetune.tasks import classification
 from finetune.tasks.classification_metrics import evaluate
@@ -28,6 +27,7 @@ from finetune.tasks.squad_predictions import predict_answers, write_predictions
 from finetune.tasks.table_files import TableTask, read_table_task
 from finetune.tasks.triviaqa import read_triviaqa
 from finetune.text.tokenization import UNCASED, Tokenizer, load_tokenizer
+from reports.pictures.squad_plots import _bin_edges
 
 ODD_BYTES = [
     b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r", b"\n", b"\r\n", b"\t", b'"', b",",

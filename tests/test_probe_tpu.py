@@ -10,9 +10,10 @@ import pytest
 import tpu_stand_in
 from click.testing import CliRunner
 
-from bertbench.cli import common
 from bertbench.cli import probe as probe_cli
+from bertbench.cli.options import common
 from bertbench.devices.device import TPU_CORE_BYTES
+from bertbench.probe import cell as probe_cell_module
 from bertbench.probe import recheck
 from bertbench.trials.trial import measure_batches
 from finetune.errors import InputError
@@ -22,7 +23,7 @@ from finetune.errors import InputError
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BERTBENCH_LEDGER", str(tmp_path / "ledger.sqlite"))
     measure = functools.partial(measure_batches, target="tpu_stand_in:run_trial")
-    for module in (cell, recheck):
+    for module in (probe_cell_module, recheck):
         monkeypatch.setattr(module, "measure_batches", measure)
 
 

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from ledger_rows import CPU, failed, fits, oom, rows_of
 
+from bertbench.cli.report import command
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget
@@ -20,7 +21,6 @@ from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 from reports.cells import read_cells
-from reports.command import command
 from reports.comparing import compare_cells, read_either
 
 

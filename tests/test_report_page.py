@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 from bertbench.ledger.records import LedgerRow
 from finetune.train.evaluation import EvalRecord, read_eval_log
-from reports.figures import Picture
 from reports.page import build_page
+from reports.pictures.figures import Picture
 from reports.report import Report, name_apart
 from reports.runs import Run, read_run
 

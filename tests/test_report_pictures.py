@@ -21,14 +21,14 @@ from bertbench.memory.traces.trace import read_trace
 from bertbench.plan.planner import Plan
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from reports.cells import read_cells
-from reports.figures import INK, Picture, styled
+from reports.pictures.figures import INK, Picture, styled
+from reports.pictures.plan_plots import footprint_picture, front_picture, timeline_picture
+from reports.pictures.plots import limits_picture, predictions_picture, throughput_picture
+from reports.pictures.timeline import BACKWARD, BOTH_PASSES, FORWARD, UPDATE, step_timeline
 from reports.places import name_places
-from reports.plan_plots import footprint_picture, front_picture, timeline_picture
 from reports.planning import plan_places
-from reports.plots import limits_picture, predictions_picture, throughput_picture
 from reports.predictions import Prediction, describe_errors, predict_trials
 from reports.report import Report
-from reports.timeline import BACKWARD, BOTH_PASSES, FORWARD, UPDATE, step_timeline
 
 ROWS = [
     *rows_of(fits(31), oom(32), seq_len=384, mib=11430),

@@ -17,8 +17,13 @@ import pytest
 from finetune.errors import InputError
 from finetune.tasks.squad_metrics import QuestionScores
 from reports.page import build_page
+from reports.pictures.run_plots import (
+    best_answers,
+    point_at,
+    precision_recall_picture,
+    training_picture,
+)
 from reports.report import Report
-from reports.run_plots import best_answers, point_at, precision_recall_picture, training_picture
 from reports.runs import read_run
 from reports.text import show_report
 

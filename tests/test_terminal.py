@@ -20,9 +20,8 @@ from rich.table import Table
 from test_report_runs import squad_run
 
 from bertbench.cli import main
-from bertbench.cli.common import terminal
 from bertbench.core.progress import progress
-from bertbench.core.terminal import clean_text, clean_warnings, echo, say
+from bertbench.core.terminal import clean_text, clean_warnings, echo, say, terminal
 from bertbench.ledger.export import export, to_frame
 from bertbench.ledger.records import LedgerRow
 from reports.cells import read_cells

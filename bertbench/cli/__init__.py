@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from bertbench.cli.common import CONTEXT, GO_ON_VARIABLE
+from bertbench.cli.options.common import CONTEXT, GO_ON_VARIABLE
 from bertbench.core.errors import (
     SteppedDownError,
     StoppedEarlyError,
@@ -37,9 +37,6 @@ _VERBS = {
     "run": "Fine-tune, predict and evaluate with a plan.",
 }
 
-# Reports are made of what this package measures, and it does without them.
-_MODULES = {"report": "reports.command"}
-
 
 class _LazyGroup(click.Group):
     """A group that knows its verbs' names and imports a verb when it is called."""
@@ -50,8 +47,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _VERBS:
             return None
-        module = _MODULES.get(cmd_name, f"bertbench.cli.{cmd_name}")
-        command: click.Command = importlib.import_module(module).command
+        command: click.Command = importlib.import_module(f"bertbench.cli.{cmd_name}").command
         return command
 
     def resolve_command(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bertbench.cli.common import CONTEXT, MOST_SEED, Whole, json_option, write_json
+from bertbench.cli.options.common import CONTEXT, MOST_SEED, Whole, json_option, write_json
 from bertbench.core.progress import progress
 from bertbench.core.terminal import echo, say
 from finetune.errors import InputError

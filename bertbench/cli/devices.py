@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from bertbench.cli.common import CONTEXT, json_option, terminal, write_json
+from bertbench.cli.options.common import CONTEXT, json_option, write_json
+from bertbench.core.terminal import terminal
 from bertbench.core.units import format_bytes
 from bertbench.devices.device import default_budget_bytes
 from bertbench.devices.discover import list_devices

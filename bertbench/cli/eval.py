@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bertbench.cli.common import CONTEXT, Number, json_option, write_json
+from bertbench.cli.options.common import CONTEXT, Number, json_option, write_json
 from bertbench.core.terminal import echo, say
 from finetune.errors import InputError
 from finetune.storage.json_files import load_json
@@ -105,7 +105,7 @@ def squad(
         if out_image_dir is not None:
             if odds is None:
                 raise InputError("--out_image_dir needs --na_prob_file")
-            from bertbench.squad_plots import average_precisions, draw_pictures
+            from reports.pictures.squad_plots import average_precisions, draw_pictures
 
             curves = average_precisions(scores)
             results |= {f"{n}_ap": curve.average_precision for n, curve in curves.items()}

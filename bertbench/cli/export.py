@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from bertbench.cli.common import CONTEXT, json_option, write_json
+from bertbench.cli.options.common import CONTEXT, json_option, write_json
 from bertbench.core.errors import WorkError
 from bertbench.core.quiet import muted_stderr
 from bertbench.core.terminal import echo, say

@@ -10,9 +10,9 @@ from typing import Any
 import click
 from rich.table import Table
 
-from bertbench.cli.common import CONTEXT, json_option, terminal, write_json
+from bertbench.cli.options.common import CONTEXT, json_option, write_json
 from bertbench.core.errors import StoppedEarlyError
-from bertbench.core.terminal import echo
+from bertbench.core.terminal import echo, terminal
 from bertbench.core.units import MIB_BYTES
 from bertbench.fetch.catalogue import ENTRIES, GROUPS, Entry, find_entries
 from bertbench.fetch.fetch import Comparison, Fetched, fetch

@@ -9,8 +9,8 @@ from typing import Any
 import click
 from rich.table import Table
 
-from bertbench.cli.common import CONTEXT, json_option, ledger_option, terminal, write_json
-from bertbench.core.terminal import echo
+from bertbench.cli.options.common import CONTEXT, json_option, ledger_option, write_json
+from bertbench.core.terminal import echo, terminal
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import levers_from_json
 from bertbench.ledger.database import (

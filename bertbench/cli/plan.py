@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from bertbench.cli.common import (
+from bertbench.cli.options.common import (
     BATCH,
     CONTEXT,
     REPLICAS,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from bertbench.cli.common import terminal
+from bertbench.core.terminal import terminal
 from bertbench.core.units import GIB_BYTES, format_bytes
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.accelerators import ACCELERATORS, Accelerator

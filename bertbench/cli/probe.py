@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from bertbench.cli.common import (
+from bertbench.cli.options.common import (
     BATCH,
     CONTEXT,
     MOST_SECONDS,
@@ -22,7 +22,6 @@ from bertbench.cli.common import (
     json_option,
     ledger_option,
     resolve_budget,
-    terminal,
     write_json,
 )
 from bertbench.cli.probe_view import (
@@ -35,7 +34,7 @@ from bertbench.cli.probe_view import (
 )
 from bertbench.core.errors import WorkError
 from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
-from bertbench.core.terminal import say
+from bertbench.core.terminal import say, terminal
 from bertbench.core.units import MIB_BYTES, format_bytes
 from bertbench.core.workload import MOST_BATCH, Levers, check_layers, published_workload
 from bertbench.devices.accelerators import check_levers

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from bertbench.cli.common import (
+from bertbench.cli.options.common import (
     BATCH,
     CONTEXT,
     GO_ON_VARIABLE,
@@ -28,7 +28,7 @@ from bertbench.cli.common import (
     resolve_budget,
     write_json,
 )
-from bertbench.cli.original_flags import OriginalCommand, PathOrUrl, local_files
+from bertbench.cli.options.original_flags import OriginalCommand, PathOrUrl, local_files
 from bertbench.core.errors import WorkError
 from bertbench.core.terminal import echo, say
 from bertbench.devices.accelerators import find_accelerator

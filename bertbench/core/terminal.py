@@ -52,6 +52,12 @@ class PlainConsole(Console):
         return super().render_str(clean_text(text), **options)
 
 
+def terminal() -> Console:
+    """Console for results: the terminal's width there, 80 plain columns in a pipe."""
+    console = PlainConsole()
+    return console if console.is_terminal else PlainConsole(width=80)
+
+
 class _PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return clean_text(super().format(record))

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
 
-from bertbench.core.terminal import PlainConsole, echo
+from bertbench.core.terminal import echo
 from bertbench.core.units import parse_bytes
 from bertbench.core.workload import MOST_BATCH, Levers
 from bertbench.devices.device import Budget, make_budget
@@ -232,9 +231,3 @@ def write_json(path: Path, values: Any) -> None:
         echo(text, nl=False)
     else:
         write_atomically(path, text)
-
-
-def terminal() -> Console:
-    """Console for results: the terminal's width there, 80 plain columns in a pipe."""
-    console = PlainConsole()
-    return console if console.is_terminal else PlainConsole(width=80)

@@ -10,11 +10,11 @@ from matplotlib.ticker import FuncFormatter
 from bertbench.core.units import MIB_BYTES
 from bertbench.memory.fit import has_trace
 from bertbench.plan.planner import Plan, PlanEntry, describe_setting
-from reports.figures import INK, Picture, add_legend, look_of, panels
+from reports.pictures.figures import INK, Picture, add_legend, look_of, panels
+from reports.pictures.timeline import step_timeline
 from reports.places import Place
 from reports.planning import Planned
 from reports.tables import system_name
-from reports.timeline import step_timeline
 
 _PARTS = (
     "weights", "optimizer_state", "accumulators", "gradients", "saved_activations", "working_set",

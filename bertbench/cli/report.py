@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bertbench.cli.common import BATCH, CONTEXT, given_flags, json_option, ledger_option, write_json
+from bertbench.cli.options.common import (
+    BATCH,
+    CONTEXT,
+    given_flags,
+    json_option,
+    ledger_option,
+    write_json,
+)
 from bertbench.core.progress import progress
 from bertbench.core.terminal import say
 from bertbench.ledger.database import default_ledger_path, ledger_exists, read_ledger

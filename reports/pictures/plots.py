@@ -15,7 +15,7 @@ from bertbench.core.published import PUBLISHED_MAX_BATCH
 from bertbench.core.units import MIB_BYTES
 from bertbench.ledger.limit import AT_LEAST, CERTIFIED
 from reports.cells import Cell, model_order, setting_order
-from reports.figures import INK, Look, Picture, add_legend, look_of, panels
+from reports.pictures.figures import INK, Look, Picture, add_legend, look_of, panels
 from reports.places import Place
 from reports.predictions import Prediction
 from reports.tables import system_name

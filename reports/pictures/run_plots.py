@@ -13,7 +13,7 @@ from finetune.errors import InputError
 from finetune.storage.json_files import load_json
 from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.squad_metrics import QuestionScores, precision_recall, score_questions
-from reports.figures import INK, Picture, add_legend, look_of, panels
+from reports.pictures.figures import INK, Picture, add_legend, look_of, panels
 from reports.runs import Run, prediction_files
 
 _MOST_RUNS = 8
