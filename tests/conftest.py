@@ -9,12 +9,13 @@ import pytest
 from hypothesis import settings
 
 from bertbench.devices.lock import LOCKS_VARIABLE
+from helpers.paths import REPOSITORY
 
 # A busy machine is no failure.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-SHARED_DIR = Path(__file__).resolve().parents[2] / "shared"
+SHARED_DIR = REPOSITORY.parent / "shared"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,245 @@
+"""Tests of finetune.train.step: losses, weights of rows, what a step reports and leaves alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from finetune.model.modeling import create_variables
+from finetune.spec.config import has_no_gradient, is_trained
+from finetune.spec.optimizers import OPTIMIZERS
+from finetune.train import step as step_module
+from finetune.train.step import Trainer, example_losses, make_predictor, make_trainer, pad_batch
+from helpers.paths import REPOSITORY
+from helpers.tiny_models import (
+    CONFIG,
+    NUM_LABELS,
+    SETTINGS,
+    WEIGHTS_SEED,
+    Arrays,
+    eagerly,
+    random_batch,
+    reset,
+    rows_of,
+    tiny_trainer,
+    values_of,
+)
+
+SEQ_LEN = 6
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def losses_of(head: str, batch: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """Losses and logits of a new model without dropout."""
+    variables = create_variables(CONFIG, head, num_labels=NUM_LABELS, seed=WEIGHTS_SEED)
+    tensors = {name: tf.constant(value) for name, value in batch.items()}
+    losses = example_losses(variables, CONFIG, head, tensors)
+    return losses.numpy(), make_predictor(variables, CONFIG, head, SEQ_LEN)(tensors).numpy()
+
+
+def test_classifier_losses_are_cross_entropies() -> None:
+    batch = random_batch(4, SEQ_LEN)
+    losses, logits = losses_of("classifier", batch)
+    expected = -log_softmax(logits)[np.arange(4), batch["label_ids"]]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_regression_losses_are_squared_errors() -> None:
+    batch = random_batch(4, SEQ_LEN)
+    losses, logits = losses_of("regressor", batch)
+    assert logits.shape == (4, 1)
+    np.testing.assert_allclose(losses, (logits[:, 0] - batch["label_values"]) ** 2, rtol=1e-5)
+
+
+def test_squad_losses_and_positions_outside() -> None:
+    batch = random_batch(5, SEQ_LEN)
+    batch["start_positions"] = np.array([0, 5, -1, 6, 100], np.int32)
+    batch["end_positions"] = np.array([3, -7, 2, 6, 0], np.int32)
+    losses, logits = losses_of("squad", batch)
+    start, end = log_softmax(logits)
+    expected = -0.5 * np.array([start[0, 0] + end[0, 3], start[1, 5], end[2, 2], 0.0, end[4, 0]])
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    """A classifier without dropout in two micro-batches."""
+    return tiny_trainer(
+        "classifier", SEQ_LEN, accumulation_steps=2, config=CONFIG.without_dropout()
+    )
+
+
+@pytest.fixture
+def initial(trainer: Trainer) -> Iterator[Arrays]:
+    """The trainer's weights, to which it is reset; its steps run without being compiled."""
+    values = create_variables(CONFIG, "classifier", num_labels=NUM_LABELS, seed=WEIGHTS_SEED)
+    initial = {name: variable.numpy() for name, variable in values.items()}
+    reset(trainer, initial)
+    with eagerly():
+        yield initial
+
+
+def test_loss_is_the_weighted_mean(trainer: Trainer, initial: Arrays) -> None:
+    batch = random_batch(4, SEQ_LEN)
+    losses, _ = losses_of("classifier", batch)
+    batch["weights"] = np.array([1, 0.5, 0, 2], np.float32)
+    result = trainer.step(batch)
+    assert float(result.loss) == pytest.approx((losses @ batch["weights"]) / 3.5, rel=1e-5)
+    assert float(result.learning_rate) == 0.0
+    assert int(trainer.state.step) == 1
+
+
+def test_rows_of_weight_zero_have_no_influence(trainer: Trainer, initial: Arrays) -> None:
+    results = []
+    for ids in (3, 4):
+        reset(trainer, initial)
+        batch = random_batch(4, SEQ_LEN)
+        batch["weights"][2:] = 0
+        batch["input_ids"][2:] = ids
+        batch["label_ids"][2:] = ids - 3
+        results.append([float(trainer.step(batch).gradient_norm) for _ in range(2)])
+    assert results[0] == results[1]
+
+
+def test_micro_batch_of_nothing_but_padding(trainer: Trainer, initial: Arrays) -> None:
+    batch = random_batch(2, SEQ_LEN)
+    padded = pad_batch(batch, 4)
+    result = trainer.step(padded)
+    assert np.isfinite(float(result.loss))
+    assert float(result.loss) == pytest.approx(losses_of("classifier", batch)[0].mean(), rel=1e-5)
+
+
+def test_new_batch_sizes_do_not_trace_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = []
+
+    def count(*args: object, **kwargs: object) -> tf.Tensor:
+        traces.append(1)
+        return example_losses(*args, **kwargs)
+
+    monkeypatch.setattr(step_module, "example_losses", count)
+    trainer = tiny_trainer("squad", SEQ_LEN, accumulation_steps=2)
+    trainer.step(random_batch(2, SEQ_LEN))
+    traced = len(traces)
+    for rows in (4, 6):
+        trainer.step(random_batch(rows, SEQ_LEN))
+    assert len(traces) == traced
+
+
+def test_pooler_under_the_squad_head_stays_as_it_is() -> None:
+    trainer = tiny_trainer("squad", SEQ_LEN)
+    before = values_of(trainer)
+    with eagerly():
+        for seed in range(3):
+            trainer.step(random_batch(3, SEQ_LEN, seed=seed))
+    changed = {name for name, value in values_of(trainer).items() if (value != before[name]).any()}
+    assert set(before) - changed == {"bert/pooler/dense/kernel", "bert/pooler/dense/bias"}
+    moments = trainer.state.variables
+    assert len(moments) == 2 * (len(before) - 2)
+
+
+@pytest.mark.parametrize("head", ["squad", "classifier"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_rounding_noise_in_place_of_a_gradient_moves_nothing(optimizer: str, head: str) -> None:
+    """What divides a gradient by its own size would move a weight at the full rate for it."""
+    settings = dataclasses.replace(SETTINGS, optimizer=optimizer, num_warmup_steps=0)
+    trainer = tiny_trainer(head, SEQ_LEN, settings=settings)
+    before = values_of(trainer)
+    with eagerly():
+        for seed in range(3):
+            trainer.step(random_batch(5, SEQ_LEN, seed=seed))
+    moved = {name: np.abs(value - before[name]).max() for name, value in values_of(trainer).items()}
+    still = [name for name in moved if has_no_gradient(name, head, CONFIG)]
+    assert len(still) == {"squad": 4, "classifier": 2}[head]
+    for name, distance in moved.items():
+        if name in still:
+            # AdamW's epsilon, 1e-6, is large beside the noise.
+            assert distance <= (1e-2 * SETTINGS.learning_rate if optimizer == "adamw" else 0), name
+        elif is_trained(name, head):
+            assert distance >= 0.1 * SETTINGS.learning_rate, name
+
+
+def test_dropout_changes_from_step_to_step_and_with_the_seed() -> None:
+    settings = step_module.OptimizerSettings(0.0, 10)
+    batch = random_batch(3, SEQ_LEN)
+    losses = set()
+    for seed in (0, 1):
+        trainer = tiny_trainer("squad", SEQ_LEN, seed=seed, settings=settings)
+        with eagerly():
+            losses |= {float(trainer.step(batch).loss) for _ in range(3)}
+    assert len(losses) == 6
+
+
+def test_rows_that_cannot_be_cut(trainer: Trainer, initial: Arrays) -> None:
+    with pytest.raises(ValueError, match="3 rows cannot be cut into 2 micro-batches"):
+        trainer.step(random_batch(3, SEQ_LEN))
+    assert int(trainer.state.step) == 0
+
+
+def test_no_accumulation_steps() -> None:
+    with pytest.raises(ValueError, match="accumulation_steps is 0"):
+        make_trainer({}, CONFIG, "squad", SEQ_LEN, SETTINGS, accumulation_steps=0)
+
+
+def test_places_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match="moon"):
+        tiny_trainer("squad", SEQ_LEN, placement="moon")
+    with pytest.raises(ValueError, match="XLA"):
+        tiny_trainer("squad", SEQ_LEN, placement="host", xla=True)
+
+
+def test_pad_batch() -> None:
+    batch = random_batch(3, SEQ_LEN)
+    padded = pad_batch(batch, 5)
+    for name, value in padded.items():
+        assert value.dtype == batch[name].dtype
+        np.testing.assert_array_equal(value[:3], batch[name])
+    np.testing.assert_array_equal(padded["weights"], [1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(padded["input_ids"][3:], batch["input_ids"][[2, 2]])
+    np.testing.assert_array_equal(batch["weights"], [1, 1, 1])
+
+
+def test_pad_batch_keeps_weights_and_adds_missing_ones() -> None:
+    batch = random_batch(2, SEQ_LEN)
+    batch["weights"][0] = 0.5
+    np.testing.assert_array_equal(pad_batch(batch, 3)["weights"], [0.5, 1, 0])
+    np.testing.assert_array_equal(pad_batch(batch, 2)["weights"], [0.5, 1])
+    del batch["weights"]
+    np.testing.assert_array_equal(pad_batch(batch, 3)["weights"], [1, 1, 0])
+
+
+@pytest.mark.parametrize("examples", [0, 4])
+def test_pad_batch_with_too_many_examples_or_none(examples: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot pad {examples} examples to 3 rows"):
+        pad_batch(rows_of(random_batch(4, SEQ_LEN), slice(0, examples)), 3)
+
+
+def test_no_code_is_generated_into_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AutoGraph would write a file for every function, which a killed process leaves behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    trainer = tiny_trainer("squad", 8, accumulation_steps=2)
+    trainer.step(random_batch(4, 8))
+    make_predictor(trainer.variables, CONFIG, "squad", 8)(random_batch(2, 8))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["finetune", "bertbench", "reports"])
+def test_every_graph_is_made_without_autograph(package: str) -> None:
+    """What AutoGraph has converted once it does not write again: the test above may miss it."""
+    folder = REPOSITORY / package
+    for path in folder.rglob("*.py"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            if "tf.function" in line:
+                assert "autograph=False" in line, f"{path}:{number}"

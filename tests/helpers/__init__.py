@@ -1,0 +1,1 @@
+"""What several test modules share: made-up models, ledgers, servers, and programs."""

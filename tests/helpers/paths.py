@@ -1,0 +1,9 @@
+"""Where the repository is, for tests that read its files or start programs of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+HELPERS = Path(__file__).resolve().parent
+TESTS = HELPERS.parent
+REPOSITORY = TESTS.parent
