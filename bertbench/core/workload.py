@@ -1,4 +1,4 @@
-"""The values everything is asked about: a workload, and the levers that may be turned."""
+"""The values everything is asked about: a workload, its levers, and the step of both."""
 
 from __future__ import annotations
 
@@ -197,3 +197,48 @@ def levers_from_json(values: dict[str, Any]) -> Levers:
                 f"unknown {kind} {name!r}", hint=f"use one of {', '.join(known_names)}"
             )
     return levers
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is trained and with which levers: all of a training step but its micro-batch.
+
+    Example:
+        >>> setup = Setup(published_workload("bert-tiny", 128))
+        >>> setup.step(8).micro_batch
+        8
+
+    Attributes:
+        workload: model, head and sequence length.
+        levers: lever settings, the number of micro-batches among them.
+    """
+
+    workload: Workload
+    levers: Levers = Levers()
+
+    def step(self, micro_batch: int) -> TrainingStep:
+        """The step with a number of examples in each micro-batch."""
+        return TrainingStep(self, micro_batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingStep:
+    """One optimizer step, which memory, time and fit are asked about.
+
+    Attributes:
+        setup: workload and levers.
+        micro_batch: examples of one forward and backward pass.
+    """
+
+    setup: Setup
+    micro_batch: int
+
+    @property
+    def workload(self) -> Workload:
+        """Model, head and sequence length."""
+        return self.setup.workload
+
+    @property
+    def levers(self) -> Levers:
+        """Lever settings."""
+        return self.setup.levers
