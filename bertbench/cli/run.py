@@ -35,8 +35,8 @@ from bertbench.devices.accelerators import find_accelerator
 from bertbench.devices.device import Budget, TpuSettings, make_budget
 from bertbench.devices.discover import tpu_device
 from bertbench.devices.threads import check_threads
-from bertbench.run.cloud_storage import is_url
-from bertbench.run.run_folder import RUN_FILE
+from bertbench.run.output.cloud_storage import is_url
+from bertbench.run.output.run_folder import RUN_FILE
 from bertbench.run.settings import RunSettings
 from finetune.errors import InputError
 from finetune.model_files.model_folder import ModelFiles, find_model_files

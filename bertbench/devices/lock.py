@@ -1,8 +1,4 @@
-"""One probe of a device at a time, and one run in a folder.
-
-Two probes would meet each other's memory, and repeat each other; two runs would write the same
-files.
-"""
+"""One probe of a device at a time: two would meet each other's memory, and repeat each other."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from bertbench.core.private_folders import is_private, state_folder, user_tempor
 from bertbench.core.terminal import say
 from bertbench.devices.device import Device
 from finetune.errors import InputError
-from finetune.storage.folders import HeldFolder, held_folder, try_lock
+from finetune.storage.folders import try_lock
 
 LOCKS_VARIABLE = "BERTBENCH_LOCKS"
 """Names another folder for the locks of devices; a test must not wait for its user's probes."""
@@ -124,28 +120,3 @@ def _open_lock(path: Path) -> int:
             path=path,
             hint=f"name another folder with {LOCKS_VARIABLE}",
         ) from error
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[HeldFolder]:
-    """Hold a folder in the block, which is made if it is not there; no file is left in it.
-
-    Yields:
-        The folder, which tells whether it is still there.
-
-    Raises:
-        InputError: another process holds it, or it cannot be made.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held = stack.enter_context(held_folder(folder))
-        except OSError as error:
-            raise InputError(f"cannot use the output folder ({error})", path=folder) from error
-        if not try_lock(held.descriptor):
-            raise InputError(
-                "another run is writing to this folder",
-                path=folder,
-                hint="wait for its end, or choose another --output_dir",
-            )
-        yield held

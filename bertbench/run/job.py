@@ -14,11 +14,13 @@ from bertbench.core.errors import OutOfMemoryError, WorkError
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
 from bertbench.devices.device import Budget
-from bertbench.devices.lock import alone_in
 from bertbench.memory.fit import prediction_batch
+from bertbench.run.choose_plan import choose_levers
+from bertbench.run.device import open_device
 from bertbench.run.initial_weights import load_initial_weights
 from bertbench.run.oom_recovery import follow, step_down
-from bertbench.run.run_folder import (
+from bertbench.run.output.run_folder import (
+    alone_in,
     clear_remains,
     describe_file,
     hash_arrays,
@@ -26,7 +28,7 @@ from bertbench.run.run_folder import (
     record_results,
     write_model_files,
 )
-from bertbench.run.settings import RunSettings, choose_levers, open_device
+from bertbench.run.settings import RunSettings
 from bertbench.run.training import (
     Predict,
     Scorer,

@@ -25,8 +25,9 @@ from bertbench.devices.step_time import device_rates
 from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.plan.calibration import experience_of, note_out_of_memory
 from bertbench.plan.planner import PlanEntry, describe_setting
-from bertbench.run.run_folder import add_step_down, recorded_steps_down
-from bertbench.run.settings import RunSettings, plan_run
+from bertbench.run.choose_plan import plan_run
+from bertbench.run.output.run_folder import add_step_down, recorded_steps_down
+from bertbench.run.settings import RunSettings
 from finetune.errors import InputError
 from finetune.storage.json_files import MOST_WHOLE, get_whole
 

@@ -15,8 +15,9 @@ from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
 from bertbench.devices.device import Budget
 from bertbench.run.job import Job, feature_arrays, fine_tuned
-from bertbench.run.run_folder import describe_file, record_results, settings_json
-from bertbench.run.settings import RunSettings, check_segments, load_config_and_tokenizer
+from bertbench.run.model_files import check_segments, load_config_and_tokenizer
+from bertbench.run.output.run_folder import describe_file, record_results, settings_json
+from bertbench.run.settings import RunSettings
 from bertbench.run.training import OnProgress, Predict, Scorer
 from finetune.errors import InputError
 from finetune.model_files.model_folder import ModelFiles

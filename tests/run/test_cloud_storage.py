@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from bertbench.cli.options.original_flags import local_files
 from bertbench.core.errors import WorkError
-from bertbench.run.cloud_storage import (
+from bertbench.run.output.cloud_storage import (
     fetch_file,
     fetch_folder,
     fetch_weights,
@@ -98,13 +98,13 @@ def test_only_what_changed_is_copied_back(
 ) -> None:
     remote = open_remote_folder(f"{bucket}/folder/", staging)
     copied: list[str] = []
-    copy = sys.modules["bertbench.run.cloud_storage"]._copy  # type: ignore[attr-defined]
+    copy = sys.modules["bertbench.run.output.cloud_storage"]._copy  # type: ignore[attr-defined]
 
     def noting(source: str, target: str) -> None:
         copied.append(target.removeprefix(f"{bucket}/folder/"))
         copy(source, target)
 
-    monkeypatch.setattr("bertbench.run.cloud_storage._copy", noting)
+    monkeypatch.setattr("bertbench.run.output.cloud_storage._copy", noting)
     for name in ("checkpoint", "model.ckpt-2.index", "model.ckpt-2.data", ".hidden"):
         (remote.path / name).write_text(name)
     remote.push()
@@ -140,7 +140,7 @@ def test_results_that_cannot_be_copied_back_are_kept(
     def run() -> None:
         with local_files(flags):
             (flags["output_dir"] / "model.ckpt-1.index").write_text("weights")  # type: ignore[operator]
-            monkeypatch.setattr("bertbench.run.cloud_storage._copy", fail)
+            monkeypatch.setattr("bertbench.run.output.cloud_storage._copy", fail)
 
     with pytest.raises(WorkError, match=r"no network; the results are kept in /"):
         run()

@@ -29,9 +29,10 @@ from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.plan.calibration import note_out_of_memory
 from bertbench.plan.candidates import all_settings, cuts
 from bertbench.plan.planner import make_plan
+from bertbench.run.choose_plan import choose_levers
 from bertbench.run.oom_recovery import follow, step_down
-from bertbench.run.run_folder import RUN_FILE
-from bertbench.run.settings import RunSettings, choose_levers
+from bertbench.run.output.run_folder import RUN_FILE
+from bertbench.run.settings import RunSettings
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import list_checkpoints

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from bertbench.core.errors import WorkError
-from bertbench.devices.lock import alone_in
-from bertbench.run.run_folder import (
+from bertbench.run.output.run_folder import (
     RUN_FILE,
     add_step_down,
+    alone_in,
     clear_remains,
     prepare_output,
     record_results,

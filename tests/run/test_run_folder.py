@@ -1,4 +1,4 @@
-"""Tests of bertbench.run.run_folder: which runs an output folder lets go on."""
+"""Tests of bertbench.run.output.run_folder: which runs an output folder lets go on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bertbench.core.workload import Levers
-from bertbench.run.run_folder import RUN_FILE, prepare_output
+from bertbench.run.output.run_folder import RUN_FILE, prepare_output
 from bertbench.run.settings import RunSettings
 from finetune.errors import InputError
 

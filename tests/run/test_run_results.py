@@ -14,11 +14,10 @@ import pytest
 from bertbench.core.errors import WorkError
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.devices.lock import alone_in
 from bertbench.run import classifier, job
 from bertbench.run.classifier import ClassifierSettings, GlueSource
 from bertbench.run.job import FineTuned
-from bertbench.run.run_folder import RUN_FILE
+from bertbench.run.output.run_folder import RUN_FILE, alone_in
 from bertbench.run.settings import RunSettings
 from bertbench.run.training import OnProgress
 from finetune.errors import InputError

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from bertbench.core.errors import WorkError
-from bertbench.run.cloud_storage import (
+from bertbench.run.output.cloud_storage import (
     RemoteFolder,
     fetch_beside,
     fetch_file,

@@ -1,4 +1,4 @@
-"""Tests of what bertbench.run.settings says and refuses of a model's files."""
+"""Tests of what bertbench.run.model_files says and refuses of the files of a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bertbench.run.settings import check_segments, load_config_and_tokenizer
+from bertbench.run.model_files import check_segments, load_config_and_tokenizer
 from finetune.errors import InputError
 from finetune.model_files.model_folder import find_model_files
 from finetune.spec.config import from_mapping

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from bertbench.core.errors import WorkError
 from bertbench.core.terminal import say
-from bertbench.run.cloud_storage import RemoteFolder
+from bertbench.run.output.cloud_storage import RemoteFolder
 from bertbench.run.settings import RunSettings
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import remove_half_written
@@ -24,7 +25,7 @@ from finetune.spec.checkpointing import Checkpointing
 from finetune.spec.config import BertConfig, to_original_json
 from finetune.storage.array_cache import hash_file
 from finetune.storage.files import remove_temporaries, write_atomically
-from finetune.storage.folders import HeldFolder
+from finetune.storage.folders import HeldFolder, held_folder, try_lock
 from finetune.storage.json_files import json_text, load_object, parse_json
 from finetune.text.tokenization import Tokenizer
 from finetune.text.tokenizer_files import write_tokenizer_files
@@ -121,6 +122,31 @@ def _has_masks_of_xla(earlier: Mapping[str, Any]) -> bool:
         isinstance(one, dict) and _MASKS not in one and compiled(one)
         for one in _part(earlier, "invocations", list)
     )
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[HeldFolder]:
+    """Hold a folder in the block, which is made if it is not there; no file is left in it.
+
+    Yields:
+        The folder, which tells whether it is still there.
+
+    Raises:
+        InputError: another process holds it, or it cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = stack.enter_context(held_folder(folder))
+        except OSError as error:
+            raise InputError(f"cannot use the output folder ({error})", path=folder) from error
+        if not try_lock(held.descriptor):
+            raise InputError(
+                "another run is writing to this folder",
+                path=folder,
+                hint="wait for its end, or choose another --output_dir",
+            )
+        yield held
 
 
 def prepare_output(
