@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertbench.core.workload import Levers, Workload, published_workload
+from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.memory.fit import Room, footprint_in
@@ -124,7 +124,7 @@ def _measure(
     predicted: dict[str, int] = {
         "formula": predict_footprint(workload, levers, micro_batch).peak_bytes
     }
-    traced = trace_of(workload, levers) is not None
+    traced = trace_of(Setup(workload, levers)) is not None
     if traced:
         for kind, replayed in (("exact", True), ("parts", False)):
             footprint = footprint_in(workload, levers, micro_batch, room, replayed=replayed)

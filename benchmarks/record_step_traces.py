@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.core.units import GIB_BYTES
-from bertbench.core.workload import Levers, Workload, published_workload
+from bertbench.core.workload import Levers, Setup, TrainingStep, Workload, published_workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.memory.allocator.bfc import Recording
@@ -76,15 +76,16 @@ def main() -> None:
         text += "" if policies[-1] in (policies[0], "none") else f"+{policies[-1]}"
         levers = Levers(parse_checkpointing(text), accumulation)
         workload = Workload("sample", _config(_LAYERS * len(policies)), head, _SEQ_LEN)
-        pattern = pattern_of(workload, levers)
+        setup = Setup(workload, levers)
+        pattern = pattern_of(setup)
         if arguments.patterns and not any(text in pattern for text in arguments.patterns):
             continue
         began = time.monotonic()
-        base = _record(budget, workload, levers, _EXAMPLES)
+        base = _record(budget, setup.step(_EXAMPLES))
         more = {LAYERS: _one_more(budget, base, len(policies) > 1)}
         if len(policies) > 1:
             larger = dataclasses.replace(workload, config=_config(2 * _LAYERS + 1))
-            more[OTHER_LAYERS] = _record(budget, larger, levers, _EXAMPLES)
+            more[OTHER_LAYERS] = _record(budget, Setup(larger, levers).step(_EXAMPLES))
         varied = {
             name: _another(budget, base, name, value)
             for name, value in _VARIED.items()
@@ -97,7 +98,7 @@ def main() -> None:
         for optimizer in OPTIMIZERS[1:]:
             variant = with_optimizer(trace, optimizer)
             variant = dataclasses.replace(variant, moments=find_moments(variant))
-            name = pattern_of(workload, dataclasses.replace(levers, optimizer=optimizer))
+            name = pattern_of(Setup(workload, dataclasses.replace(levers, optimizer=optimizer)))
             traces[name] = keep_highest(variant, published)
         data = traces_to_bytes(traces)
         if arguments.out:
@@ -124,18 +125,16 @@ def _config(layers: int) -> BertConfig:
 
 def _one_more(budget: Budget, base: Sample, mixed: bool) -> Sample:
     """One layer more with the first policy, and as many with the other."""
-    workload = dataclasses.replace(
-        base.workload, config=_config(base.workload.config.num_hidden_layers + 1)
-    )
-    levers = base.levers
+    workload, levers = base.step.workload, base.step.levers
+    workload = dataclasses.replace(workload, config=_config(workload.config.num_hidden_layers + 1))
     if mixed:
         policy = dataclasses.replace(levers.checkpointing, layers=_LAYERS + 1)
         levers = dataclasses.replace(levers, checkpointing=policy)
-    return _record(budget, workload, levers, base.micro_batch)
+    return _record(budget, Setup(workload, levers).step(base.step.micro_batch))
 
 
 def _another(budget: Budget, base: Sample, name: str, value: int) -> Sample:
-    workload, examples = base.workload, base.micro_batch
+    workload, examples = base.step.workload, base.step.micro_batch
     fields: dict[str, str] = {
         "h": "hidden_size",
         "a": "num_attention_heads",
@@ -154,23 +153,23 @@ def _another(budget: Budget, base: Sample, name: str, value: int) -> Sample:
         values: dict[str, Any] = {fields[name]: value}
         config = dataclasses.replace(workload.config, **values)
         workload = dataclasses.replace(workload, config=config)
-    return _record(budget, workload, base.levers, examples)
+    return _record(budget, Setup(workload, base.step.levers).step(examples))
 
 
-def _record(budget: Budget, workload: Workload, levers: Levers, examples: int) -> Sample:
+def _record(budget: Budget, step: TrainingStep) -> Sample:
     recordings: list[Recording] = []
     (trial,) = measure_batches(
-        workload,
-        levers,
+        step.workload,
+        step.levers,
         budget,
-        [examples],
+        [step.micro_batch],
         steps=1,
         fresh=True,
         on_recording=lambda _, recording: recordings.append(recording),
     )
     if trial.outcome != "fits" or not recordings:
-        raise SystemExit(f"{pattern_of(workload, levers)}: {trial.message or 'no recording'}")
-    return Sample(workload, levers, examples, recordings[0])
+        raise SystemExit(f"{pattern_of(step.setup)}: {trial.message or 'no recording'}")
+    return Sample(step, recordings[0])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
-from bertbench.core.workload import Levers, Workload, published_workload
+from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.accelerators import check_levers
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.step_time import device_rates
@@ -127,7 +127,7 @@ def limit_on_capped_cpu(budget: Budget, workload: Workload, levers: Levers) -> i
 
     What is left is the device's own: other kernels with other workspaces.
     """
-    if trace_of(workload, levers) is None:
+    if trace_of(Setup(workload, levers)) is None:
         return None
     return TracedStep(workload, levers, empty_memory(budget)).limit()
 

@@ -13,7 +13,7 @@ import dataclasses
 
 from bertbench.core.bisection import last_that_holds
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, Workload
+from bertbench.core.workload import Levers, Setup, Workload
 from bertbench.memory.allocator.bfc import Memory
 from bertbench.memory.allocator.limit import memory_of
 from bertbench.memory.footprint import (
@@ -87,7 +87,7 @@ def least_peak_bytes(workload: Workload, levers: Levers, micro_batch: int, room:
         together_bytes = _all_reduce(workload, levers, micro_batch, room).peak_bytes
     traced = None
     if has_trace(workload, levers, room.device_kind):
-        traced = traced_peak_bytes(workload, levers, micro_batch)
+        traced = traced_peak_bytes(Setup(workload, levers).step(micro_batch))
     if traced is None:
         predicted = predict_footprint(workload, levers, micro_batch, device_kind=room.device_kind)
         return max(predicted.peak_bytes, together_bytes)
@@ -98,7 +98,7 @@ def usable_bytes(workload: Workload, levers: Levers, room: Room) -> int:
     """What a prediction may reach."""
     usable = room.usable_bytes(margin_for(workload, levers, room))
     if has_trace(workload, levers, room.device_kind):
-        usable -= left_out_bytes(workload, levers)
+        usable -= left_out_bytes(Setup(workload, levers))
     return usable
 
 
@@ -110,7 +110,7 @@ def fits(workload: Workload, levers: Levers, micro_batch: int, room: Room) -> bo
     if not has_trace(workload, levers, room.device_kind):
         return True
     memory = _traced_memory(workload, levers, room)
-    return replay_step(workload, levers, micro_batch, memory).fits
+    return replay_step(Setup(workload, levers).step(micro_batch), memory).fits
 
 
 def prediction_batch(workload: Workload, levers: Levers, budget_bytes: int, at_most: int) -> int:
@@ -159,7 +159,7 @@ def _traced_memory(workload: Workload, levers: Levers, room: Room) -> Memory:
 
 def has_trace(workload: Workload, levers: Levers, device_kind: str) -> bool:
     """Whether a step's requests are known; those of XLA, as for a TPU, are in another order."""
-    return device_kind != "tpu" and trace_of(workload, levers) is not None
+    return device_kind != "tpu" and trace_of(Setup(workload, levers)) is not None
 
 
 def _all_reduce(workload: Workload, levers: Levers, micro_batch: int, room: Room) -> Footprint:

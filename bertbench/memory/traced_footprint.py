@@ -20,7 +20,7 @@ from __future__ import annotations
 import collections
 import math
 
-from bertbench.core.workload import Levers, Workload
+from bertbench.core.workload import Levers, Setup, Workload
 from bertbench.memory.allocator.bfc import CHUNK_BYTES, Memory
 from bertbench.memory.footprint import Footprint
 from bertbench.memory.traces.step import (
@@ -60,13 +60,14 @@ def traced_footprint(
         The parts at the moment at which most is alive; None if there is no trace, or if a replay
         runs out of memory.
     """
-    trace = trace_of(workload, levers)
+    setup = Setup(workload, levers)
+    step, trace = setup.step(micro_batch), trace_of(setup)
     if trace is None:
         return None
-    steps, layers = levers.accumulation_steps, layers_of(workload, levers)
-    _, number = highest(moment_bytes(trace, workload, steps, micro_batch), layers)
+    steps, layers = levers.accumulation_steps, layers_of(setup)
+    _, number = highest(moment_bytes(trace, step), layers)
     moment = trace.moments[number]
-    value_of = term_values(trace, workload, steps, micro_batch)
+    value_of = term_values(trace, step)
     parts: collections.Counter[str] = collections.Counter(
         dict.fromkeys(
             ("weights", "optimizer_state", "accumulators", "gradients", "saved_activations",
@@ -96,7 +97,7 @@ def traced_footprint(
     small = _SMALL_TENSORS * len(workload.parameters) * CHUNK_BYTES
     parts["small_tensors"] = memory.held_bytes + min(small, memory.held_bytes)
     if replayed:
-        ending = replay_step(workload, levers, micro_batch, memory)
+        ending = replay_step(step, memory)
         if not ending.fits:
             return None
         known = sum(parts.values()) - parts["small_tensors"] + memory.held_bytes

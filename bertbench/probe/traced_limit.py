@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence, Set
 
 from bertbench.core.bisection import last_that_holds
-from bertbench.core.workload import Levers, Workload
+from bertbench.core.workload import Levers, Setup, TrainingStep, Workload
 from bertbench.ledger.limit import verdicts
 from bertbench.memory.allocator.bfc import Memory, Replay
 from bertbench.memory.traces.step import replay_step, step_requests, traced_peak_bytes
@@ -42,7 +42,7 @@ class TracedStep:
     def replayed(self, batch: int) -> Replay:
         """How a batch ends."""
         self.check()
-        return replay_step(self.workload, self.levers, batch, self.memory)
+        return replay_step(self._step(batch), self.memory)
 
     def refuted_by(self, trials: Sequence[Trial]) -> bool:
         """Whether a trial that counts has ended otherwise than a replay."""
@@ -89,7 +89,7 @@ class TracedStep:
             limit: a batch that fits.
             tried: batches that trials have told of.
         """
-        requests = step_requests(self.workload, self.levers, limit)
+        requests = step_requests(self._step(limit))
         assert requests is not None
         looked_at = _REQUESTS_LOOKED_THROUGH // len(requests[0])
         found = []
@@ -100,8 +100,11 @@ class TracedStep:
                 found.append(batch)
         return tuple(reversed(found))
 
+    def _step(self, batch: int) -> TrainingStep:
+        return Setup(self.workload, self.levers).step(batch)
+
     def _alive(self, batch: int) -> float:
         """Part of memory that is alive at the peak, whatever pieces the rest is in."""
-        alive_bytes = traced_peak_bytes(self.workload, self.levers, batch)
+        alive_bytes = traced_peak_bytes(self._step(batch))
         assert alive_bytes is not None
         return (alive_bytes + self.memory.held_bytes) / self.memory.total_bytes

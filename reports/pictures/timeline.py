@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bertbench.core.workload import Levers, Workload
+from bertbench.core.workload import Levers, Setup, TrainingStep, Workload
 from bertbench.memory.traces.step import (
     blocks_of,
     chunk_bytes,
@@ -101,13 +101,14 @@ def step_timeline(workload: Workload, levers: Levers, micro_batch: int) -> Timel
     Returns:
         None if there is no trace.
     """
-    trace = trace_of(workload, levers)
+    setup = Setup(workload, levers)
+    step, trace = setup.step(micro_batch), trace_of(setup)
     if trace is None:
         return None
-    layers = layers_of(workload, levers)
-    _, gradients, activations, runs = _written(trace, workload, levers, micro_batch, layers)
+    layers = layers_of(setup)
+    _, gradients, activations, runs = _written(trace, step, layers)
     more = {over: count + _MORE_LAYERS * (count > 0) for over, count in layers.items()}
-    names = _directions(*_written(trace, workload, levers, micro_batch, more))
+    names = _directions(*_written(trace, step, more))
     start = _between_steps(gradients + activations)
     passes: list[Phase] = []
     for item, name in names.items():
@@ -148,15 +149,11 @@ def _between_steps(total: _Bytes) -> int:
 
 
 def _written(
-    trace: StepTrace,
-    workload: Workload,
-    levers: Levers,
-    micro_batch: int,
-    layers: Mapping[str, int],
+    trace: StepTrace, step: TrainingStep, layers: Mapping[str, int]
 ) -> tuple[StepTrace, _Bytes, _Bytes, _Runs]:
     """Bytes of gradients and of activations after every event, and where layers are repeated."""
-    sizes = sizes_of(trace, workload, levers, micro_batch)
-    blocks = blocks_of(trace.policies, workload.seq_len, micro_batch)
+    sizes = sizes_of(trace, step)
+    blocks = blocks_of(trace.policies, step.workload.seq_len, step.micro_batch)
     grows = [size.of_examples for size in trace.sizes]
     written = Written(
         trace,

@@ -21,7 +21,7 @@ from bertbench.cli import probe as probe_cli
 from bertbench.cli.probe_view import View, build_table, holes, shown
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices import discover
 from bertbench.devices.device import GPU_CONTEXT_RESERVE_BYTES, Device, check_alone, make_budget
 from bertbench.devices.discover import resolve_device
@@ -552,7 +552,7 @@ def test_an_unknown_cell_takes_two_trials_where_a_trace_tells_its_limit(
     workload = published_workload("bert-tiny", 64)
     memory = empty_memory(budget)
     limit = largest_batch(
-        lambda batch: replay_step(workload, Levers(), batch, memory),
+        lambda batch: replay_step(Setup(workload).step(batch), memory),
         memory.total_bytes,
         begin=1,
         at_most=1000,
@@ -611,7 +611,7 @@ def test_holes_on_both_sides_of_the_limit_are_told_of(
     ) -> list[Trial]:  # fmt: skip
         trials = []
         for batch in batches:
-            replayed = replay_step(workload, levers, batch, memory)
+            replayed = replay_step(Setup(workload, levers).step(batch), memory)
             outcome: Any = "fits" if replayed.fits else "oom"
             peak_bytes = replayed.peak_bytes if replayed.fits else None
             trials.append(Trial(batch, outcome, peak_bytes, 0.1 * batch, fresh=True))
@@ -623,7 +623,7 @@ def test_holes_on_both_sides_of_the_limit_are_told_of(
         cell = probe_cell(ledger, budget, workload, levers)
     assert cell.result.max_batch == limit
     assert cell.fits_again
-    assert all(replay_step(workload, levers, b, memory).fits for b in cell.fits_again)
+    assert all(replay_step(Setup(workload, levers).step(b), memory).fits for b in cell.fits_again)
     assert all(b > limit + 1 for b in cell.fits_again)
     assert cell.runs_out_below == below
     told = holes(cell)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
-from bertbench.core.workload import Levers, Workload, published_workload
+from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.memory.allocator.bfc import CHUNK_BYTES, Memory, Recording, replay
@@ -154,7 +154,8 @@ def toy_sample(
     )  # type: ignore[arg-type]
     workload = Workload("toy", small, "squad", seq_len)
     levers = Levers(parse_checkpointing(policy), steps)
-    return Sample(workload, levers, batch, Toy(workload, levers, batch).recording())
+    recording = Toy(workload, levers, batch).recording()
+    return Sample(Setup(workload, levers).step(batch), recording)
 
 
 VARIED = {
@@ -206,8 +207,8 @@ def large(events: Sequence[int], sizes: Sequence[int]) -> list[object]:
 
 
 def written(policy: str, sample: Sample) -> list[object]:
-    told = write_out(TOYS[policy], sample.workload, sample.levers, sample.micro_batch)
-    before_events, before_sizes = state_requests(sample.workload, sample.levers.optimizer)
+    told = write_out(TOYS[policy], sample.step)
+    before_events, before_sizes = state_requests(sample.step.workload, sample.step.levers.optimizer)
     shift = len(before_sizes)
     events = [event + shift if event >= 0 else event - shift for event in told.events]
     return large([*before_events, *events], [*before_sizes, *told.sizes])
@@ -258,8 +259,8 @@ def test_inputs_are_of_all_micro_batches() -> None:
     varied = {key: toy_sample("none", 5, steps=2, **change) for key, change in VARIED.items()}
     trace = build_trace(samples[0], {LAYERS: samples[1]}, varied)
     larger = toy_sample("none", 7, 70, steps=4)
-    told = write_out(trace, larger.workload, larger.levers, 70)
-    state = len(state_requests(larger.workload, "adamw")[1])
+    told = write_out(trace, larger.step)
+    state = len(state_requests(larger.step.workload, "adamw")[1])
     assert [size for size in told.sizes if size > CHUNK_BYTES] == [
         size for size in larger.recording.sizes[state:] if size > CHUNK_BYTES
     ]
@@ -276,7 +277,7 @@ def test_a_layer_is_written_once() -> None:
 def test_too_few_layers_are_not_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one layer more of each kind than a real trace has, two are too few."""
     workload = published_workload("bert-tiny", 64)
-    trace = trace_of(workload, Levers())
+    trace = trace_of(Setup(workload))
     assert trace is not None
     items = [
         dataclasses.replace(item, more=-3) if isinstance(item, Repeated) else item
@@ -284,18 +285,18 @@ def test_too_few_layers_are_not_written_out(monkeypatch: pytest.MonkeyPatch) -> 
     ]
     needs_three = dataclasses.replace(trace, items=tuple(items))
     monkeypatch.setattr(step, "read_trace", lambda pattern: needs_three)
-    assert trace_of(workload, Levers()) is None
-    assert trace_of(published_workload("bert-mini", 64), Levers()) is needs_three
+    assert trace_of(Setup(workload)) is None
+    assert trace_of(Setup(published_workload("bert-mini", 64))) is needs_three
 
 
 def test_only_what_asks_for_the_same_shares_a_trace() -> None:
     workload = published_workload("bert-tiny", 64)
-    trace = trace_of(workload, Levers())
+    trace = trace_of(Setup(workload))
     assert trace is not None
     for activation, expected in (("gelu_erf", trace), ("relu", None)):
         config = dataclasses.replace(workload.config, hidden_act=activation)
-        assert trace_of(dataclasses.replace(workload, config=config), Levers()) is expected
-    assert trace_of(workload, Levers(precision="tf32")) is trace
+        assert trace_of(Setup(dataclasses.replace(workload, config=config))) is expected
+    assert trace_of(Setup(workload, Levers(precision="tf32"))) is trace
     for other in (
         Levers(precision="bf16"),
         Levers(precision="fp16"),
@@ -303,11 +304,11 @@ def test_only_what_asks_for_the_same_shares_a_trace() -> None:
         Levers(placement="host"),
         Levers(parse_checkpointing("full:1+selective")),
     ):
-        assert trace_of(workload, other) is None
-    assert trace_of(workload, Levers(optimizer="lion")) not in (None, trace)
+        assert trace_of(Setup(workload, other)) is None
+    assert trace_of(Setup(workload, Levers(optimizer="lion"))) not in (None, trace)
     classifier = published_workload("bert-tiny", 64, "classifier")
     regressor = published_workload("bert-tiny", 64, "regressor")
-    assert trace_of(regressor, Levers()) is trace_of(classifier, Levers())
+    assert trace_of(Setup(regressor)) is trace_of(Setup(classifier))
 
 
 @settings(max_examples=60)
@@ -331,14 +332,14 @@ def test_moments_tell_how_much_is_alive(
     trace = TOYS[policy if not count else f"{name}:5" + (f"+{others}" if others else "")]
     sample = toy_sample(policy, layers, batch, seq_len, num_attention_heads=heads,
                         hidden_size=heads * 32, intermediate_size=intermediate)  # fmt: skip
-    told = write_out(trace, sample.workload, sample.levers, batch)
+    told = write_out(trace, sample.step)
     alive_bytes = most_bytes = 0
     for event in told.events:
         size_bytes = chunk_bytes(told.sizes[max(event, ~event)])
         alive_bytes += size_bytes if event >= 0 else -size_bytes
         most_bytes = max(most_bytes, alive_bytes)
-    moments = moment_bytes(trace, sample.workload, 1, batch)
-    found_bytes, _ = highest(moments, layers_of(sample.workload, sample.levers))
+    moments = moment_bytes(trace, sample.step)
+    found_bytes, _ = highest(moments, layers_of(sample.step.setup))
     # Blocks may be of two sizes, and the largest of the second size is not looked at.
     blocks = batch > (examples_per_block("nested", seq_len) or 1)
     assert found_bytes == pytest.approx(most_bytes, rel=0.02 if blocks else 1e-9)
@@ -431,14 +432,14 @@ def test_a_real_step_asks_for_what_the_trace_says(
     workload = published_workload("bert-mini", 64, head)
     config = dataclasses.replace(workload.config, hidden_act=activation)
     workload = dataclasses.replace(workload, config=config)
-    levers = Levers(parse_checkpointing(policy), accumulation)
+    step = Setup(workload, Levers(parse_checkpointing(policy), accumulation)).step(batch)
     budget = make_budget(resolve_device("cpu"), GIB_BYTES)
     recordings: list[Recording] = []
     (trial,) = measure_batches(
-        workload, levers, budget, [batch], steps=1, fresh=True,
+        workload, step.levers, budget, [batch], steps=1, fresh=True,
         on_recording=lambda _, recording: recordings.append(recording),
     )  # fmt: skip
-    requests = step_requests(workload, levers, batch)
+    requests = step_requests(step)
     assert requests is not None
     memory = empty_memory(budget)
     told, measured = replay(*requests, memory), trial.peak_bytes
@@ -464,21 +465,22 @@ def test_everything_that_is_planned_has_its_trace(head: str, optimizer: str) -> 
         workload = published_workload(model, 384, head)
         for policy in all_policies(workload.config.num_hidden_layers):
             for steps in (1, 3):
-                assert trace_of(workload, Levers(policy, steps, optimizer=optimizer)) is not None
+                levers = Levers(policy, steps, optimizer=optimizer)
+                assert trace_of(Setup(workload, levers)) is not None
 
 
 def test_memory_that_is_in_pieces_is_not_enough() -> None:
     """Seven examples of BERT-Small need 478 MiB if memory is plenty, and 512 MiB are too little."""
     workload = published_workload("bert-small", 128)
     budget = make_budget(resolve_device("cpu"), 512 * MIB_BYTES)
-    plenty = replay_step(workload, Levers(), 7, Memory((4 * GIB_BYTES,)))
+    plenty = replay_step(Setup(workload).step(7), Memory((4 * GIB_BYTES,)))
     assert plenty.peak_bytes < 0.95 * budget.budget_bytes
-    assert replay_step(workload, Levers(), 6, empty_memory(budget)).fits
-    assert not replay_step(workload, Levers(), 7, empty_memory(budget)).fits
+    assert replay_step(Setup(workload).step(6), empty_memory(budget)).fits
+    assert not replay_step(Setup(workload).step(7), empty_memory(budget)).fits
 
 
 def test_no_flipped_bit_in_the_packages_traces_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = resources.files("bertbench").joinpath("step_traces.zip").read_bytes()
+    whole = resources.files("bertbench.memory.traces").joinpath("step_traces.zip").read_bytes()
     (pattern, *_) = sorted(traces_from_bytes(whole))
     expected = read_trace(pattern)
     assert expected is not None

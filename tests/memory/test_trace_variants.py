@@ -9,7 +9,7 @@ import math
 import pytest
 
 from bertbench.core.units import GIB_BYTES
-from bertbench.core.workload import Levers, Workload, published_workload
+from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.memory.fit import Room, footprint_in
@@ -49,9 +49,10 @@ def test_every_variable_has_the_update_of_the_optimizer(
     alike = dataclasses.replace(published, optimizer=optimizer)
     requests, left = [], []
     for levers in (published, alike):
-        trace = trace_of(workload, levers)
+        setup = Setup(workload, levers)
+        trace = trace_of(setup)
         assert trace is not None
-        written = write_out(trace, workload, levers, 70)
+        written = write_out(trace, setup.step(70))
         requests.append(collections.Counter(written.sizes))
         ended = {~event for event in written.events if event < 0}
         left.append(len(written.sizes) - len(ended))

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from bertbench.core.units import GIB_BYTES
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.memory.allocator.bfc import Memory
 from bertbench.memory.allocator.limit import memory_of
 from bertbench.memory.traced_footprint import traced_footprint
@@ -37,13 +37,14 @@ def footprint(policy: str, micro_batch: int, steps: int = 1, **other: object) ->
 def test_parts_add_up_to_what_is_alive(policy: str, steps: int) -> None:
     workload = published_workload("bert-base", 128)
     levers = Levers(parse_checkpointing(policy), steps)
+    step = Setup(workload, levers).step(13)
     parts = footprint(policy, 13, steps, replayed=False)
-    alive_bytes = traced_peak_bytes(workload, levers, 13)
+    alive_bytes = traced_peak_bytes(step)
     assert sum(parts.values()) - parts["small_tensors"] == alive_bytes
     assert all(size >= 0 for size in parts.values())
     # With a replay, what the allocator loses comes on top.
     exact = footprint(policy, 13, steps)
-    peak_bytes = replay_step(workload, levers, 13, PLENTY).peak_bytes
+    peak_bytes = replay_step(step, PLENTY).peak_bytes
     small_bytes = exact["small_tensors"] - PLENTY.held_bytes
     assert sum(exact.values()) == peak_bytes + small_bytes
     assert 0 <= exact["allocator"] < 0.05 * peak_bytes

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices.device import Device, TpuSettings
 from bertbench.memory.traces.step import traced_peak_bytes
 from bertbench.memory.traces.trace import read_trace
@@ -245,7 +245,7 @@ def test_a_step_goes_through_its_phases(model: str, policy: str, steps: int, hea
     levers = Levers(parse_checkpointing(policy), accumulation_steps=steps)
     timeline = step_timeline(workload, levers, 5)
     if timeline is None:
-        assert traced_peak_bytes(workload, levers, 5) is None
+        assert traced_peak_bytes(Setup(workload, levers).step(5)) is None
         return
     names = [phase.name for phase in timeline.phases]
     passes = [FORWARD, BACKWARD]
@@ -256,7 +256,7 @@ def test_a_step_goes_through_its_phases(model: str, policy: str, steps: int, hea
     assert timeline.micro_batches == micro_batches
     borders = [timeline.phases[0].start, *(phase.end for phase in timeline.phases)]
     assert borders == sorted({*borders, 0, timeline.events})
-    assert timeline.peak_bytes == traced_peak_bytes(workload, levers, 5)
+    assert timeline.peak_bytes == traced_peak_bytes(Setup(workload, levers).step(5))
     # It begins and ends with nothing but the state.
     assert timeline.gradient_bytes.min() >= 0
     assert timeline.activation_bytes.min() >= 0
@@ -279,7 +279,7 @@ def test_no_trace_no_timeline() -> None:
 
 def test_predictions_are_of_fresh_trials() -> None:
     workload = published_workload("bert-mini", 128)
-    peak = traced_peak_bytes(workload, Levers(), 8)
+    peak = traced_peak_bytes(Setup(workload).step(8))
     assert peak is not None
     rows = [
         *rows_of(fits(8, peak // MIB_BYTES), fits(9, fresh=False), oom(60),

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from bertbench.core.workload import Levers, Workload
+from bertbench.core.workload import Levers, Setup, TrainingStep, Workload
 from bertbench.memory.allocator.bfc import CHUNK_BYTES, Memory, Replay, replay
 from bertbench.memory.traces.loops import examples_of_block
 from bertbench.memory.traces.trace import (
@@ -75,14 +75,15 @@ def different_words(workload: Workload, micro_batch: int) -> int:
     return round(-words * math.expm1(micro_batch * workload.seq_len * math.log1p(-1 / words)))
 
 
-def dimensions_of(workload: Workload, levers: Levers, micro_batch: int) -> dict[str, int]:
+def dimensions_of(step: TrainingStep) -> dict[str, int]:
     """Values of the `DIMENSIONS`, but for the examples of a block."""
+    workload, micro_batch = step.workload, step.micro_batch
     config, words = workload.config, different_words(workload, micro_batch)
     return {
         "u": words,
         "w": words,
         "n": micro_batch,
-        "r": micro_batch * levers.accumulation_steps,
+        "r": micro_batch * step.levers.accumulation_steps,
         "s": workload.seq_len,
         "h": config.hidden_size,
         "a": config.num_attention_heads,
@@ -94,40 +95,41 @@ def dimensions_of(workload: Workload, levers: Levers, micro_batch: int) -> dict[
     }
 
 
-def layers_of(workload: Workload, levers: Levers) -> dict[str, int]:
+def layers_of(setup: Setup) -> dict[str, int]:
     """How many layers have the first policy, the other one, and any."""
-    count, most = levers.checkpointing.layers, workload.config.num_hidden_layers
+    count, most = setup.levers.checkpointing.layers, setup.workload.config.num_hidden_layers
     first = most if count is None else min(count, most)
     return {LAYERS: first, OTHER_LAYERS: most - first, ALL_LAYERS: most}
 
 
-def pattern_of(workload: Workload, levers: Levers) -> str:
+def pattern_of(setup: Setup) -> str:
     """Name of the trace: optimizer, head, policies, and whether there are several micro-batches.
 
     A regressor has the classifier's: it differs by what is a few numbers for each example.
     """
-    layers = layers_of(workload, levers)
+    layers, levers, head = layers_of(setup), setup.levers, setup.workload.head
     policies = [levers.checkpointing.policy] * bool(layers[LAYERS])
     if layers[OTHER_LAYERS] and levers.checkpointing.others not in policies:
         policies.append(levers.checkpointing.others)
     accumulated = "accumulated" if levers.accumulation_steps > 1 else "at once"
     optimizer = "" if levers.optimizer == EXACT_OPTIMIZER else f"{levers.optimizer} "
-    head = "classifier" if workload.head == "regressor" else workload.head
+    head = "classifier" if head == "regressor" else head
     return f"{optimizer}{head} {'+'.join(policies)} {accumulated}"
 
 
-def trace_of(workload: Workload, levers: Levers) -> StepTrace | None:
+def trace_of(setup: Setup) -> StepTrace | None:
     """The trace of a step; None for levers or models that there is none of."""
+    levers = setup.levers
     # TensorFloat-32 is another way to multiply the same tensors.
     float32 = compute_type(levers.precision) == compute_type(EXACT_PRECISION)
     if not float32 or levers.xla or levers.placement != PLACEMENTS[0]:
         return None
-    if workload.config.hidden_act not in KNOWN_ACTIVATIONS:
+    if setup.workload.config.hidden_act not in KNOWN_ACTIVATIONS:
         return None
-    trace = read_trace(pattern_of(workload, levers))
+    trace = read_trace(pattern_of(setup))
     if trace is None:
         return None
-    layers = layers_of(workload, levers)
+    layers = layers_of(setup)
     enough = all(layers[over] >= count for over, count in trace.least_layers.items())
     return trace if enough else None
 
@@ -141,11 +143,9 @@ def blocks_of(policies: Sequence[str], seq_len: int, micro_batch: int) -> dict[s
     return result
 
 
-def sizes_of(
-    trace: StepTrace, workload: Workload, levers: Levers, micro_batch: int
-) -> Callable[[int], list[int]]:
+def sizes_of(trace: StepTrace, step: TrainingStep) -> Callable[[int], list[int]]:
     """Bytes of all sizes, for blocks of some examples; with 0 those of blocks are 0."""
-    dimensions = dimensions_of(workload, levers, micro_batch)
+    dimensions = dimensions_of(step)
     outside = [0 if size.of_block else size.size_bytes(dimensions) for size in trace.sizes]
 
     @functools.cache
@@ -161,61 +161,57 @@ def sizes_of(
     return sizes
 
 
-def write_out(
-    trace: StepTrace, workload: Workload, levers: Levers, micro_batch: int
-) -> Written[int]:
+def write_out(trace: StepTrace, step: TrainingStep) -> Written[int]:
     """Requests of two optimizer steps, in bytes."""
-    sizes = sizes_of(trace, workload, levers, micro_batch)
-    blocks = blocks_of(trace.policies, workload.seq_len, micro_batch)
+    sizes = sizes_of(trace, step)
+    blocks = blocks_of(trace.policies, step.workload.seq_len, step.micro_batch)
     return Written(
         trace,
-        layers_of(workload, levers),
+        layers_of(step.setup),
         {policy: len(its) for policy, its in blocks.items()},
         lambda policy, block: sizes(blocks[policy][block] if policy else 0),
     )
 
 
-def step_requests(
-    workload: Workload, levers: Levers, micro_batch: int
-) -> tuple[list[int], list[int]] | None:
+def step_requests(step: TrainingStep) -> tuple[list[int], list[int]] | None:
     """Everything that a trial asks for, from its first variable to the end of its second step.
 
     Returns:
         Events and sizes as `bertbench.memory.allocator.bfc.replay` takes them; None if there is no
         trace.
     """
-    trace = trace_of(workload, levers)
+    trace = trace_of(step.setup)
     if trace is None:
         return None
-    written = write_out(trace, workload, levers, micro_batch)
-    events, sizes = state_requests(workload, levers.optimizer)
+    written = write_out(trace, step)
+    events, sizes = state_requests(step.workload, step.levers.optimizer)
     before = len(sizes)
     later = [event + before if event >= 0 else event - before for event in written.events]
     return [*events, *later], [*sizes, *written.sizes]
 
 
-def left_out_bytes(workload: Workload, levers: Levers) -> int:
+def left_out_bytes(setup: Setup) -> int:
     """Bytes, at most, that a step holds and its trace does not have.
 
     Zeros for biases of keys, which get no gradient with other optimizers than AdamW, and the
     gradient of the bias of a head with many outputs.
     """
-    config, left_out = workload.config, 0
-    if levers.optimizer != EXACT_OPTIMIZER:
+    config, left_out = setup.workload.config, 0
+    if setup.levers.optimizer != EXACT_OPTIMIZER:
         left_out += (2 * config.num_hidden_layers + 2) * chunk_bytes(4 * config.hidden_size)
-    return left_out + 4 * chunk_bytes(4 * workload.num_labels)
+    return left_out + 4 * chunk_bytes(4 * setup.workload.num_labels)
 
 
 @functools.lru_cache(maxsize=4096)
-def replay_step(workload: Workload, levers: Levers, micro_batch: int, memory: Memory) -> Replay:
+def replay_step(step: TrainingStep, memory: Memory) -> Replay:
     """See whether a step of a batch fits in an allocator's memory.
 
     Raises:
         KeyError: there is no trace of it.
     """
-    requests = step_requests(workload, levers, micro_batch)
+    requests = step_requests(step)
     if requests is None:
-        raise KeyError(pattern_of(workload, levers))
+        raise KeyError(pattern_of(step.setup))
     return replay(*requests, memory)
 
 
@@ -238,16 +234,14 @@ class MomentBytes:
     each_other: int
 
 
-def moment_bytes(
-    trace: StepTrace, workload: Workload, accumulation_steps: int, micro_batch: int
-) -> list[MomentBytes]:
+def moment_bytes(trace: StepTrace, step: TrainingStep) -> list[MomentBytes]:
     """Work out a trace's moments for a model, a batch and any number of layers.
 
     The model and the optimizer's state come on top, and so does what is lost in chunks that are
     handed out whole, and between chunks, which only a replay tells.
     """
-    value_of = term_values(trace, workload, accumulation_steps, micro_batch)
-    blocks = blocks_of(trace.policies, workload.seq_len, micro_batch)
+    value_of = term_values(trace, step)
+    blocks = blocks_of(trace.policies, step.workload.seq_len, step.micro_batch)
     result = []
     for number, moment in enumerate(trace.moments):
         policy, place = moment.block or ("", FIRST)
@@ -262,12 +256,10 @@ def moment_bytes(
     return result
 
 
-def term_values(
-    trace: StepTrace, workload: Workload, accumulation_steps: int, micro_batch: int
-) -> Callable[[Moment, Term], tuple[int, int]]:
+def term_values(trace: StepTrace, step: TrainingStep) -> Callable[[Moment, Term], tuple[int, int]]:
     """How large what a term counts is: bytes of one, and of one for every block."""
-    sizes = sizes_of(trace, workload, Levers(accumulation_steps=accumulation_steps), micro_batch)
-    blocks = blocks_of(trace.policies, workload.seq_len, micro_batch)
+    sizes = sizes_of(trace, step)
+    blocks = blocks_of(trace.policies, step.workload.seq_len, step.micro_batch)
 
     @functools.cache
     def chunks(examples: int) -> list[int]:
@@ -310,7 +302,7 @@ def state_bytes(workload: Workload, optimizer: str) -> int:
     return sum(chunk_bytes(size) for number, size in enumerate(sizes) if number not in gone)
 
 
-def traced_peak_bytes(workload: Workload, levers: Levers, micro_batch: int) -> int | None:
+def traced_peak_bytes(step: TrainingStep) -> int | None:
     """Most bytes alive at once in a step, model and optimizer's state included.
 
     What the allocator loses comes on top: what it hands out too much, and what lies between chunks
@@ -319,12 +311,14 @@ def traced_peak_bytes(workload: Workload, levers: Levers, micro_batch: int) -> i
     Returns:
         None if there is no trace.
     """
-    if trace_of(workload, levers) is None:
+    if trace_of(step.setup) is None:
         return None
-    pattern = pattern_of(workload, levers)
-    moments = _moments(pattern, workload, levers.accumulation_steps, micro_batch)
-    most = highest(moments, layers_of(workload, levers))[0]
-    return most + state_bytes(workload, levers.optimizer)
+    levers = step.levers
+    moments = _moments(
+        pattern_of(step.setup), step.workload, levers.accumulation_steps, step.micro_batch
+    )
+    most = highest(moments, layers_of(step.setup))[0]
+    return most + state_bytes(step.workload, levers.optimizer)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -334,4 +328,5 @@ def _moments(
     """The same for any number of layers: a plan asks for all of them."""
     trace = read_trace(pattern)
     assert trace is not None
-    return moment_bytes(trace, workload, accumulation_steps, micro_batch)
+    setup = Setup(workload, Levers(accumulation_steps=accumulation_steps))
+    return moment_bytes(trace, setup.step(micro_batch))

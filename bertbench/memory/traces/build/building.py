@@ -337,7 +337,7 @@ def build_trace(
     trace = StepTrace(sizes, tuple(roles.ends.values()), tuple(result))
     for sample in (base, *more_layers.values()):
         if not says(trace, sample):
-            number = sample.workload.config.num_hidden_layers
+            number = sample.step.workload.config.num_hidden_layers
             raise UnlikeError(f"of {number} layers the trace does not say what was recorded")
     return dataclasses.replace(trace, moments=find_moments(trace))
 
@@ -349,7 +349,7 @@ def says(trace: StepTrace, sample: Sample) -> bool:
     """
     steps = Steps(sample)
     try:
-        told = write_out(trace, sample.workload, sample.levers, sample.micro_batch)
+        told = write_out(trace, sample.step)
     except NothingAliveError:
         return False
     its, own = _canonical(told.events, told.sizes), _canonical(steps.events, steps.sizes)
@@ -378,4 +378,4 @@ def _canonical(events: Sequence[int], sizes: Sequence[int]) -> list[int | frozen
 
 
 def _layers(sample: Sample, over: str) -> int:
-    return layers_of(sample.workload, sample.levers)[over]
+    return layers_of(sample.step.setup)[over]

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
-from bertbench.core.workload import Workload
+from bertbench.core.workload import Levers, Setup, Workload
 from bertbench.memory.traces.trace import (
     ALL_LAYERS,
     BACKWARD,
@@ -121,10 +121,11 @@ def keep_highest(trace: StepTrace, workloads: Iterable[Workload]) -> StepTrace:
     worked out is then too low.
     """
     found: set[int] = set()
+    # What is of all micro-batches is small, however many there are.
+    levers = Levers(accumulation_steps=2)
     mixed = any(isinstance(item, Repeated) and item.over == OTHER_LAYERS for item in trace.items)
     for workload, micro_batch in itertools.product(workloads, _MICRO_BATCHES):
-        # What is of all micro-batches is small, however many there are.
-        moments = moment_bytes(trace, workload, 2, micro_batch)
+        moments = moment_bytes(trace, Setup(workload, levers).step(micro_batch))
         most = workload.config.num_hidden_layers
         for first in range(1, most) if mixed else (most,):
             layers = {LAYERS: first, OTHER_LAYERS: most - first, ALL_LAYERS: most}

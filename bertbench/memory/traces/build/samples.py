@@ -8,7 +8,7 @@ import itertools
 import re
 
 from bertbench.memory.allocator.bfc import CHUNK_BYTES, Recording
-from bertbench.core.workload import Levers, Workload
+from bertbench.core.workload import TrainingStep
 from bertbench.memory.traces.loops import Recorded, loops_and_places
 from bertbench.memory.traces.step import state_requests
 from finetune.spec.checkpointing import examples_per_block
@@ -23,15 +23,11 @@ class Sample:
     """A recording, and of what.
 
     Attributes:
-        workload: a small model.
-        levers: as for all samples of a trace.
-        micro_batch: examples.
+        step: of a small model; the levers are the same for all samples of a trace.
         recording: what a trial asked for.
     """
 
-    workload: Workload
-    levers: Levers
-    micro_batch: int
+    step: TrainingStep
     recording: Recording
 
 
@@ -48,7 +44,7 @@ class Steps:
 
     def __init__(self, sample: Sample) -> None:
         recording = sample.recording
-        _, state_sizes = state_requests(sample.workload, sample.levers.optimizer)
+        _, state_sizes = state_requests(sample.step.workload, sample.step.levers.optimizer)
         state = sum(size > CHUNK_BYTES for size in state_sizes)
         borders = self._borders(sample)
         number: dict[int, int] = {}
@@ -92,11 +88,12 @@ class Steps:
 
     @staticmethod
     def _borders(sample: Sample) -> list[tuple[str, tuple[int, ...]]]:
-        layers = sample.workload.config.num_hidden_layers
-        policies = sample.levers.checkpointing.in_blocks(layers)
+        step = sample.step
+        layers = step.workload.config.num_hidden_layers
+        policies = step.levers.checkpointing.in_blocks(layers)
         if not policies:
             return []
-        length, batch = sample.workload.seq_len, sample.micro_batch
+        length, batch = step.workload.seq_len, step.micro_batch
         most = [examples_per_block(policy, length) or batch for policy in policies]
         recorded = Recorded(length, batch, sample.recording)
         ((loops, _),) = loops_and_places([recorded], [most])

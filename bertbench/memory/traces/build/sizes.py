@@ -50,8 +50,8 @@ def find_sizes(
 
 def _words(sample: Sample) -> dict[str, int]:
     """Different words of the first two micro-batches, as a trial draws them."""
-    workload, batch = sample.workload, sample.micro_batch
-    shape = (batch * sample.levers.accumulation_steps, workload.seq_len)
+    workload, batch = sample.step.workload, sample.step.micro_batch
+    shape = (batch * sample.step.levers.accumulation_steps, workload.seq_len)
     generator = np.random.default_rng(0)
     words = generator.integers(0, workload.config.vocab_size, shape, np.int32)
     return {
@@ -67,7 +67,7 @@ def _of_words(
     varied: Mapping[str, Sample],
 ) -> Size | None:
     """Sizes of a number, or of an embedding, for each different word."""
-    hidden = [sample.workload.config.hidden_size for sample in (base, *varied.values())]
+    hidden = [sample.step.workload.config.hidden_size for sample in (base, *varied.values())]
     for name, counts in words.items():
         for power in (0, 1):
             products = [c * h**power for c, h in zip(counts, hidden, strict=True)]
@@ -86,9 +86,9 @@ def _size(
     in_loop: bool,
 ) -> Size:
     def dimensions(sample: Sample) -> dict[str, int]:
-        values = dimensions_of(sample.workload, sample.levers, sample.micro_batch)
+        values = dimensions_of(sample.step)
         if block is not None:
-            values["e"] = examples_of_block(sample.micro_batch, block[1], block[0])
+            values["e"] = examples_of_block(sample.step.micro_batch, block[1], block[0])
         return values
 
     here = dimensions(base)
@@ -105,7 +105,7 @@ def _size(
             powers[name] = power
     if not regular:
         return _irregular(size_bytes, others, here, lambda name: dimensions(varied[name]))
-    if powers.get("n") and base.levers.accumulation_steps > 1 and not in_loop:
+    if powers.get("n") and base.step.levers.accumulation_steps > 1 and not in_loop:
         powers["r"] = powers.pop("n")
     product = math.prod(here[name] ** power for name, power in powers.items())
     return Size(0, size_bytes / product, tuple(sorted(powers.items())))
