@@ -45,7 +45,7 @@ _LAYERS = 5
 _EXAMPLES = 66
 _SEQ_LEN = 128
 
-# Each another value of one dimension, with the same number of blocks.
+# Each another value of one dimension, with the same number of chunks.
 _VARIED = {
     "n": 65,
     "s": 112,

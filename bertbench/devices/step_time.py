@@ -17,7 +17,7 @@ from bertbench.core.workload import Levers, Workload
 from bertbench.devices.accelerators import ACCELERATORS, Accelerator, match_accelerator
 from bertbench.devices.device import Device
 from bertbench.devices.threads import usable_cores
-from finetune.spec.checkpointing import examples_per_block
+from finetune.spec.checkpointing import examples_per_chunk
 from finetune.spec.config import parameter_count
 
 _LINK_BYTES_PER_SECOND = {"cpu": 5e9, "gpu": 1e10, "tpu": 5e10}
@@ -43,7 +43,7 @@ class Work:
         embedded: elements `[b * s, h]` of the embeddings and their gradient.
         layers: layers, times micro-batches: what kernels cost however small they are.
         layers_again: the same, recomputed.
-        blocks: blocks of examples that layers are recomputed in.
+        chunks: chunks of examples that layers are recomputed in.
         summed: accumulators' numbers, times micro-batches.
         accumulators: their numbers, which are made once.
         updated: trained numbers.
@@ -60,7 +60,7 @@ class Work:
     embedded: float = 0.0
     layers: float = 0.0
     layers_again: float = 0.0
-    blocks: float = 0.0
+    chunks: float = 0.0
     summed: float = 0.0
     accumulators: float = 0.0
     updated: float = 0.0
@@ -124,7 +124,7 @@ _CPU_UNIT_SECONDS = Work(
     embedded=6.71e-08,
     layers=1.93e-03,
     layers_again=4.1e-05,
-    blocks=6.47e-04,
+    chunks=6.47e-04,
     accumulators=4.43e-10,
 )
 """Two cores of an AMD EPYC, float32. Fitted on 2026-11-26 by `benchmarks/fit_cost.py` to the steps
@@ -164,7 +164,7 @@ def gpu_rates(accelerator: Accelerator) -> Rates:
             **{name: passes * element_seconds for name, passes in _GPU_PASSES.items()},
             layers=1e-3,
             layers_again=4e-4,
-            blocks=2e-3,
+            chunks=2e-3,
             # An accumulator is read, added to and written.
             summed=3 * element_seconds,
             accumulators=element_seconds,
@@ -237,11 +237,11 @@ def work_of(workload: Workload, levers: Levers, micro_batch: int) -> Work:
             # All products but the last, which no gradient reads.
             counted["products"] += count * 2 * tokens * (of_weights - h * f)
             counted["weights"] += count * (of_weights - h * f)
-        per_block = examples_per_block(policy, s)
-        blocks = 1 if per_block is None else math.ceil(b / per_block)
-        counted["blocks"] += 0 if per_block is None else count * blocks
+        per_chunk = examples_per_chunk(policy, s)
+        chunks = 1 if per_chunk is None else math.ceil(b / per_chunk)
+        counted["chunks"] += 0 if per_chunk is None else count * chunks
         for name, elements in (("scores", scores), ("hidden", hidden)):
-            if elements < blocks * _SMALL_ELEMENTS:
+            if elements < chunks * _SMALL_ELEMENTS:
                 counted[f"small_{name}"] += count * elements * (1 + again * _AGAIN_SHARE)
     parameters = _parameters(workload)
     counted["scores"], counted["hidden"] = layers * scores, layers * hidden

@@ -36,7 +36,7 @@ from bertbench.memory.traces.step import (
 _RECORDED_MULTIPLES, _OTHER_LENGTHS_MARGIN = 16, 0.005
 """Traces were recorded of sequence lengths that are multiples of 16. Of others TensorFlow copies
 some rows, and matrix products take more workspace: the largest error that was measured of lengths
-50 and 100, one policy with blocks and one without, was 0.13 %."""
+50 and 100, one policy with chunks and one without, was 0.13 %."""
 
 
 @dataclasses.dataclass(frozen=True)

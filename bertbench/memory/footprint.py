@@ -40,7 +40,7 @@ from collections.abc import Mapping
 
 from bertbench.core.bisection import last_that_holds
 from bertbench.core.workload import Levers, Workload
-from finetune.spec.checkpointing import BLOCK_TOKENS, examples_per_block
+from finetune.spec.checkpointing import CHUNK_TOKENS, examples_per_chunk
 from finetune.spec.config import BertConfig
 from finetune.spec.optimizers import slot_shapes
 from finetune.spec.precisions import EXACT_PRECISION, compute_bytes
@@ -90,9 +90,9 @@ _BACKWARD_HIDDEN = 2
 _BACKWARD_ATTENTION = 2
 """A, when the intermediate sublayer is done with: the dropped probabilities, and their gradient."""
 
-_BLOCK_RESULTS = 3
-"""T of all examples while a layer is differentiated in blocks: the gradient that comes in, and
-the one that leaves, block by block and put together."""
+_CHUNK_RESULTS = 3
+"""T of all examples while a layer is differentiated in chunks: the gradient that comes in, and
+the one that leaves, chunk by chunk and put together."""
 
 _UPDATE_COPIES = {"adamw": 1, "lion": 2, "adafactor": 1}
 """Copies of the variable at hand during its update: the weight decay; Lion's two averages;
@@ -308,17 +308,17 @@ def _moments(
         "none": _backward_bytes(config, sizes),
         "full": _saved_bytes("none", config, sizes) + _backward_bytes(config, sizes),
     }
-    for policy in BLOCK_TOKENS:
-        limit = examples_per_block(policy, workload.seq_len) or micro_batch
-        block = _sizes(config, workload.seq_len, min(micro_batch, limit), levers.precision)
+    for policy in CHUNK_TOKENS:
+        limit = examples_per_chunk(policy, workload.seq_len) or micro_batch
+        chunk = _sizes(config, workload.seq_len, min(micro_batch, limit), levers.precision)
         working[policy] = (
-            _saved_bytes("none", config, block)
-            # What the policy keeps is kept block by block, so that this block's needs no copy; the
+            _saved_bytes("none", config, chunk)
+            # What the policy keeps is kept chunk by chunk, so that this chunk's needs no copy; the
             # layer's input does.
-            - (_saved_bytes(policy, config, block) - block.hidden)
-            + _backward_bytes(config, block)
-            + _BLOCK_RESULTS * sizes.hidden
-            # Sums over the blocks of the weights' gradients, unless it is the accumulators that
+            - (_saved_bytes(policy, config, chunk) - chunk.hidden)
+            + _backward_bytes(config, chunk)
+            + _CHUNK_RESULTS * sizes.hidden
+            # Sums over the chunks of the weights' gradients, unless it is the accumulators that
             # are added to, and a term to be added.
             + (0 if accumulated else max(of_layer))
             + _variable_bytes([config.hidden_size, config.intermediate_size])

@@ -28,7 +28,7 @@ from bertbench.probe.extrapolation import extrapolate, largest_batch
 from bertbench.probe.search import LARGEST_BATCH, SearchResult, find_max_batch
 from bertbench.probe.traced_limit import TracedStep
 from bertbench.trials.trial import TIMEOUT_SECONDS, Trial, measure_batches
-from finetune.spec.checkpointing import examples_per_block
+from finetune.spec.checkpointing import examples_per_chunk
 
 _PLENTY = 10.0
 _START_SECONDS = 5.0
@@ -176,12 +176,12 @@ def probe_cell(
 
     @functools.lru_cache(maxsize=1)
     def extrapolated(number_recorded: int, fitting: int) -> int | None:
-        for few_blocks in (False, True):
+        for few_chunks in (False, True):
             extrapolation = extrapolate(
                 recorded(),
                 workload.seq_len,
-                lambda seq_len: _examples_per_block(workload, levers, seq_len),
-                few_blocks=few_blocks,
+                lambda seq_len: _examples_per_chunk(workload, levers, seq_len),
+                few_chunks=few_chunks,
             )
             if extrapolation is None:
                 return None
@@ -209,7 +209,7 @@ def probe_cell(
             predict_footprint(workload, levers, batch, device_kind=budget.device.kind).peak_bytes
         ),
         locate=locate,
-        examples_per_block=max(_examples_per_block(workload, levers, workload.seq_len), default=1),
+        examples_per_chunk=max(_examples_per_chunk(workload, levers, workload.seq_len), default=1),
         budget_bytes=budget.budget_bytes,
         max_batch=max_batch,
         certify=certify,
@@ -267,7 +267,7 @@ def plenty_seconds(
     return max(TIMEOUT_SECONDS, _PLENTY * step_seconds * (steps + 3))
 
 
-def _examples_per_block(workload: Workload, levers: Levers, seq_len: int) -> list[int]:
-    """Most examples of a block, for every policy in use that has blocks."""
-    policies = levers.checkpointing.in_blocks(workload.config.num_hidden_layers)
-    return [examples_per_block(policy, seq_len) or 1 for policy in policies]
+def _examples_per_chunk(workload: Workload, levers: Levers, seq_len: int) -> list[int]:
+    """Most examples of a chunk, for every policy in use that has chunks."""
+    policies = levers.checkpointing.chunked_policies(workload.config.num_hidden_layers)
+    return [examples_per_chunk(policy, seq_len) or 1 for policy in policies]

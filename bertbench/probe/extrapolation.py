@@ -7,9 +7,9 @@ terms: a constant, one that grows with the examples, one that grows with the squ
 Recordings of two batches, or of two batches each of two other lengths, tell which, and a replay of
 the requests of another batch (`bertbench.memory.allocator.bfc`) tells whether it fits.
 
-Layers that are computed in blocks of examples ask more often, not for more, when the batch grows.
-Their recorded requests have as many like parts as there are blocks; for a larger batch one of them
-is repeated, with the sizes of that batch's blocks.
+Layers that are computed in chunks of examples ask more often, not for more, when the batch grows.
+Their recorded requests have as many like parts as there are chunks; for a larger batch one of them
+is repeated, with the sizes of that batch's chunks.
 
 All that is still a prediction. It tells which batch to try, and a trial decides.
 """
@@ -40,7 +40,7 @@ _EXACT_BYTES = 64
 _NEAR = 0.01
 """The same as a part of the size, if no sum is exact."""
 
-_ENOUGH_BLOCKS = 4
+_ENOUGH_CHUNKS = 4
 """From so many on there are some to choose a usual one from."""
 
 _LOOKED_AT = 5
@@ -59,7 +59,7 @@ _SUMS = (
 
 @dataclasses.dataclass(frozen=True)
 class _Size:
-    """Bytes of an allocation, by the examples of the batch or of the block.
+    """Bytes of an allocation, by the examples of the batch or of the chunk.
 
     Attributes:
         constant_bytes: with no example.
@@ -83,7 +83,7 @@ class Extrapolation:
         batch: about as many tokens of the sequence length as were recorded.
         places: of its allocations.
         sizes: of its allocations, for any batch.
-        examples_per_block: most examples of a block, for every policy in use that has blocks.
+        examples_per_chunk: most examples of a chunk, for every policy in use that has chunks.
         largest: batch above which nothing is known; None if there is none.
     """
 
@@ -91,7 +91,7 @@ class Extrapolation:
     batch: int
     places: tuple[Place, ...]
     sizes: tuple[_Size, ...]
-    examples_per_block: tuple[int, ...]
+    examples_per_chunk: tuple[int, ...]
     largest: int | None
 
     def replay(self, batch: int, memory: Memory) -> Replay:
@@ -99,7 +99,7 @@ class Extrapolation:
         return replay(*self.requests(batch), memory)
 
     def requests(self, batch: int) -> tuple[list[int], list[int]]:
-        """Events and sizes of a batch; more blocks are added, but none are taken away."""
+        """Events and sizes of a batch; more chunks are added, but none are taken away."""
         events: list[int] = []
         sizes: list[int] = []
         # What is alive of each stream, oldest first.
@@ -108,13 +108,13 @@ class Extrapolation:
         }
         ends = collections.Counter(self.places[~e].stream for e in self.recording.events if e < 0)
 
-        def allocate(event: int, blocks_before: int) -> None:
+        def allocate(event: int, chunks_before: int) -> None:
             place = self.places[event]
             examples = batch
             if place.loop is not None:
-                blocks = self._blocks(place.loop, batch)
+                chunks = self._chunks(place.loop, batch)
                 examples = examples_of_block(
-                    batch, blocks, min(place.block + blocks_before, blocks - 1)
+                    batch, chunks, min(place.block + chunks_before, chunks - 1)
                 )
             alive[place.stream].append(len(sizes))
             events.append(len(sizes))
@@ -123,9 +123,9 @@ class Extrapolation:
         additions = self._additions(batch)
         for position, event in enumerate(self.recording.events):
             if position in additions:
-                block, times = additions[position]
+                chunk, times = additions[position]
                 for time in range(times):
-                    for again in block:
+                    for again in chunk:
                         if again >= 0:
                             allocate(again, time)
                         elif alive[self.places[~again].stream]:
@@ -137,21 +137,21 @@ class Extrapolation:
                 continue
             stream = self.places[~event].stream
             ends[stream] -= 1
-            # What was never let go of by a block ends with the last of its stream.
+            # What was never let go of by a chunk ends with the last of its stream.
             while alive[stream]:
                 events.append(~alive[stream].popleft())
                 if ends[stream]:
                     break
         return events, sizes
 
-    def _blocks(self, loop: Loop, batch: int) -> int:
-        return -(-batch // self.examples_per_block[loop.policy])
+    def _chunks(self, loop: Loop, batch: int) -> int:
+        return -(-batch // self.examples_per_chunk[loop.policy])
 
     def _added(self, loop: Loop | None, batch: int) -> int:
-        return max(self._blocks(loop, batch) - loop.blocks, 0) if loop else 0
+        return max(self._chunks(loop, batch) - loop.blocks, 0) if loop else 0
 
     def _additions(self, batch: int) -> dict[int, tuple[tuple[int, ...], int]]:
-        """Events of the block to repeat, and how often, by the position that they go before."""
+        """Events of the chunk to repeat, and how often, by the position that they go before."""
         events = self.recording.events
         loops = {id(place.loop): place.loop for place in self.places if place.loop}
         return {
@@ -165,21 +165,21 @@ class Extrapolation:
 def extrapolate(
     recorded: Sequence[Recorded],
     seq_len: int,
-    examples_per_block: Callable[[int], Sequence[int]] = lambda seq_len: (),
+    examples_per_chunk: Callable[[int], Sequence[int]] = lambda seq_len: (),
     *,
-    few_blocks: bool = False,
+    few_chunks: bool = False,
 ) -> Extrapolation | None:
     """Work out what any batch would ask for.
 
     Args:
         recorded: of one model and one lever setting. Two batches of the sequence length are
-            enough, for layers in blocks the larger of at least two blocks; so are two batches
+            enough, for layers in chunks the larger of at least two chunks; so are two batches
             each of two other lengths. Batch 1 does not count: its gradients need no sums over
             examples, so that its step is another.
         seq_len: tokens per example.
-        examples_per_block: most examples of a block at a sequence length, for every policy in use
-            that has blocks.
-        few_blocks: start from a recording with few blocks, for batches with no more than others
+        examples_per_chunk: most examples of a chunk at a sequence length, for every policy in use
+            that has chunks.
+        few_chunks: start from a recording with few chunks, for batches with no more than others
             have. It is less certain which of them is a usual one.
 
     Returns:
@@ -195,13 +195,13 @@ def extrapolate(
     elif len(full) < 2:
         return None
     recorded = [one for one in recorded if one.seq_len in full]
-    found = loops_and_places(recorded, [examples_per_block(one.seq_len) for one in recorded])
+    found = loops_and_places(recorded, [examples_per_chunk(one.seq_len) for one in recorded])
 
     def preference(number: int) -> tuple[int, int, int]:
-        # A single block cannot be repeated, and of many the most usual one can be chosen; but none
+        # A single chunk cannot be repeated, and of many the most usual one can be chosen; but none
         # are taken away.
-        blocks = min((loop.blocks for loop in found[number][0].values()), default=_ENOUGH_BLOCKS)
-        rank = 2 if blocks < 2 else 1 if (blocks < _ENOUGH_BLOCKS) is not few_blocks else 0
+        chunks = min((loop.blocks for loop in found[number][0].values()), default=_ENOUGH_CHUNKS)
+        rank = 2 if chunks < 2 else 1 if (chunks < _ENOUGH_CHUNKS) is not few_chunks else 0
         return rank, abs(recorded[number].seq_len - seq_len), recorded[number].batch
 
     base = min(range(len(recorded)), key=preference)
@@ -220,7 +220,7 @@ def extrapolate(
             return None
         sizes[key] = size
     tokens = recorded[base].batch * recorded[base].seq_len
-    most = tuple(examples_per_block(seq_len))
+    most = tuple(examples_per_chunk(seq_len))
     single = [most[loop.policy] for loop in found[base][0].values() if loop.blocks < 2]
     return Extrapolation(
         recorded[base].recording,
@@ -321,7 +321,7 @@ def _last_that_fits(fits: Callable[[int], bool], low: int, high: int, guess: int
 def _bytes_by_examples(
     recorded: Recorded, places: Sequence[Place]
 ) -> dict[tuple[str, int], dict[tuple[int, int], int]]:
-    """Bytes of the allocations of each key, by (examples of the batch or block, length)."""
+    """Bytes of the allocations of each key, by (examples of the batch or chunk, length)."""
     result: dict[tuple[str, int], dict[tuple[int, int], int]] = collections.defaultdict(dict)
     for place, size_bytes in zip(places, recorded.recording.sizes, strict=True):
         examples = recorded.batch

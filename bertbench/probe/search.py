@@ -94,7 +94,7 @@ def find_max_batch(
     known: Sequence[Trial] = (),
     predict_peak_bytes: Callable[[int], int] | None = None,
     locate: Callable[[int], int | None] | None = None,
-    examples_per_block: int = 1,
+    examples_per_chunk: int = 1,
     budget_bytes: int,
     max_batch: int | None = None,
     certify: bool = True,
@@ -111,7 +111,7 @@ def find_max_batch(
         predict_peak_bytes: predicted peak of a batch, rising with it.
         locate: says up to where all fits beyond a batch that does, by a trace of the step or by
             what trials in fresh processes have recorded so far; None if nothing tells.
-        examples_per_block: of layers that are computed in blocks. The larger of the first two
+        examples_per_chunk: of layers that are computed in chunks. The larger of the first two
             batches then has up to six of them, at least two if it may, of unequal sizes: for
             `locate` needs that.
         budget_bytes: what the allocator may use.
@@ -139,7 +139,7 @@ def find_max_batch(
             if located is not None:
                 batches = [_guess(low, high, cap, located, guesses)]
             elif low == 0:
-                batches = _first_batches(bound, high, cap, examples_per_block)
+                batches = _first_batches(bound, high, cap, examples_per_chunk)
             else:
                 estimate = _estimate(trials, predict_peak_bytes, budget_bytes)
                 if low and not high and estimate and min(estimate, cap) > _REACH * low:
@@ -219,7 +219,7 @@ def _predicted_limit(
 
 
 def _first_batches(
-    limit: int | None, high: int | None, cap: int, examples_per_block: int
+    limit: int | None, high: int | None, cap: int, examples_per_chunk: int
 ) -> list[int]:
     """Two cheap batches to extrapolate from."""
     below = cap + 1 if high is None else high
@@ -235,12 +235,12 @@ def _first_batches(
         # Far enough from where the limit is thought to be to fit even if that is twice too much,
         # near enough to extrapolate from.
         pair = (bound // 8, bound // 3)
-    if bound is not None and bound >= 8 and examples_per_block > 1:
-        # One example less than fills the blocks, so that they are of two sizes.
-        wanted = [n * examples_per_block - 1 for n in (6, 4, 3, 2)]
+    if bound is not None and bound >= 8 and examples_per_chunk > 1:
+        # One example less than fills the chunks, so that they are of two sizes.
+        wanted = [n * examples_per_chunk - 1 for n in (6, 4, 3, 2)]
         larger = [n for n in wanted if n <= 0.6 * bound]
-        if not larger and examples_per_block + 3 <= 0.85 * bound:
-            larger = [examples_per_block + 3]
+        if not larger and examples_per_chunk + 3 <= 0.85 * bound:
+            larger = [examples_per_chunk + 3]
         if larger:
             pair = (min(pair[0], larger[0] - 1), larger[0])
     return [batch for batch in pair if batch < below] or [1]

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
-from finetune.model.blocks import Tensors
+from finetune.model.chunks import Tensors
 from finetune.model.dropout import DropoutKey, apply_mask, draw_mask, dropout
 from finetune.model.layers import activation, add, attention, dense, layer_norm, split_heads
 from finetune.model.recomputation import Keep, compute, recompute
-from finetune.spec.checkpointing import NO_CHECKPOINTING, Checkpointing, examples_per_block
+from finetune.spec.checkpointing import NO_CHECKPOINTING, Checkpointing, examples_per_chunk
 from finetune.spec.config import BertConfig, is_trained, variable_shapes
 
 Variables = Mapping[str, tf.Variable]
@@ -142,7 +142,7 @@ def encode(
                 weights,
                 [adder],
                 examples=batch,
-                examples_per_block=examples_per_block(policy, seq_len),
+                examples_per_chunk=examples_per_chunk(policy, seq_len),
                 kept_types=(
                     _kept_types(config, dropout_key, compute_type) if policy == "selective" else ()
                 ),

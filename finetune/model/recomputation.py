@@ -5,12 +5,12 @@ around a stateful random op does not: it draws new masks, and the gradient belon
 function than the loss. Here every mask is a function of tensors that are passed in
 (`finetune.model.dropout`), so both passes agree by construction.
 
-A region that treats every example alike may be run in blocks of examples. What it holds in
-between is then that of one block, however large the micro-batch is; its inputs and outputs alone
-grow with the batch. Gradients of weights are added up over the blocks, so they differ from those
-of one block by the order of a float32 sum.
+A region that treats every example alike may be run in chunks of examples. What it holds in
+between is then that of one chunk, however large the micro-batch is; its inputs and outputs alone
+grow with the batch. Gradients of weights are added up over the chunks, so they differ from those
+of one chunk by the order of a float32 sum.
 
-A region may name results that are too costly to compute again. They are kept, block by block.
+A region may name results that are too costly to compute again. They are kept, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Protocol
 
 import tensorflow as tf
 
-from finetune.model.blocks import BlockResult, Tensors, in_blocks
+from finetune.model.chunks import ChunkResult, Tensors, in_chunks
 
 Keep = Callable[..., tf.Tensor]
 """`keep(function, *arguments)` stands for `function(*arguments)` and may remember the result."""
@@ -61,7 +61,7 @@ def recompute(
     constants: Tensors = (),
     *,
     examples: tf.Tensor,
-    examples_per_block: int | None = None,
+    examples_per_chunk: int | None = None,
     kept_types: Sequence[tf.DType] = (),
     totals: Tensors | None = None,
     xla: bool = False,
@@ -74,11 +74,11 @@ def recompute(
         weights: its weights.
         constants: its constants; likewise.
         examples: number of examples, int32 scalar.
-        examples_per_block: most examples at a time; None for all at once.
+        examples_per_chunk: most examples at a time; None for all at once.
         kept_types: types of what the region asks to keep, in that order; empty to keep nothing.
         totals: what the gradients of the weights are to be added to, so that what is returned
             as their gradients are new totals. None for their gradients alone.
-        xla: make a graph that XLA can compile, see `finetune.model.blocks.in_blocks`.
+        xla: make a graph that XLA can compile, see `finetune.model.chunks.in_chunks`.
 
     Returns:
         What the region returns for all examples, of the type of the first input.
@@ -86,36 +86,36 @@ def recompute(
     count = len(inputs)
     type_ = inputs[0].dtype
     run = functools.partial(
-        in_blocks, examples=examples, examples_per_block=examples_per_block, xla=xla
+        in_chunks, examples=examples, examples_per_chunk=examples_per_chunk, xla=xla
     )
 
     @tf.custom_gradient
     def checkpointed(*tensors: tf.Tensor) -> tuple[tf.Tensor, Callable[..., list[tf.Tensor]]]:
         entering, shared = tensors[:count], tensors[count:]
 
-        def forward(first: tf.Tensor, rows: Tensors, _: Tensors) -> BlockResult:
+        def forward(first: tf.Tensor, rows: Tensors, _: Tensors) -> ChunkResult:
             kept: list[tf.Tensor] = []
             keep = _keep_in(kept) if kept_types else compute
             result = region(first, rows[:count], shared, rows[count:], keep)
-            return BlockResult([result], kept, [])
+            return ChunkResult([result], kept, [])
 
         def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
-            def backward(first: tf.Tensor, rows: Tensors, kept: Tensors) -> BlockResult:
-                upstream, block, rest = rows[0], rows[1 : count + 1], rows[count + 1 :]
+            def backward(first: tf.Tensor, rows: Tensors, kept: Tensors) -> ChunkResult:
+                upstream, chunk, rest = rows[0], rows[1 : count + 1], rows[count + 1 :]
                 keep = _replay(kept) if kept_types else compute
                 with tf.GradientTape() as tape:
-                    tape.watch([*block, *shared])
-                    result = region(first, block, shared, rest, keep)
+                    tape.watch([*chunk, *shared])
+                    result = region(first, chunk, shared, rest, keep)
                 found = tape.gradient(
                     result,
-                    [*block, *shared],
+                    [*chunk, *shared],
                     output_gradients=upstream,
                     unconnected_gradients=tf.UnconnectedGradients.ZERO,
                 )
-                return BlockResult(found[:count], [], found[count:])
+                return ChunkResult(found[:count], [], found[count:])
 
             again: Tensors = entering
-            if examples_per_block is None:
+            if examples_per_chunk is None:
                 again = [_after(upstream, x) for x in entering]
             of_inputs, _, of_weights = run(
                 backward,

@@ -13,7 +13,7 @@ probabilities and their mask, GELU, LayerNorm | 22h + 4f |
 | `nested` | the layer's input | the whole layer, for some examples at a time | 4h |
 
 While a layer is being differentiated, `full` holds what `none` holds, for that layer alone.
-`selective` and `nested` hold it for one block of examples of that layer, so what grows with the
+`selective` and `nested` hold it for one chunk of examples of that layer, so what grows with the
 micro-batch is hardly more than the last column.
 
 Every policy is exact: see `finetune.model.recomputation`. This module does not import TensorFlow.
@@ -28,16 +28,16 @@ from finetune.errors import InputError
 POLICIES = ("none", "selective", "full", "nested")
 """What may be done with a layer's activations, from most memory and least time to the reverse."""
 
-BLOCK_TOKENS = {"selective": 1536, "nested": 768}
-"""Most tokens of a block, by the policies that work in blocks. The smaller, the less memory and
+CHUNK_TOKENS = {"selective": 1536, "nested": 768}
+"""Most tokens of a chunk, by the policies that work in chunks. The smaller, the less memory and
 the smaller the matrices: `nested` is for those who need the memory."""
 
 
-def examples_per_block(policy: str, seq_len: int) -> int | None:
-    """Most examples of a block, at least 1; None if the policy takes all at once."""
-    if policy not in BLOCK_TOKENS:
+def examples_per_chunk(policy: str, seq_len: int) -> int | None:
+    """Most examples of a chunk, at least 1; None if the policy takes all at once."""
+    if policy not in CHUNK_TOKENS:
         return None
-    return max(1, BLOCK_TOKENS[policy] // seq_len)
+    return max(1, CHUNK_TOKENS[policy] // seq_len)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Checkpointing:
         """Policy of one layer, counted from 0 at the embeddings."""
         return self.policy if self.layers is None or index < self.layers else self.others
 
-    def in_blocks(self, num_layers: int) -> list[str]:
-        """Policies of a model's layers that work in blocks of examples, by name."""
-        return sorted({self.of_layer(index) for index in range(num_layers)} & BLOCK_TOKENS.keys())
+    def chunked_policies(self, num_layers: int) -> list[str]:
+        """Policies of a model's layers that work in chunks of examples, by name."""
+        return sorted({self.of_layer(index) for index in range(num_layers)} & CHUNK_TOKENS.keys())
 
 
 NO_CHECKPOINTING = Checkpointing()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from finetune.model.blocks import take_rows
+from finetune.model.chunks import take_rows
 from finetune.model.dropout import DropoutKey
 from finetune.model.layers import fresh_zeros
 from finetune.model.modeling import (

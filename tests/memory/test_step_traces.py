@@ -45,7 +45,7 @@ from bertbench.memory.traces.trace import (
 from bertbench.plan.candidates import all_policies
 from bertbench.trials.trial import measure_batches
 from finetune.errors import InputError
-from finetune.spec.checkpointing import examples_per_block, parse_checkpointing
+from finetune.spec.checkpointing import examples_per_chunk, parse_checkpointing
 from finetune.spec.config import HEADS, preset
 from finetune.spec.optimizers import OPTIMIZERS
 
@@ -122,7 +122,7 @@ class Toy:
     def blocks(self, index: int, policy: str, taken: Sequence[int] = ()) -> list[int]:
         """A loop forwards that keeps something of each block, or one backwards that takes it."""
         length = self.workload.seq_len
-        blocks = -(-self.batch // (examples_per_block(policy, length) or self.batch))
+        blocks = -(-self.batch // (examples_per_chunk(policy, length) or self.batch))
         self.loops += 1
         name = f"while_{self.loops}"
         kept = []
@@ -341,7 +341,7 @@ def test_moments_tell_how_much_is_alive(
     moments = moment_bytes(trace, sample.step)
     found_bytes, _ = highest(moments, layers_of(sample.step.setup))
     # Blocks may be of two sizes, and the largest of the second size is not looked at.
-    blocks = batch > (examples_per_block("nested", seq_len) or 1)
+    blocks = batch > (examples_per_chunk("nested", seq_len) or 1)
     assert found_bytes == pytest.approx(most_bytes, rel=0.02 if blocks else 1e-9)
 
 

@@ -68,7 +68,7 @@ def test_checkpointing_keeps_less_and_holds_more_at_once() -> None:
     assert saved == sorted(saved, reverse=True)
     assert saved[0] > 5 * saved[2]
     assert parts["full"]["working_set"] > parts["none"]["working_set"]
-    # In blocks of a few examples.
+    # In chunks of a few examples.
     assert parts["nested"]["working_set"] < parts["full"]["working_set"]
     # 12 layers keep their input, a float for every token and dimension.
     assert saved[2] == pytest.approx(12 * 4 * 32 * 128 * 768, rel=0.2)

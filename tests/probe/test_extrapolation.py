@@ -23,7 +23,7 @@ from bertbench.probe.extrapolation import (
     largest_batch,
 )
 from bertbench.trials.trial import Trial, measure_batches
-from finetune.spec.checkpointing import examples_per_block, parse_checkpointing
+from finetune.spec.checkpointing import examples_per_chunk, parse_checkpointing
 
 PLENTY, LITTLE = Memory((10**7,)), Memory((50_000,))
 
@@ -146,13 +146,13 @@ class Recorder:
         return Recording(tuple(self.events), tuple(self.sizes), tuple(self.operations))
 
 
-def in_blocks(batch: int, most: int, *, late: int | None = None) -> Recording:
+def in_chunks(batch: int, most: int, *, late: int | None = None) -> Recording:
     """Two steps with a loop forwards that puts something aside, and one backwards that takes it.
 
-    The counter of the block `late` is let go of only when the next one has begun.
+    The counter of the chunk `late` is let go of only when the next one has begun.
     """
-    blocks = -(-batch // most)
-    examples = [(n + 1) * batch // blocks - n * batch // blocks for n in range(blocks)]
+    chunks = -(-batch // most)
+    examples = [(n + 1) * batch // chunks - n * batch // chunks for n in range(chunks)]
     recorder = Recorder()
     ask, end = recorder.ask, recorder.end
     weights = ask("weights", 5000)
@@ -195,18 +195,18 @@ def in_blocks(batch: int, most: int, *, late: int | None = None) -> Recording:
 
 @given(
     most=st.integers(2, 6),
-    blocks=st.integers(2, 7),
+    chunks=st.integers(2, 7),
     small=st.integers(2, 20),
     more=st.integers(0, 60),
 )
-def test_blocks_are_repeated(most: int, blocks: int, small: int, more: int) -> None:
-    large = blocks * most - 1
+def test_chunks_are_repeated(most: int, chunks: int, small: int, more: int) -> None:
+    large = chunks * most - 1
     small = min(small, large - 1)
     found = at_one_length(
-        (small, in_blocks(small, most)), (large, in_blocks(large, most)), most=[most]
+        (small, in_chunks(small, most)), (large, in_chunks(large, most)), most=[most]
     )
     assert found is not None
-    expected = in_blocks(large + more, most)
+    expected = in_chunks(large + more, most)
     for region_bytes in (10**7, 60_000 + 3000 * (large + more), 40_000):
         told = found.replay(large + more, Memory((region_bytes,)))
         assert told == replay(expected.events, expected.sizes, Memory((region_bytes,)))
@@ -217,23 +217,23 @@ def most_alive(events: Sequence[int]) -> int:
 
 
 @pytest.mark.parametrize("late", [1, 2, 3])
-def test_a_block_that_leaves_something_to_the_next_one_is_not_repeated(late: int) -> None:
-    found = at_one_length((9, in_blocks(9, 4)), (23, in_blocks(23, 4, late=late)), most=[4])
+def test_a_chunk_that_leaves_something_to_the_next_one_is_not_repeated(late: int) -> None:
+    found = at_one_length((9, in_chunks(9, 4)), (23, in_chunks(23, 4, late=late)), most=[4])
     assert found is not None
     events, _ = found.requests(200)
-    assert most_alive(events) <= most_alive(in_blocks(200, 4).events) + 1
+    assert most_alive(events) <= most_alive(in_chunks(200, 4).events) + 1
 
 
 def requests(made: Recording) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return made.events, made.sizes
 
 
-def test_a_single_block_tells_of_no_second_one() -> None:
-    found = at_one_length((2, in_blocks(2, 6)), (5, in_blocks(5, 6)), most=[6])
+def test_a_single_chunk_tells_of_no_second_one() -> None:
+    found = at_one_length((2, in_chunks(2, 6)), (5, in_chunks(5, 6)), most=[6])
     assert found is not None
-    expected = in_blocks(6, 6)
+    expected = in_chunks(6, 6)
     assert found.replay(6, PLENTY) == replay(expected.events, expected.sizes, PLENTY)
-    fitting = [b for b in range(1, 7) if replay(*requests(in_blocks(b, 6)), LITTLE).fits]
+    fitting = [b for b in range(1, 7) if replay(*requests(in_chunks(b, 6)), LITTLE).fits]
     assert limit_of(found, LITTLE, 100) == max(fitting) < 6
     assert limit_of(found, PLENTY, 100) is None
     assert limit_of(found, PLENTY, 5) == 5
@@ -269,7 +269,7 @@ def test_a_real_step_needs_what_two_others_say(policy: str, batches: tuple[int, 
     found = extrapolate(
         [Recorded(workload.seq_len, *pair) for pair in recordings.items()],
         workload.seq_len,
-        lambda seq_len: [examples_per_block(policy.partition(":")[0], seq_len) or 1],
+        lambda seq_len: [examples_per_chunk(policy.partition(":")[0], seq_len) or 1],
     )
     assert found is not None
     limit = limit_of(found, memory, 1 << 16)
@@ -348,13 +348,13 @@ def test_a_single_example_tells_nothing() -> None:
     assert extrapolate([Recorded(32, b, at_length(b, 32)) for b in (1, 2)] + others, 32) is not None
 
 
-def test_of_several_recordings_one_with_enough_blocks_is_repeated() -> None:
-    found = [(9, in_blocks(9, 4)), (23, in_blocks(23, 4)), (39, in_blocks(39, 4))]
+def test_of_several_recordings_one_with_enough_chunks_is_repeated() -> None:
+    found = [(9, in_chunks(9, 4)), (23, in_chunks(23, 4)), (39, in_chunks(39, 4))]
     recorded = [Recorded(32, batch, made) for batch, made in found]
     many = extrapolate(recorded, 32, lambda seq_len: [4])
-    few = extrapolate(recorded, 32, lambda seq_len: [4], few_blocks=True)
+    few = extrapolate(recorded, 32, lambda seq_len: [4], few_chunks=True)
     assert many is not None
     assert few is not None
     assert (many.batch, few.batch) == (23, 9)
-    expected = in_blocks(12, 4)
+    expected = in_chunks(12, 4)
     assert few.replay(12, PLENTY) == replay(expected.events, expected.sizes, PLENTY)

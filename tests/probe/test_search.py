@@ -347,8 +347,8 @@ def test_what_was_recorded_is_tried_at_once_and_believed_for_a_while(
     assert all(trial.fresh for trial in result.trials)
 
 
-def test_layers_in_blocks_have_several_of_them_in_the_larger_of_the_first_two_trials() -> None:
-    for examples_per_block, large in (
+def test_layers_in_chunks_have_several_of_them_in_the_larger_of_the_first_two_trials() -> None:
+    for examples_per_chunk, large in (
         (1, 32),
         (4, 23),
         (9, 53),
@@ -366,7 +366,7 @@ def test_layers_in_blocks_have_several_of_them_in_the_larger_of_the_first_two_tr
             budget_bytes=1073,
             predict_peak_bytes=lambda batch: 95 + 10 * batch,
             locate=lambda fitting: 97,
-            examples_per_block=examples_per_block,
+            examples_per_chunk=examples_per_chunk,
         )
         assert calls[0] == ([97], True)
         calls.clear()
@@ -374,7 +374,7 @@ def test_layers_in_blocks_have_several_of_them_in_the_larger_of_the_first_two_tr
             affine(100, 10, 1073, calls),
             budget_bytes=1073,
             predict_peak_bytes=lambda batch: 95 + 10 * batch,
-            examples_per_block=examples_per_block,
+            examples_per_chunk=examples_per_chunk,
         )
         assert calls[0] == ([min(12, large - 1), large], False)
 

@@ -1,6 +1,6 @@
 """Loops over blocks of examples, found in recordings of what a step asks its allocator for.
 
-`finetune.model.blocks` runs some layers a block of examples at a time, and their requests come
+`finetune.model.chunks` runs some layers a block of examples at a time, and their requests come
 back for every block. To tell what more blocks would ask for, one has to know where each of them
 begins.
 """
@@ -88,13 +88,13 @@ class Place:
 
 
 def loops_and_places(
-    recorded: Sequence[Recorded], examples_per_block: Sequence[Sequence[int]]
+    recorded: Sequence[Recorded], examples_per_chunk: Sequence[Sequence[int]]
 ) -> list[tuple[dict[str, Loop], tuple[Place, ...]]]:
     """Find the loops over blocks that all recordings have, and where each allocation was made.
 
     Args:
         recorded: of one model and one lever setting.
-        examples_per_block: for each recording the most examples of a block, for every policy in
+        examples_per_chunk: for each recording the most examples of a block, for every policy in
             use that has blocks.
 
     Returns:
@@ -108,7 +108,7 @@ def loops_and_places(
     loops = _common(
         [
             _find_loops(one, loop_names, most)
-            for one, most in zip(recorded, examples_per_block, strict=True)
+            for one, most in zip(recorded, examples_per_chunk, strict=True)
         ]
     )
     return [
@@ -118,14 +118,14 @@ def loops_and_places(
 
 
 def examples_of_block(batch: int, blocks: int, block: int) -> int:
-    """Examples of a block, as `finetune.model.blocks` shares them out."""
+    """Examples of a block, as `finetune.model.chunks` shares them out."""
     return (block + 1) * batch // blocks - block * batch // blocks
 
 
 def _find_loops(
     recorded: Recorded,
     loop_names: Mapping[str, tuple[str, str]],
-    examples_per_block: Sequence[int],
+    examples_per_chunk: Sequence[int],
 ) -> dict[tuple[str, int, int], Loop]:
     """Find loops whose body allocates as often as there are blocks, by their operations' names.
 
@@ -149,7 +149,7 @@ def _find_loops(
     loops: dict[tuple[str, int, int], Loop] = {}
     for loop, counts in bodies.items():
         asked = max(conditions[loop].values(), key=len, default=[])
-        for policy, most in enumerate(examples_per_block):
+        for policy, most in enumerate(examples_per_chunk):
             blocks = -(-recorded.batch // most)
             runs, rest = divmod(min(counts.values()), blocks)
             if runs and not rest and len(asked) == runs * (blocks + 1):

@@ -26,7 +26,7 @@ from bertbench.memory.traces.trace import (
     read_trace,
 )
 from bertbench.memory.traces.unroll import Written
-from finetune.spec.checkpointing import examples_per_block
+from finetune.spec.checkpointing import examples_per_chunk
 from finetune.spec.optimizers import EXACT_OPTIMIZER, PLACEMENTS, slot_shapes
 from finetune.spec.precisions import EXACT_PRECISION, compute_type
 
@@ -138,7 +138,7 @@ def blocks_of(policies: Sequence[str], seq_len: int, micro_batch: int) -> dict[s
     """Examples of every block, by policy."""
     result = {}
     for policy in policies:
-        count = -(-micro_batch // (examples_per_block(policy, seq_len) or micro_batch))
+        count = -(-micro_batch // (examples_per_chunk(policy, seq_len) or micro_batch))
         result[policy] = [examples_of_block(micro_batch, count, index) for index in range(count)]
     return result
 

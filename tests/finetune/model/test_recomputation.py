@@ -1,4 +1,4 @@
-"""Recomputed regions: values, gradients, blocks, and what is kept or computed again."""
+"""Recomputed regions: values, gradients, chunks, and what is kept or computed again."""
 
 from __future__ import annotations
 
@@ -69,19 +69,19 @@ def plain(inputs: Tensors, weights: Tensors, constants: Tensors) -> tf.Tensor:
 @settings(max_examples=50)
 @given(
     examples=st.integers(1, 7),
-    examples_per_block=st.none() | st.integers(1, 8),
+    examples_per_chunk=st.none() | st.integers(1, 8),
     kept_types=st.sampled_from([(), KEPT]),
     xla=st.booleans(),
 )
 def test_exact_values_and_gradients(
-    examples: int, examples_per_block: int | None, kept_types: Sequence[tf.DType], xla: bool
+    examples: int, examples_per_chunk: int | None, kept_types: Sequence[tf.DType], xla: bool
 ) -> None:
     found = value_and_gradients(
         lambda *arguments: recompute(
             region,
             *arguments,
             examples=tf.constant(examples),
-            examples_per_block=examples_per_block,
+            examples_per_chunk=examples_per_chunk,
             kept_types=kept_types,
             xla=xla,
         ),
@@ -92,11 +92,11 @@ def test_exact_values_and_gradients(
 
 
 @pytest.mark.parametrize(
-    ("examples", "per_block", "sizes"),
+    ("examples", "per_chunk", "sizes"),
     [(9, 8, [4, 5]), (8, 4, [4, 4]), (3, 1, [1, 1, 1]), (2, 5, [2])],
 )
-def test_blocks_are_even_and_know_their_place(
-    examples: int, per_block: int, sizes: list[int]
+def test_chunks_are_even_and_know_their_place(
+    examples: int, per_chunk: int, sizes: list[int]
 ) -> None:
     seen: list[tuple[int, list[float]]] = []
 
@@ -110,7 +110,7 @@ def test_blocks_are_even_and_know_their_place(
     with tf.GradientTape() as tape:
         tape.watch(x)
         y = recompute(
-            record, [x], [], [x], examples=tf.constant(examples), examples_per_block=per_block
+            record, [x], [], [x], examples=tf.constant(examples), examples_per_chunk=per_chunk
         )
     np.testing.assert_array_equal(y, 2 * x)
     np.testing.assert_array_equal(tape.gradient(y, x), np.full(examples, 2.0))
@@ -119,9 +119,9 @@ def test_blocks_are_even_and_know_their_place(
     assert all(rows == list(range(first, first + len(rows))) for first, rows in seen)
 
 
-@pytest.mark.parametrize("examples_per_block", [None, 1])
+@pytest.mark.parametrize("examples_per_chunk", [None, 1])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_no_broken_gradient_is_hidden(bad: float, examples_per_block: int | None) -> None:
+def test_no_broken_gradient_is_hidden(bad: float, examples_per_chunk: int | None) -> None:
     x, w = tf.constant([1.0, 2.0]), tf.constant(3.0)
     with tf.GradientTape() as tape:
         tape.watch([x, w])
@@ -130,7 +130,7 @@ def test_no_broken_gradient_is_hidden(bad: float, examples_per_block: int | None
             [x],
             [w],
             examples=tf.constant(2),
-            examples_per_block=examples_per_block,
+            examples_per_chunk=examples_per_chunk,
         )
     dx, dw = tape.gradient(y, [x, w], output_gradients=tf.constant([bad, 1.0]))
     assert not np.isfinite(dx[0])
@@ -165,7 +165,7 @@ def test_a_region_must_keep_what_it_said() -> None:
                 region,
                 *arguments,
                 examples=tf.constant(2),
-                examples_per_block=1,
+                examples_per_chunk=1,
                 kept_types=KEPT[:2],
             ),
             2,
@@ -200,7 +200,7 @@ def test_masks_are_drawn_when_their_layer_is_reached(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["selective", "nested"])
-def test_sums_over_blocks_are_made_in_the_backward_pass(policy: str) -> None:
+def test_sums_over_chunks_are_made_in_the_backward_pass(policy: str) -> None:
     # They depend on nothing, so those of all layers would be there from the step's beginning.
     variables = create_variables(CONFIG, "squad", seed=WEIGHTS_SEED)
 

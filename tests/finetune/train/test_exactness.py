@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from finetune.model.modeling import create_variables
 from finetune.spec import checkpointing
-from finetune.spec.checkpointing import BLOCK_TOKENS
+from finetune.spec.checkpointing import CHUNK_TOKENS
 from finetune.spec.config import BertConfig, has_no_gradient
 from finetune.spec.optimizers import OPTIMIZERS
 from finetune.train.step import Trainer, pad_batch
@@ -118,7 +118,7 @@ def test_exact_update_compiled_by_xla(
     monkeypatch: pytest.MonkeyPatch, policy: str, rows: int, accumulation_steps: int
 ) -> None:
     """A run may go on with XLA, or on a TPU, where it began with TensorFlow's own kernels."""
-    monkeypatch.setattr(checkpointing, "BLOCK_TOKENS", dict.fromkeys(BLOCK_TOKENS, 2 * 3))
+    monkeypatch.setattr(checkpointing, "CHUNK_TOKENS", dict.fromkeys(CHUNK_TOKENS, 2 * 3))
     config = dataclasses.replace(CONFIG, num_hidden_layers=1)
     batches = [random_batch(rows, 3, seed=seed) for seed in range(4)]
     plan = tiny_trainer(
@@ -135,7 +135,7 @@ def test_exact_update_compiled_by_xla(
     rows=st.integers(1, 6),
     micro_batch=st.integers(1, 4),
     policy=st.sampled_from(["none", "selective", "full:1", "nested", "nested:1+selective"]),
-    block_tokens=st.integers(1, 20),
+    chunk_tokens=st.integers(1, 20),
     # One token attends to itself alone: queries and keys have no gradient but rounding noise.
     seq_len=st.integers(2, 9),
     seed=st.integers(0, 2**63 - 1),
@@ -145,7 +145,7 @@ def test_exact_update_of_any_cut(
     rows: int,
     micro_batch: int,
     policy: str,
-    block_tokens: int,
+    chunk_tokens: int,
     seq_len: int,
     seed: int,
 ) -> None:
@@ -156,13 +156,13 @@ def test_exact_update_of_any_cut(
         head, seq_len, accumulation_steps=accumulation_steps, policy=policy, seed=seed
     )
     with eagerly(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpointing, "BLOCK_TOKENS", dict.fromkeys(BLOCK_TOKENS, block_tokens))
+        patch.setattr(checkpointing, "CHUNK_TOKENS", dict.fromkeys(CHUNK_TOKENS, chunk_tokens))
         assert_same_training(head, plan, cut, tiny_trainer(head, seq_len, seed=seed), whole)
 
 
 @pytest.mark.parametrize("policy", ["selective", "nested"])
-def test_exact_update_compiled_in_blocks(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
-    monkeypatch.setattr(checkpointing, "BLOCK_TOKENS", dict.fromkeys(BLOCK_TOKENS, 2 * SEQ_LEN))
+def test_exact_update_compiled_in_chunks(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    monkeypatch.setattr(checkpointing, "CHUNK_TOKENS", dict.fromkeys(CHUNK_TOKENS, 2 * SEQ_LEN))
     batches = [random_batch(10, SEQ_LEN, seed=seed) for seed in range(4)]
     plan = tiny_trainer("squad", SEQ_LEN, accumulation_steps=2, policy=policy)
     assert_same_training("squad", plan, batches, cached_trainer("squad", SEQ_LEN), batches)

@@ -11,7 +11,7 @@ from bertbench.memory.allocator.bfc import CHUNK_BYTES, Recording
 from bertbench.core.workload import TrainingStep
 from bertbench.memory.traces.loops import Recorded, loops_and_places
 from bertbench.memory.traces.step import state_requests
-from finetune.spec.checkpointing import examples_per_block
+from finetune.spec.checkpointing import examples_per_chunk
 
 
 class UnlikeError(ValueError):
@@ -90,11 +90,11 @@ class Steps:
     def _borders(sample: Sample) -> list[tuple[str, tuple[int, ...]]]:
         step = sample.step
         layers = step.workload.config.num_hidden_layers
-        policies = step.levers.checkpointing.in_blocks(layers)
+        policies = step.levers.checkpointing.chunked_policies(layers)
         if not policies:
             return []
         length, batch = step.workload.seq_len, step.micro_batch
-        most = [examples_per_block(policy, length) or batch for policy in policies]
+        most = [examples_per_chunk(policy, length) or batch for policy in policies]
         recorded = Recorded(length, batch, sample.recording)
         ((loops, _),) = loops_and_places([recorded], [most])
         return [

@@ -1,6 +1,6 @@
-"""Running a function over blocks of examples, one block after the other.
+"""Running a function over chunks of examples, one chunk after the other.
 
-What the function holds while it runs is then that of one block, however large the micro-batch is.
+What the function holds while it runs is then that of one chunk, however large the micro-batch is.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from finetune.model.ordering import run_in_order
 Tensors = Sequence[tf.Tensor]
 
 
-class BlockResult(NamedTuple):
-    """What a function returns for one block."""
+class ChunkResult(NamedTuple):
+    """What a function returns for one chunk."""
 
     joined: Tensors
-    """With the rows of the block."""
+    """With the rows of the chunk."""
     kept: Tensors
-    """Put aside, to be given to the block of a later call; likewise."""
+    """Put aside, to be given to the chunk of a later call; likewise."""
     sums: Tensors
-    """To be added up over the blocks."""
+    """To be added up over the chunks."""
 
 
-BlockFunction = Callable[[tf.Tensor, Tensors, Tensors], BlockResult]
-"""Takes the index of a block's first example, int32 scalar; rows of the block; and what an
+ChunkFunction = Callable[[tf.Tensor, Tensors, Tensors], ChunkResult]
+"""Takes the index of a chunk's first example, int32 scalar; rows of the chunk; and what an
 earlier function has put aside for it."""
 
 
-def in_blocks(
-    function: BlockFunction,
+def in_chunks(
+    function: ChunkFunction,
     rows: Tensors,
     kept: Sequence[Any],
     *,
@@ -42,38 +42,38 @@ def in_blocks(
     sums_like: Tensors = (),
     totals: Tensors | None = None,
     examples: tf.Tensor,
-    examples_per_block: int | None,
+    examples_per_chunk: int | None,
     xla: bool = False,
 ) -> tuple[list[tf.Tensor], list[Any], list[tf.Tensor]]:
-    """Call a function for all blocks, one by one.
+    """Call a function for all chunks, one by one.
 
-    XLA wants sizes that it knows when it compiles. For XLA all blocks have one size: rows of
+    XLA wants sizes that it knows when it compiles. For XLA all chunks have one size: rows of
     zeros are added behind the last example until they do, and taken off the results. The function
     must return finite numbers for them, and sums that they add nothing to.
 
     Args:
         function: what to call.
-        rows: tensors with the rows of all examples; the first block waits for the first of them.
-        kept: what an earlier call with the same blocks has put aside.
-        joined_types: types of `BlockResult.joined`.
-        kept_types: types of `BlockResult.kept`.
-        sums_like: tensors with the shapes of `BlockResult.sums`.
+        rows: tensors with the rows of all examples; the first chunk waits for the first of them.
+        kept: what an earlier call with the same chunks has put aside.
+        joined_types: types of `ChunkResult.joined`.
+        kept_types: types of `ChunkResult.kept`.
+        sums_like: tensors with the shapes of `ChunkResult.sums`.
         totals: what to add those to; None for nothing.
         examples: number of examples, int32 scalar.
-        examples_per_block: most examples at a time; None for all at once.
+        examples_per_chunk: most examples at a time; None for all at once.
         xla: make a graph that XLA can compile.
 
     Returns:
-        The parts of the results, for all blocks: put together along their rows, put aside, and
+        The parts of the results, for all chunks: put together along their rows, put aside, and
         added up.
     """
-    if examples_per_block is None:
+    if examples_per_chunk is None:
         result = function(tf.zeros([], tf.int32), rows, kept)
         sums = list(result.sums)
         if totals is not None:
             sums = _added(totals, sums)
         return list(result.joined), list(result.kept), sums
-    blocks = (examples + examples_per_block - 1) // examples_per_block
+    chunks = (examples + examples_per_chunk - 1) // examples_per_chunk
     # A loop starts when its counter does, and zeros are made when nothing keeps them from it.
     # Without waiting for rows[0], in a backward pass the gradient that comes in, both would be
     # there from the beginning of the step.
@@ -82,26 +82,26 @@ def in_blocks(
         if totals is None:
             totals = [fresh_zeros(x) for x in sums_like]
     if xla:
-        size = (examples + blocks - 1) // blocks
-        rows = [_padded(x, examples, size * blocks) for x in rows]
+        size = (examples + chunks - 1) // chunks
+        rows = [_padded(x, examples, size * chunks) for x in rows]
 
     def cut(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
         if xla:
-            rows_per_block = tf.shape(x)[0] // blocks
-            return take_rows(x, index * rows_per_block, rows_per_block)
-        # Blocks of nearly equal size: 9 examples, at most 8 at a time, are 4 and 5.
+            rows_per_chunk = tf.shape(x)[0] // chunks
+            return take_rows(x, index * rows_per_chunk, rows_per_chunk)
+        # Chunks of nearly equal size: 9 examples, at most 8 at a time, are 4 and 5.
         rows_per_example = tf.shape(x)[0] // examples
-        first, end = index * examples // blocks, (index + 1) * examples // blocks
+        first, end = index * examples // chunks, (index + 1) * examples // chunks
         return x[first * rows_per_example : end * rows_per_example]
 
     def join(array: tf.TensorArray, shape: list[int | None]) -> tf.Tensor:
         if not xla:
             return tf.ensure_shape(array.concat(), shape)
         x = tf.reshape(array.stack(), [-1, *shape[1:]])
-        return take_rows(x, 0, tf.shape(x)[0] // (size * blocks) * examples)
+        return take_rows(x, 0, tf.shape(x)[0] // (size * chunks) * examples)
 
     def new_arrays(types: Sequence[tf.DType]) -> list[tf.TensorArray]:
-        return [tf.TensorArray(type_, size=blocks, infer_shape=False) for type_ in types]
+        return [tf.TensorArray(type_, size=chunks, infer_shape=False) for type_ in types]
 
     shapes: dict[str, list[list[int | None]]] = {}
 
@@ -121,9 +121,9 @@ def in_blocks(
             tf.ensure_shape(array.read(index), shape)
             for array, (_, shape) in zip(arrays, kept, strict=True)
         ]
-        # What has been read is let go: the array would hold it until the last block is done.
+        # What has been read is let go: the array would hold it until the last chunk is done.
         left = [a.write(index, tf.zeros([0], x.dtype)) for a, x in zip(left, known, strict=False)]
-        first = index * size if xla else index * examples // blocks
+        first = index * size if xla else index * examples // chunks
         result = function(first, [cut(x, index) for x in rows], known)
         for name, part in (("joined", result.joined), ("kept", result.kept)):
             shapes[name] = [[None, *x.shape[1:]] for x in part]
@@ -135,7 +135,7 @@ def in_blocks(
         return next_index, joined, put_aside, sums, left
 
     _, joined, put_aside, sums, _ = tf.while_loop(
-        lambda index, *_: index < blocks,
+        lambda index, *_: index < chunks,
         one,
         (
             start,
@@ -144,7 +144,7 @@ def in_blocks(
             list(totals),
             [array for array, _ in kept] if empties else [],
         ),
-        # Blocks at the same time would hold the activations of each.
+        # Chunks at the same time would hold the activations of each.
         parallel_iterations=1,
     )
     return (
