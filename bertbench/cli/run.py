@@ -37,7 +37,7 @@ from bertbench.devices.discover import tpu_device
 from bertbench.devices.threads import check_threads
 from bertbench.run.output.cloud_storage import is_url
 from bertbench.run.output.run_folder import RUN_FILE
-from bertbench.run.settings import RunSettings
+from bertbench.run.settings import RunRequest, RunSettings
 from finetune.errors import InputError
 from finetune.model_files.model_folder import ModelFiles, find_model_files
 from finetune.spec.checkpointing import parse_checkpointing
@@ -216,7 +216,7 @@ def _run_squad(context: click.Context, flags: dict[str, Any], goes_on: bool) -> 
         },
     )
     budget = _budget(flags, goes_on)
-    _report(run_squad(files, settings, squad_settings, budget), flags)
+    _report(run_squad(RunRequest(files, settings, budget), squad_settings), flags)
 
 
 @command.command(cls=OriginalCommand, context_settings=CONTEXT)
@@ -297,7 +297,7 @@ def _run_classifier(context: click.Context, flags: dict[str, Any], goes_on: bool
         max_train_examples=flags["max_train_examples"],
     )
     budget = _budget(flags, goes_on)
-    _report(run_classifier(files, settings, what, budget), flags)
+    _report(run_classifier(RunRequest(files, settings, budget), what), flags)
 
 
 def _classifier_source(

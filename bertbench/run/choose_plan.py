@@ -3,98 +3,66 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+from pathlib import Path
 
 from bertbench.core.terminal import say
 from bertbench.core.units import format_bytes
-from bertbench.core.workload import Levers, Workload, check_layers
+from bertbench.core.workload import Levers, Setup, TrainingStep, Workload, check_layers
 from bertbench.devices.accelerators import check_levers
-from bertbench.devices.device import Budget
 from bertbench.devices.step_time import device_rates
 from bertbench.plan.calibration import Experience, experience_of
 from bertbench.plan.plan_file import read_plan
 from bertbench.plan.planner import Plan, describe_entry, make_plan
-from bertbench.run.settings import RunSettings
+from bertbench.run.settings import RunRequest, RunSettings
 from finetune.errors import InputError
 from finetune.spec.checkpointing import Checkpointing
 from finetune.spec.optimizers import EXACT_OPTIMIZER
 from finetune.spec.precisions import EXACT_PRECISION
 
 
-def choose_levers(workload: Workload, settings: RunSettings, budget: Budget) -> tuple[int, Levers]:
-    """Take micro-batch and levers from the plan file, the flags, or a plan made now.
+def choose_step(request: RunRequest, workload: Workload) -> TrainingStep:
+    """Take the training step from the plan file, from the flags, or from a plan made now.
 
     Raises:
-        InputError: the plan file is unusable or for another batch, or nothing fits.
+        InputError: the device or the model cannot train with what the flags allow, the plan file
+            is unusable or for another batch, or nothing fits.
     """
-    replicas = budget.device.replicas
-    check = functools.partial(
-        check_levers, budget.device.kind, budget.device.name, replicas=replicas
-    )
+    settings = request.settings
     for levers in settings.allowed:
-        check(levers)
+        _check_levers(request, levers)
     if settings.checkpointing is not None:
         check_layers(workload, settings.checkpointing)
     if settings.plan_file is not None:
-        planned = read_plan(settings.plan_file)
-        if settings.micro_batch is not None:
-            raise InputError(
-                "--micro_batch does not go with --plan, which has one", hint="leave one of them out"
-            )
-        batch = settings.train_batch_size
-        if planned.target_batch != batch:
-            raise InputError(
-                f"the plan is for an effective batch of {planned.target_batch}, not {batch}",
-                path=settings.plan_file,
-                hint=f"make one with `bertbench plan --target-batch {batch}`",
-            )
-        if planned.replicas != replicas:
-            raise InputError(
-                f"the plan is for {planned.replicas} replicas, not {replicas}",
-                path=settings.plan_file,
-                hint=f"give --num_tpu_cores {planned.replicas}, or another plan"
-                if budget.device.tpu is not None
-                else f"name {planned.replicas} GPUs, as in --device gpu:0,gpu:1, or give "
-                "--use_tpu, or another plan",
-            )
-        check(planned.levers)
-        _check_insisted(settings, planned.levers)
-        return planned.micro_batch, planned.levers
+        return _planned_step(request, workload, settings.plan_file)
     if settings.micro_batch is not None:
-        share = -(-settings.train_batch_size // replicas)
-        micro_batch = min(settings.micro_batch, share)
-        steps = -(-share // micro_batch)
-        policy = settings.checkpointing or Checkpointing()
-        return micro_batch, dataclasses.replace(
-            settings.allowed[0], checkpointing=policy, accumulation_steps=steps
-        )
-    plan = plan_run(workload, settings, budget)
+        return _insisted_step(request, workload, settings.micro_batch)
+    chosen = plan_run(request, workload).chosen
     say(
-        f"plan: {describe_entry(plan.chosen)}, predicted peak "
-        f"{format_bytes(plan.chosen.footprint.peak_bytes)} of {format_bytes(budget.budget_bytes)}"
+        f"plan: {describe_entry(chosen)}, predicted peak "
+        f"{format_bytes(chosen.footprint.peak_bytes)} of "
+        f"{format_bytes(request.budget.budget_bytes)}"
     )
-    return plan.chosen.micro_batch, plan.chosen.levers
+    return Setup(workload, chosen.levers).step(chosen.micro_batch)
 
 
 def plan_run(
+    request: RunRequest,
     workload: Workload,
-    settings: RunSettings,
-    budget: Budget,
     experience: Experience | None = None,
     below_bytes: int | None = None,
 ) -> Plan:
     """Plan what the settings leave open.
 
     Args:
+        request: what is asked for, and the device.
         workload: what is trained.
-        settings: what is asked for.
-        budget: the device.
         experience: of the workload on the device; None asks the user's ledger.
         below_bytes: see `bertbench.plan.planner.make_plan`.
 
     Raises:
         InputError: nothing fits.
     """
+    settings, budget = request.settings, request.budget
     rates = device_rates(budget.device)
     if experience is None:
         experience = experience_of(budget.device, workload, rates)
@@ -114,11 +82,67 @@ def plan_run(
     )
 
 
-def _check_insisted(settings: RunSettings, planned: Levers) -> None:
-    """See whether a plan file has what the flags insist on.
+def _planned_step(request: RunRequest, workload: Workload, plan_file: Path) -> TrainingStep:
+    """The training step of a plan file, which must be for this batch and this device.
 
     Raises:
-        InputError: it has not.
+        InputError: it is for another one, or is not what the flags insist on.
+    """
+    settings, device = request.settings, request.budget.device
+    planned = read_plan(plan_file)
+    if settings.micro_batch is not None:
+        raise InputError(
+            "--micro_batch does not go with --plan, which has one", hint="leave one of them out"
+        )
+    batch = settings.train_batch_size
+    if planned.target_batch != batch:
+        raise InputError(
+            f"the plan is for an effective batch of {planned.target_batch}, not {batch}",
+            path=plan_file,
+            hint=f"make one with `bertbench plan --target-batch {batch}`",
+        )
+    if planned.replicas != device.replicas:
+        raise InputError(
+            f"the plan is for {planned.replicas} replicas, not {device.replicas}",
+            path=plan_file,
+            hint=f"give --num_tpu_cores {planned.replicas}, or another plan"
+            if device.tpu is not None
+            else f"name {planned.replicas} GPUs, as in --device gpu:0,gpu:1, or give "
+            "--use_tpu, or another plan",
+        )
+    _check_levers(request, planned.levers)
+    _check_insisted(settings, planned.levers)
+    return Setup(workload, planned.levers).step(planned.micro_batch)
+
+
+def _insisted_step(request: RunRequest, workload: Workload, micro_batch: int) -> TrainingStep:
+    """The training step with the micro-batch of the flags, as often as the batch needs it."""
+    settings = request.settings
+    share = -(-settings.train_batch_size // request.budget.device.replicas)
+    micro_batch = min(micro_batch, share)
+    levers = dataclasses.replace(
+        settings.allowed[0],
+        checkpointing=settings.checkpointing or Checkpointing(),
+        accumulation_steps=-(-share // micro_batch),
+    )
+    return Setup(workload, levers).step(micro_batch)
+
+
+def _check_levers(request: RunRequest, levers: Levers) -> None:
+    """Refuse levers that the device cannot be trained on with.
+
+    Raises:
+        InputError: says which, and why.
+    """
+    device = request.budget.device
+    check_levers(device.kind, device.name, levers, replicas=device.replicas)
+
+
+def _check_insisted(settings: RunSettings, planned: Levers) -> None:
+    """Refuse a plan file that does not have what the flags insist on.
+
+    Raises:
+        InputError: says what differs.
     """
     for name, default in (("precision", EXACT_PRECISION), ("optimizer", EXACT_OPTIMIZER)):
         wanted = {getattr(levers, name) for levers in settings.allowed}

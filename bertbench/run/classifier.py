@@ -11,15 +11,13 @@ import numpy as np
 
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
-from bertbench.devices.device import Budget
 from bertbench.run.job import FineTuned, Job, feature_arrays, fine_tuned
 from bertbench.run.model_files import check_segments, load_config_and_tokenizer
 from bertbench.run.output.run_folder import hash_arrays, record_results, settings_json
-from bertbench.run.settings import RunSettings
+from bertbench.run.settings import RunRequest
 from bertbench.run.training import OnProgress, Predict, Scorer, predict_with_progress
 from finetune.errors import InputError
 from finetune.model_files.head_labels import read_trained_head, recorded_labels
-from finetune.model_files.model_folder import ModelFiles
 from finetune.spec.config import INPUT_NAMES, TARGET_NAMES
 from finetune.tasks.classification import (
     ClassificationData,
@@ -61,16 +59,12 @@ class ClassifierSettings:
     max_train_examples: int | None = None
 
 
-def run_classifier(
-    files: ModelFiles, settings: RunSettings, classifier: ClassifierSettings, budget: Budget
-) -> dict[str, Any]:
+def run_classifier(request: RunRequest, classifier: ClassifierSettings) -> dict[str, Any]:
     """Fine-tune, evaluate and predict.
 
     Args:
-        files: the model.
-        settings: training and output.
+        request: the model, settings of training and output, and the device.
         classifier: task and what to do.
-        budget: the device and what may be used of it.
 
     Returns:
         Results for `--json`: steps, loss, seconds, and the task's metrics as `eval_…`.
@@ -79,6 +73,7 @@ def run_classifier(
         InputError: something the user can mend.
         bertbench.core.errors.WorkError: training failed.
     """
+    files, settings = request.files, request.settings
     config, tokenizer = load_config_and_tokenizer(
         files, settings.tokenizer_flags, settings.max_seq_length, settings.earlier_run
     )
@@ -130,7 +125,7 @@ def run_classifier(
         },
         labels=data.labels,
     )
-    with fine_tuned(files, settings, budget, job) as tuned:
+    with fine_tuned(request, job) as tuned:
         return _predict_splits(tuned, data, splits)
 
 

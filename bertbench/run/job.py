@@ -13,12 +13,11 @@ import numpy as np
 from bertbench.core.errors import OutOfMemoryError, WorkError
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
-from bertbench.devices.device import Budget
 from bertbench.memory.fit import prediction_batch
-from bertbench.run.choose_plan import choose_levers
+from bertbench.run.choose_plan import choose_step
 from bertbench.run.device import open_device
 from bertbench.run.initial_weights import load_initial_weights
-from bertbench.run.oom_recovery import follow, step_down
+from bertbench.run.oom_recovery import apply_steps_down, step_down
 from bertbench.run.output.run_folder import (
     alone_in,
     clear_remains,
@@ -28,7 +27,7 @@ from bertbench.run.output.run_folder import (
     record_results,
     write_model_files,
 )
-from bertbench.run.settings import RunSettings
+from bertbench.run.settings import RunRequest, RunSettings
 from bertbench.run.training import (
     Predict,
     Scorer,
@@ -37,7 +36,6 @@ from bertbench.run.training import (
     train_model,
 )
 from finetune.errors import InputError
-from finetune.model_files.model_folder import ModelFiles
 from finetune.spec.recipes import train_steps
 from finetune.storage.folders import FolderLostError, HeldFolder
 from finetune.text.tokenization import Tokenizer
@@ -98,18 +96,14 @@ def feature_arrays(features: object, names: tuple[str, ...]) -> dict[str, np.nda
 
 
 @contextlib.contextmanager
-def fine_tuned(
-    files: ModelFiles, settings: RunSettings, budget: Budget, job: Job
-) -> Iterator[FineTuned]:
+def fine_tuned(request: RunRequest, job: Job) -> Iterator[FineTuned]:
     """Plan, bind the budget, load weights and train; import TensorFlow on the way.
 
     Without training, the weights are those that an earlier training left in the output folder,
     as in the original; only where there are none, those of `--init_checkpoint`.
 
     Args:
-        files: the model.
-        settings: training and output.
-        budget: the device and what may be used of it.
+        request: the model, the settings and the device.
         job: what to do.
 
     Yields:
@@ -128,7 +122,7 @@ def fine_tuned(
     with contextlib.ExitStack() as stack:
         try:
             make = _load if job.train_arrays is None else _train
-            yield make(files, settings, budget, job, stack)
+            yield make(request, job, stack)
         except FolderLostError as error:
             raise WorkError(
                 f"{error}; nothing was written elsewhere: put it back, and the same command "
@@ -136,13 +130,8 @@ def fine_tuned(
             ) from error
 
 
-def _train(
-    files: ModelFiles,
-    settings: RunSettings,
-    budget: Budget,
-    job: Job,
-    stack: contextlib.ExitStack,
-) -> FineTuned:
+def _train(request: RunRequest, job: Job, stack: contextlib.ExitStack) -> FineTuned:
+    files, settings, budget = request.files, request.settings, request.budget
     assert job.train_arrays is not None
     steps = train_steps(job.num_examples, settings.train_batch_size, settings.num_train_epochs)
     if steps < 1:
@@ -152,8 +141,8 @@ def _train(
             hint="use a smaller --train_batch_size or more epochs",
         )
     say(f"train: {job.num_examples} examples, {steps} steps of {settings.train_batch_size}")
-    micro_batch, levers = choose_levers(job.workload, settings, budget)
-    micro_batch, levers = follow(job.workload, settings, budget, micro_batch, levers)
+    step = apply_steps_down(request, choose_step(request, job.workload))
+    micro_batch, levers = step.micro_batch, step.levers
     strategy = open_device(budget)
     variables = _create(settings, job.workload, strategy)
     if files.init_checkpoint is not None:
@@ -213,7 +202,7 @@ def _train(
             strategy,
         )
     except OutOfMemoryError as error:
-        step_down(job.workload, settings, budget, micro_batch, levers, error)
+        step_down(request, step, error)
     results = {
         "task": job.task,
         **trained,
@@ -224,13 +213,8 @@ def _train(
     return FineTuned(predict, results, folder, begun)
 
 
-def _load(
-    files: ModelFiles,
-    settings: RunSettings,
-    budget: Budget,
-    job: Job,
-    stack: contextlib.ExitStack,
-) -> FineTuned:
+def _load(request: RunRequest, job: Job, stack: contextlib.ExitStack) -> FineTuned:
+    files, settings, budget = request.files, request.settings, request.budget
     strategy = open_device(budget)
     from finetune.model_files.checkpoint_files import PREFIX, list_checkpoints
 

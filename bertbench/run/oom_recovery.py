@@ -1,25 +1,24 @@
-"""A run that runs out of memory goes on with a plan that needs less.
+"""A run whose training step runs out of memory continues with a step that needs less.
 
 A prediction may be wrong, and another process may take memory of the same device. The run then
-notes in `run.json` what did not fit and what is tried next, and begins again in a fresh process,
-because memory is in pieces after such an error. Whatever chooses a setting again under the same
-budget that needs as much, there or in a later run of the same command, is led to the next one. The
-user's ledger learns of it too, so that plans for other folders do not choose it either.
-
-This module does not import TensorFlow.
+writes a step down into `run.json`: which training step failed, and which smaller one comes next.
+After such an error the free memory is in pieces, so the run begins again in a fresh process. That
+process plans again, and so does every later run of the same command. If the plan needs as much as
+a step that failed under the same budget, the recorded smaller step is taken instead. The failure
+also goes into the user's ledger, so that plans for other folders learn from it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NoReturn
 
 from bertbench.core.errors import OutOfMemoryError, SteppedDownError, WorkError
 from bertbench.core.terminal import say
 from bertbench.core.units import format_bytes
-from bertbench.core.workload import MOST_BATCH, Levers, Workload, levers_from_json
+from bertbench.core.workload import MOST_BATCH, Setup, TrainingStep, Workload, levers_from_json
 from bertbench.devices.device import Budget
 from bertbench.devices.step_time import device_rates
 from bertbench.memory.fit import Room, least_peak_bytes
@@ -27,44 +26,41 @@ from bertbench.plan.calibration import experience_of, note_out_of_memory
 from bertbench.plan.planner import PlanEntry, describe_setting
 from bertbench.run.choose_plan import plan_run
 from bertbench.run.output.run_folder import add_step_down, recorded_steps_down
-from bertbench.run.settings import RunSettings
+from bertbench.run.settings import RunRequest, RunSettings
 from finetune.errors import InputError
 from finetune.storage.json_files import MOST_WHOLE, get_whole
 
-_LESS_EACH_TIME = 0.01
-_MOST_LESS = 0.1
-"""How much less, as a part, the next plan is predicted to need: after the first out-of-memory any
-bit less, after the second this much, after each one more twice as much up to the most. Where
-nothing needs so much less, any bit less again."""
+_FIRST_REDUCTION = 0.01
+_LARGEST_REDUCTION = 0.1
+"""The part by which the predicted peak of the next step is to be smaller. After the first
+out-of-memory any smaller peak will do. After the second it is the first reduction, which doubles
+with each further one up to the largest. Where no step needs so much less, any smaller peak will
+do again."""
 
 _SAME_BUDGET = 1.05
-"""A budget larger by more than this is worth another try of what did not fit."""
+"""With a budget larger by more than this factor, a step that failed is tried again."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepDown:
-    """One setting that did not fit, and the one after it.
+    """A training step that ran out of memory, and the smaller one that the run continues with.
 
     Attributes:
         at: date and time.
         device: name of the device.
-        step: optimizer steps that were done and saved.
+        steps_done: optimizer steps that were done and saved.
         budget_bytes: what the allocator could use.
-        micro_batch: of what did not fit.
-        levers: likewise.
-        next_micro_batch: of what comes after it.
-        next_levers: likewise.
-        message: what happened.
+        failed: what ran out of memory.
+        smaller: what comes next.
+        message: the error.
     """
 
     at: str
     device: str
-    step: int
+    steps_done: int
     budget_bytes: int
-    micro_batch: int
-    levers: Levers
-    next_micro_batch: int
-    next_levers: Levers
+    failed: TrainingStep
+    smaller: TrainingStep
     message: str
 
     def to_json(self) -> dict[str, Any]:
@@ -72,79 +68,152 @@ class StepDown:
         return {
             "at": self.at,
             "device": self.device,
-            "step": self.step,
+            "step": self.steps_done,
             "budget_bytes": self.budget_bytes,
-            "from": {"micro_batch": self.micro_batch, **self.levers.to_json()},
-            "to": {"micro_batch": self.next_micro_batch, **self.next_levers.to_json()},
+            "from": _step_to_json(self.failed),
+            "to": _step_to_json(self.smaller),
             "message": self.message,
         }
 
 
-def step_down_from_json(values: dict[str, Any]) -> StepDown:
+def step_down_from_json(values: Mapping[str, Any], workload: Workload) -> StepDown:
     """Read what `StepDown.to_json` wrote.
+
+    Args:
+        values: from `run.json`.
+        workload: of the run.
 
     Raises:
         InputError: it is something else.
     """
-    before, after = (values.get(name) for name in ("from", "to"))
-    if not isinstance(before, dict) or not isinstance(after, dict):
-        raise InputError("a step down has no settings")
     return StepDown(
         str(values.get("at")),
         str(values.get("device")),
         get_whole(values, "step", 0, MOST_WHOLE),
         get_whole(values, "budget_bytes", 1, MOST_WHOLE),
-        get_whole(before, "micro_batch", 1, MOST_BATCH),
-        levers_from_json(before),
-        get_whole(after, "micro_batch", 1, MOST_BATCH),
-        levers_from_json(after),
+        _step_from_json(values.get("from"), workload),
+        _step_from_json(values.get("to"), workload),
         str(values.get("message")),
     )
 
 
-def follow(
-    workload: Workload, settings: RunSettings, budget: Budget, micro_batch: int, levers: Levers
-) -> tuple[int, Levers]:
-    """Replace a setting that needs as much as one that the run could not go on with.
+def _step_to_json(step: TrainingStep) -> dict[str, Any]:
+    return {"micro_batch": step.micro_batch, **step.levers.to_json()}
+
+
+def _step_from_json(values: Any, workload: Workload) -> TrainingStep:
+    if not isinstance(values, dict):
+        raise InputError("a step down has no settings")
+    micro_batch = get_whole(values, "micro_batch", 1, MOST_BATCH)
+    return Setup(workload, levers_from_json(values)).step(micro_batch)
+
+
+def apply_steps_down(request: RunRequest, chosen: TrainingStep) -> TrainingStep:
+    """Replace a training step that needs as much as one that has run out of memory in this run.
 
     Args:
-        workload: what is trained.
-        settings: name the folder.
-        budget: of now.
-        micro_batch: of what has been chosen.
-        levers: likewise.
+        request: names the output folder, and the budget of now.
+        chosen: the training step of the plan or the flags.
 
     Returns:
-        Micro-batch and levers to go on with: those chosen unless they are known not to fit.
+        The step to train with: the chosen one unless the run's record says that it does not fit.
 
     Raises:
         InputError: the folder's record cannot be read.
     """
+    settings = request.settings
     if settings.overwrite or settings.micro_batch is not None:
-        return micro_batch, levers
-    chosen = micro_batch, levers
-    room = _room(budget)
-    for down in _steps_down(settings):
-        if _applies(down, levers, settings, budget):
-            failed_bytes = least_peak_bytes(workload, down.levers, down.micro_batch, room)
-            if least_peak_bytes(workload, levers, micro_batch, room) >= failed_bytes:
-                micro_batch, levers = down.next_micro_batch, down.next_levers
-    if (micro_batch, levers) != chosen:
+        return chosen
+    step = chosen
+    for down in _steps_down(settings, chosen.workload):
+        if _applies(down, step, request):
+            failed_bytes = _peak_bytes(down.failed, request.budget)
+            if _peak_bytes(step, request.budget) >= failed_bytes:
+                step = down.smaller
+    if step != chosen:
         say(
-            f"{describe_setting(*chosen)}, or what needs no more, ran out of memory before: going "
-            f"on with {describe_setting(micro_batch, levers)}"
+            f"{_describe(chosen)}, or what needs no more, ran out of memory before: going on with "
+            f"{_describe(step)}"
         )
-    return micro_batch, levers
+    return step
 
 
-def _steps_down(settings: RunSettings) -> list[StepDown]:
-    """What the run in the output folder could not go on with, in the order of time.
+def step_down(request: RunRequest, failed: TrainingStep, error: OutOfMemoryError) -> NoReturn:
+    """Write into the run's record which smaller training step comes next.
+
+    The user's ledger gets the step that failed.
+
+    Args:
+        request: what was asked for; names the output folder.
+        failed: the training step that ran out of memory.
+        error: what happened.
+
+    Raises:
+        SteppedDownError: always, unless
+        WorkError: the user insists on the micro-batch, or no step needs less.
+    """
+    settings, budget = request.settings, request.budget
+    note_out_of_memory(budget, failed.workload, failed.levers, failed.micro_batch, str(error))
+    if settings.micro_batch is not None:
+        raise WorkError(
+            f"{error}; step {error.step} is saved: give a smaller --micro_batch, or none, and the "
+            "same command goes on"
+        ) from error
+    entry = _next_entry(request, failed)
+    if entry is None:
+        raise WorkError(
+            f"{error}, and no setting needs less; step {error.step} is saved: with more memory the "
+            "same command goes on"
+        ) from error
+    smaller = Setup(failed.workload, entry.levers).step(entry.micro_batch)
+    down = StepDown(
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        budget.device.name,
+        error.step,
+        budget.budget_bytes,
+        failed,
+        smaller,
+        str(error),
+    )
+    add_step_down(settings, down.to_json())
+    raise SteppedDownError(
+        f"{error}; going on from step {error.step} with {_describe(smaller)}, predicted peak "
+        f"{format_bytes(entry.footprint.peak_bytes)}",
+        settings.output_dir,
+    ) from error
+
+
+def _next_entry(request: RunRequest, failed: TrainingStep) -> PlanEntry | None:
+    """The fastest setting that needs less and is not known to fail; None if there is none."""
+    settings, budget, workload = request.settings, request.budget, failed.workload
+    # The update must stay the same one, so only the levers that do not change it are free.
+    same_update = dataclasses.replace(
+        request, settings=dataclasses.replace(settings, allowed=(failed.levers,))
+    )
+    # Trials that fitted had the device to themselves; those that failed may fail again.
+    failures = experience_of(budget.device, workload, device_rates(budget.device)).failures()
+    failed_bytes = _peak_bytes(failed, budget)
+    earlier = [one for one in _steps_down(settings, workload) if _applies(one, failed, request)]
+    reduction = 0.0
+    if earlier:
+        reduction = min(_FIRST_REDUCTION * 2 ** (len(earlier) - 1), _LARGEST_REDUCTION)
+    for below_bytes in dict.fromkeys((int((1 - reduction) * failed_bytes), failed_bytes)):
+        try:
+            return plan_run(same_update, workload, failures, below_bytes).chosen
+        except InputError:
+            continue
+    return None
+
+
+def _steps_down(settings: RunSettings, workload: Workload) -> list[StepDown]:
+    """The steps down of the run in the output folder, oldest first.
 
     Raises:
         InputError: the folder's record cannot be read.
     """
     try:
-        return [step_down_from_json(one) for one in recorded_steps_down(settings.output_dir)]
+        recorded = recorded_steps_down(settings.output_dir)
+        return [step_down_from_json(values, workload) for values in recorded]
     except InputError as error:
         raise InputError(
             f"not the record of a run ({error})",
@@ -153,89 +222,24 @@ def _steps_down(settings: RunSettings) -> list[StepDown]:
         ) from error
 
 
-def _applies(down: StepDown, levers: Levers, settings: RunSettings, budget: Budget) -> bool:
-    """Whether nothing has changed that is worth another try, or that forbids what came next."""
+def _applies(down: StepDown, step: TrainingStep, request: RunRequest) -> bool:
+    """Whether a step down still holds: same device, budget and update, and the flags allow it."""
+    settings, budget = request.settings, request.budget
+    failed, smaller = down.failed.levers, down.smaller.levers
     return (
         budget.device.name == down.device
         and budget.budget_bytes <= _SAME_BUDGET * down.budget_bytes
-        and levers.inexact == down.levers.inexact
-        and settings.checkpointing in (None, down.next_levers.checkpointing)
-        and (not settings.insist_placement or down.next_levers.placement == down.levers.placement)
+        and step.levers.inexact == failed.inexact
+        and settings.checkpointing in (None, smaller.checkpointing)
+        and (not settings.insist_placement or smaller.placement == failed.placement)
     )
 
 
-def step_down(
-    workload: Workload,
-    settings: RunSettings,
-    budget: Budget,
-    micro_batch: int,
-    levers: Levers,
-    error: OutOfMemoryError,
-) -> NoReturn:
-    """Note in the run's record what is tried next, and in the user's ledger what did not fit.
-
-    Args:
-        workload: what is trained.
-        settings: what was asked for; name the folder.
-        budget: what the run had.
-        micro_batch: of what did not fit.
-        levers: likewise.
-        error: what happened.
-
-    Raises:
-        SteppedDownError: always, unless
-        WorkError: the user insists on the micro-batch, or nothing needs less.
-    """
-    note_out_of_memory(budget, workload, levers, micro_batch, str(error))
-    if settings.micro_batch is not None:
-        raise WorkError(
-            f"{error}; step {error.step} is saved: give a smaller --micro_batch, or none, and the "
-            "same command goes on"
-        ) from error
-    after = _next_plan(workload, settings, budget, micro_batch, levers)
-    if after is None:
-        raise WorkError(
-            f"{error}, and no setting needs less; step {error.step} is saved: with more memory the "
-            "same command goes on"
-        ) from error
-    down = StepDown(
-        datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        budget.device.name,
-        error.step,
-        budget.budget_bytes,
-        micro_batch,
-        levers,
-        after.micro_batch,
-        after.levers,
-        str(error),
-    )
-    add_step_down(settings, down.to_json())
-    raise SteppedDownError(
-        f"{error}; going on from step {error.step} with "
-        f"{describe_setting(after.micro_batch, after.levers)}, predicted peak "
-        f"{format_bytes(after.footprint.peak_bytes)}",
-        Path(settings.output_dir),
-    ) from error
+def _peak_bytes(step: TrainingStep, budget: Budget) -> int:
+    """Predicted peak of a training step on one of the run's devices."""
+    room = Room(budget.device.kind, budget.budget_bytes, replicas=budget.device.replicas)
+    return least_peak_bytes(step.workload, step.levers, step.micro_batch, room)
 
 
-def _next_plan(
-    workload: Workload, settings: RunSettings, budget: Budget, micro_batch: int, levers: Levers
-) -> PlanEntry | None:
-    """The fastest setting that needs less and is not known to fail; None if there is none."""
-    # The update must stay the same one, so only the levers that do not change it are free.
-    kept = dataclasses.replace(settings, allowed=(levers,))
-    # What has fitted in a trial was on a device that nobody else used; what has failed may again.
-    known = experience_of(budget.device, workload, device_rates(budget.device)).failures()
-    failed_bytes = least_peak_bytes(workload, levers, micro_batch, _room(budget))
-    before = [one for one in _steps_down(settings) if _applies(one, levers, settings, budget)]
-    less = min(_LESS_EACH_TIME * 2 ** (len(before) - 1), _MOST_LESS) if before else 0.0
-    for most_bytes in dict.fromkeys((int((1 - less) * failed_bytes), failed_bytes)):
-        try:
-            return plan_run(workload, kept, budget, known, below_bytes=most_bytes).chosen
-        except InputError:
-            continue
-    return None
-
-
-def _room(budget: Budget) -> Room:
-    return Room(budget.device.kind, budget.budget_bytes, replicas=budget.device.replicas)
+def _describe(step: TrainingStep) -> str:
+    return describe_setting(step.micro_batch, step.levers)

@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from bertbench.core.workload import Levers
+from bertbench.devices.device import Budget
 from bertbench.run.output.cloud_storage import RemoteFolder
-from finetune.model_files.model_folder import RUN_FILE
+from finetune.model_files.model_folder import RUN_FILE, ModelFiles
 from finetune.spec.checkpointing import Checkpointing
 from finetune.text.tokenizer_files import NORMALIZATION_KEYS
 
@@ -82,3 +83,18 @@ class RunSettings:
     def tokenizer_flags(self) -> dict[str, bool | None]:
         """What the flags say of the tokenizer."""
         return {key: getattr(self, key) for key in NORMALIZATION_KEYS}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRequest:
+    """What a run is asked for, whatever its task.
+
+    Attributes:
+        files: of the model.
+        settings: of training and output.
+        budget: the device, and how many of its bytes the allocator may use.
+    """
+
+    files: ModelFiles
+    settings: RunSettings
+    budget: Budget

@@ -13,14 +13,12 @@ import numpy as np
 from bertbench.core.progress import progress
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
-from bertbench.devices.device import Budget
 from bertbench.run.job import Job, feature_arrays, fine_tuned
 from bertbench.run.model_files import check_segments, load_config_and_tokenizer
 from bertbench.run.output.run_folder import describe_file, record_results, settings_json
-from bertbench.run.settings import RunSettings
+from bertbench.run.settings import RunRequest
 from bertbench.run.training import OnProgress, Predict, Scorer
 from finetune.errors import InputError
-from finetune.model_files.model_folder import ModelFiles
 from finetune.spec.config import INPUT_NAMES, TARGET_NAMES
 from finetune.storage.files import write_atomically
 from finetune.storage.folders import HeldFolder
@@ -81,16 +79,12 @@ class Questions:
     features: SquadFeatures
 
 
-def run_squad(
-    files: ModelFiles, settings: RunSettings, squad: SquadSettings, budget: Budget
-) -> dict[str, Any]:
+def run_squad(request: RunRequest, squad: SquadSettings) -> dict[str, Any]:
     """Fine-tune, predict and evaluate.
 
     Args:
-        files: the model.
-        settings: training and output.
+        request: the model, settings of training and output, and the device.
         squad: data and prediction.
-        budget: the device and what may be used of it.
 
     Returns:
         Results for `--json`: steps, loss, seconds, and where the prediction file has answers the
@@ -100,6 +94,7 @@ def run_squad(
         InputError: something the user can mend.
         bertbench.core.errors.WorkError: training failed.
     """
+    files, settings = request.files, request.settings
     config, tokenizer = load_config_and_tokenizer(
         files, settings.tokenizer_flags, settings.max_seq_length, settings.earlier_run
     )
@@ -171,7 +166,7 @@ def run_squad(
         else {},
         record=record,
     )
-    with fine_tuned(files, settings, budget, job) as tuned:
+    with fine_tuned(request, job) as tuned:
         results = dict(tuned.results)
         if record.get("skipped_answers"):
             results["skipped_answers"] = record["skipped_answers"]

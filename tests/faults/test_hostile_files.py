@@ -153,7 +153,7 @@ def read_run_folder(folder: Path) -> None:
         read_trained_head(folder / "run")
     for values in recorded_steps_down(folder / "run"):
         with contextlib.suppress(InputError):
-            step_down_from_json(values)
+            step_down_from_json(values, published_workload("bert-tiny", 64))
     run = read_run(folder / "run")
     report = Report(folder / "l", [], [run], 32, datetime.now(timezone.utc))
     show_report(report)

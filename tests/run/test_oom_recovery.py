@@ -18,7 +18,7 @@ import tensorflow as tf
 from bertbench.cli import main
 from bertbench.core.errors import OutOfMemoryError, SteppedDownError, WorkError
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, TrainingStep, Workload, published_workload
 from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
@@ -29,13 +29,14 @@ from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.plan.calibration import note_out_of_memory
 from bertbench.plan.candidates import all_settings, cuts
 from bertbench.plan.planner import make_plan
-from bertbench.run.choose_plan import choose_levers
-from bertbench.run.oom_recovery import follow, step_down
+from bertbench.run.choose_plan import choose_step
+from bertbench.run.oom_recovery import apply_steps_down, step_down
 from bertbench.run.output.run_folder import RUN_FILE
-from bertbench.run.settings import RunSettings
+from bertbench.run.settings import RunRequest, RunSettings
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import list_checkpoints
+from finetune.model_files.model_folder import ModelFiles
 from finetune.spec.checkpointing import Checkpointing
 from finetune.train.training import read_log
 from helpers.paths import HELPERS, REPOSITORY, TESTS
@@ -65,47 +66,67 @@ def settings(folder: Path, **more: Any) -> RunSettings:
     )  # fmt: skip
 
 
-def after(asked: RunSettings, micro_batch: int, levers: Levers) -> tuple[int, Levers]:
-    """What the run goes on with after a setting that did not fit."""
+def request(asked: RunSettings, budget: Budget = BUDGET) -> RunRequest:
+    return RunRequest(ModelFiles(Path("config.json"), Path("vocab.txt"), None), asked, budget)
+
+
+def choose(
+    asked: RunSettings, budget: Budget = BUDGET, workload: Workload = WORKLOAD
+) -> TrainingStep:
+    return choose_step(request(asked, budget), workload)
+
+
+def follow(asked: RunSettings, chosen: TrainingStep, budget: Budget = BUDGET) -> TrainingStep:
+    return apply_steps_down(request(asked, budget), chosen)
+
+
+def step(micro_batch: int, levers: Levers | None = None) -> TrainingStep:
+    return Setup(WORKLOAD, levers or Levers()).step(micro_batch)
+
+
+def peak_bytes_of(chosen: TrainingStep) -> int:
+    room = Room("cpu", BUDGET.budget_bytes)
+    return least_peak_bytes(WORKLOAD, chosen.levers, chosen.micro_batch, room)
+
+
+def after(asked: RunSettings, failed: TrainingStep) -> TrainingStep:
+    """What the run goes on with after a training step that did not fit."""
     with pytest.raises(SteppedDownError, match=r"in step 8 .*going on from step 7 with"):
-        step_down(WORKLOAD, asked, BUDGET, micro_batch, levers, ERROR)
-    return follow(WORKLOAD, asked, BUDGET, micro_batch, levers)
+        step_down(request(asked), failed, ERROR)
+    return follow(asked, failed)
 
 
-def all_steps_down(asked: RunSettings) -> list[tuple[int, Levers]]:
+def all_steps_down(asked: RunSettings) -> list[TrainingStep]:
     """What a run goes through if nothing of what is predicted to fit does."""
-    first = choose_levers(WORKLOAD, asked, BUDGET)
-    assert follow(WORKLOAD, asked, BUDGET, *first) == first
+    first = choose(asked)
+    assert follow(asked, first) == first
     chain = [first]
     for _ in range(100):
         with pytest.raises(WorkError) as error:
-            step_down(WORKLOAD, asked, BUDGET, *chain[-1], ERROR)
+            step_down(request(asked), chain[-1], ERROR)
         if not isinstance(error.value, SteppedDownError):
             assert "no setting needs less; step 7 is saved" in str(error.value)
             return chain
         # From the first choice the whole chain is gone through.
-        chain.append(follow(WORKLOAD, asked, BUDGET, *first))
+        chain.append(follow(asked, first))
     raise AssertionError("more than 100 steps down")
 
 
 def test_every_step_down_needs_less_until_nothing_does(tmp_path: Path) -> None:
     asked = settings(tmp_path)
     chain = all_steps_down(asked)
-    room = Room("cpu", BUDGET.budget_bytes)
-    peaks = [least_peak_bytes(WORKLOAD, levers, batch, room) for batch, levers in chain]
+    peaks = [peak_bytes_of(one) for one in chain]
     assert all(later < peak for peak, later in itertools.pairwise(peaks))
     assert len(chain) <= 30
     # In the end the least that there is has been tried, though it needs hardly less than another.
     assert peaks[-1] > 0.9 * peaks[-2]
     least = min(
-        least_peak_bytes(
-            WORKLOAD, dataclasses.replace(setting, accumulation_steps=steps), batch, room
-        )
+        peak_bytes_of(step(batch, dataclasses.replace(setting, accumulation_steps=steps)))
         for setting in all_settings(WORKLOAD, None, [Levers()])
         for batch, steps in cuts(16)
     )
     assert peaks[-1] == least
-    assert all(batch * levers.accumulation_steps >= 16 for batch, levers in chain)
+    assert all(one.micro_batch * one.levers.accumulation_steps >= 16 for one in chain)
     recorded = json.loads((tmp_path / RUN_FILE).read_text())["steps_down"]
     assert [down["step"] for down in recorded] == [7] * (len(chain) - 1)
 
@@ -115,22 +136,23 @@ def test_what_ran_out_in_a_run_is_not_chosen_for_another_folder(tmp_path: Path) 
     for folder in folders:
         folder.mkdir()
     one, two = (settings(folder) for folder in folders)
-    first = choose_levers(WORKLOAD, one, BUDGET)
-    second = after(one, *first)
-    assert choose_levers(WORKLOAD, two, BUDGET) != first
+    first = choose(one)
+    second = after(one, first)
+    assert choose(two) != first
     # In the run's own folder the plan leads to what the run had gone on with.
-    assert follow(WORKLOAD, one, BUDGET, *choose_levers(WORKLOAD, one, BUDGET)) == second
+    assert follow(one, choose(one)) == second
     # It is no evidence for more memory, nor for another model.
     larger = make_budget(DEVICE, BUDGET.budget_bytes + MIB_BYTES)
-    assert choose_levers(WORKLOAD, two, larger) == first
+    assert choose(two, larger) == first
     other = dataclasses.replace(WORKLOAD, num_labels=3)
-    assert choose_levers(other, two, BUDGET) == first
+    there = choose(two, workload=other)
+    assert (there.micro_batch, there.levers) == (first.micro_batch, first.levers)
 
 
 def test_a_run_is_no_evidence_for_a_limit(tmp_path: Path) -> None:
     """A certificate would need a process of its own; what the run had tried is tried again."""
-    after(settings(tmp_path), 16, Levers())
-    after(settings(tmp_path), 17, Levers())
+    after(settings(tmp_path), step(16))
+    after(settings(tmp_path), step(17))
     with open_ledger() as ledger:
         assert find(ledger, BUDGET, versions_key(), WORKLOAD, Levers()) == []
         rows = read_rows(ledger)
@@ -158,72 +180,69 @@ def test_a_run_steps_down_where_its_ledger_cannot_be_written(
 ) -> None:
     (tmp_path / "ledger.sqlite").write_text("not a ledger")
     monkeypatch.setenv("BERTBENCH_LEDGER", str(tmp_path / "ledger.sqlite"))
-    assert after(settings(tmp_path), 16, Levers()) != (16, Levers())
+    assert after(settings(tmp_path), step(16)) != step(16)
     assert "other plans do not learn of it" in capsys.readouterr().err
 
 
 def test_a_plan_for_much_more_memory_steps_down_to_the_budget(tmp_path: Path) -> None:
-    batch, levers = after(settings(tmp_path), 400, Levers())
-    assert least_peak_bytes(WORKLOAD, levers, batch, Room("cpu", 0)) <= BUDGET.budget_bytes
+    assert peak_bytes_of(after(settings(tmp_path), step(400))) <= BUDGET.budget_bytes
 
 
 def test_what_the_user_asks_for_is_kept(tmp_path: Path) -> None:
     asked = settings(tmp_path, checkpointing=Checkpointing("full"), train_batch_size=64)
     levers = Levers(Checkpointing("full"), optimizer="lion")
-    batch, smaller = after(asked, 64, levers)
-    assert batch < 64
-    assert dataclasses.replace(smaller, accumulation_steps=1) == levers
+    smaller = after(asked, step(64, levers))
+    assert smaller.micro_batch < 64
+    assert dataclasses.replace(smaller.levers, accumulation_steps=1) == levers
 
     insisted = dataclasses.replace(asked, micro_batch=16)
     with pytest.raises(WorkError, match="step 7 is saved: give a smaller --micro_batch"):
-        step_down(WORKLOAD, insisted, BUDGET, 16, levers, ERROR)
-    assert follow(WORKLOAD, insisted, BUDGET, 16, levers) == (16, levers)
+        step_down(request(insisted), step(16, levers), ERROR)
+    assert follow(insisted, step(16, levers)) == step(16, levers)
 
 
 def test_another_demand_or_device_is_another_try(tmp_path: Path) -> None:
-    asked, chosen = settings(tmp_path), (16, Levers())
-    smaller = after(asked, *chosen)
+    asked, chosen = settings(tmp_path), step(16)
+    smaller = after(asked, chosen)
     nested = dataclasses.replace(asked, checkpointing=Checkpointing("nested"))
-    assert smaller[1].checkpointing != nested.checkpointing
-    assert follow(WORKLOAD, nested, BUDGET, *chosen) == chosen
-    same = dataclasses.replace(asked, checkpointing=smaller[1].checkpointing)
-    assert follow(WORKLOAD, same, BUDGET, *chosen) == smaller
+    assert smaller.levers.checkpointing != nested.checkpointing
+    assert follow(nested, chosen) == chosen
+    same = dataclasses.replace(asked, checkpointing=smaller.levers.checkpointing)
+    assert follow(same, chosen) == smaller
     other = make_budget(dataclasses.replace(DEVICE, name="another"), BUDGET.budget_bytes)
-    assert follow(WORKLOAD, asked, other, *chosen) == chosen
+    assert follow(asked, chosen, other) == chosen
 
 
 def test_what_trials_have_shown_does_not_lead_back(tmp_path: Path) -> None:
     """As after a probe of a device that nobody else used: what has fitted then does not now."""
     levers = Levers(optimizer="lion")
-    peak_bytes = least_peak_bytes(WORKLOAD, levers, 16, Room("cpu", 0))
+    peak_bytes = peak_bytes_of(step(16, levers))
     budget = make_budget(DEVICE, int(0.95 * peak_bytes))
     with open_ledger() as ledger:
         fitted = Trial(16, "fits", 1, 1.0, fresh=True)
         record(ledger, budget, versions_key(), WORKLOAD, levers, fitted)
     asked = settings(tmp_path, allowed=(levers,))
-    chosen = choose_levers(WORKLOAD, asked, budget)
-    assert chosen == (16, levers)
+    chosen = choose(asked, budget)
+    assert chosen == step(16, levers)
     with pytest.raises(SteppedDownError):
-        step_down(WORKLOAD, asked, budget, *chosen, ERROR)
-    batch, smaller = follow(WORKLOAD, asked, budget, *chosen)
-    next_bytes = least_peak_bytes(WORKLOAD, smaller, batch, Room("cpu", 0))
-    assert next_bytes < peak_bytes
+        step_down(request(asked, budget), chosen, ERROR)
+    assert peak_bytes_of(follow(asked, chosen, budget)) < peak_bytes
 
 
 def test_more_memory_or_a_new_beginning_is_another_try(tmp_path: Path) -> None:
-    asked, chosen = settings(tmp_path), (16, Levers())
-    smaller = after(asked, *chosen)
+    asked, chosen = settings(tmp_path), step(16)
+    smaller = after(asked, chosen)
     assert smaller != chosen
 
     def under(mebibytes: int) -> Budget:
         return make_budget(DEVICE, mebibytes * MIB_BYTES)
 
-    assert follow(WORKLOAD, asked, under(410), *chosen) == smaller
-    assert follow(WORKLOAD, asked, under(300), *chosen) == smaller
-    assert follow(WORKLOAD, asked, under(500), *chosen) == chosen
-    assert follow(WORKLOAD, dataclasses.replace(asked, overwrite=True), BUDGET, *chosen) == chosen
-    other = 8, Levers(accumulation_steps=2)
-    assert follow(WORKLOAD, asked, BUDGET, *other) == other
+    assert follow(asked, chosen, under(410)) == smaller
+    assert follow(asked, chosen, under(300)) == smaller
+    assert follow(asked, chosen, under(500)) == chosen
+    assert follow(dataclasses.replace(asked, overwrite=True), chosen) == chosen
+    other = step(8, Levers(accumulation_steps=2))
+    assert follow(asked, other) == other
 
 
 def test_a_plan_for_other_replicas_is_refused(tmp_path: Path) -> None:
@@ -232,13 +251,13 @@ def test_a_plan_for_other_replicas_is_refused(tmp_path: Path) -> None:
     values = plan.to_json()
     path.write_text(json.dumps(values))
     asked = settings(tmp_path, plan_file=path)
-    assert choose_levers(WORKLOAD, asked, BUDGET)[0] == plan.chosen.micro_batch
+    assert choose(asked).micro_batch == plan.chosen.micro_batch
     values["chosen"]["replicas"] = 2
     path.write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"for 2 replicas, not 1.*--use_tpu"):
-        choose_levers(WORKLOAD, asked, BUDGET)
+        choose(asked)
     with pytest.raises(InputError, match=r"batch of 16, not 32.*--target-batch 32"):
-        choose_levers(WORKLOAD, dataclasses.replace(asked, train_batch_size=32), BUDGET)
+        choose(dataclasses.replace(asked, train_batch_size=32))
 
 
 @pytest.mark.parametrize(
@@ -249,10 +268,10 @@ def test_a_damaged_record(tmp_path: Path, text: str) -> None:
     (tmp_path / RUN_FILE).write_text(text)
     if 'step"' in text:
         with pytest.raises(InputError, match="not the record of a run"):
-            follow(WORKLOAD, asked, BUDGET, 16, Levers())
+            follow(asked, step(16))
     else:
         # The folder is looked at more closely when it is prepared.
-        assert follow(WORKLOAD, asked, BUDGET, 16, Levers()) == (16, Levers())
+        assert follow(asked, step(16)) == step(16)
 
 
 def demo(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ from bertbench.run import classifier, job
 from bertbench.run.classifier import ClassifierSettings, GlueSource
 from bertbench.run.job import FineTuned
 from bertbench.run.output.run_folder import RUN_FILE, alone_in
-from bertbench.run.settings import RunSettings
+from bertbench.run.settings import RunRequest, RunSettings
 from bertbench.run.training import OnProgress
 from finetune.errors import InputError
 from finetune.model_files.model_folder import ModelFiles
@@ -63,7 +63,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, model: Model) -> dict[str
 
     monkeypatch.setattr(job, "_load", train)
     budget = make_budget(resolve_device("cpu"), 1 << 30)
-    return classifier.run_classifier(FILES, settings(folder), EVALUATED, budget)
+    return classifier.run_classifier(RunRequest(FILES, settings(folder), budget), EVALUATED)
 
 
 def results_in(folder: Path) -> dict[str, Any]:
