@@ -15,15 +15,15 @@ from bertbench.core.terminal import clean_text
 from bertbench.core.units import format_bytes
 from bertbench.ledger.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
 from bertbench.plan.planner import Plan, describe_setting
-from reports.cells import Cell, trial_rate
-from reports.places import Place
-from reports.planning import Planned
-from reports.predictions import describe_errors
+from reports.environments import Environment
+from reports.measured_cells import MeasuredCell, trial_rate
+from reports.peak_predictions import describe_errors
+from reports.recommendations import Recommendation
 from reports.report import Report, version
 from reports.runs import Run
 from reports.tables import NOTE, limit_text, system_name
 
-_MOST_PLACES, _MOST_TABLES, _MOST_CELLS, _MOST_TRIALS = 8, 12, 800, 1200
+_MOST_ENVIRONMENTS, _MOST_TABLES, _MOST_CELLS, _MOST_TRIALS = 8, 12, 800, 1200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +95,8 @@ def _values(report: Report, advance: Advance) -> dict[str, Any]:
     cells = sorted(report.cells, key=lambda cell: -cell.newest.id)[:_MOST_CELLS]
     shown = {id(cell) for cell in cells}
     sections = {
-        "summary": ("What fits", report.places),
-        "plans": ("What to run", report.planned),
+        "summary": ("What fits", report.environments),
+        "plans": ("What to run", report.recommendations),
         "limits": ("Largest micro-batch", report.tables),
         "pictures": ("Pictures", pictures),
         "runs": ("Runs", report.runs),
@@ -110,13 +110,18 @@ def _values(report: Report, advance: Advance) -> dict[str, Any]:
         "version": version(),
         "ledger": report.ledger.name,
         "contents": [(name, title) for name, (title, there) in sections.items() if there],
-        "places": [_place(report, place) for place in report.places[:_MOST_PLACES]],
-        "more_places": max(len(report.places) - _MOST_PLACES, 0),
+        "environments": [
+            _environment(report, environment)
+            for environment in report.environments[:_MOST_ENVIRONMENTS]
+        ],
+        "more_environments": max(len(report.environments) - _MOST_ENVIRONMENTS, 0),
         "target_batch": report.target_batch,
-        "plans": [_commands(one, report.names[one.place]) for one in report.planned],
-        "unplanned": report.unplanned,
+        "plans": [_commands(one, report.names[one.environment]) for one in report.recommendations],
+        "workloads_without_plan": report.workloads_without_plan,
         "plan_columns": _PLAN_COLUMNS,
-        "plan_rows": [_plan_row(one, report.names[one.place]) for one in report.planned],
+        "plan_rows": [
+            _plan_row(one, report.names[one.environment]) for one in report.recommendations
+        ],
         "tables": [
             {
                 "title": table.title,
@@ -132,9 +137,11 @@ def _values(report: Report, advance: Advance) -> dict[str, Any]:
         "run_columns": _RUN_COLUMNS,
         "run_rows": [_run_row(run) for run in report.runs],
         "cell_columns": _CELL_COLUMNS,
-        # In the order of the report, which is that of the places and models.
+        # In the order of the report, which is that of the environments and models.
         "cell_rows": [
-            _cell_row(cell, report.names[cell.place]) for cell in report.cells if id(cell) in shown
+            _cell_row(cell, report.names[cell.environment])
+            for cell in report.cells
+            if id(cell) in shown
         ],
         "more_cells": len(report.cells) if len(report.cells) > _MOST_CELLS else 0,
         "trial_columns": _TRIAL_COLUMNS,
@@ -143,25 +150,25 @@ def _values(report: Report, advance: Advance) -> dict[str, Any]:
     }
 
 
-def _place(report: Report, place: Place) -> dict[str, Any]:
-    cells = [cell for cell in report.cells if cell.place == place]
+def _environment(report: Report, environment: Environment) -> dict[str, Any]:
+    cells = [cell for cell in report.cells if cell.environment == environment]
     counts = [
         f"{count} {word}"
         for word in (CERTIFIED, MEASURED, AT_LEAST, BELOW, FAILED)
-        if (count := report.count(word, place))
+        if (count := report.count(word, environment))
     ]
     facts = [
         ("cells", ", ".join(counts)),
         *(("fits", text) for text in _largest(cells)),
-        *((name, text) for name, text in place.details.items() if text),
+        *((name, text) for name, text in environment.details.items() if text),
         ("last trial", max(cell.newest.time_utc for cell in cells)[:16].replace("T", " ")),
     ]
-    return {"name": place.name, "facts": facts}
+    return {"name": environment.name, "facts": facts}
 
 
-def _largest(cells: Sequence[Cell]) -> list[str]:
+def _largest(cells: Sequence[MeasuredCell]) -> list[str]:
     """For the two largest models: how many of their longest examples fit, by setting."""
-    known = [cell for cell in cells if cell.max_batch is not None and cell.of_limit]
+    known = [cell for cell in cells if cell.max_batch is not None and cell.is_of_search]
     models = sorted({cell.model for cell in known}, key=_by_size(known))[-2:]
     tasks = sorted({cell.task for cell in known})
     lines = []
@@ -171,7 +178,7 @@ def _largest(cells: Sequence[Cell]) -> list[str]:
             continue
         seq_len = max(cell.newest.seq_len for cell in of_model)
         some = [
-            f"{limit_text(cell).rstrip('*')} with {cell.setting}"
+            f"{limit_text(cell).rstrip('*')} with {cell.levers_text}"
             for cell in of_model
             if cell.newest.seq_len == seq_len
         ]
@@ -179,7 +186,7 @@ def _largest(cells: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def _by_size(cells: Sequence[Cell]) -> Any:
+def _by_size(cells: Sequence[MeasuredCell]) -> Any:
     sizes = {
         cell.model: (cell.workload.config.hidden_size, cell.workload.config.num_hidden_layers)
         for cell in cells
@@ -195,18 +202,18 @@ _PLAN_COLUMNS = [
 ]  # fmt: skip
 
 
-def _plan_row(planned: Planned, where: str) -> list[Value]:
-    plan = planned.plan
+def _plan_row(recommendation: Recommendation, where: str) -> list[Value]:
+    plan = recommendation.plan
     first = [
-        Value(system_name(planned.workload.model)),
-        _number(planned.workload.seq_len),
-        Value(planned.task),
-        _bytes(planned.place.budget_bytes),
+        Value(system_name(recommendation.workload.model)),
+        _number(recommendation.workload.seq_len),
+        Value(recommendation.task),
+        _bytes(recommendation.environment.budget_bytes),
     ]
     if not isinstance(plan, Plan):
         return [*first, _MISSING, _MISSING, Value(str(plan), css="bad"), _MISSING, _MISSING,
                 Value(""), Value(where)]  # fmt: skip
-    chosen, trial = plan.chosen, planned.trial
+    chosen, trial = plan.chosen, recommendation.trial
     tried = "predicted" if trial is None else "fits"
     if trial is not None and trial.peak_bytes:
         tried = f"fits, {format_bytes(trial.peak_bytes)}"
@@ -222,14 +229,14 @@ def _plan_row(planned: Planned, where: str) -> list[Value]:
     ]
 
 
-def _commands(planned: Planned, where: str) -> dict[str, str]:
-    workload = planned.workload
-    title = f"{system_name(workload.model)}, {workload.seq_len} tokens, {planned.task}, "
-    if not isinstance(planned.plan, Plan):
-        return {"title": f"{title}{where}: does not fit", "commands": str(planned.plan)}
-    chosen = planned.plan.chosen
+def _commands(recommendation: Recommendation, where: str) -> dict[str, str]:
+    workload = recommendation.workload
+    title = f"{system_name(workload.model)}, {workload.seq_len} tokens, {recommendation.task}, "
+    if not isinstance(recommendation.plan, Plan):
+        return {"title": f"{title}{where}: does not fit", "commands": str(recommendation.plan)}
+    chosen = recommendation.plan.chosen
     setting = describe_setting(chosen.micro_batch, chosen.levers)
-    return {"title": f"{title}{where}: {setting}", "commands": "\n".join(planned.commands)}
+    return {"title": f"{title}{where}: {setting}", "commands": "\n".join(recommendation.commands)}
 
 
 _RUN_COLUMNS = [
@@ -265,14 +272,14 @@ _CELL_COLUMNS = [
 ]  # fmt: skip
 
 
-def _cell_row(cell: Cell, where: str) -> list[Value]:
+def _cell_row(cell: MeasuredCell, where: str) -> list[Value]:
     row, fits, oom = cell.newest, cell.fits, cell.oom
     ratio = None
-    if cell.published and cell.limit is not None:
-        ratio = cell.limit / cell.published
+    if cell.published and cell.bounded_max_batch is not None:
+        ratio = cell.bounded_max_batch / cell.published
     beyond = "" if oom is None else f"{oom.batch}: {oom.message}"
-    if cell.ends.fits_again:
-        batches = ", ".join(str(trial.batch) for trial in cell.ends.fits_again)
+    if cell.limit.fits_again:
+        batches = ", ".join(str(trial.batch) for trial in cell.limit.fits_again)
         beyond = f"{beyond}; above it fits again: {batches}"
     if cell.evidence == FAILED:
         beyond = row.trial.message
@@ -280,7 +287,7 @@ def _cell_row(cell: Cell, where: str) -> list[Value]:
         Value(system_name(cell.model)),
         _number(row.seq_len),
         Value(cell.task),
-        Value(cell.setting),
+        Value(cell.levers_text),
         _bytes(row.budget_bytes),
         Value(limit_text(cell), -1 if cell.max_batch is None else cell.max_batch),
         Value(cell.evidence, css=_CSS.get(cell.evidence, "")),
@@ -312,7 +319,7 @@ def _trial_rows(report: Report) -> Iterable[list[Value]]:
             Value(system_name(cell.model)),
             _number(row.seq_len),
             Value(cell.task),
-            Value(cell.setting),
+            Value(cell.levers_text),
             _bytes(row.budget_bytes),
             _number(trial.batch),
             Value(trial.outcome, css=_CSS.get(trial.outcome, "")),
@@ -322,7 +329,7 @@ def _trial_rows(report: Report) -> Iterable[list[Value]]:
             _decimal(trial_rate(row, trial)),
             Value("fresh" if trial.fresh else ""),
             Value(trial.message),
-            Value(report.names[cell.place]),
+            Value(report.names[cell.environment]),
         ]
 
 

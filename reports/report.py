@@ -14,14 +14,14 @@ from bertbench.core.published import PAPER_MODELS
 from bertbench.ledger.limit import CERTIFIED, FAILED
 from bertbench.ledger.records import LedgerRow
 from bertbench.plan.planner import Plan
-from reports.cells import Cell, read_cells
+from reports.environments import Environment, name_environments
+from reports.measured_cells import MeasuredCell, collect_cells
+from reports.peak_predictions import PeakPrediction, predict_peaks
 from reports.pictures.figures import Picture
 from reports.pictures.plan_plots import footprint_picture, front_picture, timeline_picture
-from reports.pictures.plots import limits_picture, predictions_picture, throughput_picture
 from reports.pictures.run_plots import precision_recall_picture, training_picture
-from reports.places import Place, name_places
-from reports.planning import Planned, plan_places
-from reports.predictions import Prediction, predict_trials
+from reports.pictures.trial_plots import limits_picture, predictions_picture, throughput_picture
+from reports.recommendations import Recommendation, recommend_plans
 from reports.runs import Run
 from reports.tables import Table, count_cells, published_tables
 
@@ -47,25 +47,25 @@ class Report:
     made: datetime
 
     @functools.cached_property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[MeasuredCell]:
         """Trials by the question that they answer."""
-        return read_cells(self.rows)
+        return collect_cells(self.rows)
 
     @functools.cached_property
-    def planned(self) -> list[Planned]:
+    def recommendations(self) -> list[Recommendation]:
         """A plan for every workload, if they are not too many."""
-        return plan_places(self.cells, self.target_batch)
+        return recommend_plans(self.cells, self.target_batch)
 
     @property
-    def unplanned(self) -> int:
+    def workloads_without_plan(self) -> int:
         """Number of workloads that there is no plan of."""
-        known = {(c.place, c.workload.key()) for c in self.cells if c.workload is not None}
-        return len(known) - len(self.planned)
+        known = {(c.environment, c.workload.key()) for c in self.cells if c.workload is not None}
+        return len(known) - len(self.recommendations)
 
     @functools.cached_property
-    def predictions(self) -> list[Prediction]:
+    def predictions(self) -> list[PeakPrediction]:
         """What is predicted of measured peaks."""
-        return predict_trials(self.cells)
+        return predict_peaks(self.cells)
 
     @functools.cached_property
     def tables(self) -> list[Table]:
@@ -73,24 +73,26 @@ class Report:
         return published_tables(self.cells)
 
     @functools.cached_property
-    def names(self) -> dict[Place, str]:
-        """Names of the places, of which no two are the same."""
-        return name_places(cell.place for cell in self.cells)
+    def names(self) -> dict[Environment, str]:
+        """Names of the environments, of which no two are the same."""
+        return name_environments(cell.environment for cell in self.cells)
 
     @property
-    def places(self) -> list[Place]:
+    def environments(self) -> list[Environment]:
         """Where trials were run, the newest first."""
-        newest = {cell.place: 0 for cell in self.cells}
+        newest = {cell.environment: 0 for cell in self.cells}
         for cell in self.cells:
-            newest[cell.place] = max(newest[cell.place], cell.newest.id)
-        return sorted(newest, key=lambda place: -newest[place])
+            newest[cell.environment] = max(newest[cell.environment], cell.newest.id)
+        return sorted(newest, key=lambda environment: -newest[environment])
 
-    def count(self, evidence: str, place: Place) -> int:
-        """Number of cells of a place with some evidence."""
-        return sum(cell.evidence == evidence for cell in self.cells if cell.place == place)
+    def count(self, evidence: str, environment: Environment) -> int:
+        """Number of cells of a environment with some evidence."""
+        return sum(
+            cell.evidence == evidence for cell in self.cells if cell.environment == environment
+        )
 
     @property
-    def failed(self) -> list[Cell]:
+    def failed(self) -> list[MeasuredCell]:
         """Cells without an answer."""
         return [cell for cell in self.cells if cell.evidence == FAILED]
 
@@ -110,15 +112,15 @@ class Report:
     def pictures(self) -> list[Picture]:
         """All pictures that there is something to draw for."""
         groups = [
-            (f"{task}, {self.names[place]}", [c for c in self.cells if c.place == place
-                                              and c.task == task])
-            for place in self.places
-            for task in sorted({c.task for c in self.cells if c.place == place})
-        ]  # fmt: skip
+            (f"{task}, {self.names[environment]}", [c for c in cells if c.task == task])
+            for environment in self.environments
+            for cells in ([c for c in self.cells if c.environment == environment],)
+            for task in sorted({c.task for c in cells})
+        ]
         # The paper's systems first, as in the tables.
         groups.sort(key=lambda group: not any(cell.model in PAPER_MODELS for cell in group[1]))
         limits = [limits_picture(cells, where) for where, cells in groups]
-        plans = [one for one in self.planned if isinstance(one.plan, Plan)]
+        plans = [one for one in self.recommendations if isinstance(one.plan, Plan)]
         # The largest ones have most to decide.
         largest = sorted(
             plans, key=lambda p: (p.workload.config.hidden_size, p.workload.seq_len), reverse=True
@@ -126,9 +128,9 @@ class Report:
         found = [
             *[one for one in limits if one is not None][:_MOST_LIMITS],
             throughput_picture(self.cells, self.names),
-            footprint_picture(self.planned, self.names),
-            *(front_picture(one, self.names[one.place]) for one in largest),
-            *(timeline_picture(one, self.names[one.place]) for one in largest),
+            footprint_picture(self.recommendations, self.names),
+            *(front_picture(one, self.names[one.environment]) for one in largest),
+            *(timeline_picture(one, self.names[one.environment]) for one in largest),
             predictions_picture(self.predictions),
             training_picture(self.runs),
             *map(precision_recall_picture, self.runs),

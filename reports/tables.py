@@ -13,8 +13,8 @@ from bertbench.core.terminal import clean_text
 from bertbench.ledger.export import neutralised
 from bertbench.ledger.limit import AT_LEAST, BELOW, CERTIFIED
 from finetune.storage.json_files import json_text
-from reports.cells import Cell, model_order, setting_order
-from reports.places import Place, name_places
+from reports.environments import Environment, name_environments
+from reports.measured_cells import MeasuredCell, levers_order, model_order
 
 SYSTEM = ("System", "Seq Length")
 PUBLISHED = "published, Titan X 12 GB"
@@ -29,10 +29,10 @@ FORMATS = {".md": "Markdown", ".csv": "CSV", ".tex": "LaTeX", ".json": "JSON"}
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Limits measured at one place, beside the published ones.
+    """Limits measured at one environment, beside the published ones.
 
     Attributes:
-        title: task and place.
+        title: task and environment.
         frame: a row for each system and sequence length; text in all columns.
     """
 
@@ -53,7 +53,7 @@ def count_cells(count: int) -> str:
     return f"{count:,} cell" + "s" * (count != 1)
 
 
-def limit_text(cell: Cell) -> str:
+def limit_text(cell: MeasuredCell) -> str:
     """Write a limit with its evidence: `31*`, `31`, `31-39`, `>=31`, `<40`, `-`."""
     if cell.evidence == BELOW:
         return f"<{cell.oom.batch}" if cell.oom else "-"
@@ -66,26 +66,26 @@ def limit_text(cell: Cell) -> str:
     return f"{cell.max_batch}{'*' * (cell.evidence == CERTIFIED)}"
 
 
-def published_tables(cells: Sequence[Cell]) -> list[Table]:
-    """Make a table for every place and task, with a column for every lever setting.
+def published_tables(cells: Sequence[MeasuredCell]) -> list[Table]:
+    """Make a table for every environment and task, with a column for every lever setting.
 
     The paper's systems come first and have a column of published numbers beside ours. What was
     tried for a plan alone is left out.
     """
-    names = name_places(cell.place for cell in cells)
-    groups: dict[tuple[Place, str], list[Cell]] = {}
-    for cell in (cell for cell in cells if cell.of_limit):
-        groups.setdefault((cell.place, cell.task), []).append(cell)
+    names = name_environments(cell.environment for cell in cells)
+    groups: dict[tuple[Environment, str], list[MeasuredCell]] = {}
+    for cell in (cell for cell in cells if cell.is_of_search):
+        groups.setdefault((cell.environment, cell.task), []).append(cell)
     tables = [
-        _table(f"Max Batch Size, {task}, {names[place]}", some)
-        for (place, task), some in groups.items()
+        _table(f"Max Batch Size, {task}, {names[environment]}", some)
+        for (environment, task), some in groups.items()
     ]
     return sorted(tables, key=lambda table: PUBLISHED not in table.frame.columns)
 
 
-def _table(title: str, cells: Sequence[Cell]) -> Table:
-    settings = sorted({(setting_order(c.levers), c.setting) for c in cells})
-    limits = {(c.model, c.newest.seq_len, c.setting): limit_text(c) for c in cells}
+def _table(title: str, cells: Sequence[MeasuredCell]) -> Table:
+    settings = sorted({(levers_order(c.levers), c.levers_text) for c in cells})
+    limits = {(c.model, c.newest.seq_len, c.levers_text): limit_text(c) for c in cells}
     systems = sorted({(model_order(c.model), c.newest.seq_len, c.model) for c in cells})
     with_published = any(model in PAPER_MODELS for _, _, model in systems)
     records: list[dict[str, str]] = []
@@ -100,13 +100,13 @@ def _table(title: str, cells: Sequence[Cell]) -> Table:
     return Table(title, pd.DataFrame(records))
 
 
-def cells_frame(cells: Iterable[Cell]) -> pd.DataFrame:
+def cells_frame(cells: Iterable[MeasuredCell]) -> pd.DataFrame:
     """A row for every cell, with numbers as numbers and bytes as integers."""
     records = []
     for cell in cells:
         values = cell.to_json()
         versions = {f"{name}_version": text for name, text in values.pop("versions").items()}
-        values["levers"] = cell.setting
+        values["levers"] = cell.levers_text
         records.append({**values, **versions})
     frame = pd.DataFrame(records) if records else pd.DataFrame(columns=["model", "max_batch"])
     for name in frame.columns:
@@ -115,11 +115,11 @@ def cells_frame(cells: Iterable[Cell]) -> pd.DataFrame:
     return frame
 
 
-def write_tables(cells: Sequence[Cell], suffix: str) -> str:
+def write_tables(cells: Sequence[MeasuredCell], suffix: str) -> str:
     """Write all limits as text.
 
     Args:
-        cells: what `reports.cells.read_cells` returns.
+        cells: what `reports.measured_cells.collect_cells` returns.
         suffix: of the format, one of `FORMATS`.
     """
     if suffix == ".json":

@@ -11,9 +11,9 @@ from rich.table import Table as RichTable
 from bertbench.core.terminal import terminal
 from bertbench.core.units import format_bytes
 from bertbench.plan.planner import Plan
-from reports.cells import Cell
-from reports.planning import Planned
-from reports.predictions import describe_errors
+from reports.measured_cells import MeasuredCell
+from reports.peak_predictions import describe_errors
+from reports.recommendations import Recommendation
 from reports.report import Report
 from reports.runs import Run
 from reports.tables import NOTE, PUBLISHED, SYSTEM, Table, limit_text, system_name
@@ -38,8 +38,8 @@ def show_report(report: Report) -> None:
     for cell in report.failed[:_MOST_LINES]:
         trial = cell.newest.trial
         console.print(
-            f"failed: {system_name(cell.model)} {cell.newest.seq_len} {cell.setting}, {cell.task}, "
-            f"{report.names[cell.place]}, batch {trial.batch}: {trial.message}",
+            f"failed: {system_name(cell.model)} {cell.newest.seq_len} {cell.levers_text}, "
+            f"{cell.task}, {report.names[cell.environment]}, batch {trial.batch}: {trial.message}",
             soft_wrap=True,
         )
     _tell_of_more(console, len(report.failed) - _MOST_LINES, "failed cells")
@@ -88,10 +88,10 @@ def _show_bars(console: Console, report: Report) -> None:
     timed = [(cell, rate) for cell in report.cells if (rate := cell.examples_per_second)]
     newest = sorted(timed, key=lambda pair: -pair[0].newest.id)[:_MOST_LINES]
     shown_ids = {id(cell) for cell, _ in newest}
-    groups: dict[str, list[tuple[Cell, float]]] = {}
+    groups: dict[str, list[tuple[MeasuredCell, float]]] = {}
     for cell, rate in timed:
         if id(cell) in shown_ids:
-            where = f"{cell.task}, {report.names[cell.place]}"
+            where = f"{cell.task}, {report.names[cell.environment]}"
             groups.setdefault(where, []).append((cell, rate))
     for where, group in groups.items():
         _head(console, f"Speed at the largest batch, {where}")
@@ -99,7 +99,7 @@ def _show_bars(console: Console, report: Report) -> None:
     _tell_of_more(console, len(timed) - len(newest), "cells with a speed")
 
 
-def _bars(timed: Sequence[tuple[Cell, float]]) -> RichTable:
+def _bars(timed: Sequence[tuple[MeasuredCell, float]]) -> RichTable:
     shown = RichTable(box=None, pad_edge=False)
     for name in ("model", "seq", "levers", "batch", "examples/s", ""):
         left = name in ("model", "levers", "")
@@ -112,32 +112,33 @@ def _bars(timed: Sequence[tuple[Cell, float]]) -> RichTable:
     for cell, rate in timed:
         part = rate / most[cell.model, cell.newest.seq_len]
         shown.add_row(
-            system_name(cell.model), str(cell.newest.seq_len), cell.setting, limit_text(cell),
+            system_name(cell.model), str(cell.newest.seq_len), cell.levers_text, limit_text(cell),
             f"{rate:,.1f}", "█" * max(1, round(_BAR_COLUMNS * part)),
         )  # fmt: skip
     return shown
 
 
 def _show_plans(console: Console, report: Report) -> None:
-    groups: dict[str, list[Planned]] = {}
-    for one in report.planned:
-        groups.setdefault(f"{one.task}, {report.names[one.place]}", []).append(one)
+    groups: dict[str, list[Recommendation]] = {}
+    for one in report.recommendations:
+        groups.setdefault(f"{one.task}, {report.names[one.environment]}", []).append(one)
     for where, group in groups.items():
         _head(console, f"Plans for an effective batch of {report.target_batch:,}, {where}")
         console.print(_plans(group))
-    if report.unplanned:
+    if report.workloads_without_plan:
         console.print(
-            f"and {report.unplanned} more workloads with older trials: `bertbench plan` plans them",
+            f"and {report.workloads_without_plan} more workloads with older trials: "
+            "`bertbench plan` plans them",
             soft_wrap=True,
         )
 
 
-def _plans(planned: Sequence[Planned]) -> RichTable:
+def _plans(recommendations: Sequence[Recommendation]) -> RichTable:
     shown = RichTable(box=None, pad_edge=False)
     for name in ("model", "seq", "micro-batch", "steps", "checkpointing", "peak", "time/batch"):
         left = name in ("model", "checkpointing")
         shown.add_column(name, justify="left" if left else "right", no_wrap=name != "checkpointing")
-    for one in planned:
+    for one in recommendations:
         first = system_name(one.workload.model), str(one.workload.seq_len)
         if isinstance(one.plan, Plan):
             chosen = one.plan.chosen

@@ -191,7 +191,7 @@ def _write(report: Report, out: Path, suffix: str) -> None:
 
 
 def _compare(before: Path, after: Path, json_file: Path | None) -> None:
-    from reports.comparing import compare_cells, read_either, show_comparison
+    from reports.comparison import compare_cells, read_either, show_comparison
 
     comparison = compare_cells(read_either(before), read_either(after))
     if json_file is not None:

@@ -10,10 +10,10 @@ from matplotlib.ticker import FuncFormatter
 from bertbench.core.units import MIB_BYTES
 from bertbench.memory.fit import has_trace
 from bertbench.plan.planner import Plan, PlanEntry, describe_setting
+from reports.environments import Environment
 from reports.pictures.figures import INK, Picture, add_legend, look_of, panels
 from reports.pictures.timeline import step_timeline
-from reports.places import Place
-from reports.planning import Planned
+from reports.recommendations import Recommendation
 from reports.tables import system_name
 
 _PARTS = (
@@ -23,12 +23,14 @@ _PARTS = (
 """Those that may be large; all else is drawn as one."""
 
 
-def footprint_picture(planned: Sequence[Planned], names: Mapping[Place, str]) -> Picture | None:
+def footprint_picture(
+    recommendations: Sequence[Recommendation], names: Mapping[Environment, str]
+) -> Picture | None:
     """What the chosen plans hold at their peak, part by part, beside what was measured."""
-    chosen = [(one, one.plan) for one in planned if isinstance(one.plan, Plan)]
+    chosen = [(one, one.plan) for one in recommendations if isinstance(one.plan, Plan)]
     if not chosen:
         return None
-    where = [f"{one.task}, {names[one.place]}" for one, _ in chosen]
+    where = [f"{one.task}, {names[one.environment]}" for one, _ in chosen]
     same = len(set(where)) == 1
     labels = [_plan_name(one, plan) for one, plan in chosen]
     if not same:  # told where it changes
@@ -64,7 +66,7 @@ def footprint_picture(planned: Sequence[Planned], names: Mapping[Place, str]) ->
                 edgecolor=INK, linewidth=1.0, label="measured",
             )  # fmt: skip
         for y, (one, _) in enumerate(chosen):
-            budget = one.place.budget_bytes / MIB_BYTES
+            budget = one.environment.budget_bytes / MIB_BYTES
             axis.plot([budget, budget], [y - 0.38, y + 0.38], color=look_of(5).color, linewidth=1.6)
         axis.plot([], [], color=look_of(5).color, linewidth=1.6, label="budget")
         axis.set_yticks(range(len(chosen)), labels, fontsize=9 if same else 8)
@@ -93,10 +95,9 @@ def _large_parts(plan: Plan) -> dict[str, int]:
     return {**large, _OTHER: sum(parts.values()) - sum(large.values())}
 
 
-def _plan_name(planned: Planned, plan: Plan) -> str:
-    return (
-        f"{system_name(planned.workload.model)} {planned.workload.seq_len}\n{_setting(plan.chosen)}"
-    )
+def _plan_name(recommendation: Recommendation, plan: Plan) -> str:
+    workload = recommendation.workload
+    return f"{system_name(workload.model)} {workload.seq_len}\n{_setting(plan.chosen)}"
 
 
 def _setting(entry: PlanEntry) -> str:
@@ -108,9 +109,9 @@ _CHARACTER = 0.012
 """Width of a letter of a label, as a part of the budget."""
 
 
-def front_picture(planned: Planned, where: str) -> Picture | None:
+def front_picture(recommendation: Recommendation, where: str) -> Picture | None:
     """Seconds against bytes: the chosen plan, what needs less, and what does not fit."""
-    plan = planned.plan
+    plan = recommendation.plan
     if not isinstance(plan, Plan):
         return None
 
@@ -160,31 +161,31 @@ def front_picture(planned: Planned, where: str) -> Picture | None:
         figure.legend(loc="outside lower center", ncols=3)
         return figure
 
-    seq_len = planned.workload.seq_len
+    model, seq_len = recommendation.workload.model, recommendation.workload.seq_len
     return Picture(
-        f"front-{planned.workload.model}-{seq_len}",
-        f"Time against memory: {system_name(planned.workload.model)}, sequence length {seq_len}, "
+        f"front-{model}-{seq_len}",
+        f"Time against memory: {system_name(model)}, sequence length {seq_len}, "
         f"effective batch {plan.target_batch}",
-        f"{planned.task}, {where}. Each setting is the fastest of those that need as little; all "
-        "are predicted.",
+        f"{recommendation.task}, {where}. Each setting is the fastest of those that need as "
+        "little; all are predicted.",
         draw,
         wide=False,
     )
 
 
-def timeline_picture(planned: Planned, where: str) -> Picture | None:
+def timeline_picture(recommendation: Recommendation, where: str) -> Picture | None:
     """Bytes in use in the course of one step, by phase.
 
     Returns:
         None where a step's requests are not known.
     """
-    plan = planned.plan
+    plan = recommendation.plan
     if not isinstance(plan, Plan):
         return None
-    levers, kind = plan.chosen.levers, planned.place.kind
-    if not has_trace(planned.workload, levers, kind):
+    levers, kind = plan.chosen.levers, recommendation.environment.kind
+    if not has_trace(recommendation.workload, levers, kind):
         return None
-    timeline = step_timeline(planned.workload, levers, plan.chosen.micro_batch)
+    timeline = step_timeline(recommendation.workload, levers, plan.chosen.micro_batch)
     if timeline is None:
         return None
 
@@ -230,9 +231,9 @@ def timeline_picture(planned: Planned, where: str) -> Picture | None:
         else ""
     )
     return Picture(
-        f"timeline-{planned.workload.model}-{planned.workload.seq_len}",
-        f"Memory over one step: {_plan_name(planned, plan).replace(chr(10), ', ')}",
-        f"{planned.task}, {where}. Replayed from what recorded steps{recorded} ask of the "
+        f"timeline-{recommendation.workload.model}-{recommendation.workload.seq_len}",
+        f"Memory over one step: {_plan_name(recommendation, plan).replace(chr(10), ', ')}",
+        f"{recommendation.task}, {where}. Replayed from what recorded steps{recorded} ask of the "
         f"allocator.{more}",
         draw,
         wide=False,

@@ -164,9 +164,9 @@ def _written(
         ),
     )
     changes = np.zeros((2, len(written.events)), np.int64)
-    for place, event in enumerate(written.events):
+    for number, event in enumerate(written.events):
         its_bytes, of_examples = written.sizes[max(event, ~event)]
-        changes[int(of_examples), place] = chunk_bytes(its_bytes) * (1 if event >= 0 else -1)
+        changes[int(of_examples), number] = chunk_bytes(its_bytes) * (1 if event >= 0 else -1)
     gradients, activations = changes.cumsum(axis=1)
     ends = [section.event for section in written.sections[1:]] + [len(written.events)]
     runs: _Runs = {}

@@ -20,8 +20,8 @@ from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 from helpers.ledger_rows import CPU, failed, fits, oom, rows_of
-from reports.cells import read_cells
-from reports.comparing import compare_cells, read_either
+from reports.comparison import compare_cells, read_either
+from reports.measured_cells import collect_cells
 
 
 def report(*arguments: str | Path) -> str:
@@ -156,23 +156,23 @@ def test_comparing(ledger: Path, tmp_path: Path) -> None:
 def test_comparing_prefers_the_same_budget() -> None:
     before = [*rows_of(fits(3), oom(4), mib=100), *rows_of(fits(6), oom(7), mib=200, first=9)]
     after = [*rows_of(fits(9), oom(10), mib=300, first=9), *rows_of(fits(5), oom(6), mib=100)]
-    found = compare_cells(read_cells(before), read_cells(after))
+    found = compare_cells(collect_cells(before), collect_cells(after))
     assert [(p.before.max_batch, p.after.max_batch) for p in found.pairs] == [(3, 5)]
     # The newest ones where there is no budget in common.
-    found = compare_cells(read_cells(before), read_cells(after[:2]))
+    found = compare_cells(collect_cells(before), collect_cells(after[:2]))
     assert [(p.before.max_batch, p.after.max_batch) for p in found.pairs] == [(6, 9)]
     assert (found.only_before, found.only_after) == (1, 0)
     # Every cell is in one pair, or counted.
     before += rows_of(fits(7), oom(8), mib=200, device=dataclasses.replace(CPU, name="B"), first=20)
     after += rows_of(fits(8), oom(9), mib=200, first=20)
-    found = compare_cells(read_cells(before), read_cells(after))
+    found = compare_cells(collect_cells(before), collect_cells(after))
     assert [(p.before.max_batch, p.after.max_batch) for p in found.pairs] == [(3, 5), (6, 8)]
     assert (found.only_before, found.only_after) == (1, 1)
     # What was not the limit of one is not divided by the other's.
-    found = compare_cells(read_cells(rows_of(fits(1))), read_cells(rows_of(fits(9), oom(10))))
+    found = compare_cells(collect_cells(rows_of(fits(1))), collect_cells(rows_of(fits(9), oom(10))))
     assert found.pairs[0].limit_ratio is None
     # Where nothing fits there is no ratio.
-    found = compare_cells(read_cells(rows_of(oom(1))), read_cells(rows_of(fits(2), oom(3))))
+    found = compare_cells(collect_cells(rows_of(oom(1))), collect_cells(rows_of(fits(2), oom(3))))
     assert found.pairs[0].limit_ratio is None
     assert found.spreads["max_batch"] is None
 
@@ -184,7 +184,7 @@ def test_other_names_of_the_same_are_compared() -> None:
         row, model="bert-base-uncased", levers=older,
         question=(*row.question[:3], json.dumps(older)),
     )  # fmt: skip
-    assert len(compare_cells(read_cells([row]), read_cells([other])).pairs) == 1
+    assert len(compare_cells(collect_cells([row]), collect_cells([other])).pairs) == 1
 
 
 def test_shapes_of_one_name_are_not_compared() -> None:
@@ -192,7 +192,7 @@ def test_shapes_of_one_name_are_not_compared() -> None:
     shape = dataclasses.replace(published_workload("bert-mini", 384).config, num_attention_heads=1)
     key = dataclasses.replace(published_workload("bert-mini", 384), config=shape).key()
     other = dataclasses.replace(row, question=(*row.question[:2], key, row.question[3]))
-    found = compare_cells(read_cells([row]), read_cells([other]))
+    found = compare_cells(collect_cells([row]), collect_cells([other]))
     assert (len(found.pairs), found.only_before, found.only_after) == (0, 1, 1)
 
 

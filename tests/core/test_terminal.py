@@ -25,7 +25,7 @@ from bertbench.ledger.records import LedgerRow
 from helpers.ledger_rows import fits, oom, rows_of
 from helpers.paths import REPOSITORY
 from helpers.run_folders import squad_run
-from reports.cells import read_cells
+from reports.measured_cells import collect_cells
 from reports.page import build_page
 from reports.report import Report
 from reports.runs import read_run
@@ -127,14 +127,14 @@ def test_a_report_of_evil_names(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_settings_of_another_version_are_named_in_tables() -> None:
     (row,) = rows_of(fits(3))
-    cells = read_cells([dataclasses.replace(row, levers={"checkpointing": f"\ud800{EVIL}"})])
+    cells = collect_cells([dataclasses.replace(row, levers={"checkpointing": f"\ud800{EVIL}"})])
     markdown = write_tables(cells, ".md")
     assert "\\\\ud800" in markdown
     assert not commands_in(markdown)
 
 
 def test_tables_of_evil_names() -> None:
-    cells = read_cells(evil_rows())
+    cells = collect_cells(evil_rows())
     markdown = write_tables(cells, ".md")
     assert "\\|\\<script>alert" in markdown
     assert not commands_in(markdown)

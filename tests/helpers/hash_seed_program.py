@@ -27,8 +27,8 @@ from finetune.tasks.squad_examples import read_squad
 from finetune.tasks.table_files import TableTask, read_table_task
 from finetune.text.tokenization import load_tokenizer
 from helpers.ledger_rows import fits, oom, rows_of
-from reports.cells import read_cells
-from reports.comparing import compare_cells
+from reports.comparison import compare_cells
+from reports.measured_cells import collect_cells
 from reports.tables import write_tables
 
 
@@ -70,9 +70,11 @@ def reports() -> object:
         question = (*row.question[:2], row.question[2], json.dumps(levers))
         rows.append(dataclasses.replace(row, id=number + 1, levers=levers, question=question))
     rows += rows_of(fits(9), oom(10), first=20)
-    cells = read_cells(rows)
+    cells = collect_cells(rows)
     pairs = compare_cells(cells, cells).pairs
-    return write_tables(cells, ".md"), [(pair.before.setting, pair.after.setting) for pair in pairs]
+    return write_tables(cells, ".md"), [
+        (pair.before.levers_text, pair.after.levers_text) for pair in pairs
+    ]
 
 
 def sizes() -> object:

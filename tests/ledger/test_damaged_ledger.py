@@ -42,8 +42,8 @@ from bertbench.memory.allocator.bfc import Recording
 from bertbench.plan.calibration import Experience, experience_of
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
-from reports.cells import read_cells
-from reports.comparing import read_either
+from reports.comparison import read_either
+from reports.measured_cells import collect_cells
 
 WORKLOAD = published_workload("bert-tiny", 64)
 GOOD = (Trial(4, "fits", 5 * MIB_BYTES, 0.25, 3.5, "", True), Trial(5, "oom", fresh=True))
@@ -208,7 +208,7 @@ def test_a_kill_by_the_kernel_that_was_recorded_as_a_limit_is_read_as_failed(
         assert row.trial == GOOD[0]
         rows = read_rows(ledger)
     assert [row.trial.outcome for row in rows] == ["fits", "failed"]
-    (cell,) = read_cells(rows)
+    (cell,) = collect_cells(rows)
     assert (cell.max_batch, cell.evidence) == (4, "at least")
     (listed,) = json.loads(invoke(ledger_command, "list", "--ledger", path, "--json", "-").stdout)[
         "cells"
@@ -381,7 +381,7 @@ def test_any_damaged_file_is_read_or_refused_in_one_line(tmp_path: Path) -> None
         path.write_bytes(data)
         try:
             with read_ledger(path) as ledger:
-                cells = read_cells(read_rows(ledger))
+                cells = collect_cells(read_rows(ledger))
                 read_device_rows(ledger, budget().device, versions_key(), WORKLOAD, 10)
                 known = find(ledger, *question)
                 find_allocations(ledger, *question)

@@ -34,7 +34,7 @@ from bertbench.plan.calibration import learn
 from bertbench.probe.search import find_max_batch
 from bertbench.trials.trial import Trial
 from helpers.ledger_rows import failed, fits, oom, rows_of
-from reports.cells import read_cells
+from reports.measured_cells import collect_cells
 
 HOLE = [fits(4), oom(5), fits(7), oom(8)]
 
@@ -84,8 +84,8 @@ def test_four_trials_are_one_limit_for_everybody(tmp_path: Path) -> None:
     assert probed.certificate.fits is not None
     assert (probed.certificate.fits.batch, probed.certificate.oom.batch) == (4, 5)
 
-    (cell,) = read_cells(rows)
-    assert (cell.max_batch, cell.evidence, cell.limit) == (4, "certified", 4)
+    (cell,) = collect_cells(rows)
+    assert (cell.max_batch, cell.evidence, cell.bounded_max_batch) == (4, "certified", 4)
     assert cell.to_json()["fits_again"] == [7]
 
     arguments = ["list", "--ledger", str(path)]
@@ -167,7 +167,7 @@ def test_a_trial_that_agrees_never_loosens(trials: list[Trial], fitting: int, ba
 def test_the_search_and_the_report_read_alike(trials: list[Trial]) -> None:
     limit = find_limit(trials)
     if trials:
-        (cell,) = read_cells(rows_of(*trials))
+        (cell,) = collect_cells(rows_of(*trials))
         assert (cell.max_batch, cell.evidence) == (limit.max_batch, limit.evidence)
     if limit.evidence == CERTIFIED:
 

@@ -163,7 +163,7 @@ def test_many_trials_make_a_page_that_can_be_opened() -> None:
     assert len(page.encode()) < 3_000_000
     assert "10,000 trials of 2,000 cells" in page
     assert "The newest 1200 of 10000" in page
-    assert "and 42 more places" in page
+    assert "and 42 more environments" in page
     tables = read(page).tables
     assert (len(tables["trial-table"]), len(tables["cell-table"])) == (1201, 801)
 

@@ -20,14 +20,14 @@ from bertbench.memory.traces.trace import read_trace
 from bertbench.plan.planner import Plan
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from helpers.ledger_rows import fits, oom, rows_of
-from reports.cells import read_cells
+from reports.environments import name_environments
+from reports.measured_cells import collect_cells
+from reports.peak_predictions import PeakPrediction, describe_errors, predict_peaks
 from reports.pictures.figures import INK, Picture, styled
 from reports.pictures.plan_plots import footprint_picture, front_picture, timeline_picture
-from reports.pictures.plots import limits_picture, predictions_picture, throughput_picture
 from reports.pictures.timeline import BACKWARD, BOTH_PASSES, FORWARD, UPDATE, step_timeline
-from reports.places import name_places
-from reports.planning import plan_places
-from reports.predictions import Prediction, describe_errors, predict_trials
+from reports.pictures.trial_plots import limits_picture, predictions_picture, throughput_picture
+from reports.recommendations import recommend_plans
 from reports.report import Report
 
 ROWS = [
@@ -54,7 +54,7 @@ def lines(axis: Any) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_limits_are_drawn_beside_the_published_ones() -> None:
-    cells = read_cells(ROWS)
+    cells = collect_cells(ROWS)
     picture = limits_picture(cells, "squad, here")
     assert picture is not None
     assert picture.title.endswith(": squad, here")
@@ -79,7 +79,7 @@ def test_limits_are_drawn_beside_the_published_ones() -> None:
     assert lines(large)["none"] == [(384, 0.5)]
     assert large.yaxis.get_major_formatter()(0.5) == "0"
     assert limits_picture([], "nowhere") is None
-    above = limits_picture(read_cells(rows_of(fits(3), oom(4))), "here")
+    above = limits_picture(collect_cells(rows_of(fits(3), oom(4))), "here")
     assert above is not None
     assert "0 is drawn" not in above.caption
 
@@ -92,7 +92,7 @@ def test_few_small_limits_of_long_settings_can_be_read() -> None:
         for steps in (1, 2)
         for row in rows_of(fits(3), oom(5), policy=policy, steps=steps, optimizer="adafactor")
     ]
-    figure = drawn(limits_picture(read_cells(rows), "here"))
+    figure = drawn(limits_picture(collect_cells(rows), "here"))
     figure.draw_without_rendering()
     (legend,) = figure.legends
     box = legend.get_window_extent()
@@ -108,7 +108,7 @@ def test_few_small_limits_of_long_settings_can_be_read() -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 9, 77, 480, 9_000, 65_000])
 def test_limits_have_ticks(limit: int) -> None:
-    figure = drawn(limits_picture(read_cells(rows_of(fits(limit), model="bert-tiny")), "here"))
+    figure = drawn(limits_picture(collect_cells(rows_of(fits(limit), model="bert-tiny")), "here"))
     (axis,) = figure.axes
     low, high = axis.get_ylim()
     ticks = [tick for tick in axis.get_yticks() if low <= tick <= high]
@@ -117,7 +117,7 @@ def test_limits_have_ticks(limit: int) -> None:
 
 
 def test_what_was_tried_for_a_plan_is_not_drawn_as_a_limit() -> None:
-    cells = read_cells([*ROWS, *rows_of(fits(8), steps=4, mib=11430)])
+    cells = collect_cells([*ROWS, *rows_of(fits(8), steps=4, mib=11430)])
     base, _ = drawn(limits_picture(cells, "squad, here")).axes
     assert "none" in lines(base)
     assert "none, 4 micro-batches" not in lines(base)
@@ -136,7 +136,7 @@ def test_what_was_tried_for_a_plan_is_not_drawn_as_a_limit() -> None:
 )
 def test_labels_of_settings_do_not_lie_on_each_other(model: str, seq_len: int, mib: int) -> None:
     rows = rows_of(fits(1), model=model, seq_len=seq_len, mib=mib)
-    (planned,) = plan_places(read_cells(rows), 32)
+    (planned,) = recommend_plans(collect_cells(rows), 32)
     figure = drawn(front_picture(planned, "here"))
     figure.draw_without_rendering()
     (axis,) = figure.axes
@@ -150,24 +150,24 @@ def test_labels_of_settings_do_not_lie_on_each_other(model: str, seq_len: int, m
 
 
 def test_speed_is_drawn_up_to_the_wall() -> None:
-    cells = read_cells(rows_of(fits(8, seconds=1.0), fits(16, seconds=1.6), oom(21)))
-    (axis,) = drawn(throughput_picture(cells, name_places(c.place for c in cells))).axes
+    cells = collect_cells(rows_of(fits(8, seconds=1.0), fits(16, seconds=1.6), oom(21)))
+    (axis,) = drawn(throughput_picture(cells, name_environments(c.environment for c in cells))).axes
     curve, wall = axis.get_lines()
     assert list(zip(*curve.get_data(), strict=True)) == [(8, 8.0), (16, 10.0)]
     assert set(wall.get_xdata()) == {21}
     assert axis.texts[0].get_text() == "21 runs\nout of memory"
-    assert throughput_picture(read_cells(ROWS), {}) is None
+    assert throughput_picture(collect_cells(ROWS), {}) is None
     # Two points beside a curve are left out, and that is said.
     curve = rows_of(*(fits(n) for n in range(1, 7)))
-    cells = read_cells([*curve, *rows_of(fits(8), fits(16), seq_len=64)])
-    picture = throughput_picture(cells, name_places(c.place for c in cells))
+    cells = collect_cells([*curve, *rows_of(fits(8), fits(16), seq_len=64)])
+    picture = throughput_picture(cells, name_environments(c.environment for c in cells))
     assert picture is not None
     assert picture.caption.endswith("Of 2 cells, those with the most batches.")
     assert [axis.get_title(loc="left") for axis in drawn(picture).axes] == ["BERT-Base, 384, none"]
     # Two places are told apart.
     rows = [row for mib in (100, 200) for row in rows_of(fits(8), fits(16), mib=mib)]
-    cells = read_cells(rows)
-    figure = drawn(throughput_picture(cells, name_places(c.place for c in cells)))
+    cells = collect_cells(rows)
+    figure = drawn(throughput_picture(cells, name_environments(c.environment for c in cells)))
     assert [axis.get_title(loc="left").splitlines()[1] for axis in figure.axes] == [
         "squad, 100 MiB on Some & CPU (2 cores)",
         "squad, 200 MiB on Some & CPU (2 cores)",
@@ -176,7 +176,7 @@ def test_speed_is_drawn_up_to_the_wall() -> None:
 
 def test_plans_are_drawn_with_their_footprints() -> None:
     rows = rows_of(fits(3), oom(4), model="bert-mini", seq_len=128, mib=400)
-    (planned,) = plan_places(read_cells(rows), 32)
+    (planned,) = recommend_plans(collect_cells(rows), 32)
     assert isinstance(planned.plan, Plan)
     assert planned.trial is None
     chosen = planned.plan.chosen
@@ -184,13 +184,13 @@ def test_plans_are_drawn_with_their_footprints() -> None:
         fits(chosen.micro_batch, 333), model="bert-mini", seq_len=128, mib=400, first=3,
         policy=str(chosen.levers.checkpointing), steps=chosen.levers.accumulation_steps,
     )  # fmt: skip
-    (planned,) = plan_places(read_cells([*rows, *tried]), 32)
+    (planned,) = recommend_plans(collect_cells([*rows, *tried]), 32)
     assert planned.trial is not None
     plan_command, run_command = planned.commands
     assert "--model bert-mini --seq-len 128" in plan_command
     assert "--device cpu --memory 400MiB" in plan_command
     assert "--plan plan.json" in run_command
-    (axis,) = drawn(footprint_picture([planned], {planned.place: "here"})).axes
+    (axis,) = drawn(footprint_picture([planned], {planned.environment: "here"})).axes
     widths = [bar.get_width() for bar in axis.patches]
     assert sum(widths[:-1]) == pytest.approx(chosen.footprint.peak_bytes / MIB_BYTES)
     assert widths[-1] == 333  # measured
@@ -217,7 +217,7 @@ def test_plans_are_drawn_with_their_footprints() -> None:
 def test_a_tpu_is_asked_for_by_its_own_flags() -> None:
     tpu = Device("tpu", 0, "TPU v2", None, 1 << 40, 1 << 40, tpu=TpuSettings("t"))
     rows = rows_of(fits(8), oom(9), mib=7618, device=tpu)
-    (planned,) = plan_places(read_cells(rows), 32)
+    (planned,) = recommend_plans(collect_cells(rows), 32)
     plan, run = planned.commands
     assert "--gpu tpu-v2-8" in plan
     assert "--use_tpu --tpu_name" in run
@@ -227,10 +227,10 @@ def test_a_tpu_is_asked_for_by_its_own_flags() -> None:
 
 
 def test_what_does_not_fit_is_said() -> None:
-    (planned,) = plan_places(read_cells(rows_of(oom(1), model="bert-large", mib=300)), 32)
+    (planned,) = recommend_plans(collect_cells(rows_of(oom(1), model="bert-large", mib=300)), 32)
     assert not isinstance(planned.plan, Plan)
     assert "does not fit" in str(planned.plan)
-    assert footprint_picture([planned], {planned.place: "here"}) is None
+    assert footprint_picture([planned], {planned.environment: "here"}) is None
     assert planned.commands == ()
     assert front_picture(planned, "here") is None
     assert timeline_picture(planned, "here") is None
@@ -286,12 +286,16 @@ def test_predictions_are_of_fresh_trials() -> None:
                  model="bert-mini", seq_len=128),
         *rows_of(fits(8, peak // MIB_BYTES), model="bert-mini", seq_len=128, precision="bf16"),
     ]  # fmt: skip
-    found = sorted(predict_trials(read_cells(rows)), key=lambda p: p.traced)
+    found = sorted(predict_peaks(collect_cells(rows)), key=lambda p: p.traced)
     assert [(p.traced, p.measured_bytes) for p in found] == [
         (False, peak // MIB_BYTES * MIB_BYTES), (True, peak // MIB_BYTES * MIB_BYTES),
     ]  # fmt: skip
     assert abs(found[1].error) < 0.03
-    one = [Prediction(100, 106, True), Prediction(100, 99, True), Prediction(100, 102, True)]
+    one = [
+        PeakPrediction(100, 106, True),
+        PeakPrediction(100, 99, True),
+        PeakPrediction(100, 102, True),
+    ]
     assert describe_errors(one) == (
         "3 peaks predicted with a median error of 2.00 %, from -1.00 % to +6.00 %."
     )
@@ -305,7 +309,7 @@ def test_predictions_are_of_fresh_trials() -> None:
 
 
 def test_pictures_are_files_and_parts_of_a_page() -> None:
-    cells = read_cells(ROWS)
+    cells = collect_cells(ROWS)
     picture = limits_picture(cells, "squad, here")
     assert picture is not None
     assert picture.png()[:4] == b"\x89PNG"
@@ -335,11 +339,11 @@ def test_a_report_has_all_pictures(tmp_path: Path) -> None:
         ": squad, 11.2 GiB on Some & CPU (2 cores)"
     )
     json.dumps([cell.to_json() for cell in report.cells])
-    assert all(p.place.budget_bytes <= 12 * GIB_BYTES for p in report.planned)
+    assert all(p.environment.budget_bytes <= 12 * GIB_BYTES for p in report.recommendations)
 
 
 def test_panels_are_below_each_other_on_a_narrow_screen() -> None:
-    picture = limits_picture(read_cells(ROWS), "here")
+    picture = limits_picture(collect_cells(ROWS), "here")
     assert picture is not None
     assert picture.draw_narrow is not None
     with styled():
@@ -348,7 +352,7 @@ def test_panels_are_below_each_other_on_a_narrow_screen() -> None:
     assert len(narrow.axes) == len(drawn(picture).axes) == 2
     inline = picture.inline_svg(picture.draw_narrow)
     assert f'id="{picture.name}-narrow-' in inline
-    alone = limits_picture(read_cells(ROWS[:2]), "here")
+    alone = limits_picture(collect_cells(ROWS[:2]), "here")
     assert alone is not None
     assert alone.draw_narrow is None
 

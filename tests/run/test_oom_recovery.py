@@ -40,7 +40,7 @@ from finetune.model_files.model_folder import ModelFiles
 from finetune.spec.checkpointing import Checkpointing
 from finetune.train.training import read_log
 from helpers.paths import HELPERS, REPOSITORY, TESTS
-from reports.cells import read_cells
+from reports.measured_cells import collect_cells
 
 WORKLOAD = published_workload("bert-mini", 128)
 DEVICE = resolve_device("cpu")
@@ -156,7 +156,7 @@ def test_a_run_is_no_evidence_for_a_limit(tmp_path: Path) -> None:
     with open_ledger() as ledger:
         assert find(ledger, BUDGET, versions_key(), WORKLOAD, Levers()) == []
         rows = read_rows(ledger)
-    assert read_cells(rows) == []
+    assert collect_cells(rows) == []
     trials = [row.trial for row in rows]
     assert [(trial.batch, trial.outcome, trial.of_run) for trial in trials] == [
         (16, "oom", True), (17, "oom", True),

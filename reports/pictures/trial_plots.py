@@ -14,26 +14,26 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from bertbench.core.published import PUBLISHED_MAX_BATCH
 from bertbench.core.units import MIB_BYTES
 from bertbench.ledger.limit import AT_LEAST, CERTIFIED
-from reports.cells import Cell, model_order, setting_order
+from reports.environments import Environment
+from reports.measured_cells import MeasuredCell, levers_order, model_order
+from reports.peak_predictions import PeakPrediction
 from reports.pictures.figures import INK, Look, Picture, add_legend, look_of, panels
-from reports.places import Place
-from reports.predictions import Prediction
 from reports.tables import system_name
 
 _MOST_PANELS = 6
 _MOST_SETTINGS = 8
 
 
-def limits_picture(cells: Sequence[Cell], where: str) -> Picture | None:
+def limits_picture(cells: Sequence[MeasuredCell], where: str) -> Picture | None:
     """Largest micro-batch against sequence length, a panel for each model.
 
     Args:
-        cells: of one place and one task.
+        cells: of one environment and one task.
         where: names the two.
     """
-    known = [cell for cell in cells if cell.max_batch is not None and cell.of_limit]
+    known = [cell for cell in cells if cell.max_batch is not None and cell.is_of_search]
     models = sorted({cell.model for cell in known}, key=model_order)[-_MOST_PANELS:]
-    settings = sorted({(setting_order(c.levers), c.setting) for c in known})
+    settings = sorted({(levers_order(c.levers), c.levers_text) for c in known})
     looks = {name: look_of(number) for number, (_, name) in enumerate(settings[:_MOST_SETTINGS])}
     if not models:
         return None
@@ -60,11 +60,13 @@ def limits_picture(cells: Sequence[Cell], where: str) -> Picture | None:
     )
 
 
-def _limits_panel(axis: Axes, model: str, cells: Sequence[Cell], looks: dict[str, Look]) -> None:
+def _limits_panel(
+    axis: Axes, model: str, cells: Sequence[MeasuredCell], looks: dict[str, Look]
+) -> None:
     lengths = sorted({cell.newest.seq_len for cell in cells})
     drawn: list[float] = []
     for setting, look in looks.items():
-        points = [(c.newest.seq_len, c) for c in cells if c.setting == setting]
+        points = [(c.newest.seq_len, c) for c in cells if c.levers_text == setting]
         points.sort(key=lambda point: point[0])
         if not points:
             continue
@@ -127,7 +129,9 @@ def _log_mib(axis: Axis, low: float, high: float) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def throughput_picture(cells: Sequence[Cell], names: Mapping[Place, str]) -> Picture | None:
+def throughput_picture(
+    cells: Sequence[MeasuredCell], names: Mapping[Environment, str]
+) -> Picture | None:
     """Examples a second against micro-batch, with the batch that runs out of memory."""
     timed = [cell for cell in cells if len(cell.rates) >= 2]
     if not timed:
@@ -135,8 +139,8 @@ def throughput_picture(cells: Sequence[Cell], names: Mapping[Place, str]) -> Pic
     chosen = sorted(timed, key=lambda cell: (-len(cell.rates), -cell.newest.id))[:_MOST_PANELS]
     # Two points say little beside a curve of many.
     chosen = [cell for cell in chosen if 2 * len(cell.rates) >= len(chosen[0].rates)]
-    chosen.sort(key=lambda c: (model_order(c.model), c.newest.seq_len, c.setting))
-    where = [f"{cell.task}, {names[cell.place]}" for cell in chosen]
+    chosen.sort(key=lambda c: (model_order(c.model), c.newest.seq_len, c.levers_text))
+    where = [f"{cell.task}, {names[cell.environment]}" for cell in chosen]
     same = len(set(where)) == 1
     caption = (
         "Each point is a trial that fits; the dashed line is the smallest batch that does not."
@@ -146,7 +150,7 @@ def throughput_picture(cells: Sequence[Cell], names: Mapping[Place, str]) -> Pic
 
     def draw(columns: int = 2) -> Figure:
         figure, axes = panels(len(chosen), columns)
-        for axis, cell, its_place in zip(axes, chosen, where, strict=True):
+        for axis, cell, its_environment in zip(axes, chosen, where, strict=True):
             points = sorted(cell.rates.items())
             look = look_of(0)
             axis.plot(*zip(*points, strict=True), color=look.color, marker=look.marker)
@@ -159,9 +163,9 @@ def throughput_picture(cells: Sequence[Cell], names: Mapping[Place, str]) -> Pic
                     xytext=(-4, 0), ha="right", va="bottom", fontsize=8,
                 )  # fmt: skip
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            title = f"{system_name(cell.model)}, {cell.newest.seq_len}, {cell.setting}"
+            title = f"{system_name(cell.model)}, {cell.newest.seq_len}, {cell.levers_text}"
             axis.set(
-                title=title if same else f"{title}\n{its_place}",
+                title=title if same else f"{title}\n{its_environment}",
                 xlabel="micro-batch (examples)", ylabel="examples a second",
             )  # fmt: skip
         return figure
@@ -176,14 +180,14 @@ def throughput_picture(cells: Sequence[Cell], names: Mapping[Place, str]) -> Pic
     )
 
 
-def predictions_picture(predictions: Sequence[Prediction]) -> Picture | None:
+def predictions_picture(predictions: Sequence[PeakPrediction]) -> Picture | None:
     """Predicted against measured peaks, with a band of 5 %."""
     if not predictions:
         return None
 
     def draw(columns: int = 2) -> Figure:
         figure, (left, right) = panels(2, columns)
-        kinds: tuple[tuple[str, Callable[[Prediction], bool], int], ...] = (
+        kinds: tuple[tuple[str, Callable[[PeakPrediction], bool], int], ...] = (
             ("replayed", lambda p: p.traced, 0),
             ("by formula", lambda p: not p.traced, 1),
         )

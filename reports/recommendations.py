@@ -15,8 +15,8 @@ from bertbench.plan.planner import Plan, make_plan
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.config import PRESETS
-from reports.cells import Cell, model_order
-from reports.places import Place
+from reports.environments import Environment
+from reports.measured_cells import MeasuredCell, model_order
 
 _MOST_ROWS = 400
 """The newest trials that a plan learns from: of its workload, and of others."""
@@ -27,20 +27,20 @@ _TPU = "tpu-v2-8"
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
+class Recommendation:
     """What is recommended for one workload.
 
     Attributes:
         workload: what is trained, with the model's name for people.
         task: the head for people.
-        place: where.
+        environment: where.
         plan: how, or why not.
         trial: of the chosen setting in a fresh process, if the ledger has one.
     """
 
     workload: Workload
     task: str
-    place: Place
+    environment: Environment
     plan: Plan | InputError
     trial: Trial | None
 
@@ -52,10 +52,10 @@ class Planned:
         """
         if isinstance(self.plan, InputError) or self.workload.model not in PRESETS:
             return ()
-        workload, place = self.workload, self.place
-        where = f"--device {place.kind} --memory {place.budget_bytes // MIB_BYTES}MiB"
+        workload, environment = self.workload, self.environment
+        where = f"--device {environment.kind} --memory {environment.budget_bytes // MIB_BYTES}MiB"
         on, at = where, where
-        if place.kind == "tpu":
+        if environment.kind == "tpu":
             on, at = f"--gpu {_TPU}", "--use_tpu --tpu_name TPU_NAME"
         data = "classifier --task_name MRPC --data_dir glue/MRPC"
         if workload.head == "squad":
@@ -69,39 +69,43 @@ class Planned:
         )
 
 
-def plan_places(cells: Sequence[Cell], target_batch: int) -> list[Planned]:
-    """Plan every workload of a ledger, at each place where it was tried.
+def recommend_plans(cells: Sequence[MeasuredCell], target_batch: int) -> list[Recommendation]:
+    """Plan every workload of a ledger, at each environment where it was tried.
 
     At most a dozen, those with the newest trials.
 
     Args:
-        cells: what `reports.cells.read_cells` returns.
+        cells: what `reports.measured_cells.collect_cells` returns.
         target_batch: effective batch.
     """
-    rows: dict[Place, list[LedgerRow]] = {}
-    newest: dict[tuple[Place, str], Cell] = {}
+    rows: dict[Environment, list[LedgerRow]] = {}
+    newest: dict[tuple[Environment, str], MeasuredCell] = {}
     for cell in cells:
-        rows.setdefault(cell.place, []).extend(cell.rows)
+        rows.setdefault(cell.environment, []).extend(cell.rows)
         if cell.workload is not None:
-            key = cell.place, cell.workload.key()
+            key = cell.environment, cell.workload.key()
             newest[key] = max(cell, newest.get(key, cell), key=lambda c: c.newest.id)
     for some in rows.values():
         some.sort(key=lambda row: row.id)
     wanted = sorted(newest.values(), key=lambda cell: -cell.newest.id)[:_MOST_PLANS]
     found = [
-        _plan(cell.workload, cell, rows[cell.place], target_batch)
+        _plan(cell.workload, cell, rows[cell.environment], target_batch)
         for cell in wanted
         if cell.workload is not None
     ]
-    return sorted(found, key=lambda p: (p.place, model_order(p.workload.model), p.workload.seq_len))
+    return sorted(
+        found, key=lambda p: (p.environment, model_order(p.workload.model), p.workload.seq_len)
+    )
 
 
-def _plan(workload: Workload, cell: Cell, rows: Sequence[LedgerRow], target_batch: int) -> Planned:
-    place = cell.place
+def _plan(
+    workload: Workload, cell: MeasuredCell, rows: Sequence[LedgerRow], target_batch: int
+) -> Recommendation:
+    environment = cell.environment
     workload = dataclasses.replace(workload, model=cell.model)
     replicas = 1
-    rates = device_rates(place.as_device())
-    if place.kind == "tpu":
+    rates = device_rates(environment.as_device())
+    if environment.kind == "tpu":
         replicas = find_accelerator(_TPU).replicas
     key = workload.key()
     told = [row for row in rows if row.trial.outcome != "failed"]
@@ -112,17 +116,17 @@ def _plan(workload: Workload, cell: Cell, rows: Sequence[LedgerRow], target_batc
         plan = make_plan(
             workload,
             target_batch,
-            place.budget_bytes,
+            environment.budget_bytes,
             rates,
-            device=place.device,
-            device_kind=place.kind,
+            device=environment.device,
+            device_kind=environment.kind,
             replicas=replicas,
-            experience=learn(known, workload, rates, place.kind),
+            experience=learn(known, workload, rates, environment.kind),
         )
     except InputError as error:
-        return Planned(workload, cell.task, place, error, None)
+        return Recommendation(workload, cell.task, environment, error, None)
     trials = [row.trial for row in answered if _is_of(row, plan)]
-    return Planned(workload, cell.task, place, plan, trials[-1] if trials else None)
+    return Recommendation(workload, cell.task, environment, plan, trials[-1] if trials else None)
 
 
 def _is_of(row: LedgerRow, plan: Plan) -> bool:

@@ -13,7 +13,7 @@ from finetune.storage.json_files import parse_json
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Place:
+class Environment:
     """Where, and with what, trials were run that may be compared with each other.
 
     Attributes:
@@ -39,7 +39,7 @@ class Place:
 
     @property
     def name(self) -> str:
-        """Budget and device for people; other places may have the same."""
+        """Budget and device for people; other environments may have the same."""
         return f"{format_bytes(self.budget_bytes)} on {self.device}"
 
     @functools.cached_property
@@ -49,42 +49,46 @@ class Place:
         return {"driver": self.driver, "zone": self.zone, **versions, "kind": self.kind}
 
 
-def name_places(places: Iterable[Place]) -> dict[Place, str]:
-    """Name places so that no two have the same name: with the details in which they differ."""
-    groups: dict[str, list[Place]] = {}
+def name_environments(environments: Iterable[Environment]) -> dict[Environment, str]:
+    """Give every environment a name of its own, with the details in which namesakes differ."""
+    groups: dict[str, list[Environment]] = {}
     rounded: dict[str, set[int]] = {}
-    different = sorted(set(places))
-    for place in different:
-        rounded.setdefault(place.name, set()).add(place.budget_bytes)
-    for place in different:
-        name = place.name
+    different = sorted(set(environments))
+    for environment in different:
+        rounded.setdefault(environment.name, set()).add(environment.budget_bytes)
+    for environment in different:
+        name = environment.name
         if len(rounded[name]) > 1:  # GPUs have seldom the same number of MiB free
-            name = f"{place.budget_bytes / MIB_BYTES:,.6g} MiB on {place.device}"
-        groups.setdefault(name, []).append(place)
+            name = f"{environment.budget_bytes / MIB_BYTES:,.6g} MiB on {environment.device}"
+        groups.setdefault(name, []).append(environment)
     names = {}
     for name, group in groups.items():
-        details = {detail: None for place in group for detail in place.details}
-        differing = [d for d in details if len({place.details.get(d, "") for place in group}) > 1]
-        for place in group:
-            told = [f"{d} {place.details[d]}" for d in differing if place.details.get(d)]
-            names[place] = ", ".join([name, *told])
+        details = {detail: None for environment in group for detail in environment.details}
+        differing = [
+            d for d in details if len({environment.details.get(d, "") for environment in group}) > 1
+        ]
+        for environment in group:
+            told = [
+                f"{d} {environment.details[d]}" for d in differing if environment.details.get(d)
+            ]
+            names[environment] = ", ".join([name, *told])
     return names
 
 
-def place_of(row: LedgerRow) -> Place:
+def environment_of(row: LedgerRow) -> Environment:
     """Where a trial was run."""
     return _place(row.device, row.budget_bytes, *row.question[:2])
 
 
 @functools.lru_cache(maxsize=1024)
-def _place(device: str, budget_bytes: int, budget_key: str, versions: str) -> Place:
+def _place(device: str, budget_bytes: int, budget_key: str, versions: str) -> Environment:
     try:
         values = parse_json(budget_key)
         kind, driver = str(values["kind"]), str(values.get("driver") or "")
         zone = " ".join(w for w in str(values.get("tpu") or "").split() if w != "None")
     except (ValueError, KeyError, TypeError, AttributeError):
         kind, driver, zone = "cpu", "", ""
-    return Place(device, budget_bytes, kind, driver, zone, versions)
+    return Environment(device, budget_bytes, kind, driver, zone, versions)
 
 
 def _versions(text: str) -> dict[str, str]:

@@ -18,43 +18,43 @@ from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import POLICIES
 from finetune.spec.config import PRESETS, BertConfig
-from reports.places import Place, place_of
+from reports.environments import Environment, environment_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class MeasuredCell:
     """All trials of one workload with the same levers under the same budget.
 
     Attributes:
         rows: the trials, in the order of recording; at least one.
-        ends: where memory ends by these trials.
+        limit: the limit that these trials show, see `bertbench.ledger.limit`.
         model: its name for people: the published one of the same shape, or the recorded one, made
             longer where several shapes have it.
     """
 
     rows: tuple[LedgerRow, ...]
-    ends: Limit
+    limit: Limit
     model: str
 
     @property
     def max_batch(self) -> int | None:
         """Largest micro-batch below which none ran out of memory; None if nothing tells."""
-        return self.ends.max_batch
+        return self.limit.max_batch
 
     @property
     def evidence(self) -> str:
         """How that is known, one of the words of `bertbench.ledger.limit`."""
-        return self.ends.evidence
+        return self.limit.evidence
 
     @property
     def fits(self) -> Trial | None:
         """The trial of `max_batch`."""
-        return self.ends.fits
+        return self.limit.fits
 
     @property
     def oom(self) -> Trial | None:
         """The trial of the smallest batch that ran out of memory."""
-        return self.ends.oom
+        return self.limit.oom
 
     @property
     def newest(self) -> LedgerRow:
@@ -74,7 +74,7 @@ class Cell:
         return _workload(self.newest)
 
     @functools.cached_property
-    def setting(self) -> str:
+    def levers_text(self) -> str:
         """Levers for people."""
         if self.levers is None:
             # Of any text; it becomes the name of a column, which half a surrogate pair cannot be.
@@ -89,7 +89,7 @@ class Cell:
         return self.newest.head + (f", {labels} labels" if labels != 2 else "")
 
     @property
-    def of_limit(self) -> bool:
+    def is_of_search(self) -> bool:
         """Whether somebody looked for the limit, and did not just try what a plan had chosen."""
         accumulated = self.levers is not None and self.levers.accumulation_steps > 1
         return not (accumulated and self.evidence == AT_LEAST)
@@ -100,7 +100,7 @@ class Cell:
         return PUBLISHED_MAX_BATCH.get((self.model, self.newest.seq_len))
 
     @property
-    def limit(self) -> int | None:
+    def bounded_max_batch(self) -> int | None:
         """The largest micro-batch where larger ones are known not to fit; None elsewhere."""
         return self.max_batch if self.evidence in (CERTIFIED, MEASURED) else None
 
@@ -119,9 +119,9 @@ class Cell:
         return None if self.fits is None else trial_rate(self.newest, self.fits)
 
     @property
-    def place(self) -> Place:
+    def environment(self) -> Environment:
         """Where it was measured."""
-        return place_of(self.newest)
+        return environment_of(self.newest)
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON."""
@@ -136,7 +136,7 @@ class Cell:
             "levers": row.levers,
             "max_batch": self.max_batch,
             "evidence": self.evidence,
-            "fits_again": [trial.batch for trial in self.ends.fits_again],
+            "fits_again": [trial.batch for trial in self.limit.fits_again],
             "published_max_batch": self.published,
             "peak_bytes": None if self.fits is None else self.fits.peak_bytes,
             "examples_per_second": self.examples_per_second,
@@ -152,7 +152,7 @@ def trial_rate(row: LedgerRow, trial: Trial) -> float | None:
     return trial.batch * steps / trial.step_seconds
 
 
-def read_cells(rows: Iterable[LedgerRow]) -> list[Cell]:
+def collect_cells(rows: Iterable[LedgerRow]) -> list[MeasuredCell]:
     """Put trials together that answer the same question; see `bertbench.ledger.limit`.
 
     Steps of runs are left out, for nobody had asked where their limit is.
@@ -198,8 +198,8 @@ def _workload(row: LedgerRow) -> Workload | None:
     return None
 
 
-def _cell(rows: Sequence[LedgerRow], model: str) -> Cell:
-    return Cell(tuple(rows), find_limit(row.trial for row in rows), model)
+def _cell(rows: Sequence[LedgerRow], model: str) -> MeasuredCell:
+    return MeasuredCell(tuple(rows), find_limit(row.trial for row in rows), model)
 
 
 def model_order(model: str) -> tuple[int, str]:
@@ -209,7 +209,7 @@ def model_order(model: str) -> tuple[int, str]:
     return (ranks[0] if ranks else len(sizes), model)
 
 
-def setting_order(levers: Levers | None) -> tuple[Any, ...]:
+def levers_order(levers: Levers | None) -> tuple[Any, ...]:
     """Exact settings first, then by policy, as people know them."""
     if levers is None:
         return (2,)
@@ -224,6 +224,12 @@ def setting_order(levers: Levers | None) -> tuple[Any, ...]:
     )
 
 
-def _order(cell: Cell) -> tuple[Any, ...]:
+def _order(cell: MeasuredCell) -> tuple[Any, ...]:
     row = cell.newest
-    return (cell.place, model_order(cell.model), cell.task, row.seq_len, setting_order(cell.levers))
+    return (
+        cell.environment,
+        model_order(cell.model),
+        cell.task,
+        row.seq_len,
+        levers_order(cell.levers),
+    )

@@ -7,14 +7,14 @@ import statistics
 from collections.abc import Sequence
 
 from bertbench.memory.fit import Room, footprint_in, has_trace
-from reports.cells import Cell
+from reports.measured_cells import MeasuredCell
 
 _MOST = 200
 """The newest settings that are predicted: a replay takes some hundredths of a second."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
+class PeakPrediction:
     """A measured peak, and what is predicted of the same setting.
 
     Attributes:
@@ -33,7 +33,7 @@ class Prediction:
         return self.predicted_bytes / self.measured_bytes - 1
 
 
-def predict_trials(cells: Sequence[Cell]) -> list[Prediction]:
+def predict_peaks(cells: Sequence[MeasuredCell]) -> list[PeakPrediction]:
     """Predict the newest trials that have fitted in fresh processes, one of each setting."""
     trials = {
         (cell.newest.question, row.trial.batch): (row, cell)
@@ -47,14 +47,14 @@ def predict_trials(cells: Sequence[Cell]) -> list[Prediction]:
         workload, levers, peak_bytes = cell.workload, cell.levers, row.trial.peak_bytes
         if workload is None or levers is None or peak_bytes is None:
             continue
-        room = Room(cell.place.kind, row.budget_bytes)
+        room = Room(cell.environment.kind, row.budget_bytes)
         predicted = footprint_in(workload, levers, row.trial.batch, room, replayed=True)
-        traced = has_trace(workload, levers, cell.place.kind)
-        found.append(Prediction(peak_bytes, predicted.peak_bytes, traced))
+        traced = has_trace(workload, levers, cell.environment.kind)
+        found.append(PeakPrediction(peak_bytes, predicted.peak_bytes, traced))
     return found
 
 
-def describe_errors(predictions: Sequence[Prediction]) -> str:
+def describe_errors(predictions: Sequence[PeakPrediction]) -> str:
     """Write the errors in a sentence; empty without any."""
     if not predictions:
         return ""

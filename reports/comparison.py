@@ -17,8 +17,8 @@ from bertbench.ledger.records import LedgerRow, read_rows
 from bertbench.probe.probe_file import ProbeFile, read_probe_file
 from finetune.errors import InputError
 from finetune.storage.json_files import json_text
-from reports.cells import Cell, model_order, read_cells, setting_order
-from reports.places import name_places
+from reports.environments import name_environments
+from reports.measured_cells import MeasuredCell, collect_cells, levers_order, model_order
 from reports.tables import count_cells, limit_text, system_name
 
 _SQLITE = b"SQLite format 3\x00"
@@ -33,8 +33,8 @@ class Pair:
         after: of the second.
     """
 
-    before: Cell
-    after: Cell
+    before: MeasuredCell
+    after: MeasuredCell
 
     @property
     def limit_ratio(self) -> float | None:
@@ -42,7 +42,7 @@ class Pair:
 
         None where one is 0 or no limit: what is known of it is that this many fit, at least.
         """
-        before, after = self.before.limit, self.after.limit
+        before, after = self.before.bounded_max_batch, self.after.bounded_max_batch
         return after / before if before and after else None
 
     @property
@@ -138,27 +138,31 @@ class Comparison:
         }
 
 
-def compare_cells(before: Sequence[Cell], after: Sequence[Cell]) -> Comparison:
+def compare_cells(before: Sequence[MeasuredCell], after: Sequence[MeasuredCell]) -> Comparison:
     """Pair cells of the same model, task, length and levers.
 
     On the same device under the same budget, or else under the same budget, or else, if there is no
     such pair, the newest of each. No cell is in two pairs; of several the newest come first.
     """
-    groups: tuple[dict[tuple[Any, ...], list[Cell]], ...] = ({}, {})
+    groups: tuple[dict[tuple[Any, ...], list[MeasuredCell]], ...] = ({}, {})
     for cells, group in zip((before, after), groups, strict=True):
         for cell in sorted(cells, key=lambda cell: -cell.newest.id):
             group.setdefault(_key(cell), []).append(cell)
     pairs: list[Pair] = []
     for key in [key for key in groups[0] if key in groups[1]]:
         first, second = list(groups[0][key]), list(groups[1][key])
-        found = _matched(first, second, lambda cell: (cell.place.device, cell.place.budget_bytes))
-        found += _matched(first, second, lambda cell: cell.place.budget_bytes)
+        found = _matched(
+            first, second, lambda cell: (cell.environment.device, cell.environment.budget_bytes)
+        )
+        found += _matched(first, second, lambda cell: cell.environment.budget_bytes)
         pairs += found or [Pair(first[0], second[0])]
     pairs.sort(key=lambda pair: _order(pair.before))
     return Comparison(tuple(pairs), len(before) - len(pairs), len(after) - len(pairs))
 
 
-def _matched(first: list[Cell], second: list[Cell], by: Callable[[Cell], Any]) -> list[Pair]:
+def _matched(
+    first: list[MeasuredCell], second: list[MeasuredCell], by: Callable[[MeasuredCell], Any]
+) -> list[Pair]:
     """Take pairs with the same of something out of two lists."""
     pairs = []
     for cell in list(first):
@@ -170,7 +174,7 @@ def _matched(first: list[Cell], second: list[Cell], by: Callable[[Cell], Any]) -
     return pairs
 
 
-def _key(cell: Cell) -> tuple[Any, ...]:
+def _key(cell: MeasuredCell) -> tuple[Any, ...]:
     """What cells have in common that are compared: names only where this version knows no more."""
     row = cell.newest
     levers = json_text(row.levers, sort_keys=True) if cell.levers is None else cell.levers.key()
@@ -179,9 +183,9 @@ def _key(cell: Cell) -> tuple[Any, ...]:
     return cell.workload.key(), levers
 
 
-def _order(cell: Cell) -> tuple[Any, ...]:
+def _order(cell: MeasuredCell) -> tuple[Any, ...]:
     length = cell.newest.seq_len
-    return cell.task, cell.place, model_order(cell.model), length, setting_order(cell.levers)
+    return cell.task, cell.environment, model_order(cell.model), length, levers_order(cell.levers)
 
 
 def _mean_ratio(before: Mapping[int, float], after: Mapping[int, float]) -> float | None:
@@ -200,7 +204,7 @@ def _spread(ratios: Sequence[float | None]) -> Spread | None:
     return Spread(len(known), _geometric_mean(known), min(known), max(known))
 
 
-def read_either(path: Path) -> list[Cell]:
+def read_either(path: Path) -> list[MeasuredCell]:
     """Read the cells of a ledger, or of a file of `bertbench probe --json`.
 
     Raises:
@@ -213,9 +217,9 @@ def read_either(path: Path) -> list[Cell]:
         raise InputError(f"cannot be read ({error.strerror})", path=path) from error
     if is_ledger:
         with read_ledger(path) as ledger:
-            return read_cells(read_rows(ledger))
+            return collect_cells(read_rows(ledger))
     try:
-        return read_cells(_rows_of(read_probe_file(path)))
+        return collect_cells(_rows_of(read_probe_file(path)))
     except InputError as error:
         raise InputError(f"neither a ledger nor a probe's result: {error}") from error
 
@@ -249,19 +253,19 @@ def _rows_of(probed: ProbeFile) -> list[LedgerRow]:
 def show_comparison(before: str, after: str, comparison: Comparison) -> None:
     """Show the pairs, a line for each, and what they come to."""
     console = terminal()
-    names = name_places(
-        cell.place for pair in comparison.pairs for cell in (pair.before, pair.after)
+    names = name_environments(
+        cell.environment for pair in comparison.pairs for cell in (pair.before, pair.after)
     )
     for letter, path, cells in (
         ("A", before, [pair.before for pair in comparison.pairs]),
         ("B", after, [pair.after for pair in comparison.pairs]),
     ):
-        places = sorted({names[cell.place] for cell in cells})
-        where = f": {'; '.join(places)}" if len(places) in (1, 2) else ""
+        environments = sorted({names[cell.environment] for cell in cells})
+        where = f": {'; '.join(environments)}" if len(environments) in (1, 2) else ""
         console.print(f"{letter}: {path}{where}", soft_wrap=True)
     groups: dict[str, list[Pair]] = {}
     for pair in comparison.pairs:
-        where, other = names[pair.before.place], names[pair.after.place]
+        where, other = names[pair.before.environment], names[pair.after.environment]
         where = where if where == other else f"{where} in A and {other} in B"
         groups.setdefault(f"{pair.before.task}, {where}", []).append(pair)
     for what, pairs in groups.items():
@@ -289,7 +293,7 @@ def _table(pairs: Sequence[Pair]) -> Table:
         table.add_row(
             system_name(pair.before.model),
             str(pair.before.newest.seq_len),
-            pair.before.setting,
+            pair.before.levers_text,
             limit_text(pair.before),
             limit_text(pair.after),
             *(_ratio(ratio) for ratio in (pair.limit_ratio, pair.peak_ratio, pair.speed_ratio)),

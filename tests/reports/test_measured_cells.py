@@ -15,8 +15,8 @@ from bertbench.ledger.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
 from bertbench.trials.trial import Trial
 from finetune.spec.config import preset
 from helpers.ledger_rows import CPU, VERSIONS, failed, fits, oom, rows_of
-from reports.cells import read_cells
-from reports.places import name_places
+from reports.environments import name_environments
+from reports.measured_cells import collect_cells
 from reports.tables import limit_text, published_tables, write_tables
 
 
@@ -45,7 +45,7 @@ from reports.tables import limit_text, published_tables, write_tables
     ],
 )
 def test_evidence(trials: list[Trial], limit: int | None, evidence: str, text: str) -> None:
-    (cell,) = read_cells(rows_of(*trials))
+    (cell,) = collect_cells(rows_of(*trials))
     assert (cell.max_batch, cell.evidence, limit_text(cell)) == (limit, evidence, text)
 
 
@@ -63,15 +63,15 @@ def test_cells_are_told_apart_and_put_in_order() -> None:
         *rows_of(fits(9), device=gpu),
         *rows_of(fits(10), policy="none"),
     ]
-    cells = read_cells(rows)
+    cells = collect_cells(rows)
     assert [cell.max_batch for cell in cells] == [9, 5, 7, 6, 10, 4, 2, 3, 8]
     assert [len(cell.rows) for cell in cells] == [1, 1, 1, 1, 2, 1, 1, 1, 1]
-    assert cells[6].setting == "none, 2 micro-batches"
+    assert cells[6].levers_text == "none, 2 micro-batches"
     assert cells[6].examples_per_second == 2 * 2 / 2.0
-    assert cells[0].place.as_device() == dataclasses.replace(
+    assert cells[0].environment.as_device() == dataclasses.replace(
         gpu, index=0, uuid=None, total_bytes=512 << 20, free_bytes=512 << 20
     )
-    assert read_cells([]) == []
+    assert collect_cells([]) == []
 
 
 def test_cells_of_another_version_are_shown_all_the_same() -> None:
@@ -80,9 +80,9 @@ def test_cells_of_another_version_are_shown_all_the_same() -> None:
     other = dataclasses.replace(
         row, levers=levers, question=("{}", row.question[1], "[]", json.dumps(levers))
     )
-    (cell,) = read_cells([other])
-    assert (cell.levers, cell.workload, cell.setting) == (None, None, "telepathic, 3")
-    assert cell.place.kind == "cpu"
+    (cell,) = collect_cells([other])
+    assert (cell.levers, cell.workload, cell.levers_text) == (None, None, "telepathic, 3")
+    assert cell.environment.kind == "cpu"
     assert "telepathic" in write_tables([cell], ".md")
 
 
@@ -121,12 +121,12 @@ NOTE = (
 
 
 def test_markdown() -> None:
-    assert write_tables(read_cells(ROWS), ".md") == MARKDOWN.replace("NOTE", NOTE)
+    assert write_tables(collect_cells(ROWS), ".md") == MARKDOWN.replace("NOTE", NOTE)
     assert write_tables([], ".md") == "no trials\n"
 
 
 def test_latex() -> None:
-    text = write_tables(read_cells(ROWS), ".tex")
+    text = write_tables(collect_cells(ROWS), ".tex")
     assert text.count("\\begin{table}") == text.count("\\end{table}") == 2
     assert "BERT-Base & 384 & 12 & 31$^*$ & $\\geq$90 \\\\" in text
     assert "11.2 GiB on Some \\& CPU (2 cores)" in text
@@ -134,12 +134,12 @@ def test_latex() -> None:
     odd = dataclasses.replace(
         rows_of(fits(1))[0], model="a_{b}~\\c$", question=("{}", "{}", "", "")
     )
-    written = write_tables(read_cells([odd]), ".tex")
+    written = write_tables(collect_cells([odd]), ".tex")
     assert "a\\_\\{b\\}\\textasciitilde{}\\textbackslash{}c\\$ & 384" in written
 
 
 def test_csv_and_json_are_of_numbers() -> None:
-    cells = read_cells(ROWS)
+    cells = collect_cells(ROWS)
     lines = list(csv.DictReader(io.StringIO(write_tables(cells, ".csv"))))
     values = json.loads(write_tables(cells, ".json"))["cells"]
     assert len(lines) == len(values) == 5
@@ -157,7 +157,7 @@ def test_csv_and_json_are_of_numbers() -> None:
 
 
 def test_a_table_for_each_place_and_task() -> None:
-    tables = published_tables(read_cells([*ROWS, *rows_of(fits(1), device=CPU, mib=64)]))
+    tables = published_tables(collect_cells([*ROWS, *rows_of(fits(1), device=CPU, mib=64)]))
     assert [table.title for table in tables] == [
         "Max Batch Size, squad, 64 MiB on Some & CPU (2 cores)",
         "Max Batch Size, squad, 11.2 GiB on Some & CPU (2 cores)",
@@ -175,9 +175,9 @@ def test_places_that_differ_have_different_names() -> None:
         *rows_of(fits(4), device=other),
         *rows_of(fits(5), device=other, mib=64),
     ]
-    cells = read_cells(rows)
-    names = name_places(cell.place for cell in cells)
-    assert {cell.max_batch: names[cell.place] for cell in cells} == {
+    cells = collect_cells(rows)
+    names = name_environments(cell.environment for cell in cells)
+    assert {cell.max_batch: names[cell.environment] for cell in cells} == {
         1: "512 MiB on Some & CPU (2 cores), tensorflow 2.21.0",
         2: "512 MiB on Some & CPU (2 cores), tensorflow 2.20.0",
         3: "512 MiB on Card, driver 550",
@@ -188,13 +188,13 @@ def test_places_that_differ_have_different_names() -> None:
 
 
 def test_budgets_that_round_alike_are_told_apart() -> None:
-    cells = read_cells([*rows_of(fits(100), mib=39_000), *rows_of(fits(101), mib=39_010)])
+    cells = collect_cells([*rows_of(fits(100), mib=39_000), *rows_of(fits(101), mib=39_010)])
     assert [(table.title, table.frame["none"].tolist()) for table in published_tables(cells)] == [
         ("Max Batch Size, squad, 39,000 MiB on Some & CPU (2 cores)", [">=100"]),
         ("Max Batch Size, squad, 39,010 MiB on Some & CPU (2 cores)", [">=101"]),
     ]
     alike = Device("gpu", 0, CPU.name, None, 1 << 40, 1 << 40)
-    cells = read_cells([*rows_of(fits(3)), *rows_of(fits(5), device=alike)])
+    cells = collect_cells([*rows_of(fits(3)), *rows_of(fits(5), device=alike)])
     assert len({table.title for table in published_tables(cells)}) == 2
 
 
@@ -202,15 +202,15 @@ def test_a_tpu_in_two_zones_is_two_places() -> None:
     def tpu(zone: str | None) -> Device:
         return Device("tpu", 0, "TPU v2", None, 1 << 40, 1 << 40, tpu=TpuSettings("t", zone=zone))
 
-    cells = read_cells([*rows_of(fits(1), device=tpu(None)), *rows_of(fits(2), device=tpu("a"))])
-    assert len({cell.place for cell in cells}) == 2
+    cells = collect_cells([*rows_of(fits(1), device=tpu(None)), *rows_of(fits(2), device=tpu("a"))])
+    assert len({cell.environment for cell in cells}) == 2
     assert len(published_tables(cells)) == 2
 
 
 def test_models_are_known_by_their_shape() -> None:
     (row,) = rows_of(fits(3))
     alias = dataclasses.replace(row, model="bert-base-uncased")
-    (cell,) = read_cells([alias])
+    (cell,) = collect_cells([alias])
     assert (cell.model, cell.published) == ("bert-base", 12)
     # Folders may have the same name.
     shapes = [dataclasses.replace(preset("bert-mini"), num_attention_heads=n) for n in (1, 2)]
@@ -220,13 +220,13 @@ def test_models_are_known_by_their_shape() -> None:
         question = (*row.question[:2], key, row.question[3])
         trial = fits(10 + number)
         rows.append(dataclasses.replace(row, id=number, model="m", question=question, trial=trial))
-    cells = read_cells(rows)
+    cells = collect_cells(rows)
     assert [cell.model for cell in cells] == ["m (#1, 4 x 256)", "m (#2, 4 x 256)"]
     (table,) = published_tables(cells)
     assert table.frame["none"].tolist() == [">=10", ">=11"]
     # The published shape keeps its name, whatever else is called so.
     other = dataclasses.replace(rows[0], model="bert-base")
-    assert {cell.model for cell in read_cells([row, other])} == {
+    assert {cell.model for cell in collect_cells([row, other])} == {
         "bert-base",
         "bert-base (#2, 4 x 256)",
     }
@@ -237,21 +237,21 @@ def test_tasks_with_other_labels_are_told_apart() -> None:
     workload = published_workload("bert-base", 384, "classifier")
     key = dataclasses.replace(workload, num_labels=3).key()
     other = dataclasses.replace(row, question=(*row.question[:2], key, row.question[3]))
-    cells = read_cells([row, other])
+    cells = collect_cells([row, other])
     assert [cell.task for cell in cells] == ["classifier", "classifier, 3 labels"]
     assert len(published_tables(cells)) == 2
 
 
 def test_what_was_tried_for_a_plan_is_no_limit() -> None:
     tried = rows_of(fits(8), steps=4)
-    cells = read_cells([*rows_of(fits(31), oom(32)), *tried])
+    cells = collect_cells([*rows_of(fits(31), oom(32)), *tried])
     (table,) = published_tables(cells)
     assert list(table.frame.columns)[-1] == "none"
     assert len(cells) == 2
     # Where the limit was looked for, it is one.
-    (table,) = published_tables(read_cells([*tried, *rows_of(oom(9), steps=4)]))
+    (table,) = published_tables(collect_cells([*tried, *rows_of(oom(9), steps=4)]))
     assert table.frame["none, 4 micro-batches"].tolist() == ["8*"]
-    assert write_tables(read_cells(tried), ".md") == "no limits: only plans were tried\n"
+    assert write_tables(collect_cells(tried), ".md") == "no limits: only plans were tried\n"
     # And what fits at once tells something in any case.
-    (table,) = published_tables(read_cells(rows_of(fits(8))))
+    (table,) = published_tables(collect_cells(rows_of(fits(8))))
     assert table.frame["none"].tolist() == [">=8"]
