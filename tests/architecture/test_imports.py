@@ -46,10 +46,10 @@ LOADS_TENSORFLOW_LATER = (
     "bertbench.devices.tpu",
     "bertbench.memory.allocator.limit",
     "bertbench.memory.allocator.tensorflow_setup",
-    "bertbench.run.cloud_storage",
+    "bertbench.run.device",
     "bertbench.run.initial_weights",
     "bertbench.run.job",
-    "bertbench.run.settings",
+    "bertbench.run.output.cloud_storage",
     "bertbench.run.training",
     "finetune.spec.precisions",
 )

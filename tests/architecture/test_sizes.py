@@ -15,8 +15,36 @@ MOST_PARAMETERS = 7
 
 # Functions that are still too long, with their lines, and that take too much, with the number of
 # their parameters. None may grow, and one that has become small enough must go from the table.
-LONG_FUNCTIONS: Mapping[str, int] = {}
-MANY_PARAMETERS: Mapping[str, int] = {}
+LONG_FUNCTIONS: Mapping[str, int] = {
+    "bertbench.cli.plan.command": 170,
+    "bertbench.cli.probe.command": 135,
+    "bertbench.memory.footprint._moments": 90,
+    "bertbench.probe.cell.probe_cell": 128,
+    "bertbench.run.job._train": 86,
+    "bertbench.run.output.run_folder.prepare_output": 95,
+    "bertbench.run.squad.run_squad": 100,
+    "bertbench.run.training.train_model": 192,
+    "finetune.model.chunks.in_chunks": 120,
+    "finetune.model.modeling._layer": 81,
+    "finetune.model.recomputation.recompute": 83,
+    "finetune.tasks.squad_predictions.predict_answers": 91,
+    "finetune.train.step.make_trainer": 231,
+}
+MANY_PARAMETERS: Mapping[str, int] = {
+    "bertbench.plan.planner.make_plan": 13,
+    "bertbench.probe.cell.probe_cell": 12,
+    "bertbench.probe.search.find_max_batch": 8,
+    "bertbench.run.training.train_model": 9,
+    "bertbench.trials.trial.measure_batches": 11,
+    "finetune.model.chunks.in_chunks": 10,
+    "finetune.model.modeling._layer": 8,
+    "finetune.model.modeling.encode": 10,
+    "finetune.model.recomputation.recompute": 9,
+    "finetune.tasks.squad._fill": 8,
+    "finetune.tasks.squad_predictions.predict_answers": 9,
+    "finetune.train.step.example_losses": 9,
+    "finetune.train.step.make_trainer": 12,
+}
 
 
 def module_counts(source: SourceTree) -> dict[str, int]:
