@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import nnls
 
-from bertbench.core.workload import levers_from_json, published_workload
+from bertbench.core.workload import Setup, levers_from_json, published_workload
 from bertbench.devices.step_time import Work, work_of
 
 _NAMES = [field.name for field in dataclasses.fields(Work)]
@@ -33,7 +33,9 @@ def main() -> None:
         for row in json.loads(path.read_text(encoding="utf-8"))["settings"]:
             model, head, seq_len, _ = row["case"].split(":")
             workload = published_workload(model, int(seq_len), head)
-            work = work_of(workload, levers_from_json(row["levers"]), row["micro_batch"])
+            work = work_of(
+                Setup(workload, levers_from_json(row["levers"])).step(row["micro_batch"])
+            )
             cases.append(row["case"])
             counts.append(dataclasses.astuple(work))
             seconds.append(min(row["seconds"]))

@@ -122,7 +122,7 @@ def _measure(
     (trial,) = measure_batches(workload, levers, budget, [micro_batch], steps=2, fresh=True)
     room = Room(budget.device.kind, budget.budget_bytes)
     predicted: dict[str, int] = {
-        "formula": predict_footprint(workload, levers, micro_batch).peak_bytes
+        "formula": predict_footprint(Setup(workload, levers).step(micro_batch)).peak_bytes
     }
     traced = trace_of(Setup(workload, levers)) is not None
     if traced:

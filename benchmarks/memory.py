@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, Workload, published_workload
+from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.memory.allocator.limit import empty_memory
@@ -275,7 +275,7 @@ def _predicted_limit(workload: Workload, levers: Levers, budget: Budget) -> int:
     found = None
     if is_traced(budget, workload, levers):
         found = TracedStep(workload, levers, empty_memory(budget)).limit()
-    return found or max_micro_batch(workload, levers, budget.budget_bytes)
+    return found or max_micro_batch(Setup(workload, levers), budget.budget_bytes)
 
 
 def smallest(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
@@ -288,8 +288,10 @@ def smallest(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
         (Levers(Checkpointing("nested"), accumulation_steps=steps), math.ceil(target / steps))
         for steps in range(1, target + 1)
     ]
-    levers, batch = min(settings, key=lambda s: predict_footprint(workload, s[0], s[1]).peak_bytes)
-    predicted = predict_footprint(workload, levers, batch).peak_bytes
+    levers, batch = min(
+        settings, key=lambda s: predict_footprint(Setup(workload, s[0]).step(s[1])).peak_bytes
+    )
+    predicted = predict_footprint(Setup(workload, levers).step(batch)).peak_bytes
     rows: list[dict[str, Any]] = []
 
     def attempt(mebibytes: int) -> Trial:

@@ -136,7 +136,7 @@ def peak_on_capped_cpu(
     budget: Budget, workload: Workload, levers: Levers, batch: int
 ) -> int | None:
     """Peak bytes of a batch there, by the trace; None if there is none, or it does not fit."""
-    footprint = traced_footprint(workload, levers, batch, empty_memory(budget))
+    footprint = traced_footprint(Setup(workload, levers).step(batch), empty_memory(budget))
     return None if footprint is None else footprint.peak_bytes
 
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bertbench.core.workload import Levers, Workload
+from bertbench.core.workload import Levers, TrainingStep, Workload
 from bertbench.devices.accelerators import ACCELERATORS, Accelerator, match_accelerator
 from bertbench.devices.device import Device
 from bertbench.devices.threads import usable_cores
@@ -208,17 +208,12 @@ def _parameters(workload: Workload) -> int:
     return parameter_count(workload.config, workload.head, workload.num_labels)
 
 
-def work_of(workload: Workload, levers: Levers, micro_batch: int) -> Work:
-    """Count what an optimizer step does on one replica.
-
-    Args:
-        workload: what is trained.
-        levers: lever settings with the number of micro-batches.
-        micro_batch: rows of each, padding rows among them.
-    """
-    config, s, b = workload.config, workload.seq_len, micro_batch
+def work_of(step: TrainingStep) -> Work:
+    """Count what an optimizer step does on one replica; padding rows are examples too."""
+    workload, levers = step.workload, step.levers
+    config, s, b = workload.config, workload.seq_len, step.micro_batch
     h, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    steps = levers.accumulation_steps
+    micro_batches = levers.accumulation_steps
     tokens = b * s
     of_weights = 4 * h * h + 2 * h * f
     scores, hidden = b * config.num_attention_heads * s * s, tokens * h
@@ -247,9 +242,10 @@ def work_of(workload: Workload, levers: Levers, micro_batch: int) -> Work:
     counted["scores"], counted["hidden"] = layers * scores, layers * hidden
     counted["embedded"], counted["layers"] = hidden, layers
     # Rows of the word embeddings are added one by one.
-    counted["summed"] = parameters - config.vocab_size * h if steps > 1 else 0
-    each_micro_batch = {name: float(steps * count) for name, count in counted.items()}
-    return Work(**each_micro_batch, accumulators=parameters if steps > 1 else 0, updated=parameters)
+    counted["summed"] = parameters - config.vocab_size * h if micro_batches > 1 else 0
+    of_micro_batches = {name: float(micro_batches * count) for name, count in counted.items()}
+    accumulators = parameters if micro_batches > 1 else 0
+    return Work(**of_micro_batches, accumulators=accumulators, updated=parameters)
 
 
 def _counted(levers: Levers, layers: int) -> list[tuple[str, int]]:
@@ -258,26 +254,24 @@ def _counted(levers: Levers, layers: int) -> list[tuple[str, int]]:
     return list(counts.items())
 
 
-def predict_step_seconds(
-    workload: Workload, levers: Levers, micro_batch: int, rates: Rates, *, replicas: int = 1
-) -> float:
-    """Seconds of one optimizer step: all its micro-batches, the sum over replicas and the update.
+def predict_step_seconds(step: TrainingStep, rates: Rates, *, replicas: int = 1) -> float:
+    """Predict the seconds of one optimizer step.
+
+    They are those of all its micro-batches, of the sum over replicas and of the update.
 
     Args:
-        workload: what is trained.
-        levers: lever settings with the number of micro-batches.
-        micro_batch: rows of each on one replica, padding rows among them.
+        step: of one replica; padding rows are examples too.
         rates: the device's.
         replicas: devices that do the same at the same time.
     """
-    work, each = work_of(workload, levers, micro_batch), rates.unit_seconds
-    speedup = rates.speedups.get(levers.precision, 1.0)
+    work, each = work_of(step), rates.unit_seconds
+    speedup = rates.speedups.get(step.levers.precision, 1.0)
     seconds = sum(
         getattr(work, name) * getattr(each, name) / (speedup if name in _OF_ACTIVATIONS else 1.0)
         for name in _KINDS
     )
-    parameters = _parameters(workload)
-    if levers.placement == "host":
+    parameters = _parameters(step.workload)
+    if step.levers.placement == "host":
         # Gradient and change cross the bus; the host reads and writes the moments and the change.
         seconds += (8 + 28) * parameters / _HOST_UPDATE_BYTES_PER_SECOND
     # A ring sends and receives each gradient twice, but for one part in as many as there are.

@@ -22,8 +22,8 @@ from bertbench.memory.footprint import (
     SAFETY_MARGIN,
     Footprint,
     all_reduce_footprint,
+    inference_bytes,
     predict_footprint,
-    prediction_bytes,
 )
 from bertbench.memory.traced_footprint import traced_footprint
 from bertbench.memory.traces.step import (
@@ -89,7 +89,9 @@ def least_peak_bytes(workload: Workload, levers: Levers, micro_batch: int, room:
     if has_trace(workload, levers, room.device_kind):
         traced = traced_peak_bytes(Setup(workload, levers).step(micro_batch))
     if traced is None:
-        predicted = predict_footprint(workload, levers, micro_batch, device_kind=room.device_kind)
+        predicted = predict_footprint(
+            Setup(workload, levers).step(micro_batch), device_kind=room.device_kind
+        )
         return max(predicted.peak_bytes, together_bytes)
     return max(traced + room.memory().held_bytes, together_bytes)
 
@@ -113,15 +115,14 @@ def fits(workload: Workload, levers: Levers, micro_batch: int, room: Room) -> bo
     return replay_step(Setup(workload, levers).step(micro_batch), memory).fits
 
 
-def prediction_batch(workload: Workload, levers: Levers, budget_bytes: int, at_most: int) -> int:
-    """How many examples can be predicted at a time while a model is trained, at least 1.
+def inference_batch(setup: Setup, budget_bytes: int, at_most: int) -> int:
+    """How many examples a model can answer at a time while it is trained, at least 1.
 
-    A micro-batch that fits is no answer: with `nested` a step holds a layer of a few examples at a
-    time, and a prediction that of all its examples.
+    It may be fewer than a micro-batch that fits: with `nested` a training step computes a layer for
+    a few examples at a time, inference for all of them.
 
     Args:
-        workload: what is trained.
-        levers: of the training.
+        setup: of the training.
         budget_bytes: what the allocator of one device may use.
         at_most: examples.
     """
@@ -129,7 +130,7 @@ def prediction_batch(workload: Workload, levers: Levers, budget_bytes: int, at_m
 
     def fits_in(examples: int) -> bool:
         return examples <= at_most and (
-            examples == 1 or prediction_bytes(workload, levers, examples) <= usable_bytes
+            examples == 1 or inference_bytes(setup, examples) <= usable_bytes
         )
 
     return last_that_holds(fits_in)
@@ -142,9 +143,13 @@ def footprint_in(
     footprint = None
     if has_trace(workload, levers, room.device_kind):
         memory = _traced_memory(workload, levers, room)
-        footprint = traced_footprint(workload, levers, micro_batch, memory, replayed=replayed)
+        footprint = traced_footprint(
+            Setup(workload, levers).step(micro_batch), memory, replayed=replayed
+        )
     if footprint is None:
-        footprint = predict_footprint(workload, levers, micro_batch, device_kind=room.device_kind)
+        footprint = predict_footprint(
+            Setup(workload, levers).step(micro_batch), device_kind=room.device_kind
+        )
     if room.replicas > 1:
         together = _all_reduce(workload, levers, micro_batch, room)
         if together.peak_bytes > footprint.peak_bytes:
@@ -163,7 +168,9 @@ def has_trace(workload: Workload, levers: Levers, device_kind: str) -> bool:
 
 
 def _all_reduce(workload: Workload, levers: Levers, micro_batch: int, room: Room) -> Footprint:
-    return all_reduce_footprint(workload, levers, micro_batch, device_kind=room.device_kind)
+    return all_reduce_footprint(
+        Setup(workload, levers).step(micro_batch), device_kind=room.device_kind
+    )
 
 
 def least_budget_bytes(

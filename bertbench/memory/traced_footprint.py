@@ -20,7 +20,7 @@ from __future__ import annotations
 import collections
 import math
 
-from bertbench.core.workload import Levers, Setup, Workload
+from bertbench.core.workload import TrainingStep, Workload
 from bertbench.memory.allocator.bfc import CHUNK_BYTES, Memory
 from bertbench.memory.footprint import Footprint
 from bertbench.memory.traces.step import (
@@ -40,19 +40,12 @@ _SMALL_TENSORS = 22
 
 
 def traced_footprint(
-    workload: Workload,
-    levers: Levers,
-    micro_batch: int,
-    memory: Memory,
-    *,
-    replayed: bool = True,
+    step: TrainingStep, memory: Memory, *, replayed: bool = True
 ) -> Footprint | None:
     """Predict the peak of one optimizer step, part by part.
 
     Args:
-        workload: model, head and sequence length.
-        levers: lever settings.
-        micro_batch: examples of one forward and backward pass.
+        step: workload, levers and micro-batch.
         memory: what the allocator has.
         replayed: replay the step, so that what the allocator loses is known too.
 
@@ -60,11 +53,10 @@ def traced_footprint(
         The parts at the moment at which most is alive; None if there is no trace, or if a replay
         runs out of memory.
     """
-    setup = Setup(workload, levers)
-    step, trace = setup.step(micro_batch), trace_of(setup)
+    workload, trace = step.workload, trace_of(step.setup)
     if trace is None:
         return None
-    steps, layers = levers.accumulation_steps, layers_of(setup)
+    layers = layers_of(step.setup)
     _, number = highest(moment_bytes(trace, step), layers)
     moment = trace.moments[number]
     value_of = term_values(trace, step)
@@ -75,7 +67,7 @@ def traced_footprint(
             0,
         )
     )  # fmt: skip
-    parts.update(_state(workload, levers.optimizer))
+    parts.update(_state(workload, step.levers.optimizer))
     for term in moment.terms:
         one, all_ = value_of(moment, term)
         constant, *each = (alone * one + per_block * all_ for alone, per_block in term.counts)
@@ -87,7 +79,7 @@ def traced_footprint(
         parts[of_layer] += of_layers
         parts[other] += constant
     beyond = max(parts["gradients"] - _trained_bytes(workload), 0)
-    if steps > 1:
+    if step.levers.accumulation_steps > 1:
         # They are in the place of gradients from the first micro-batch on.
         parts["accumulators"] = parts["gradients"] - beyond
         parts["gradients"] = beyond

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bertbench.core.terminal import say
-from bertbench.core.workload import Levers, Workload, levers_from_json, workload_from_key
+from bertbench.core.workload import Levers, Setup, Workload, levers_from_json, workload_from_key
 from bertbench.devices.device import Budget, Device
 from bertbench.devices.step_time import Rates, predict_step_seconds
 from bertbench.ledger.database import (
@@ -188,7 +188,7 @@ def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: 
         except (InputError, KeyError, TypeError, ValueError):
             continue  # As of another version.
         if trial.step_seconds is not None:
-            predicted = predict_step_seconds(tried, levers, trial.batch, rates)
+            predicted = predict_step_seconds(Setup(tried, levers).step(trial.batch), rates)
             factors.append(trial.step_seconds / predicted)
             if tried.key() == workload.key():
                 of_workload.append((trial.batch, factors[-1]))

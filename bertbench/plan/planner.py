@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bertbench.core.units import format_bytes
-from bertbench.core.workload import Levers, Workload
+from bertbench.core.workload import Levers, Setup, Workload
 from bertbench.devices.step_time import Rates, predict_step_seconds
 from bertbench.memory.fit import (
     Room,
@@ -236,7 +236,7 @@ def _candidates(
         for micro_batch, steps in cuts(share):
             levers = dataclasses.replace(setting, accumulation_steps=steps)
             predicted_seconds = predict_step_seconds(
-                workload, levers, micro_batch, rates, replicas=room.replicas
+                Setup(workload, levers).step(micro_batch), rates, replicas=room.replicas
             )
             candidates.append(
                 _Candidate(

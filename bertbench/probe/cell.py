@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bertbench.core.workload import Levers, Workload
+from bertbench.core.workload import Levers, Setup, Workload
 from bertbench.devices.device import Budget
 from bertbench.devices.step_time import device_rates, predict_step_seconds
 from bertbench.ledger.records import (
@@ -206,7 +206,9 @@ def probe_cell(
         measure,
         known=known,
         predict_peak_bytes=lambda batch: (
-            predict_footprint(workload, levers, batch, device_kind=budget.device.kind).peak_bytes
+            predict_footprint(
+                Setup(workload, levers).step(batch), device_kind=budget.device.kind
+            ).peak_bytes
         ),
         locate=locate,
         examples_per_chunk=max(_examples_per_chunk(workload, levers, workload.seq_len), default=1),
@@ -237,14 +239,16 @@ def predict_cell_seconds(
     budget: Budget, workload: Workload, levers: Levers, steps: int = 3
 ) -> float:
     """Guess how long a cell takes: the limit, and one that does not fit; two small ones before."""
-    limit = max_micro_batch(workload, levers, budget.budget_bytes, device_kind=budget.device.kind)
+    limit = max_micro_batch(
+        Setup(workload, levers), budget.budget_bytes, device_kind=budget.device.kind
+    )
     rates = device_rates(budget.device)
     seconds = _ALLOCATOR_WAITS_SECONDS
     batches = [(limit, steps), (limit + 1, 1)]
     if not is_traced(budget, workload, levers):
         batches += [(limit // 8, steps + 2), (limit // 3, steps + 2)]
     for batch, its_steps in batches:
-        step_seconds = predict_step_seconds(workload, levers, max(batch, 1), rates)
+        step_seconds = predict_step_seconds(Setup(workload, levers).step(max(batch, 1)), rates)
         seconds += _START_SECONDS + its_steps * step_seconds
     return seconds
 
@@ -262,7 +266,9 @@ def plenty_seconds(
     if timed:
         step_seconds = max(timed) * batch
     else:
-        step_seconds = predict_step_seconds(workload, levers, batch, device_rates(budget.device))
+        step_seconds = predict_step_seconds(
+            Setup(workload, levers).step(batch), device_rates(budget.device)
+        )
     # A first step takes longer than the others, and recording repeats it.
     return max(TIMEOUT_SECONDS, _PLENTY * step_seconds * (steps + 3))
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from bertbench.core.errors import OutOfMemoryError, WorkError
 from bertbench.core.terminal import say
-from bertbench.core.workload import Workload
-from bertbench.memory.fit import prediction_batch
+from bertbench.core.workload import Setup, Workload
+from bertbench.memory.fit import inference_batch
 from bertbench.run.choose_plan import choose_step
 from bertbench.run.device import open_device
 from bertbench.run.initial_weights import load_initial_weights
@@ -77,7 +77,7 @@ class FineTuned:
 
     Attributes:
         predict: predicts with it, no more examples at a time than fit, see
-            `bertbench.memory.fit.prediction_batch`.
+            `bertbench.memory.fit.inference_batch`.
         results: for `--json`; `weights_step` says how many optimizer steps its weights have seen,
             where that is known.
         folder: the output folder; to be checked before anything is written to it.
@@ -186,7 +186,7 @@ def _train(request: RunRequest, job: Job, stack: contextlib.ExitStack) -> FineTu
     clear_remains(settings.output_dir)
     write_model_files(settings, job.tokenizer, job.workload.config)
     most = min(settings.predict_batch_size, micro_batch)
-    predict_batch = prediction_batch(job.workload, levers, budget.budget_bytes, most)
+    predict_batch = inference_batch(Setup(job.workload, levers), budget.budget_bytes, most)
     predict = make_predict(variables, job.workload, predict_batch, strategy)
     scorer = None if job.make_scorer is None else job.make_scorer(predict)
     try:

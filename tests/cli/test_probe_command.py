@@ -342,7 +342,7 @@ def test_a_trial_may_take_ten_times_what_the_others_took() -> None:
     assert plenty_seconds(*question, trials, 538, 3) == pytest.approx(10 * 0.5 * 538 * 6)
     # The first trial of a cell may be the limit itself, whose step takes minutes.
     large = budget, published_workload("bert-large", 384), Levers(parse_checkpointing("nested"))
-    seconds = predict_step_seconds(*large[1:], 120, device_rates(budget.device))
+    seconds = predict_step_seconds(Setup(*large[1:]).step(120), device_rates(budget.device))
     assert seconds > 100
     assert plenty_seconds(*large, [], 120, 3) == pytest.approx(10 * seconds * 6)
 

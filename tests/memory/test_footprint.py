@@ -11,20 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertbench.core.workload import Levers, Workload, published_workload
+from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.memory.fit import (
     Room,
+    inference_batch,
     least_budget_bytes,
     margin_for,
-    prediction_batch,
     usable_bytes,
 )
 from bertbench.memory.footprint import (
     FORMULA_MARGIN,
     Footprint,
+    inference_bytes,
     max_micro_batch,
     predict_footprint,
-    prediction_bytes,
 )
 from finetune.spec.checkpointing import parse_checkpointing
 
@@ -54,7 +54,7 @@ MEASURED = [
 
 def predict(workload: Workload, policy: str, micro_batch: int, accumulation: int = 1) -> Footprint:
     levers = Levers(parse_checkpointing(policy), accumulation_steps=accumulation)
-    return predict_footprint(workload, levers, micro_batch)
+    return predict_footprint(Setup(workload, levers).step(micro_batch))
 
 
 @pytest.mark.parametrize("head", ["squad", "classifier"])
@@ -119,12 +119,12 @@ def test_max_micro_batch_is_the_last_that_fits(policy: str) -> None:
     workload = published_workload("bert-base", 384)
     levers = Levers(parse_checkpointing(policy))
     budget_bytes = 12 << 30
-    largest = max_micro_batch(workload, levers, budget_bytes)
+    largest = max_micro_batch(Setup(workload, levers), budget_bytes)
     assert predict(workload, policy, largest).peak_bytes <= budget_bytes
     assert predict(workload, policy, largest + 1).peak_bytes > budget_bytes
     exact = predict(workload, policy, 5).peak_bytes
-    assert max_micro_batch(workload, levers, exact) >= 5
-    assert max_micro_batch(workload, levers, 1 << 30) == 0
+    assert max_micro_batch(Setup(workload, levers), exact) >= 5
+    assert max_micro_batch(Setup(workload, levers), 1 << 30) == 0
 
 
 @pytest.mark.parametrize("case", MEASURED, ids=lambda case: "-".join(map(str, case[:6])))
@@ -144,8 +144,8 @@ def test_a_micro_batch_of_nothing_is_refused() -> None:
 def test_needs_no_tensorflow() -> None:
     code = (
         "import sys; from bertbench.memory.footprint import max_micro_batch as m;"
-        "from bertbench.core.workload import Levers, published_workload as p;"
-        "m(p('bert-base', 128), Levers(), 12 << 30); sys.exit('tensorflow' in sys.modules)"
+        "from bertbench.core.workload import Setup, published_workload as p;"
+        "m(Setup(p('bert-base', 128)), 12 << 30); sys.exit('tensorflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -165,7 +165,7 @@ def test_the_margin_makes_up_for_the_largest_known_errors(
     workload = published_workload(model, seq_len, head)
     levers = Levers(parse_checkpointing(policy), accumulation)
     needed_bytes = least_budget_bytes(workload, levers, micro_batch, "cpu")
-    predicted_bytes = predict_footprint(workload, levers, micro_batch).peak_bytes
+    predicted_bytes = predict_footprint(Setup(workload, levers).step(micro_batch)).peak_bytes
     assert 1.14 * predicted_bytes < needed_bytes <= (1 + FORMULA_MARGIN) * predicted_bytes
     unknown = dataclasses.replace(levers, precision="bf16")
     room = Room("cpu", needed_bytes)
@@ -178,9 +178,9 @@ def test_a_prediction_takes_no_more_examples_than_fit() -> None:
     workload = published_workload("bert-mini", 512)
     levers = Levers(parse_checkpointing("nested"))
     budget_bytes = least_budget_bytes(workload, levers, 128, "cpu")
-    found = prediction_batch(workload, levers, budget_bytes, 128)
+    found = inference_batch(Setup(workload, levers), budget_bytes, 128)
     assert 1 < found < 128
-    assert prediction_bytes(workload, levers, found) < budget_bytes
-    assert prediction_bytes(workload, levers, 128) > budget_bytes / (1 + FORMULA_MARGIN)
-    assert prediction_batch(workload, levers, budget_bytes, 5) == 5
-    assert prediction_batch(workload, levers, 1, 8) == 1
+    assert inference_bytes(Setup(workload, levers), found) < budget_bytes
+    assert inference_bytes(Setup(workload, levers), 128) > budget_bytes / (1 + FORMULA_MARGIN)
+    assert inference_batch(Setup(workload, levers), budget_bytes, 5) == 5
+    assert inference_batch(Setup(workload, levers), 1, 8) == 1

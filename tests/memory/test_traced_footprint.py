@@ -22,9 +22,7 @@ POLICIES = ("none", "selective", "full", "nested", "selective:4", "nested:3")
 def footprint(policy: str, micro_batch: int, steps: int = 1, **other: object) -> dict[str, int]:
     workload = published_workload("bert-base", 128)
     found = traced_footprint(
-        workload,
-        Levers(parse_checkpointing(policy), steps),
-        micro_batch,
+        Setup(workload, Levers(parse_checkpointing(policy), steps)).step(micro_batch),
         PLENTY,
         **other,  # type: ignore[arg-type]
     )
@@ -76,7 +74,7 @@ def test_checkpointing_keeps_less_and_holds_more_at_once() -> None:
 
 def test_an_update_may_need_most() -> None:
     workload = published_workload("bert-base", 64)
-    found = traced_footprint(workload, Levers(), 1, PLENTY, replayed=False)
+    found = traced_footprint(Setup(workload, Levers()).step(1), PLENTY, replayed=False)
     assert found is not None
     assert found.phase == UPDATE
     assert found.parts["saved_activations"] == 0
@@ -84,5 +82,5 @@ def test_an_update_may_need_most() -> None:
 
 def test_no_trace_and_no_room() -> None:
     workload = published_workload("bert-base", 128)
-    assert traced_footprint(workload, Levers(precision="bf16"), 4, PLENTY) is None
-    assert traced_footprint(workload, Levers(), 64, Memory((4 * GIB_BYTES,))) is None
+    assert traced_footprint(Setup(workload, Levers(precision="bf16")).step(4), PLENTY) is None
+    assert traced_footprint(Setup(workload, Levers()).step(64), Memory((4 * GIB_BYTES,))) is None

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from bertbench.cli.plan import command
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, Workload, published_workload
+from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.device import Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates, predict_step_seconds
@@ -36,7 +36,7 @@ def trial_of(
     workload: Workload, levers: Levers, batch: int, *, slower: float = 1.0, more: float = 1.0
 ) -> Trial:
     """A trial that fits, with a step so much slower, and a peak so much larger, than predicted."""
-    seconds = slower * predict_step_seconds(workload, levers, batch, RATES)
+    seconds = slower * predict_step_seconds(Setup(workload, levers).step(batch), RATES)
     peak_bytes = more * least_peak_bytes(workload, levers, batch, Room("gpu", MIB * MIB_BYTES))
     return Trial(batch, "fits", int(peak_bytes), seconds, fresh=True)
 

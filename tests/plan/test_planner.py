@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bertbench.core.units import GIB_BYTES, MIB_BYTES, format_bytes, parse_bytes
-from bertbench.core.workload import Levers, Workload, levers_from_json, published_workload
+from bertbench.core.workload import Levers, Setup, Workload, levers_from_json, published_workload
 from bertbench.devices.accelerators import (
     ACCELERATORS,
     check_levers,
@@ -77,7 +77,7 @@ def test_nothing_that_fits_is_faster(
     assert chosen.footprint.peak_bytes <= room.budget_bytes
     assert target <= chosen.rows < target + chosen.micro_batch
     for micro_batch, levers in everything:
-        seconds = predict_step_seconds(workload, levers, micro_batch, RATES)
+        seconds = predict_step_seconds(Setup(workload, levers).step(micro_batch), RATES)
         if seconds < chosen.predicted_step_seconds:
             assert not fits(workload, levers, micro_batch, room)
     for entry in plan.alternatives:
@@ -258,11 +258,13 @@ def test_plan_file_round_trip(tmp_path: Path) -> None:
 def test_cost_counts_recomputation_and_accumulation() -> None:
     workload = published_workload("bert-base", 384)
     seconds = {
-        policy: predict_step_seconds(workload, Levers(parse_checkpointing(policy)), 8, RATES)
+        policy: predict_step_seconds(
+            Setup(workload, Levers(parse_checkpointing(policy))).step(8), RATES
+        )
         for policy in ("none", "full:6", "full")
     }
     assert seconds["none"] < seconds["full:6"] < seconds["full"] < 1.4 * seconds["none"]
-    cut = predict_step_seconds(workload, Levers(accumulation_steps=8), 1, RATES)
+    cut = predict_step_seconds(Setup(workload, Levers(accumulation_steps=8)).step(1), RATES)
     assert cut > seconds["none"]
 
 
