@@ -1,7 +1,4 @@
-"""What is attached to this machine, and the names that the command line has for it.
-
-This module does not import TensorFlow.
-"""
+"""What is attached to this machine, and the names that the command line has for it."""
 
 from __future__ import annotations
 

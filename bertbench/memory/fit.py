@@ -3,8 +3,6 @@
 A replay of what the step asks for is exact on a CPU, down to the pieces that memory is in. Where
 there is no trace, the margin is the largest error that was measured of the formula; on devices that
 no trace was recorded on, a margin covers what is different there.
-
-This module does not import TensorFlow.
 """
 
 from __future__ import annotations

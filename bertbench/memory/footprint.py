@@ -27,8 +27,6 @@ With bfloat16 and float16 (BERT-Mini, `none` and `selective`) predictions are be
 A step compiled by XLA needs more: what grows with the batch is multiplied by what was measured on
 the CPU (`benchmarks/memory.py --part xla`), and so it is for TPUs, which compile with XLA. GPUs and
 TPUs have not been measured.
-
-This module does not import TensorFlow.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@
 | inputs | tokens, masks and targets of all micro-batches |
 | small_tensors | scalars and the like, and the places that are set aside for them |
 | allocator | what is lost in chunks that the allocator hands out whole; only with a replay |
-
-This module does not import TensorFlow.
 """
 
 from __future__ import annotations

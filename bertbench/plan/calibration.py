@@ -1,7 +1,4 @@
-"""What the ledger's trials on a device teach a plan: how fast it is, and what has fitted.
-
-This module does not import TensorFlow.
-"""
+"""What the ledger's trials on a device teach a plan: how fast it is, and what has fitted."""
 
 from __future__ import annotations
 

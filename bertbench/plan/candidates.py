@@ -1,7 +1,4 @@
-"""All lever settings that a target batch can be reached with.
-
-This module does not import TensorFlow.
-"""
+"""All lever settings that a target batch can be reached with."""
 
 from __future__ import annotations
 

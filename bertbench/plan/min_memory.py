@@ -1,7 +1,4 @@
-"""The planner's question the other way round: the smallest memory for a target batch.
-
-This module does not import TensorFlow.
-"""
+"""The planner's question the other way round: the smallest memory for a target batch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The fastest lever setting that fits: micro-batch, accumulation and checkpointing per layer.
 
-Decided from the predicted footprint and cost alone, in well under a second, without TensorFlow.
+It decides from the predicted memory and the predicted seconds alone, in well under a second.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Where memory ends for a step that there is a trace of.
-
-This module does not import TensorFlow.
-"""
+"""Where memory ends for a step that there is a trace of."""
 
 from __future__ import annotations
 

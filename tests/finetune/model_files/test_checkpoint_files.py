@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -148,9 +146,3 @@ def test_no_state_file_hides_the_newest_checkpoint(
     data = b'model_checkpoint_path: "' + content + b'"\n' if framed else content
     (tmp_path / STATE_FILE).write_bytes(data)
     assert preferred_checkpoints(tmp_path) == prefixes[::-1]
-
-
-def test_needs_no_tensorflow() -> None:
-    code = "import sys, finetune.model_files.checkpoint_files; print('tensorflow' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"

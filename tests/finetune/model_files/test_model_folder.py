@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,6 @@ from finetune.text.tokenization import (
 from finetune.text.tokenizer_files import write_tokenizer_files
 from finetune.text.vocabulary import Vocabulary, read_vocabulary
 from helpers.model_folders import CONFIG, SPECIAL, WORDS, tokenizer_json, write_json, write_vocab
-from helpers.paths import REPOSITORY
 
 
 def make_folder(folder: Path, **files: object) -> Path:
@@ -481,15 +478,6 @@ def test_two_configurations_that_differ(tmp_path: Path, caplog: pytest.LogCaptur
     (folder / "config.json").write_text("{}")
     find_model_files(folder, None, None, None)
     assert "are of different models: using the first" in caplog.text
-
-
-def test_no_tensorflow_is_loaded() -> None:
-    code = (
-        "import sys, finetune.model_files.model_folder, finetune.model_files.head_labels;"
-        "import finetune.model_files.safetensors_files;"
-        "sys.exit('tensorflow' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
 def test_the_written_file_is_what_transformers_reads(tmp_path: Path) -> None:

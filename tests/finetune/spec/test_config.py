@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from finetune.spec.config import (
     to_original_json,
     variable_shapes,
 )
-from helpers.paths import REPOSITORY
 
 # As published with BERT-Base, uncased.
 ORIGINAL = {
@@ -254,11 +251,3 @@ def test_without_dropout() -> None:
         dataclasses.replace(config, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
         == BertConfig()
     )
-
-
-def test_no_tensorflow_is_loaded() -> None:
-    code = (
-        "import sys, finetune.spec.config, finetune.spec.checkpointing, finetune.storage.files;"
-        "sys.exit('tensorflow' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
