@@ -15,6 +15,10 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
+from bertbench.memory.traces.build.moments import find_moments
+from bertbench.memory.traces.build.samples import Sample, StepItem, Steps, UnlikeError, step_items
+from bertbench.memory.traces.build.sizes import find_sizes
+from bertbench.memory.traces.step import layers_of, write_out
 from bertbench.memory.traces.trace import (
     ALL_LAYERS,
     LAST,
@@ -26,11 +30,7 @@ from bertbench.memory.traces.trace import (
     Repeated,
     StepTrace,
 )
-from bertbench.memory.traces.build.moments import find_moments
-from bertbench.memory.traces.build.samples import Sample, StepItem, Steps, UnlikeError, step_items
-from bertbench.memory.traces.build.sizes import find_sizes
 from bertbench.memory.traces.unroll import NothingAliveError
-from bertbench.memory.traces.step import layers_of, write_out
 
 Place = tuple[int, int]
 """Number of an item, and position in its block."""

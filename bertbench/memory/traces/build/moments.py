@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from bertbench.core.workload import Levers, Setup, Workload
+from bertbench.memory.traces.step import highest, moment_bytes
 from bertbench.memory.traces.trace import (
     ALL_LAYERS,
     BACKWARD,
@@ -33,7 +34,6 @@ from bertbench.memory.traces.trace import (
     Term,
 )
 from bertbench.memory.traces.unroll import Section, Written
-from bertbench.memory.traces.step import highest, moment_bytes
 
 _BLOCKS = 4
 """Enough for first, second and final ones to be different ones."""

@@ -7,8 +7,8 @@ import dataclasses
 import itertools
 import re
 
-from bertbench.memory.allocator.bfc import CHUNK_BYTES, Recording
 from bertbench.core.workload import TrainingStep
+from bertbench.memory.allocator.bfc import CHUNK_BYTES, Recording
 from bertbench.memory.traces.loops import Recorded, loops_and_places
 from bertbench.memory.traces.step import state_requests
 from finetune.spec.checkpointing import examples_per_chunk

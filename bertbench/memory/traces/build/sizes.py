@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from bertbench.memory.traces.loops import examples_of_block
-from bertbench.memory.traces.trace import Size
 from bertbench.memory.traces.build.samples import Sample, StepItem, Steps, UnlikeError
+from bertbench.memory.traces.loops import examples_of_block
 from bertbench.memory.traces.step import dimensions_of
+from bertbench.memory.traces.trace import Size
 
 
 def find_sizes(

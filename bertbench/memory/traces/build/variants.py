@@ -12,8 +12,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
-from bertbench.memory.traces.trace import LAST, Ask, Blocks, End, Item, Repeated, Size, StepTrace
 from bertbench.memory.traces.build.samples import UnlikeError
+from bertbench.memory.traces.trace import LAST, Ask, Blocks, End, Item, Repeated, Size, StepTrace
 
 _OF_MATRIX, _OF_VECTOR = 0, 1
 _UPDATES = {
