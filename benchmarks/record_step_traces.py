@@ -23,7 +23,7 @@ from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Setup, TrainingStep, Workload, published_workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.memory.allocator.bfc import Recording
+from bertbench.memory.allocator.recording import Recording
 from bertbench.memory.traces.build.building import build_trace
 from bertbench.memory.traces.build.moments import find_moments, keep_highest
 from bertbench.memory.traces.build.samples import Sample

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.device import Budget, Device
 from bertbench.ledger.database import Ledger, explained, pass_over
-from bertbench.memory.allocator.bfc import Recording, recording_from_text, recording_to_text
+from bertbench.memory.allocator.recording import Recording, recording_from_text, recording_to_text
 from bertbench.memory.traces.loops import Recorded
 from bertbench.trials.trial import Trial, trial_from_json
 from finetune.storage.json_files import json_text, parse_json

@@ -19,10 +19,10 @@ import collections
 import math
 
 from bertbench.core.workload import TrainingStep, Workload
-from bertbench.memory.allocator.bfc import CHUNK_BYTES, Memory
+from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES, Memory
 from bertbench.memory.footprint import Footprint
 from bertbench.memory.traces.step import (
-    chunk_bytes,
+    allocated_bytes,
     highest,
     layers_of,
     moment_bytes,
@@ -84,7 +84,7 @@ def traced_footprint(
     elif moment.phase == UPDATE:
         parts["gradients"] -= beyond
         parts["working_set"] += beyond
-    small = _SMALL_TENSORS * len(workload.parameters) * CHUNK_BYTES
+    small = _SMALL_TENSORS * len(workload.parameters) * MIN_ALLOCATION_BYTES
     parts["small_tensors"] = memory.held_bytes + min(small, memory.held_bytes)
     if replayed:
         ending = replay_step(step, memory)
@@ -110,11 +110,11 @@ def _state(workload: Workload, optimizer: str) -> dict[str, int]:
     """Bytes of the model's variables and of the optimizer's slots."""
     events, sizes = state_requests(workload, optimizer)
     gone = {~event for event in events if event < 0}
-    kept = [chunk_bytes(size) for number, size in enumerate(sizes) if number not in gone]
+    kept = [allocated_bytes(size) for number, size in enumerate(sizes) if number not in gone]
     weights = len(workload.parameters)
     return {"weights": sum(kept[:weights]), "optimizer_state": sum(kept[weights:])}
 
 
 def _trained_bytes(workload: Workload) -> int:
     shapes = workload.parameters
-    return sum(chunk_bytes(4 * math.prod(shapes[n])) for n in shapes if workload.trained(n))
+    return sum(allocated_bytes(4 * math.prod(shapes[n])) for n in shapes if workload.trained(n))

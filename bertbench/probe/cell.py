@@ -19,8 +19,8 @@ from bertbench.ledger.records import (
     record_allocations,
     versions_key,
 )
-from bertbench.memory.allocator.bfc import Recording
 from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.allocator.recording import Recording
 from bertbench.memory.fit import has_trace
 from bertbench.memory.footprint import max_micro_batch, predict_footprint
 from bertbench.memory.traces.loops import Recorded

@@ -24,7 +24,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bertbench.memory.allocator.bfc import Memory, Recording, Replay, replay
+from bertbench.memory.allocator.bfc import Memory, Replay, replay
+from bertbench.memory.allocator.recording import Recording
 from bertbench.memory.traces.loops import (
     SMALL_BYTES,
     Loop,

@@ -19,8 +19,8 @@ from bertbench.core.workload import (
 from bertbench.devices.device import Budget, budget_from_json, check_free
 from bertbench.devices.host import host_memory
 from bertbench.devices.nvml import list_gpus
-from bertbench.memory.allocator.bfc import Recording, recording_from_text
 from bertbench.memory.allocator.limit import child_environment
+from bertbench.memory.allocator.recording import Recording, recording_from_text
 from bertbench.trials.isolation import Ending, Message, run_isolated
 from bertbench.trials.outcome import (
     Outcome,
@@ -190,7 +190,7 @@ def measure_batches(
     - `{"event": "paused"}` before one of these, if the process was stopped and went on since it
       began. What it measured after that is no evidence of a limit, and no time;
     - `{"event": "recording", "batch", "recording"}`, the text of a
-      `bertbench.memory.allocator.bfc.Recording`, if that is asked for.
+      `bertbench.memory.allocator.recording.Recording`, if that is asked for.
 
     Anything else that it sends with an `event` is ignored.
 

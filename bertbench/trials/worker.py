@@ -16,7 +16,7 @@ import tensorflow as tf
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices import tpu
 from bertbench.devices.process import process_peak_bytes
-from bertbench.memory.allocator.bfc import recording_to_text
+from bertbench.memory.allocator.recording import recording_to_text
 from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
 from bertbench.trials.trial import TrialRequest, request_from_payload
 from finetune.model.modeling import create_variables

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from bertbench.core.workload import Levers, Setup, TrainingStep, Workload
 from bertbench.memory.traces.step import (
+    allocated_bytes,
     blocks_of,
-    chunk_bytes,
     layers_of,
     sizes_of,
     state_bytes,
@@ -166,7 +166,7 @@ def _written(
     changes = np.zeros((2, len(written.events)), np.int64)
     for number, event in enumerate(written.events):
         its_bytes, of_examples = written.sizes[max(event, ~event)]
-        changes[int(of_examples), number] = chunk_bytes(its_bytes) * (1 if event >= 0 else -1)
+        changes[int(of_examples), number] = allocated_bytes(its_bytes) * (1 if event >= 0 else -1)
     gradients, activations = changes.cumsum(axis=1)
     ends = [section.event for section in written.sections[1:]] + [len(written.events)]
     runs: _Runs = {}

@@ -30,7 +30,7 @@ from bertbench.devices.device import (
 from bertbench.devices.discover import list_devices, resolve_device, resolve_together, visible_gpus
 from bertbench.devices.host import cgroup_limits, memory_cgroups, oom_kill_counts
 from bertbench.memory.allocator import limit
-from bertbench.memory.allocator.bfc import CHUNK_BYTES
+from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES
 from bertbench.memory.allocator.limit import apply_budget, child_environment, empty_memory
 from finetune.errors import InputError
 from helpers.paths import REPOSITORY
@@ -105,11 +105,11 @@ def test_a_budget_of_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         "set_logical_device_configuration",
         lambda card, parts: limits.update({card: [part.memory_limit for part in parts]}),
     )
-    monkeypatch.setattr(limit, "_set_small_chunks_aside", lambda _, *what: set_aside.append(what))
+    monkeypatch.setattr(limit, "_set_small_pieces_aside", lambda _, *what: set_aside.append(what))
     assert apply_budget(budget) == "GPU:0"
     assert limits == {"first": [1024], "second": [1024]}
-    chunks = empty_memory(budget).small_chunks
-    assert set_aside == [("GPU:0", chunks), ("GPU:1", chunks)]
+    pieces = empty_memory(budget).small_pieces
+    assert set_aside == [("GPU:0", pieces), ("GPU:1", pieces)]
     cards.pop()
     with pytest.raises(InputError, match="cannot use gpu:1,gpu:2"):
         apply_budget(budget)
@@ -210,7 +210,7 @@ def test_a_budget_without_its_environment_is_refused(monkeypatch: pytest.MonkeyP
 
 APPLY = """
 import sys
-from bertbench.memory.allocator.bfc import CHUNK_BYTES
+from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES
 from bertbench.memory.allocator.limit import empty_memory, apply_budget
 from bertbench.devices.discover import list_devices
 from bertbench.devices.device import make_budget
@@ -242,9 +242,11 @@ def test_apply_budget_notices_an_allocator_without_limit(early: bool) -> None:
         assert "before the budget's environment was set" in result.stderr
     else:
         # What is set aside for scalars, and nothing else, is in use.
-        chunks = empty_memory(budget).small_chunks
-        assert result.stdout == f"CPU:0\n{(chunks + 1) // 2 * CHUNK_BYTES}\n", result.stderr
-        assert chunks * CHUNK_BYTES < 0.02 * budget.budget_bytes
+        pieces = empty_memory(budget).small_pieces
+        assert result.stdout == f"CPU:0\n{(pieces + 1) // 2 * MIN_ALLOCATION_BYTES}\n", (
+            result.stderr
+        )
+        assert pieces * MIN_ALLOCATION_BYTES < 0.02 * budget.budget_bytes
 
 
 def test_this_machine_has_a_cpu() -> None:

@@ -30,13 +30,8 @@ from bertbench.devices.device import Budget
 from bertbench.fetch.archives import ArchiveError, read_sums, unpack
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.records import record
-from bertbench.memory.allocator.bfc import (
-    Memory,
-    Recording,
-    recording_from_text,
-    recording_to_text,
-    replay,
-)
+from bertbench.memory.allocator.bfc import Memory, replay
+from bertbench.memory.allocator.recording import Recording, recording_from_text, recording_to_text
 from bertbench.plan.plan_file import read_plan
 from bertbench.plan.planner import make_plan
 from bertbench.probe.recheck import read_claims

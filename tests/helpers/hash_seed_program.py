@@ -13,7 +13,7 @@ from bertbench.cli.plan import command as plan
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import Budget, Device
-from bertbench.memory.allocator.bfc import Recording, recording_to_text
+from bertbench.memory.allocator.recording import Recording, recording_to_text
 from bertbench.memory.traces.loops import Recorded
 from bertbench.probe.extrapolation import extrapolate
 from bertbench.run.classifier import ClassifierSettings

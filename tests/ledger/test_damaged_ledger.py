@@ -38,7 +38,7 @@ from bertbench.ledger.records import (
     record_allocations,
     versions_key,
 )
-from bertbench.memory.allocator.bfc import Recording
+from bertbench.memory.allocator.recording import Recording
 from bertbench.plan.calibration import Experience, experience_of
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError

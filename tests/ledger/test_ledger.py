@@ -28,7 +28,7 @@ from bertbench.ledger.records import (
     record_allocations,
     versions_key,
 )
-from bertbench.memory.allocator.bfc import Recording
+from bertbench.memory.allocator.recording import Recording
 from bertbench.trials.trial import Trial, trial_from_json
 from finetune.errors import InputError
 from finetune.spec.checkpointing import Checkpointing

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import json
-import zlib
-
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bertbench.core.units import MIB_BYTES
-from bertbench.memory.allocator.bfc import (
-    BestFitAllocator,
-    Memory,
-    Recording,
-    Replay,
-    recording_from_text,
-    recording_to_text,
-    replay,
-)
+from bertbench.memory.allocator.bfc import BestFitAllocator, Memory, Replay, replay
 
 
 def allocator_of(*region_bytes: int) -> BestFitAllocator:
     return BestFitAllocator(Memory(region_bytes))
 
 
-def test_the_smallest_chunk_that_is_large_enough_is_taken() -> None:
+def test_the_smallest_piece_that_is_large_enough_is_taken() -> None:
     allocator = allocator_of(10_240)
     starts = [allocator.allocate(size) for size in (2048, 256, 1024, 256, 1)]
     assert starts == [0, 8, 9, 13, 14]
@@ -37,7 +24,7 @@ def test_the_smallest_chunk_that_is_large_enough_is_taken() -> None:
     assert allocator.used_bytes == 1024 + 256 + 256 + 256 + 2048
 
 
-def test_a_chunk_is_split_only_if_it_is_twice_as_large_or_leaves_much() -> None:
+def test_a_piece_is_split_only_if_it_is_twice_as_large_or_leaves_much() -> None:
     allocator = allocator_of(768, 300 * MIB_BYTES)
     assert allocator.allocate(512) == 0
     assert allocator.used_bytes == 768
@@ -48,7 +35,7 @@ def test_a_chunk_is_split_only_if_it_is_twice_as_large_or_leaves_much() -> None:
     assert allocator.used_bytes == 300 * MIB_BYTES
 
 
-def test_of_equal_chunks_that_with_the_lowest_address_is_taken() -> None:
+def test_of_equal_pieces_that_with_the_lowest_address_is_taken() -> None:
     allocator = allocator_of(2560)
     starts = [allocator.allocate(512) for _ in range(5)]
     assert starts == [0, 2, 4, 6, 8]
@@ -72,22 +59,22 @@ def test_what_is_given_back_joins_its_neighbours_but_not_another_region() -> Non
 
 
 @given(st.lists(st.tuples(st.integers(1, 5000), st.booleans()), max_size=60))
-def test_chunks_do_not_overlap_and_nothing_is_lost(requests: list[tuple[int, bool]]) -> None:
+def test_pieces_do_not_overlap_and_nothing_is_lost(requests: list[tuple[int, bool]]) -> None:
     total = 40 * 256
     allocator = allocator_of(total)
-    alive: dict[int, int] = {}
+    live: dict[int, int] = {}
     for size, ends in requests:
         start = allocator.allocate(size)
         if start is not None:
             assert 256 * start + size <= total
-            chunks = -(-size // 256)
-            assert all(start + chunks <= s or s + n <= start for s, n in alive.items())
-            alive[start] = chunks
-        if ends and alive:
-            first = next(iter(alive))
+            units = -(-size // 256)
+            assert all(start + units <= s or s + n <= start for s, n in live.items())
+            live[start] = units
+        if ends and live:
+            first = next(iter(live))
             allocator.free(first)
-            del alive[first]
-    for start in alive:
+            del live[first]
+    for start in live:
         allocator.free(start)
     assert allocator.used_bytes == 0
     assert allocator.allocate(total) == 0
@@ -99,21 +86,21 @@ def test_chunks_do_not_overlap_and_nothing_is_lost(requests: list[tuple[int, boo
     st.integers(13, 40),
     st.lists(st.integers(1, 3000), max_size=30),
 )
-def test_small_chunks_are_laid_out_as_if_they_had_been_asked_for(
+def test_small_pieces_are_laid_out_as_if_they_had_been_asked_for(
     small: int, first: int, second: int, sizes: list[int]
 ) -> None:
     regions = 256 * first, 256 * (first + second)
     made = BestFitAllocator(Memory(regions, small))
     asked = allocator_of(*regions)
-    for chunk in [asked.allocate(1) for _ in range(small)][1::2]:
-        assert chunk is not None
-        asked.free(chunk)
+    for piece in [asked.allocate(1) for _ in range(small)][1::2]:
+        assert piece is not None
+        asked.free(piece)
     for size in sizes:
         assert made.used_bytes == asked.used_bytes
         assert made.allocate(size) == asked.allocate(size)
 
 
-def test_small_chunks_that_are_set_aside_keep_scalars_out_of_the_way() -> None:
+def test_small_pieces_that_are_set_aside_keep_scalars_out_of_the_way() -> None:
     """A scalar that outlives its step would halve the room for the next one."""
     events, sizes = (0, 1, ~0, 2, ~2), (5000, 4, 9000)
     assert not replay(events, sizes, Memory((10_240,))).fits
@@ -123,50 +110,6 @@ def test_small_chunks_that_are_set_aside_keep_scalars_out_of_the_way() -> None:
     # The second scalar has a place there only if there are two.
     assert replay((0, 1, 2, ~1, 3), (4, 5000, 4, 9000), Memory((10_240 + 1280,), 5)).fits
     assert not replay((0, 1, 2, ~1, 3), (4, 5000, 4, 9000), Memory((10_240 + 768,), 3)).fits
-
-
-RECORDING = Recording((0, 1, ~0, 2, ~1, ~2), (300, 98, 700), ("a", "b", "c"))
-
-
-def test_text_of_a_recording() -> None:
-    text = recording_to_text(RECORDING)
-    assert recording_from_text(text) == RECORDING
-    for wrong in ("", "abc", text[:-9]):
-        with pytest.raises(ValueError, match=r"recording|base85|JSON|Expecting"):
-            recording_from_text(wrong)
-
-
-def packed(values: object, cut: int | None = None) -> str:
-    return base64.b85encode(zlib.compress(json.dumps(values).encode())[:cut]).decode()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        packed([[0, 1, ~1, ~1], [4, 4], [""], [0, 0]]),  # ends twice
-        packed([[~0], [], [""], []]),
-        packed([[1], [4], [""], [0]]),
-        packed([[0], [4, 4], [""], [0, 0]]),
-        packed([[0], [-4], [""], [0]]),
-        packed([["a"], [4], [""], [0]]),
-        packed([[0], [4], [""], [7]]),
-        packed([[0], [4], [""], [0]], cut=-3),
-        packed("text"),
-        packed([1, 2, 3, 4]),
-        "no base 85",
-    ],
-)
-def test_what_no_allocator_was_asked_is_no_recording(text: str) -> None:
-    with pytest.raises(ValueError, match="not a recording of allocations"):
-        recording_from_text(text)
-
-
-def test_a_recording_is_read_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = recording_to_text(Recording((0, 1, ~0), (8, 9), ("", "a")))
-    assert recording_from_text(text).sizes == (8, 9)
-    monkeypatch.setattr("bertbench.memory.allocator.bfc._RECORDING_BYTES", 10)
-    with pytest.raises(ValueError, match="too large"):
-        recording_from_text(text)
 
 
 def test_memory_beyond_sixteen_tebibytes() -> None:

@@ -18,13 +18,14 @@ from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.memory.allocator.bfc import CHUNK_BYTES, Memory, Recording, replay
+from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES, Memory, replay
 from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.allocator.recording import Recording
 from bertbench.memory.traces import step, trace
 from bertbench.memory.traces.build.building import build_trace, insertions, says
 from bertbench.memory.traces.build.samples import Sample, UnlikeError
 from bertbench.memory.traces.step import (
-    chunk_bytes,
+    allocated_bytes,
     highest,
     layers_of,
     moment_bytes,
@@ -194,7 +195,7 @@ def large(events: Sequence[int], sizes: Sequence[int]) -> list[object]:
     result: list[object] = []
     for event in events:
         allocation = max(event, ~event)
-        if sizes[allocation] <= CHUNK_BYTES:
+        if sizes[allocation] <= MIN_ALLOCATION_BYTES:
             continue
         if event >= 0:
             number[allocation] = len(number)
@@ -261,8 +262,8 @@ def test_inputs_are_of_all_micro_batches() -> None:
     larger = toy_sample("none", 7, 70, steps=4)
     told = write_out(trace, larger.step)
     state = len(state_requests(larger.step.workload, "adamw")[1])
-    assert [size for size in told.sizes if size > CHUNK_BYTES] == [
-        size for size in larger.recording.sizes[state:] if size > CHUNK_BYTES
+    assert [size for size in told.sizes if size > MIN_ALLOCATION_BYTES] == [
+        size for size in larger.recording.sizes[state:] if size > MIN_ALLOCATION_BYTES
     ]
 
 
@@ -335,7 +336,7 @@ def test_moments_tell_how_much_is_alive(
     told = write_out(trace, sample.step)
     alive_bytes = most_bytes = 0
     for event in told.events:
-        size_bytes = chunk_bytes(told.sizes[max(event, ~event)])
+        size_bytes = allocated_bytes(told.sizes[max(event, ~event)])
         alive_bytes += size_bytes if event >= 0 else -size_bytes
         most_bytes = max(most_bytes, alive_bytes)
     moments = moment_bytes(trace, sample.step)
@@ -445,7 +446,7 @@ def test_a_real_step_asks_for_what_the_trace_says(
     told, measured = replay(*requests, memory), trial.peak_bytes
     assert measured is not None
     # What has a place of its own is not in the trace.
-    assert 0 <= measured - told.peak_bytes <= memory.small_chunks // 2 * CHUNK_BYTES
+    assert 0 <= measured - told.peak_bytes <= memory.small_pieces // 2 * MIN_ALLOCATION_BYTES
     (recording,) = recordings
     without_small = replay(recording.events, recording.sizes, memory)
     assert without_small.peak_bytes == pytest.approx(measured, abs=1024)

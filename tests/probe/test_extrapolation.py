@@ -13,8 +13,9 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.memory.allocator.bfc import Memory, Recording, Replay, replay
+from bertbench.memory.allocator.bfc import Memory, Replay, replay
 from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.allocator.recording import Recording
 from bertbench.memory.traces.loops import Recorded
 from bertbench.probe.extrapolation import (
     Extrapolation,

@@ -1,50 +1,30 @@
-"""What a step asks TensorFlow's allocator for, and what the allocator makes of it.
+"""A model of TensorFlow's allocator: which piece of memory each request gets.
 
 TensorFlow's BFC allocator (best fit with coalescing, `tsl/framework/bfc_allocator.cc`) is
-deterministic, so its answers can be worked out: a replay of recorded requests ends where the real
-step would run out of memory, with the same chunks split and wasted.
+deterministic. So a replay of the requests of a step runs out of memory at the same request as the
+real step, with the same pieces split and wasted. A *piece* here is what TensorFlow's sources call a
+chunk; in this package a chunk is a part of the examples of a micro-batch.
 """
 
 from __future__ import annotations
 
-import base64
 import bisect
 import dataclasses
 import functools
-import zlib
 from collections.abc import Sequence
 
 from bertbench.core.units import MIB_BYTES
-from finetune.storage.json_files import json_text, parse_json
 
-CHUNK_BYTES = 256
-"""What the allocator hands out at least; it gives multiples of this."""
+MIN_ALLOCATION_BYTES = 256
+"""Smallest piece that the allocator hands out; all others are multiples of it."""
 
-_UNSPLIT_CHUNKS = 128 * MIB_BYTES // CHUNK_BYTES
-"""A free chunk is handed out whole unless it is at least twice as large as what is asked for, or
-leaves at least this much."""
+_SPLIT_REST = 128 * MIB_BYTES // MIN_ALLOCATION_BYTES
+"""A free piece is split if it is at least twice as large as the request, or if at least this much
+would be left of it. Otherwise it is handed out whole."""
 
-_RECORDING_BYTES = 256 * MIB_BYTES
-"""Largest text of a recording; those of a BERT-Large step are below 3 MiB."""
-
-_ADDRESS_BITS = 52  # 2 ** 60 bytes in chunks
+_ADDRESS_BITS = 52  # 2 ** 60 bytes, in units of 256
 _ADDRESS_MASK = (1 << _ADDRESS_BITS) - 1
-_CHUNK_KEY = 1 << _ADDRESS_BITS
-
-
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """What a process asked of an allocator, from its first request to its last.
-
-    Attributes:
-        events: in order: n for the n-th allocation, ~n for its end.
-        sizes: bytes that each allocation asked for.
-        operations: name of the operation that asked, or "".
-    """
-
-    events: tuple[int, ...]
-    sizes: tuple[int, ...]
-    operations: tuple[str, ...]
+_SINGLE_UNIT = 1 << _ADDRESS_BITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +33,9 @@ class Replay:
 
     Attributes:
         fits: no request failed.
-        peak_bytes: largest sum of the chunks in use, as the allocator counts it.
-        peak_at: number of the event after which it was; -1 if it was before the first.
+        peak_bytes: largest sum of the pieces in use, as the allocator counts it.
+        peak_at: number of the event that reached this peak; -1 if the memory in use was never more
+            than before the first event.
     """
 
     fits: bool
@@ -64,18 +45,18 @@ class Replay:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What an allocator has before a step asks for anything.
+    """What an allocator has before the first request of a process.
 
     Attributes:
         region_bytes: sizes of the regions, which are not adjacent; none smaller than the one before
             it.
-        small_chunks: chunks of `CHUNK_BYTES` that were taken first, an odd number. All but the
-            second, fourth, ... are held for good, so that those do not join with anything: they
-            are what small requests get.
+        small_pieces: pieces of `MIN_ALLOCATION_BYTES` that are set aside at the beginning, an odd
+            number. The first, third and so on are held for good. Those between them are free and
+            cannot join with other free memory, so they serve small requests.
     """
 
     region_bytes: tuple[int, ...]
-    small_chunks: int = 0
+    small_pieces: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -84,46 +65,49 @@ class Memory:
 
     @property
     def held_bytes(self) -> int:
-        """Small chunks that are held for good."""
-        return (self.small_chunks + 1) // 2 * CHUNK_BYTES
+        """Bytes of the small pieces that are held for good."""
+        return (self.small_pieces + 1) // 2 * MIN_ALLOCATION_BYTES
 
 
 class BestFitAllocator:
     """Hands out addresses as TensorFlow's BFC allocator does.
 
-    Of the free chunks that are large enough the smallest is taken, of equal ones that with the
-    lowest address. Inside, sizes and addresses are counted in `CHUNK_BYTES`.
+    It takes the smallest free piece that is large enough; of equal ones that with the lowest
+    address. Inside, sizes and addresses are counted in units of `MIN_ALLOCATION_BYTES`.
 
     Args:
-        memory: what it has, with its small chunks set aside.
+        memory: what it has; the small pieces are already set aside.
+
+    Attributes:
+        used_bytes: sum of the pieces in use.
     """
 
     def __init__(self, memory: Memory) -> None:
         self.used_bytes = 0
         self._size: dict[int, int] = {}
-        # TensorFlow keeps free chunks in bins of sizes, in the same order as here: by size, then
-        # address, both in one number.
+        # TensorFlow keeps free pieces in bins by size. The order is the same as here: by size, then
+        # by address. One number holds both.
         self._free: list[int] = []
         self._free_size: dict[int, int] = {}
         self._free_start_by_end: dict[int, int] = {}
-        start, small = 0, memory.small_chunks
+        start, small = 0, memory.small_pieces
         for region_bytes in memory.region_bytes:
-            end = start + region_bytes // CHUNK_BYTES
+            end = start + region_bytes // MIN_ALLOCATION_BYTES
             taken = min(small, end - start)
-            # Laid out at once, as if they had been asked for and every other one given back.
-            free = range(start + (memory.small_chunks - small + 1) % 2, start + taken, 2)
-            self._free += [_CHUNK_KEY | chunk for chunk in free]
+            # The state after asking for all small pieces and freeing every second one.
+            free = range(start + (memory.small_pieces - small + 1) % 2, start + taken, 2)
+            self._free += [_SINGLE_UNIT | unit for unit in free]
             self._free_size |= dict.fromkeys(free, 1)
-            self._free_start_by_end |= {chunk + 1: chunk for chunk in free}
-            self.used_bytes += (taken - len(free)) * CHUNK_BYTES
+            self._free_start_by_end |= {unit + 1: unit for unit in free}
+            self.used_bytes += (taken - len(free)) * MIN_ALLOCATION_BYTES
             if start + taken < end:
                 self._add(start + taken, end - start - taken)
             small -= taken
             start = end + 1  # not adjacent to the next
 
     def allocate(self, size_bytes: int) -> int | None:
-        """Return the number of the chunk that a request gets, or None if none is large enough."""
-        wanted = -(-size_bytes // CHUNK_BYTES) or 1
+        """Find a piece for a request: its address in units, or None if none is large enough."""
+        wanted = -(-size_bytes // MIN_ALLOCATION_BYTES) or 1
         index = bisect.bisect_left(self._free, wanted << _ADDRESS_BITS)
         if index == len(self._free):
             return None
@@ -131,19 +115,19 @@ class BestFitAllocator:
         size, start = key >> _ADDRESS_BITS, key & _ADDRESS_MASK
         del self._free_size[start]
         rest = size - wanted
-        if rest >= wanted or rest >= _UNSPLIT_CHUNKS:
+        if rest >= wanted or rest >= _SPLIT_REST:
             size = wanted
             self._add(start + wanted, rest)
         else:
             del self._free_start_by_end[start + size]
         self._size[start] = size
-        self.used_bytes += size * CHUNK_BYTES
+        self.used_bytes += size * MIN_ALLOCATION_BYTES
         return start
 
     def free(self, start: int) -> None:
-        """Take a chunk back, and join it with free neighbours."""
+        """Take a piece back, and join it with its free neighbours."""
         size = self._size.pop(start)
-        self.used_bytes -= size * CHUNK_BYTES
+        self.used_bytes -= size * MIN_ALLOCATION_BYTES
         after = self._free_size.pop(start + size, 0)
         if after:
             self._forget(start + size, after)
@@ -177,7 +161,13 @@ def _prepared(memory: Memory) -> BestFitAllocator:
 
 
 def replay(events: Sequence[int], sizes: Sequence[int], memory: Memory) -> Replay:
-    """Ask an allocator for what was recorded, up to the first request that fails."""
+    """Send requests to an allocator, up to the first one that fails.
+
+    Args:
+        events: in order: n for the n-th allocation, ~n for the release of it.
+        sizes: requested bytes of each allocation.
+        memory: what the allocator has.
+    """
     allocator = _prepared(memory).copy()
     allocate, free = allocator.allocate, allocator.free
     starts: dict[int, int] = {}
@@ -193,53 +183,3 @@ def replay(events: Sequence[int], sizes: Sequence[int], memory: Memory) -> Repla
         if allocator.used_bytes > peak_bytes:
             peak_bytes, peak_at = allocator.used_bytes, number
     return Replay(True, peak_bytes, peak_at)
-
-
-def recording_to_text(recording: Recording) -> str:
-    """Compress a recording, so that it can be sent and kept."""
-    names = sorted(set(recording.operations))
-    index = {name: number for number, name in enumerate(names)}
-    values = [
-        recording.events,
-        recording.sizes,
-        names,
-        [index[name] for name in recording.operations],
-    ]
-    return base64.b85encode(zlib.compress(json_text(values).encode(), 6)).decode()
-
-
-def recording_from_text(text: str) -> Recording:
-    """Read what `recording_to_text` wrote.
-
-    Raises:
-        ValueError: it is something else, or too large to be one.
-    """
-    try:
-        decompress = zlib.decompressobj()
-        data = decompress.decompress(base64.b85decode(text), _RECORDING_BYTES)
-        if not decompress.eof:
-            raise ValueError("cut short, or too large")
-        events, sizes, names, numbers = parse_json(data.decode())
-        operations = tuple(str(names[number]) for number in numbers)
-        recording = Recording(tuple(events), tuple(sizes), operations)
-        _check_recording(recording)
-    except (zlib.error, TypeError, LookupError, ValueError) as error:
-        raise ValueError(f"not a recording of allocations ({error})") from error
-    return recording
-
-
-def _check_recording(recording: Recording) -> None:
-    """Refuse what no allocator can have been asked: an end without a beginning, and the like."""
-    begun, alive = 0, set()
-    for event in recording.events:
-        if event == begun:
-            alive.add(event)
-            begun += 1
-        elif ~event in alive:
-            alive.remove(~event)
-        else:
-            raise ValueError(f"event {event} out of order")
-    if not begun == len(recording.sizes) == len(recording.operations):
-        raise ValueError("another number of sizes than of allocations")
-    if any(type(size) is not int or size < 0 for size in recording.sizes):
-        raise ValueError("a size that is none")

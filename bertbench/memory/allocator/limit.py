@@ -17,15 +17,15 @@ from finetune.errors import InputError
 _FIRST_REGION_BYTES = 2 * MIB_BYTES
 """What the first operation makes TensorFlow's CPU allocator take from the system."""
 
-# Small chunks that are set aside, in pairs. The small things that are alive at once in a step of a
-# model are 36 a variable (blocks of `selective`, two micro-batches), from 1,300 with BERT-Tiny to
-# 14,000 with BERT-Large; a model for which this is not enough is one that the budget is too small
-# for. More than the most would take longer than it gains.
+# Small pieces are set aside in pairs, one held and one free. Of a step's small tensors up to 36 a
+# variable are live at once (`selective` in chunks of examples, two micro-batches): 1,300 with
+# BERT-Tiny, 14,000 with BERT-Large. A model that needs more pairs than a budget gives is too large
+# for this budget anyway. More than `_MOST_PAIRS` would take longer than it gains.
 _LEAST_PAIRS, _BYTES_A_PAIR, _MOST_PAIRS = 2048, 320 * 1024, 16384
 _LEAST_BYTES_A_PAIR = 32 * 1024
 
 _held: list[Any] = []
-"""Chunks that are held as long as the process lives."""
+"""Small pieces that are held as long as the process lives."""
 
 
 def child_environment(budget: Budget) -> dict[str, str]:
@@ -83,7 +83,7 @@ def apply_budget(budget: Budget) -> str:
                 "TensorFlow made its CPU allocator before the budget's environment was set"
             )
         _reserve(tf, budget.budget_bytes)
-        _set_small_chunks_aside(tf, "CPU:0", empty_memory(budget).small_chunks)
+        _set_small_pieces_aside(tf, "CPU:0", empty_memory(budget).small_pieces)
         return "CPU:0"
     gpus = tf.config.list_physical_devices("GPU")
     if len(gpus) < budget.device.replicas:
@@ -95,28 +95,33 @@ def apply_budget(budget: Budget) -> str:
     for gpu in gpus:
         tf.config.set_logical_device_configuration(gpu, [limit])
     for index in range(budget.device.replicas):
-        _set_small_chunks_aside(tf, f"GPU:{index}", empty_memory(budget).small_chunks)
+        _set_small_pieces_aside(tf, f"GPU:{index}", empty_memory(budget).small_pieces)
     return "GPU:0"
 
 
 def empty_memory(budget: Budget) -> Memory:
-    """What TensorFlow's allocator has under a budget when `apply_budget` is done."""
+    """What TensorFlow's allocator has after `apply_budget`."""
     return memory_of(budget.device.kind, budget.budget_bytes)
 
 
 def memory_of(device_kind: str, budget_bytes: int) -> Memory:
-    """The same, of a device that need not be attached: `cpu` or `gpu`."""
+    """What the allocator has under a budget, also of a device that is not attached.
+
+    Args:
+        device_kind: `cpu` or `gpu`.
+        budget_bytes: what the allocator may use.
+    """
     pairs = min(_LEAST_PAIRS + budget_bytes // _BYTES_A_PAIR, _MOST_PAIRS)
-    chunks = 2 * min(pairs, budget_bytes // _LEAST_BYTES_A_PAIR) + 1
+    pieces = 2 * min(pairs, budget_bytes // _LEAST_BYTES_A_PAIR) + 1
     if device_kind == "cpu":
         first_bytes = min(_FIRST_REGION_BYTES, budget_bytes)
-        return Memory((first_bytes, budget_bytes - first_bytes), chunks)
-    return Memory((budget_bytes,), chunks)
+        return Memory((first_bytes, budget_bytes - first_bytes), pieces)
+    return Memory((budget_bytes,), pieces)
 
 
 def _counts_small_tensors(tf: Any) -> bool:
-    # oneDNN's allocator, the usual one, has statistics too, but only of large tensors; the plain
-    # one has none. Only the allocator with a limit counts every byte.
+    # TensorFlow's usual CPU allocator, oneDNN's, counts large tensors only; the plain one counts
+    # nothing. Only the allocator with a limit counts every byte.
     with tf.device("CPU:0"):
         held = tf.ones([1024])
     try:
@@ -130,14 +135,13 @@ def _counts_small_tensors(tf: Any) -> bool:
 def _reserve(tf: Any, budget_bytes: int) -> None:
     """Have the CPU's allocator take its whole budget from the system in one piece.
 
-    As a GPU's does. Left alone it takes ever larger pieces as it needs them, and what fits depends
-    on where their borders happen to be: the same batch of BERT-Mini needed up to 12 % more in one
-    process than in another. The system gives the pages only when they are used.
-
-    What runs out of memory later has then met the end of the budget, and not that of the system.
+    A GPU's allocator does the same. Otherwise the CPU's allocator takes larger and larger regions
+    when it needs them, and what fits depends on where these end: the same batch of BERT-Mini needed
+    up to 12 % more in one process than in another. The system gives the pages only when they are
+    used. A step that runs out of memory later has then used up the budget, not the system's memory.
 
     Raises:
-        WorkError: the system does not give so much.
+        WorkError: the system does not give so much memory.
     """
     mebibytes = (budget_bytes - _FIRST_REGION_BYTES) // MIB_BYTES
     if mebibytes <= 0:
@@ -153,23 +157,23 @@ def _reserve(tf: Any, budget_bytes: int) -> None:
         ) from error
 
 
-def _set_small_chunks_aside(tf: Any, device: str, count: int) -> None:
-    """Give small tensors a place of their own, so that they never lie in that of large ones.
+def _set_small_pieces_aside(tf: Any, device: str, count: int) -> None:
+    """Set small pieces aside for small tensors, so that these never split large free memory.
 
-    When a scalar is let go of depends on threads, and a scalar amid free memory is a wall for what
-    comes next: the same batch, with nine tenths of the memory in use, fitted in one process and not
-    in another. The allocator takes the smallest free chunk that is large enough, so the small
-    chunks that are free here, each between two that are held for good, are where scalars go.
+    When a scalar is freed depends on threads. A scalar in the middle of free memory splits it: the
+    same batch, with nine tenths of the memory in use, fitted in one process and not in another. The
+    allocator takes the smallest free piece that is large enough. So scalars go into the small free
+    pieces that are made here, each between two that are held for good.
     """
     with tf.device("CPU:0"):
         shape = tf.constant([1])
     on_cpu = device == "CPU:0"
     with tf.device(device):
-        chunks = [
+        pieces = [
             tf.raw_ops.Empty(shape=shape, dtype=tf.float32, init=False)
             for _ in range(count - on_cpu)
         ]
-    # The shape itself was the first to have one.
-    _held.extend([shape, *chunks][::2] if on_cpu else chunks[::2])
-    del chunks
+    # On a CPU the shape itself took the first small piece.
+    _held.extend([shape, *pieces][::2] if on_cpu else pieces[::2])
+    del pieces
     tf.config.experimental.reset_memory_stats(device)

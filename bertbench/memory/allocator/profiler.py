@@ -1,4 +1,4 @@
-"""Record what a process asks of TensorFlow's allocator, with TensorFlow's own profiler."""
+"""Record what a process asks of TensorFlow's allocator, by TensorFlow's own profiler."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ import tensorflow as tf
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from bertbench.memory.allocator.bfc import Recording
+from bertbench.memory.allocator.recording import Recording
 
-_ALLOCATION, _END = b"MemoryAllocation", b"MemoryDeallocation"
+_ALLOCATION, _RELEASE = b"MemoryAllocation", b"MemoryDeallocation"
 
 
 @contextlib.contextmanager
 def recorded_allocations(device: str) -> Iterator[list[Recording]]:
-    """Record a device's allocations in the block; afterwards the list has the recording.
+    """Record a device's allocations inside a `with` statement.
 
-    What the allocator holds when the block begins must not end in it: the list stays empty when
-    something ended that had not begun, or the profiler gave nothing.
+    Nothing that was allocated before may be freed inside. If that happens, or if the profiler gave
+    nothing, there is no recording.
 
     Args:
-        device: TensorFlow's name of it, `CPU:0` or `GPU:0`.
+        device: TensorFlow's name of the device, `CPU:0` or `GPU:0`.
+
+    Yields:
+        A list, to which the recording is added when the statement ends.
     """
     result: list[Recording] = []
     with tempfile.TemporaryDirectory(prefix="bertbench-") as folder:
@@ -44,7 +47,11 @@ def recorded_allocations(device: str) -> Iterator[list[Recording]]:
 
 
 def _read(data: bytes, device: str) -> Recording | None:
-    """Find the events of a device's allocator in a profile, in order of time."""
+    """Find the events of a device's allocator in a profile, in order of time.
+
+    Returns:
+        None if there are no events, or if something is freed that was allocated before.
+    """
     kind, _, number = device.partition(":")
     allocator = f"{kind}_{number}_bfc" if kind == "GPU" else "bfc_cpu_allocator_for_gpu"
     space = _profile_class()()
@@ -52,12 +59,11 @@ def _read(data: bytes, device: str) -> Recording | None:
     found: list[tuple[int, bool, int, int, str]] = []
     for plane in space.planes:
         names = {number: value.name for number, value in plane.event_metadata.items()}
-
         stats = {number: value.name for number, value in plane.stat_metadata.items()}
         for line in plane.lines:
             for event in line.events:
                 event_name = names[event.metadata_id]
-                if event_name not in (_ALLOCATION, _END):
+                if event_name not in (_ALLOCATION, _RELEASE):
                     continue
                 size, address, operation, owner = 0, 0, "", ""
                 for stat in event.stats:
@@ -78,15 +84,15 @@ def _read(data: bytes, device: str) -> Recording | None:
     events: list[int] = []
     sizes: list[int] = []
     operations: list[str] = []
-    alive: dict[int, int] = {}
-    for _, begins, size, address, name in found:
-        if begins:
-            alive[address] = len(sizes)
+    live: dict[int, int] = {}
+    for _, allocates, size, address, name in found:
+        if allocates:
+            live[address] = len(sizes)
             events.append(len(sizes))
             sizes.append(size)
             operations.append(name)
-        elif address in alive:
-            events.append(~alive.pop(address))
+        elif address in live:
+            events.append(~live.pop(address))
         else:
             return None
     return Recording(tuple(events), tuple(sizes), tuple(operations)) if sizes else None

@@ -12,10 +12,11 @@ from finetune.spec.precisions import EXACT_PRECISION, allow_tensor_float_32
 def start_tensorflow(budget: Budget) -> str:
     """Bind this process to a budget.
 
-    On a CPU one operation runs at a time, each on all cores: with several at a time the order in
-    which activations are freed changes from step to step, and the peak with it. And matrix
-    products are not fused with their bias there, because the fused kernel (oneDNN's, in
-    TensorFlow 2.20 and 2.21) does not check whether its output could be allocated and ends the
+    On a CPU one operation runs at a time, on all cores. With several at a time, the order in which
+    activations are freed would change from step to step, and the peak with it.
+
+    Matrix products are not fused with their bias on a CPU. The fused kernel (oneDNN's, in
+    TensorFlow 2.20 and 2.21) does not check whether its output could be allocated. It ends the
     process with a segmentation fault where it should report that memory is exhausted.
 
     Args:
@@ -26,7 +27,7 @@ def start_tensorflow(budget: Budget) -> str:
         TensorFlow's name of the device, as in `GPU:0`.
 
     Raises:
-        InputError: the device or its budget cannot be had.
+        InputError: the device, or this budget on it, is not available.
         WorkError: the system does not allow the threads that TensorFlow needs.
         RuntimeError: TensorFlow has already run an operation.
     """
@@ -34,7 +35,7 @@ def start_tensorflow(budget: Budget) -> str:
     with muted_stderr():
         import tensorflow as tf
 
-        # TensorFlow's default is another; a prediction without training would have that.
+        # TensorFlow's default differs, and applies also where a model predicts without training.
         allow_tensor_float_32(EXACT_PRECISION)
         if budget.device.kind == "cpu":
             tf.config.threading.set_inter_op_parallelism_threads(1)

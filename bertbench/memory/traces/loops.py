@@ -14,7 +14,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 
-from bertbench.memory.allocator.bfc import Recording
+from bertbench.memory.allocator.recording import Recording
 
 SMALL_BYTES = 1024
 """Counters, shapes and the like, which come and go a little earlier or later in each process."""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from bertbench.core.workload import Levers, Setup, TrainingStep, Workload
-from bertbench.memory.allocator.bfc import CHUNK_BYTES, Memory, Replay, replay
+from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES, Memory, Replay, replay
 from bertbench.memory.traces.loops import examples_of_block
 from bertbench.memory.traces.trace import (
     ALL_LAYERS,
@@ -198,8 +198,8 @@ def left_out_bytes(setup: Setup) -> int:
     """
     config, left_out = setup.workload.config, 0
     if setup.levers.optimizer != EXACT_OPTIMIZER:
-        left_out += (2 * config.num_hidden_layers + 2) * chunk_bytes(4 * config.hidden_size)
-    return left_out + 4 * chunk_bytes(4 * setup.workload.num_labels)
+        left_out += (2 * config.num_hidden_layers + 2) * allocated_bytes(4 * config.hidden_size)
+    return left_out + 4 * allocated_bytes(4 * setup.workload.num_labels)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -263,7 +263,7 @@ def term_values(trace: StepTrace, step: TrainingStep) -> Callable[[Moment, Term]
 
     @functools.cache
     def chunks(examples: int) -> list[int]:
-        return [chunk_bytes(size) for size in sizes(examples)]
+        return [allocated_bytes(size) for size in sizes(examples)]
 
     @functools.cache
     def together(policy: str) -> list[int]:
@@ -289,9 +289,11 @@ def highest(moments: Sequence[MomentBytes], layers: Mapping[str, int]) -> tuple[
     )
 
 
-def chunk_bytes(size_bytes: int) -> int:
-    """Bytes of the chunk for a request; 0 for those that have a place of their own."""
-    return -(-size_bytes // CHUNK_BYTES) * CHUNK_BYTES if size_bytes > CHUNK_BYTES else 0
+def allocated_bytes(size_bytes: int) -> int:
+    """Bytes that a request takes; 0 for one that the small pieces serve."""
+    if size_bytes <= MIN_ALLOCATION_BYTES:
+        return 0
+    return -(-size_bytes // MIN_ALLOCATION_BYTES) * MIN_ALLOCATION_BYTES
 
 
 @functools.lru_cache(maxsize=256)
@@ -299,7 +301,7 @@ def state_bytes(workload: Workload, optimizer: str) -> int:
     """Chunks of the model and the optimizer's state."""
     events, sizes = state_requests(workload, optimizer)
     gone = {~event for event in events if event < 0}
-    return sum(chunk_bytes(size) for number, size in enumerate(sizes) if number not in gone)
+    return sum(allocated_bytes(size) for number, size in enumerate(sizes) if number not in gone)
 
 
 def traced_peak_bytes(step: TrainingStep) -> int | None:

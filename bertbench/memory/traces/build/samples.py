@@ -8,7 +8,8 @@ import itertools
 import re
 
 from bertbench.core.workload import TrainingStep
-from bertbench.memory.allocator.bfc import CHUNK_BYTES, Recording
+from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES
+from bertbench.memory.allocator.recording import Recording
 from bertbench.memory.traces.loops import Recorded, loops_and_places
 from bertbench.memory.traces.step import state_requests
 from finetune.spec.checkpointing import examples_per_chunk
@@ -45,7 +46,7 @@ class Steps:
     def __init__(self, sample: Sample) -> None:
         recording = sample.recording
         _, state_sizes = state_requests(sample.step.workload, sample.step.levers.optimizer)
-        state = sum(size > CHUNK_BYTES for size in state_sizes)
+        state = sum(size > MIN_ALLOCATION_BYTES for size in state_sizes)
         borders = self._borders(sample)
         number: dict[int, int] = {}
         kept: list[tuple[int, int]] = []
@@ -53,7 +54,7 @@ class Steps:
         self.operations: list[str] = []
         for position, event in enumerate(recording.events):
             allocation = max(event, ~event)
-            if recording.sizes[allocation] <= CHUNK_BYTES:
+            if recording.sizes[allocation] <= MIN_ALLOCATION_BYTES:
                 continue
             if event >= 0:
                 number[allocation] = len(self.sizes)
