@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, Workload, published_workload
+from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.ledger.database import open_ledger
-from bertbench.ledger.records import find_allocations, versions_key
+from bertbench.ledger.question import Question
+from bertbench.ledger.records import find_allocations
 from bertbench.probe.cell import probe_cell
 from bertbench.trials.trial import Trial, measure_batches
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
@@ -111,8 +112,7 @@ def _measure_group(
 
 def _cell(path: Path, budget: Budget, workload: Workload, levers: Levers) -> Row:
     with open_ledger(path) as ledger:
-        versions = versions_key()
-        recorded = find_allocations(ledger, budget, versions, workload, levers)
+        recorded = find_allocations(ledger, Question(budget, Setup(workload, levers)))
         lengths = {one.seq_len for one in recorded}
         cell = probe_cell(ledger, budget, workload, levers)
     began = time.monotonic()

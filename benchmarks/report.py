@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.ledger.database import open_ledger
-from bertbench.ledger.records import record, versions_key
+from bertbench.ledger.question import Question
+from bertbench.ledger.records import record
 from bertbench.trials.trial import Trial
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from finetune.storage.json_files import json_text
@@ -64,7 +65,7 @@ def main() -> None:
 
 def _fill(path: Path, cells: int, trials: int) -> None:
     """Make a ledger with as many cells of as many trials, the last tenth of them out of memory."""
-    device, versions = resolve_device("cpu"), versions_key()
+    device = resolve_device("cpu")
     with open_ledger(path) as ledger:
         # One transaction: what is measured is the reading.
         ledger.execute("BEGIN")
@@ -72,11 +73,12 @@ def _fill(path: Path, cells: int, trials: int) -> None:
             workload = published_workload(_MODELS[cell % 2], _SEQ_LENS[cell // 8 % 5])
             levers = Levers(parse_checkpointing(POLICIES[cell // 2 % 4]))
             budget = make_budget(device, (1000 + cell // 40) * MIB_BYTES)
+            question = Question(budget, Setup(workload, levers))
             for number in range(trials):
                 batch = number % 50 + 1
                 fits = number < 0.9 * trials - 0.5
                 record(
-                    ledger, budget, versions, workload, levers,
+                    ledger, question,
                     Trial(batch, "fits", batch * 10 * MIB_BYTES, 0.1 * batch, 5.0, fresh=True)
                     if fits
                     else Trial(51, "oom", seconds=12.0, message="OOM", fresh=True),

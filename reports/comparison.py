@@ -13,6 +13,7 @@ from rich.table import Table
 from bertbench.core.terminal import terminal
 from bertbench.devices.device import Budget
 from bertbench.ledger.database import read_ledger
+from bertbench.ledger.question import QuestionKey
 from bertbench.ledger.records import LedgerRow, read_rows
 from bertbench.probe.probe_file import ProbeFile, read_probe_file
 from finetune.errors import InputError
@@ -244,7 +245,7 @@ def _rows_of(probed: ProbeFile) -> list[LedgerRow]:
                     levers=levers.to_json(),
                     versions=dict(probed.versions),
                     trial=trial,
-                    question=(budget.key(), versions, workload.key(), levers.key()),
+                    question=QuestionKey(budget.key(), versions, workload.key(), levers.key()),
                 )
             )
     return rows

@@ -77,7 +77,7 @@ def name_environments(environments: Iterable[Environment]) -> dict[Environment, 
 
 def environment_of(row: LedgerRow) -> Environment:
     """Where a trial was run."""
-    return _place(row.device, row.budget_bytes, *row.question[:2])
+    return _place(row.device, row.budget_bytes, row.question.budget, row.question.versions)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,6 +13,7 @@ from bertbench.core.published import PUBLISHED_MAX_BATCH
 from bertbench.core.terminal import clean_text
 from bertbench.core.workload import Levers, Workload, levers_from_json, workload_from_key
 from bertbench.ledger.limit import AT_LEAST, CERTIFIED, MEASURED, Limit, find_limit
+from bertbench.ledger.question import QuestionKey
 from bertbench.ledger.records import LedgerRow
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
@@ -160,7 +161,7 @@ def collect_cells(rows: Iterable[LedgerRow]) -> list[MeasuredCell]:
     Returns:
         Cells by device, budget, model, length and levers.
     """
-    by_question: collections.defaultdict[tuple[str, ...], list[LedgerRow]]
+    by_question: collections.defaultdict[QuestionKey, list[LedgerRow]]
     by_question = collections.defaultdict(list)
     for row in rows:
         if not row.trial.of_run:
@@ -194,7 +195,7 @@ def _model_names(rows: Sequence[LedgerRow]) -> list[str]:
 
 def _workload(row: LedgerRow) -> Workload | None:
     with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
-        return workload_from_key(row.model, row.question[2])
+        return workload_from_key(row.model, row.question.workload)
     return None
 
 

@@ -109,8 +109,8 @@ def _plan(
         replicas = find_accelerator(_TPU).replicas
     key = workload.key()
     told = [row for row in rows if row.trial.outcome != "failed"]
-    answered = [row for row in told if row.question[2] == key]
-    others = [row for row in told if row.question[2] != key]
+    answered = [row for row in told if row.question.workload == key]
+    others = [row for row in told if row.question.workload != key]
     known = [*others[-_MOST_ROWS:], *answered[-_MOST_ROWS:]]
     try:
         plan = make_plan(
@@ -135,5 +135,5 @@ def _is_of(row: LedgerRow, plan: Plan) -> bool:
         row.trial.outcome == "fits"
         and row.trial.fresh
         and row.trial.batch == chosen.micro_batch
-        and row.question[3] == chosen.levers.key()
+        and row.question.levers == chosen.levers.key()
     )

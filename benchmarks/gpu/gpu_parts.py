@@ -1,13 +1,12 @@
 """What `measure.py` measures: the cells and settings of each part, and what is known of them.
 
-Nothing here starts a trial: a part is a list of questions, whose answers are in ledgers.
+Nothing here starts a trial: a part is a list of timings, whose trials are in ledgers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import sqlite3
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -17,7 +16,9 @@ from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.accelerators import check_levers
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.step_time import device_rates
-from bertbench.ledger.records import find, versions_key
+from bertbench.ledger.database import Ledger
+from bertbench.ledger.question import Question
+from bertbench.ledger.records import find
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.memory.traced_footprint import traced_footprint
@@ -96,20 +97,19 @@ QUICK = Scale(
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
-    """Micro-batches of a setting to be timed under a budget, in one process."""
+class Timing:
+    """Micro-batches of a setup to be timed under a budget, in one process."""
 
-    workload: Workload
-    levers: Levers
+    setup: Setup
     budget: Budget
     batches: tuple[int, ...]
 
-    def answers(self, ledger: sqlite3.Connection) -> dict[int, Trial]:
+    def answers(self, ledger: Ledger) -> dict[int, Trial]:
         """The newest trial of each micro-batch that was tried."""
-        trials = find(ledger, self.budget, versions_key(), self.workload, self.levers)
+        trials = find(ledger, Question(self.budget, self.setup))
         return {trial.batch: trial for trial in trials if trial.batch in self.batches}
 
-    def open_batches(self, ledger: sqlite3.Connection) -> tuple[int, ...]:
+    def open_batches(self, ledger: Ledger) -> tuple[int, ...]:
         """Micro-batches that are still to be tried; none above one that ran out of memory."""
         answers = self.answers(ledger)
         if any(trial.outcome == "oom" for trial in answers.values()):
@@ -152,9 +152,9 @@ def settled(trials: Sequence[Trial], budget: Budget) -> SearchResult | None:
         return None
 
 
-def speed_questions(scale: Scale, budget: Budget) -> list[Question]:
+def speed_timings(scale: Scale, budget: Budget) -> list[Timing]:
     """Every policy in every precision at rising micro-batches."""
-    return _questions(
+    return _timings(
         scale,
         budget,
         [
@@ -165,9 +165,9 @@ def speed_questions(scale: Scale, budget: Budget) -> list[Question]:
     )
 
 
-def xla_questions(scale: Scale, budget: Budget) -> list[Question]:
+def xla_timings(scale: Scale, budget: Budget) -> list[Timing]:
     """Some of that compiled by XLA, in the first precision and in the last."""
-    return _questions(
+    return _timings(
         scale,
         budget,
         [
@@ -178,21 +178,21 @@ def xla_questions(scale: Scale, budget: Budget) -> list[Question]:
     )
 
 
-def _questions(
+def _timings(
     scale: Scale, budget: Budget, settings: Sequence[tuple[Levers, tuple[int, ...]]]
-) -> list[Question]:
+) -> list[Timing]:
     return [
-        question
+        timing
         for levers, batches in settings
         for workload in scale.timed
-        if (question := _question(workload, levers, budget, batches)) is not None
+        if (timing := _timing(workload, levers, budget, batches)) is not None
     ]
 
 
-def _question(
+def _timing(
     workload: Workload, levers: Levers, budget: Budget, batches: Sequence[int]
-) -> Question | None:
-    """A question about what the device can do and is predicted to hold; None if that is nothing."""
+) -> Timing | None:
+    """A timing of the micro-batches that the device is predicted to hold; None without any."""
     device = budget.device
     try:
         check_levers(device.kind, device.name, levers)
@@ -204,7 +204,7 @@ def _question(
         for batch in batches
         if least_peak_bytes(workload, levers, batch, room) <= room.budget_bytes
     ]
-    return Question(workload, levers, budget, tuple(held)) if held else None
+    return Timing(Setup(workload, levers), budget, tuple(held)) if held else None
 
 
 def plan_for(workload: Workload, target: int, budget: Budget) -> Plan | None:
@@ -223,9 +223,9 @@ def plan_for(workload: Workload, target: int, budget: Budget) -> Plan | None:
         return None
 
 
-def plan_question(plan: Plan, budget: Budget) -> Question:
+def plan_timing(plan: Plan, budget: Budget) -> Timing:
     """The step of a plan."""
-    return Question(plan.workload, plan.chosen.levers, budget, (plan.chosen.micro_batch,))
+    return Timing(Setup(plan.workload, plan.chosen.levers), budget, (plan.chosen.micro_batch,))
 
 
 def plans_of(scale: Scale, budget: Budget) -> list[tuple[int, Budget, Plan | None]]:
@@ -240,28 +240,29 @@ def plans_of(scale: Scale, budget: Budget) -> list[tuple[int, Budget, Plan | Non
     return rows
 
 
-def plan_questions(scale: Scale, budget: Budget) -> list[Question]:
+def plan_timings(scale: Scale, budget: Budget) -> list[Timing]:
     """The steps of `plans`."""
-    return [plan_question(plan, its) for _, its, plan in plans_of(scale, budget) if plan]
+    return [plan_timing(plan, its) for _, its, plan in plans_of(scale, budget) if plan]
 
 
-def placement_questions(scale: Scale, budget: Budget) -> list[Question]:
+def placement_timings(scale: Scale, budget: Budget) -> list[Timing]:
     """The plan of `placement` with the optimizer's state on the device, and on the host."""
     plan = plan_for(scale.planned, scale.targets[0], budget)
     if plan is None or budget.device.kind != "gpu":
         return []
-    question = plan_question(plan, budget)
+    timing = plan_timing(plan, budget)
     return [
-        dataclasses.replace(
-            question, levers=dataclasses.replace(question.levers, placement=placement)
+        dataclasses.replace(timing, setup=Setup(plan.workload, levers))
+        for levers in (
+            dataclasses.replace(plan.chosen.levers, placement=placement)
+            for placement in ("device", "host")
         )
-        for placement in ("device", "host")
     ]
 
 
-def choice_questions(
-    scale: Scale, budget: Budget, workload: Workload, ledger: sqlite3.Connection
-) -> list[Question]:
+def choice_timings(
+    scale: Scale, budget: Budget, workload: Workload, ledger: Ledger
+) -> list[Timing]:
     """The planner's choice, and the settings that `speed` says are fastest; the choice first.
 
     All that was timed with one micro-batch is a guess at a step of several.
@@ -270,17 +271,17 @@ def choice_questions(
     plan = plan_for(workload, target, budget)
     if plan is None:
         return []
-    guesses: list[tuple[float, Question]] = []
-    for question in speed_questions(scale, budget):
-        if question.workload != workload or not question.levers.exact:
+    guesses: list[tuple[float, Timing]] = []
+    for timing in speed_timings(scale, budget):
+        if timing.setup.workload != workload or not timing.setup.levers.exact:
             continue
-        for batch, trial in question.answers(ledger).items():
+        for batch, trial in timing.answers(ledger).items():
             if trial.step_seconds is not None and batch <= target:
                 steps = math.ceil(target / batch)
-                levers = dataclasses.replace(question.levers, accumulation_steps=steps)
+                levers = dataclasses.replace(timing.setup.levers, accumulation_steps=steps)
                 guesses.append(
-                    (steps * trial.step_seconds, Question(workload, levers, budget, (batch,)))
+                    (steps * trial.step_seconds, Timing(Setup(workload, levers), budget, (batch,)))
                 )
-    chosen = plan_question(plan, budget)
+    chosen = plan_timing(plan, budget)
     rivals = [rival for _, rival in sorted(guesses, key=lambda pair: pair[0]) if rival != chosen]
     return [chosen, *rivals[:_RIVALS]]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sqlite3
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gpu_parts import Question, peak_on_capped_cpu, plan_question, settled
+from gpu_parts import Timing, peak_on_capped_cpu, plan_timing, settled
 
 from bertbench.core.units import MIB_BYTES, format_bytes
-from bertbench.core.workload import Levers, Workload
+from bertbench.core.workload import Levers, Setup, Workload
 from bertbench.devices.device import Budget
-from bertbench.ledger.records import find, read_rows, versions_key
+from bertbench.ledger.database import Ledger
+from bertbench.ledger.question import Question
+from bertbench.ledger.records import find, read_rows
 from bertbench.plan.planner import Plan, describe_entry, describe_setting
 
 Row = dict[str, Any]
@@ -23,10 +24,10 @@ def cell_row(
     workload: Workload,
     levers: Levers,
     capped_cpu_max_batch: int | None,
-    ledger: sqlite3.Connection,
+    ledger: Ledger,
 ) -> Row:
     """A cell: its limit, and the peak of every batch that fits beside that of a capped CPU."""
-    trials = find(ledger, budget, versions_key(), workload, levers)
+    trials = find(ledger, Question(budget, Setup(workload, levers)))
     result = settled(trials, budget)
     peaks = [
         {
@@ -52,11 +53,11 @@ def cell_row(
     }
 
 
-def failures(ledger: sqlite3.Connection) -> list[Row]:
+def failures(ledger: Ledger) -> list[Row]:
     """Trials that failed for another reason than memory, and to no better end since."""
     failed: dict[tuple[Any, ...], Row] = {}
     for row in read_rows(ledger):
-        name = (*row.question, row.trial.batch)
+        name = (row.question, row.trial.batch)
         if row.trial.outcome == "failed":
             failed[name] = row.to_json()
         else:
@@ -64,16 +65,16 @@ def failures(ledger: sqlite3.Connection) -> list[Row]:
     return list(failed.values())
 
 
-def speed_rows(question: Question, ledger: sqlite3.Connection) -> list[Row]:
+def speed_rows(timing: Timing, ledger: Ledger) -> list[Row]:
     """A row for every micro-batch that was tried."""
-    answers = question.answers(ledger)
-    steps = question.levers.accumulation_steps
+    answers = timing.answers(ledger)
+    steps = timing.setup.levers.accumulation_steps
     return [
         {
-            "model": question.workload.model,
-            "seq_len": question.workload.seq_len,
-            "levers": question.levers.to_json(),
-            "setting": describe_setting(batch, question.levers),
+            "model": timing.setup.workload.model,
+            "seq_len": timing.setup.workload.seq_len,
+            "levers": timing.setup.levers.to_json(),
+            "setting": describe_setting(batch, timing.setup.levers),
             "batch": batch,
             "outcome": trial.outcome,
             "step_seconds": trial.step_seconds,
@@ -86,13 +87,13 @@ def speed_rows(question: Question, ledger: sqlite3.Connection) -> list[Row]:
     ]
 
 
-def plan_row(target: int, budget: Budget, plan: Plan | None, ledger: sqlite3.Connection) -> Row:
+def plan_row(target: int, budget: Budget, plan: Plan | None, ledger: Ledger) -> Row:
     """A plan and the trial of it."""
     row: Row = {"target_batch": target, "budget_bytes": budget.budget_bytes, "plan": None}
     if plan is None:
         return row
     chosen = plan.chosen
-    trial = plan_question(plan, budget).answers(ledger).get(chosen.micro_batch)
+    trial = plan_timing(plan, budget).answers(ledger).get(chosen.micro_batch)
     return {
         **row,
         "plan": describe_entry(chosen),
@@ -104,15 +105,15 @@ def plan_row(target: int, budget: Budget, plan: Plan | None, ledger: sqlite3.Con
     }
 
 
-def choice_row(
-    workload: Workload, questions: Sequence[Question], ledger: sqlite3.Connection
-) -> Row:
-    """Seconds of a plan, the first question, and of its rivals; its regret beside those timed."""
+def choice_row(workload: Workload, timings: Sequence[Timing], ledger: Ledger) -> Row:
+    """Seconds of a plan, which comes first, and of its rivals; its regret beside those timed."""
     seconds: dict[str, float | None] = {}
-    for question in questions:
-        (batch,) = question.batches
-        trial = question.answers(ledger).get(batch)
-        seconds[describe_setting(batch, question.levers)] = trial.step_seconds if trial else None
+    for timing in timings:
+        (batch,) = timing.batches
+        trial = timing.answers(ledger).get(batch)
+        seconds[describe_setting(batch, timing.setup.levers)] = (
+            trial.step_seconds if trial else None
+        )
     plan = next(iter(seconds), None)
     timed = [value for value in seconds.values() if value is not None]
     regret = None

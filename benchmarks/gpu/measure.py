@@ -43,23 +43,24 @@ from gpu_parts import (
     FULL,
     QUICK,
     Cell,
-    Question,
     Scale,
+    Timing,
     cells_of,
-    choice_questions,
+    choice_timings,
     limit_on_capped_cpu,
-    placement_questions,
-    plan_questions,
+    placement_timings,
+    plan_timings,
     plans_of,
     settled,
-    speed_questions,
-    xla_questions,
+    speed_timings,
+    xla_timings,
 )
 from timed_trial import TARGET, TURN_VARIABLE
 
 from bertbench.core.progress import progress
 from bertbench.core.terminal import say
 from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Setup
 from bertbench.devices.device import (
     GPU_CONTEXT_RESERVE_BYTES,
     Budget,
@@ -71,7 +72,8 @@ from bertbench.devices.device import (
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.lock import devices_held
 from bertbench.ledger.database import open_ledger
-from bertbench.ledger.records import find, record, versions_key
+from bertbench.ledger.question import Question, versions_key
+from bertbench.ledger.records import find, record
 from bertbench.probe.cell import probe_cell
 from bertbench.trials.trial import Trial, measure_batches
 from finetune.errors import InputError
@@ -200,7 +202,7 @@ def measure_part(measurement: Measurement, part: str) -> None:
     if part in _MEASURED_OTHERWISE:
         _MEASURED_OTHERWISE[part](measurement)
     else:
-        ask(measurement, part, _QUESTIONS[part](measurement.scale, measurement.budget))
+        measure_timings(measurement, part, _TIMINGS[part](measurement.scale, measurement.budget))
 
 
 def is_of(subject: Path, budget: Budget) -> bool:
@@ -262,7 +264,7 @@ def measure_cells(measurement: Measurement) -> None:
         cells = [
             cell
             for cell in cells_of(measurement.scale)
-            if settled(find(ledger, budget, versions_key(), *cell), budget) is None
+            if settled(find(ledger, Question(budget, Setup(*cell))), budget) is None
         ]
     end = measurement.clock.end
     works = [functools.partial(probe_one, measurement.limits, budget, cell, end) for cell in cells]
@@ -310,23 +312,23 @@ def _name(cell: Cell) -> str:
     return f"{workload.model} {workload.seq_len} {levers.checkpointing}"
 
 
-def ask(measurement: Measurement, name: str, questions: Sequence[Question]) -> None:
+def measure_timings(measurement: Measurement, name: str, timings: Sequence[Timing]) -> None:
     """Time what has not been timed."""
 
-    def work(question: Question, batches: tuple[int, ...]) -> str:
+    def work(timing: Timing, batches: tuple[int, ...]) -> str:
         measurement.clock.check()
-        subject = (question.budget, versions_key(), question.workload, question.levers)
+        question = Question(timing.budget, timing.setup)
 
         def keep(trial: Trial) -> None:
             # Before several micro-batches there was a step that warmed up.
             fresh = trial.fresh and len(batches) == 1
-            record(ledger, *subject, dataclasses.replace(trial, fresh=fresh))
+            record(ledger, question, dataclasses.replace(trial, fresh=fresh))
 
         with open_ledger(measurement.timings) as ledger:
             *_, last = measure_batches(
-                question.workload,
-                question.levers,
-                question.budget,
+                timing.setup.workload,
+                timing.setup.levers,
+                timing.budget,
                 batches,
                 steps=_STEPS,
                 target=TARGET,
@@ -338,29 +340,25 @@ def ask(measurement: Measurement, name: str, questions: Sequence[Question]) -> N
     with open_ledger(measurement.timings) as ledger:
         # Two plans may be one.
         left = [
-            (question, batches)
-            for question in dict.fromkeys(questions)
-            if (batches := question.open_batches(ledger))
+            (timing, batches)
+            for timing in dict.fromkeys(timings)
+            if (batches := timing.open_batches(ledger))
         ]
-    largest = max(
-        (question.budget for question, _ in left), key=lambda b: b.budget_bytes, default=None
-    )
+    largest = max((timing.budget for timing, _ in left), key=lambda b: b.budget_bytes, default=None)
     jobs = 1 if largest is None else min(measurement.jobs, jobs_for(largest))
-    works = [functools.partial(work, question, batches) for question, batches in left]
+    works = [functools.partial(work, timing, batches) for timing, batches in left]
     in_parallel(measurement, name, concurrent.futures.ThreadPoolExecutor(jobs), works)
 
 
 def measure_choice(measurement: Measurement) -> None:
     """Run the plan for the last target, and its rivals."""
     with open_ledger(measurement.timings) as ledger:
-        questions = [
-            question
+        timings = [
+            timing
             for workload in measurement.scale.timed
-            for question in choice_questions(
-                measurement.scale, measurement.budget, workload, ledger
-            )
+            for timing in choice_timings(measurement.scale, measurement.budget, workload, ledger)
         ]
-    ask(measurement, "choice", questions)
+    measure_timings(measurement, "choice", timings)
 
 
 def measure_peer(measurement: Measurement) -> None:
@@ -438,20 +436,20 @@ def write_results(measurement: Measurement) -> None:
             "cells": cells,
             "speed": [
                 row
-                for question in (*speed_questions(scale, budget), *xla_questions(scale, budget))
-                for row in gpu_tables.speed_rows(question, ledger)
+                for timing in (*speed_timings(scale, budget), *xla_timings(scale, budget))
+                for row in gpu_tables.speed_rows(timing, ledger)
             ],
             "plans": [gpu_tables.plan_row(*row, ledger) for row in plans_of(scale, budget)],
             "choice": [
                 gpu_tables.choice_row(
-                    workload, choice_questions(scale, budget, workload, ledger), ledger
+                    workload, choice_timings(scale, budget, workload, ledger), ledger
                 )
                 for workload in scale.timed
             ],
             "placement": [
                 row
-                for question in placement_questions(scale, budget)
-                for row in gpu_tables.speed_rows(question, ledger)
+                for timing in placement_timings(scale, budget)
+                for row in gpu_tables.speed_rows(timing, ledger)
             ],
             "peer": peer_rows(measurement),
             "failures": failures + gpu_tables.failures(ledger),
@@ -462,11 +460,11 @@ def write_results(measurement: Measurement) -> None:
     print(table)
 
 
-_QUESTIONS: dict[str, Callable[[Scale, Budget], list[Question]]] = {
-    "speed": speed_questions,
-    "plans": plan_questions,
-    "placement": placement_questions,
-    "xla": xla_questions,
+_TIMINGS: dict[str, Callable[[Scale, Budget], list[Timing]]] = {
+    "speed": speed_timings,
+    "plans": plan_timings,
+    "placement": placement_timings,
+    "xla": xla_timings,
 }
 _MEASURED_OTHERWISE: dict[str, Callable[[Measurement], None]] = {
     "cells": measure_cells,

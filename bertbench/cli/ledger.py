@@ -20,6 +20,7 @@ from bertbench.ledger.database import (
     read_ledger,
 )
 from bertbench.ledger.limit import find_limit
+from bertbench.ledger.question import QuestionKey, versions_key
 from bertbench.ledger.records import (
     LedgerRow,
     Prunable,
@@ -27,7 +28,6 @@ from bertbench.ledger.records import (
     damaged_ids,
     prune,
     read_rows,
-    versions_key,
 )
 from finetune.errors import InputError
 
@@ -187,7 +187,7 @@ def _exists(path: Path) -> None:
 
 def _limits(rows: list[LedgerRow]) -> list[dict[str, Any]]:
     """One line for each question: the largest batch that fits, and the smallest that does not."""
-    by_question: dict[tuple[str, ...], list[LedgerRow]] = {}
+    by_question: dict[QuestionKey, list[LedgerRow]] = {}
     for row in rows:
         if not row.trial.of_run:
             by_question.setdefault(row.question, []).append(row)

@@ -51,7 +51,7 @@ from bertbench.devices.discover import resolve_device, tpu_device
 from bertbench.devices.lock import devices_held
 from bertbench.ledger.database import default_ledger_path, open_ledger
 from bertbench.ledger.limit import find_limit
-from bertbench.ledger.records import versions_key
+from bertbench.ledger.question import versions_key
 from bertbench.probe.cell import predict_cell_seconds, probe_cell
 from bertbench.probe.recheck import Check, check_claim, read_claims
 from bertbench.probe.workers import share_out

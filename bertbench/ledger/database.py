@@ -82,7 +82,8 @@ class Ledger(sqlite3.Connection):
     """An open ledger.
 
     Attributes:
-        damaged: places of rows that were passed over because they are no rows of a ledger.
+        damaged: places of rows that were passed over because they cannot be read. A place is the
+            table's name and the row's keys, so that a row that is read twice counts once.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -189,12 +190,6 @@ def _open_to_read(path: Path) -> Ledger:
     raise AssertionError("not reached")
 
 
-def pass_over(ledger: sqlite3.Connection, *place: object) -> None:
-    """Count a row that is damaged, by its place: read twice, it is the same one."""
-    if isinstance(ledger, Ledger):
-        ledger.damaged.add(place)
-
-
 _told: set[tuple[object, ...]] = set()
 """Files and places of rows that a line has been said about: one a command is enough."""
 
@@ -217,14 +212,14 @@ def _text(data: bytes) -> str | bytes:
 
 
 @contextlib.contextmanager
-def explained(ledger: sqlite3.Connection) -> Iterator[None]:
+def explained(ledger: Ledger) -> Iterator[None]:
     """Turn errors of an open ledger into ones that name its file and say what to do."""
     path = ledger.execute("PRAGMA database_list").fetchone()[2]
     with _explained(Path(path)) if path else contextlib.nullcontext():  # a copy: see `read_ledger`
         yield
 
 
-def _prepare(ledger: sqlite3.Connection, path: Path) -> None:
+def _prepare(ledger: Ledger, path: Path) -> None:
     """Check that the file is a ledger that this version reads, or make it one."""
     if _pragma(ledger, "user_version") < SCHEMA_VERSION:
         ledger.execute("BEGIN IMMEDIATE")  # one of several processes makes it, the others wait
@@ -260,7 +255,7 @@ def _prepare(ledger: sqlite3.Connection, path: Path) -> None:
     ledger.execute("PRAGMA synchronous = FULL")
 
 
-def _use_wal(ledger: sqlite3.Connection) -> None:
+def _use_wal(ledger: Ledger) -> None:
     # The change of mode does not wait for other processes as other statements do.
     deadline = time.monotonic() + _BUSY_SECONDS
     while True:
@@ -273,7 +268,7 @@ def _use_wal(ledger: sqlite3.Connection) -> None:
         time.sleep(0.02)
 
 
-def _pragma(ledger: sqlite3.Connection, name: str) -> int:
+def _pragma(ledger: Ledger, name: str) -> int:
     return int(ledger.execute(f"PRAGMA {name}").fetchone()[0])
 
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import platform
 import sqlite3
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
-from importlib import metadata
 from typing import Any, TypeVar
 
-from bertbench.core.workload import Levers, Workload
-from bertbench.devices.device import Budget, Device
-from bertbench.ledger.database import Ledger, explained, pass_over
+from bertbench.core.workload import Workload
+from bertbench.devices.device import Device
+from bertbench.ledger.database import Ledger, explained
+from bertbench.ledger.question import Question, QuestionKey
 from bertbench.memory.allocator.recording import Recording, recording_from_text, recording_to_text
 from bertbench.memory.traces.loops import Recorded
 from bertbench.trials.trial import Trial, trial_from_json
@@ -52,10 +51,9 @@ class LedgerRow:
         head: task head.
         seq_len: tokens per example.
         levers: lever settings, as `Levers.to_json` writes them.
-        versions: versions of what was measured, as `versions_key` writes them.
+        versions: of the software, as `bertbench.ledger.question.versions_key` writes them.
         trial: the trial itself.
-        question: keys of device with budget, versions, workload and levers; trials with the same
-            four answer the same question.
+        question: keys of what it answers.
     """
 
     id: int
@@ -68,7 +66,7 @@ class LedgerRow:
     levers: dict[str, Any]
     versions: dict[str, str]
     trial: Trial
-    question: tuple[str, str, str, str]
+    question: QuestionKey
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON; those of the trial beside the others."""
@@ -77,25 +75,19 @@ class LedgerRow:
         return {**values, **self.trial.to_json()}
 
 
-def record(
-    ledger: sqlite3.Connection,
-    budget: Budget,
-    versions: str,
-    workload: Workload,
-    levers: Levers,
-    trial: Trial,
-) -> None:
+def record(ledger: Ledger, question: Question, trial: Trial) -> None:
     """Write one trial; it is on the disk when this returns.
 
     Raises:
         InputError: the file cannot be written, for instance because the disk is full.
     """
+    key, budget, workload = question.key(), question.budget, question.setup.workload
     values = {
         "time_utc": _now(),
-        "budget_key": budget.key(),
-        "versions_key": versions,
-        "workload_key": workload.key(),
-        "levers_key": levers.key(),
+        "budget_key": key.budget,
+        "versions_key": key.versions,
+        "workload_key": key.workload,
+        "levers_key": key.levers,
         "device": budget.device.name,
         "budget_bytes": budget.budget_bytes,
         "model": workload.model,
@@ -108,66 +100,48 @@ def record(
         ledger.execute(f"INSERT INTO trials ({names}) VALUES ({places})", values)
 
 
-def find(
-    ledger: sqlite3.Connection, budget: Budget, versions: str, workload: Workload, levers: Levers
-) -> list[Trial]:
+def find(ledger: Ledger, question: Question) -> list[Trial]:
     """Trials that answer a question, in the order of recording.
 
     Failed trials are left out: they say nothing about the batch, so they are to be repeated. So are
     the steps of runs, which are evidence for plans alone, and damaged rows, which are counted.
     """
-    keys = (workload.key(), levers.key(), budget.key(), versions)
     with explained(ledger):
         rows = ledger.execute(
-            f"SELECT id, {_TRIAL_COLUMNS} FROM trials WHERE workload_key = ? AND levers_key = ? "
-            "AND budget_key = ? AND versions_key = ? AND outcome IS NOT 'failed' ORDER BY id",
-            keys,
+            f"SELECT id, {_TRIAL_COLUMNS} FROM trials WHERE workload_key = :workload "
+            "AND levers_key = :levers AND budget_key = :budget AND versions_key = :versions "
+            "AND outcome IS NOT 'failed' ORDER BY id",
+            dataclasses.asdict(question.key()),
         ).fetchall()
     trials = _read_each(ledger, rows, lambda row: _trial(row[1:]))
     return [trial for trial in trials if trial.outcome != "failed" and not trial.of_run]
 
 
 def record_allocations(
-    ledger: sqlite3.Connection,
-    budget: Budget,
-    versions: str,
-    workload: Workload,
-    levers: Levers,
-    batch: int,
-    recording: Recording,
+    ledger: Ledger, question: Question, batch: int, recording: Recording
 ) -> None:
     """Write what a batch asked of the allocator, in place of what was known of it.
 
     Raises:
         InputError: the file cannot be written, for instance because the disk is full.
     """
-    values = (
-        budget.device.key(),
-        versions,
-        workload.model_key(),
-        levers.key(),
-        workload.seq_len,
-        batch,
-        _now(),
-        recording_to_text(recording),
-    )
+    seq_len = question.setup.workload.seq_len
+    values = (*_recording_key(question), seq_len, batch, _now(), recording_to_text(recording))
     with explained(ledger):
         ledger.execute("INSERT OR REPLACE INTO recordings VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
 
 
-def find_allocations(
-    ledger: sqlite3.Connection, budget: Budget, versions: str, workload: Workload, levers: Levers
-) -> list[Recorded]:
+def find_allocations(ledger: Ledger, question: Question) -> list[Recorded]:
     """Recordings of the same model at the nearest lengths, under any budget of the device.
 
     What is damaged is passed over, and counted: a search does without it.
     """
-    keys = (budget.device.key(), versions, workload.model_key(), levers.key())
+    keys = _recording_key(question)
     with explained(ledger):
         lengths = ledger.execute(
             "SELECT DISTINCT seq_len FROM recordings WHERE device_key = ? AND versions_key = ? "
             "AND model_key = ? AND levers_key = ? ORDER BY abs(seq_len - ?) LIMIT ?",
-            (*keys, workload.seq_len, _NEAREST_LENGTHS),
+            (*keys, question.setup.workload.seq_len, _NEAREST_LENGTHS),
         ).fetchall()
         places = ", ".join("?" * len(lengths))
         rows = ledger.execute(
@@ -183,11 +157,17 @@ def find_allocations(
                 raise ValueError("no recording of a batch")
             found.append(Recorded(seq_len, batch, recording_from_text(text)))
         except ValueError:
-            pass_over(ledger, "recordings", *keys, seq_len, batch)
+            ledger.damaged.add(("recordings", *keys, seq_len, batch))
     return found
 
 
-def read_rows(ledger: sqlite3.Connection) -> list[LedgerRow]:
+def _recording_key(question: Question) -> tuple[str, str, str, str]:
+    """Keys of a recording that do not depend on the budget's bytes and the sequence length."""
+    workload, levers = question.setup.workload, question.setup.levers
+    return question.budget.device.key(), question.versions, workload.model_key(), levers.key()
+
+
+def read_rows(ledger: Ledger) -> list[LedgerRow]:
     """All trials, failed ones too, in the order of recording; damaged rows are counted."""
     with explained(ledger):
         rows = ledger.execute(f"{_SELECT_ROWS} ORDER BY id").fetchall()
@@ -195,7 +175,7 @@ def read_rows(ledger: sqlite3.Connection) -> list[LedgerRow]:
 
 
 def read_device_rows(
-    ledger: sqlite3.Connection, device: Device, versions: str, workload: Workload, most: int
+    ledger: Ledger, device: Device, versions: str, workload: Workload, most: int
 ) -> list[LedgerRow]:
     """Trials on a device, under any budget, that fitted or ran out of memory; oldest first.
 
@@ -204,7 +184,7 @@ def read_device_rows(
     Args:
         ledger: the record.
         device: where.
-        versions: of what was measured, see `versions_key`.
+        versions: of the software, see `bertbench.ledger.question.versions_key`.
         workload: that all trials are wanted of.
         most: how many of the newest of other workloads are wanted.
     """
@@ -227,7 +207,8 @@ class Prunable:
     Attributes:
         before: only those that were recorded earlier.
         failed: only failed ones; recordings stay then, for they are of trials that fit.
-        other_than: only those of other versions than these, see `versions_key`.
+        other_than: only those of other versions of the software than these, as
+            `bertbench.ledger.question.versions_key` writes them.
         ids: only those with these numbers, see `damaged_ids`; recordings have none, and stay.
     """
 
@@ -260,7 +241,7 @@ def damaged_ids(ledger: Ledger) -> tuple[int, ...]:
     return tuple(sorted(int(str(place[1])) for place in found))
 
 
-def count_prunable(ledger: sqlite3.Connection, which: Prunable) -> int:
+def count_prunable(ledger: Ledger, which: Prunable) -> int:
     """Number of trials that `prune` would take away."""
     where, values = which.where()
     with explained(ledger):
@@ -268,7 +249,7 @@ def count_prunable(ledger: sqlite3.Connection, which: Prunable) -> int:
     return count
 
 
-def prune(ledger: sqlite3.Connection, which: Prunable) -> int:
+def prune(ledger: Ledger, which: Prunable) -> int:
     """Take trials away, and recordings that meet the same conditions; return how many trials."""
     where, values = which.where()
     with explained(ledger):
@@ -288,31 +269,12 @@ def prune(ledger: sqlite3.Connection, which: Prunable) -> int:
     return count
 
 
-def versions_key() -> str:
-    """Canonical text of the versions that decide a trial's outcome, without importing them."""
-    versions = {
-        "tensorflow": _version("tensorflow", "tensorflow-cpu", "tf-nightly", "tf-nightly-cpu"),
-        "bertbench": _version("bertbench"),
-        "python": ".".join(platform.python_version_tuple()[:2]),
-    }
-    return json_text(versions, sort_keys=True)
-
-
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _version(*distributions: str) -> str:
-    for name in distributions:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "unknown"
-
-
 def _read_each(
-    ledger: sqlite3.Connection,
+    ledger: Ledger,
     rows: Iterable[tuple[Any, ...]],
     read: Callable[[tuple[Any, ...]], _Read],
 ) -> list[_Read]:
@@ -322,7 +284,7 @@ def _read_each(
         try:
             found.append(read(row))
         except ValueError:
-            pass_over(ledger, "trials", row[0])
+            ledger.damaged.add(("trials", row[0]))
     return found
 
 
@@ -356,7 +318,7 @@ def _row(row: tuple[Any, ...]) -> LedgerRow:
         levers=_object(levers),
         versions={name: str(version) for name, version in _object(versions).items()},
         trial=_trial(row[11:]),
-        question=(budget, versions, workload, levers),
+        question=QuestionKey(budget, versions, workload, levers),
     )
 
 

@@ -20,7 +20,8 @@ from bertbench.ledger.database import (
     read_ledger,
 )
 from bertbench.ledger.limit import verdicts
-from bertbench.ledger.records import LedgerRow, read_device_rows, record, versions_key
+from bertbench.ledger.question import Question, versions_key
+from bertbench.ledger.records import LedgerRow, read_device_rows, record
 from bertbench.memory.fit import Room, has_trace, least_peak_bytes
 from bertbench.trials.trial import Trial, out_of_memory_in_run
 from finetune.errors import InputError
@@ -131,7 +132,7 @@ def note_out_of_memory(
     trial = out_of_memory_in_run(micro_batch, message)
     try:
         with open_ledger() as ledger:
-            record(ledger, budget, versions_key(), workload, levers, trial)
+            record(ledger, Question(budget, Setup(workload, levers)), trial)
     except InputError as error:
         say(f"warning: {error}; other plans do not learn of it")
 
@@ -181,7 +182,7 @@ def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: 
         trial = row.trial
         try:
             levers = levers_from_json(dict(row.levers))
-            tried = workload_from_key(row.model, row.question[2])
+            tried = workload_from_key(row.model, row.question.workload)
         except (InputError, KeyError, TypeError, ValueError):
             continue  # As of another version.
         if trial.step_seconds is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable
 
 from bertbench.core.errors import WorkError
+from bertbench.core.workload import Setup
 from bertbench.devices.device import Budget
-from bertbench.ledger.records import record, versions_key
+from bertbench.ledger.database import Ledger
+from bertbench.ledger.question import Question
+from bertbench.ledger.records import record
 from bertbench.plan.planner import Plan
 from bertbench.trials.trial import Trial, measure_batches
 
@@ -19,7 +21,7 @@ _STEP_SHARE = 0.02
 def verify_plan(
     make: Callable[[int], Plan],
     budget: Budget,
-    ledger: sqlite3.Connection,
+    ledger: Ledger,
     *,
     on_attempt: Callable[[Plan], None] = lambda plan: None,
 ) -> tuple[Plan, Trial, list[Trial]]:
@@ -47,7 +49,7 @@ def verify_plan(
         (trial,) = measure_batches(
             plan.workload, chosen.levers, budget, [chosen.micro_batch], steps=2, fresh=True
         )
-        record(ledger, budget, versions_key(), plan.workload, chosen.levers, trial)
+        record(ledger, Question(budget, Setup(plan.workload, chosen.levers)), trial)
         if trial.outcome == "fits":
             return plan, trial, refuted
         if trial.outcome == "failed":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,13 +11,9 @@ from typing import Any
 from bertbench.core.workload import Levers, Setup, Workload
 from bertbench.devices.device import Budget
 from bertbench.devices.step_time import device_rates, predict_step_seconds
-from bertbench.ledger.records import (
-    find,
-    find_allocations,
-    record,
-    record_allocations,
-    versions_key,
-)
+from bertbench.ledger.database import Ledger
+from bertbench.ledger.question import Question
+from bertbench.ledger.records import find, find_allocations, record, record_allocations
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.allocator.recording import Recording
 from bertbench.memory.fit import has_trace
@@ -98,7 +93,7 @@ class Cell:
 
 
 def probe_cell(
-    ledger: sqlite3.Connection,
+    ledger: Ledger,
     budget: Budget,
     workload: Workload,
     levers: Levers,
@@ -129,23 +124,23 @@ def probe_cell(
         check: called several times a second; what it raises ends the search and is raised on.
     """
     began = time.monotonic()
-    versions = versions_key()
+    question = Question(budget, Setup(workload, levers))
 
-    known = [] if fresh else find(ledger, budget, versions, workload, levers)
+    known = [] if fresh else find(ledger, question)
     measured = list(known)
 
     def keep(trial: Trial) -> None:
         measured.append(trial)
-        record(ledger, budget, versions, workload, levers, trial)
+        record(ledger, question, trial)
         on_trial(trial)
 
     @functools.cache  # not read at all if the trials that are known answer the question
     def recorded() -> list[Recorded]:
-        return [] if fresh else find_allocations(ledger, budget, versions, workload, levers)
+        return [] if fresh else find_allocations(ledger, question)
 
     def keep_recording(batch: int, recording: Recording) -> None:
         recorded().append(Recorded(workload.seq_len, batch, recording))
-        record_allocations(ledger, budget, versions, workload, levers, batch, recording)
+        record_allocations(ledger, question, batch, recording)
 
     def enough() -> bool:
         # A TPU's memory is laid out by the compiler, before the step. Batch 1 tells nothing.

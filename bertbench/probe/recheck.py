@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bertbench.core.workload import Levers, Workload
+from bertbench.core.workload import Levers, Setup, Workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device, tpu_device
-from bertbench.ledger.records import find, record, versions_key
+from bertbench.ledger.database import Ledger
+from bertbench.ledger.question import Question
+from bertbench.ledger.records import find, record
 from bertbench.probe.cell import plenty_seconds
 from bertbench.probe.probe_file import read_probe_file
 from bertbench.trials.trial import Trial, measure_batches
@@ -128,7 +129,7 @@ def _no_certificate(fits: Trial | None, oom: Trial) -> str:
 
 
 def check_claim(
-    ledger: sqlite3.Connection,
+    ledger: Ledger,
     budget: Budget,
     claim: Claim,
     *,
@@ -137,14 +138,14 @@ def check_claim(
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> Check:
     """Repeat both trials of a certificate in fresh processes; the ledger keeps them too."""
-    versions = versions_key()
+    question = Question(budget, Setup(claim.workload, claim.levers))
 
     def keep(trial: Trial) -> None:
-        record(ledger, budget, versions, claim.workload, claim.levers, trial)
+        record(ledger, question, trial)
         on_trial(trial)
 
     trials: list[Trial] = []
-    known = find(ledger, budget, versions, claim.workload, claim.levers)
+    known = find(ledger, question)
     for batch in (claim.fits, claim.oom):
         if batch:
             trials += measure_batches(

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.lock import locked
 from bertbench.ledger.database import open_ledger
-from bertbench.ledger.records import read_rows, record, versions_key
+from bertbench.ledger.question import Question
+from bertbench.ledger.records import read_rows, record
 from bertbench.trials.trial import Trial, measure_batches
 from finetune.spec.checkpointing import parse_checkpointing
 from helpers.paths import REPOSITORY
@@ -153,13 +154,17 @@ def test_the_plan_is_run_beside_the_exact_settings_that_were_fastest(
         for (policy, precision, batch), step_seconds in seconds.items():
             levers = Levers(parse_checkpointing(policy), precision=precision)
             trial = Trial(batch, "fits", MIB_BYTES, step_seconds)
-            record(ledger, budget, versions_key(), WORKLOAD, levers, trial)
-        chosen, *rivals = parts.choice_questions(
+            record(ledger, Question(budget, Setup(WORKLOAD, levers)), trial)
+        chosen, *rivals = parts.choice_timings(
             dataclasses.replace(scale, batches=(4, 8, 16)), budget, WORKLOAD, ledger
         )
-    assert chosen == parts.plan_question(parts.plan_for(WORKLOAD, 16, budget), budget)
+    assert chosen == parts.plan_timing(parts.plan_for(WORKLOAD, 16, budget), budget)
     found = [
-        (str(rival.levers.checkpointing), rival.levers.accumulation_steps, rival.batches)
+        (
+            str(rival.setup.levers.checkpointing),
+            rival.setup.levers.accumulation_steps,
+            rival.batches,
+        )
         for rival in rivals
     ]
     # 0.8 s as 2 x 8 and as 4 x 4, then 0.9 s; what is not exact is left out.
@@ -168,7 +173,7 @@ def test_the_plan_is_run_beside_the_exact_settings_that_were_fastest(
 
 def test_the_host_s_memory_is_compared_only_on_gpus(parts: types.ModuleType) -> None:
     def placements(budget: Budget) -> list[str]:
-        return [q.levers.placement for q in parts.placement_questions(parts.QUICK, budget)]
+        return [q.setup.levers.placement for q in parts.placement_timings(parts.QUICK, budget)]
 
     cpu = Device("cpu", 0, "CPU (2 cores)", None, GIB_BYTES, GIB_BYTES)
     assert placements(make_budget(cpu, 512 * MIB_BYTES)) == []
@@ -252,13 +257,13 @@ def test_tables_tell_a_plan_from_its_rivals_and_a_failure_from_its_end(
     tables = sys.modules["gpu_tables"]
     budget = make_budget(H100, 11_430 * MIB_BYTES)
     plan, rival = (
-        parts.Question(WORKLOAD, Levers(accumulation_steps=steps), budget, (16 // steps,))
+        parts.Timing(Setup(WORKLOAD, Levers(accumulation_steps=steps)), budget, (16 // steps,))
         for steps in (1, 2)
     )
 
-    def write(question: Any, batch: int, outcome: str, step_seconds: float | None = None) -> None:
+    def write(timing: Any, batch: int, outcome: str, step_seconds: float | None = None) -> None:
         trial = Trial(batch, outcome, step_seconds=step_seconds, message="a driver's error")
-        record(ledger, budget, versions_key(), WORKLOAD, question.levers, trial)
+        record(ledger, Question(budget, timing.setup), trial)
 
     with open_ledger(tmp_path / "ledger.sqlite") as ledger:
         write(plan, 16, "failed")

@@ -28,7 +28,8 @@ from bertbench.devices.discover import resolve_device
 from bertbench.devices.lock import devices_held, locked
 from bertbench.devices.step_time import device_rates, predict_step_seconds
 from bertbench.ledger.database import open_ledger
-from bertbench.ledger.records import read_rows, record, versions_key
+from bertbench.ledger.question import Question
+from bertbench.ledger.records import read_rows, record
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.traces.step import replay_step
 from bertbench.probe import cell as probe_cell_module
@@ -488,7 +489,7 @@ def test_a_list_tells_heads_apart_where_there_are_several(tmp_path: Path) -> Non
     for head, named in (("squad", False), ("classifier", True)):
         with open_ledger(tmp_path / "l.sqlite") as open_:
             workload = published_workload("bert-tiny", 64, head)
-            record(open_, budget, versions_key(), workload, Levers(), Trial(1, "fits", 1))
+            record(open_, Question(budget, Setup(workload)), Trial(1, "fits", 1))
         for flags in ((), ("--trials",)):
             shown_ = ledger(tmp_path, "list", *flags).output
             assert ("bert-tiny squad" in shown_) is named
@@ -637,7 +638,7 @@ def test_holes_on_both_sides_of_the_limit_are_told_of(
     with open_ledger(tmp_path / "l.sqlite") as ledger:
         for batch in below:  # what was tried after all is not predicted any more
             seen = Trial(batch, "fits", MIB_BYTES, 0.1, fresh=True)
-            record(ledger, budget, versions_key(), workload, levers, seen)
+            record(ledger, Question(budget, Setup(workload, levers)), seen)
         assert probe_cell(ledger, budget, workload, levers).runs_out_below == ()
 
 

@@ -12,10 +12,11 @@ from click.testing import CliRunner
 
 from bertbench.cli.report import command
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices.device import Budget
 from bertbench.ledger.database import open_ledger
-from bertbench.ledger.records import record, versions_key
+from bertbench.ledger.question import Question
+from bertbench.ledger.records import record
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
@@ -35,7 +36,7 @@ def write(path: Path, *trials: tuple[int, Trial], mib: int = 512) -> Path:
         for seq_len, trial in trials:
             workload = published_workload("bert-tiny", seq_len)
             budget = Budget(CPU, mib * MIB_BYTES)
-            record(ledger, budget, versions_key(), workload, Levers(), trial)
+            record(ledger, Question(budget, Setup(workload)), trial)
     return path
 
 
@@ -182,7 +183,7 @@ def test_other_names_of_the_same_are_compared() -> None:
     older = {name: value for name, value in row.levers.items() if name != "placement"}
     other = dataclasses.replace(
         row, model="bert-base-uncased", levers=older,
-        question=(*row.question[:3], json.dumps(older)),
+        question=dataclasses.replace(row.question, levers=json.dumps(older)),
     )  # fmt: skip
     assert len(compare_cells(collect_cells([row]), collect_cells([other])).pairs) == 1
 
@@ -191,7 +192,7 @@ def test_shapes_of_one_name_are_not_compared() -> None:
     (row,) = rows_of(fits(3), model="bert-mini")
     shape = dataclasses.replace(published_workload("bert-mini", 384).config, num_attention_heads=1)
     key = dataclasses.replace(published_workload("bert-mini", 384), config=shape).key()
-    other = dataclasses.replace(row, question=(*row.question[:2], key, row.question[3]))
+    other = dataclasses.replace(row, question=dataclasses.replace(row.question, workload=key))
     found = compare_cells(collect_cells([row]), collect_cells([other]))
     assert (len(found.pairs), found.only_before, found.only_after) == (0, 1, 1)
 
@@ -202,7 +203,7 @@ def test_devices_of_a_comparison_are_told_apart(tmp_path: Path) -> None:
         for name in ("One", "Two"):
             budget = Budget(dataclasses.replace(CPU, name=name), 512 * MIB_BYTES)
             workload = published_workload("bert-tiny", 64)
-            record(ledger, budget, versions_key(), workload, Levers(), fits(3))
+            record(ledger, Question(budget, Setup(workload)), fits(3))
     lines = report("--compare", path, path).splitlines()
     assert lines.count("squad, 512 MiB on One") == lines.count("squad, 512 MiB on Two") == 1
 
@@ -229,7 +230,7 @@ def test_many_settings_are_lines(tmp_path: Path) -> None:
             workload = published_workload("bert-base-cased", seq_len)
             for number, levers in enumerate(settings):
                 for trial in (fits(seq_len + number), oom(seq_len + number + 1)):
-                    record(ledger, Budget(CPU, 512 << 20), versions_key(), workload, levers, trial)
+                    record(ledger, Question(Budget(CPU, 512 << 20), Setup(workload, levers)), trial)
     lines = report("--ledger", path).splitlines()
     assert max(map(len, lines)) <= 80
     first = lines.index(next(line for line in lines if line.startswith("System")))

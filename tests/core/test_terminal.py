@@ -42,7 +42,7 @@ def evil_rows() -> list[LedgerRow]:
             row,
             model=f"model{EVIL}",
             device=f"=device{EVIL}",
-            question=(row.question[0], row.question[1], "{}", row.question[3]),
+            question=dataclasses.replace(row.question, workload="{}"),
             trial=dataclasses.replace(row.trial, message=EVIL),
         )
         for row in rows_of(fits(3), oom(4), fits(3))

@@ -25,10 +25,11 @@ import pytest
 from bertbench.cli import cli
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices.device import Budget
 from bertbench.fetch.archives import ArchiveError, read_sums, unpack
 from bertbench.ledger.database import open_ledger
+from bertbench.ledger.question import Question
 from bertbench.ledger.records import record
 from bertbench.memory.allocator.bfc import Memory, replay
 from bertbench.memory.allocator.recording import Recording, recording_from_text, recording_to_text
@@ -212,8 +213,8 @@ def make_ledger(folder: Path) -> None:
         for batch in (3, 4, 5):
             budget = Budget(CPU, 512 * MIB_BYTES)
             trial = fits(batch) if batch < 5 else oom(batch)
-            workload = published_workload("bert-tiny", 64)
-            record(ledger, budget, json.dumps(VERSIONS), workload, Levers(), trial)
+            setup = Setup(published_workload("bert-tiny", 64))
+            record(ledger, Question(budget, setup, json.dumps(VERSIONS)), trial)
 
 
 def read_ledger_file(folder: Path) -> None:

@@ -67,7 +67,7 @@ def reports() -> object:
     rows = []
     for number, name in enumerate(("telepathic", "lucid", "vivid", "dim", "grey")):
         levers = {"checkpointing": name}
-        question = (*row.question[:2], row.question[2], json.dumps(levers))
+        question = dataclasses.replace(row.question, levers=json.dumps(levers))
         rows.append(dataclasses.replace(row, id=number + 1, levers=levers, question=question))
     rows += rows_of(fits(9), oom(10), first=20)
     cells = collect_cells(rows)

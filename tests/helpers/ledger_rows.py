@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices.device import Budget, Device
+from bertbench.ledger.question import Question
 from bertbench.ledger.records import LedgerRow
 from bertbench.trials.trial import Trial
 from finetune.spec.checkpointing import parse_checkpointing
@@ -53,6 +54,7 @@ def rows_of(
     )
     budget = Budget(device, mib * MIB_BYTES)
     versions_key = json.dumps(versions, sort_keys=True)
+    question = Question(budget, Setup(workload, levers), versions_key)
     return [
         LedgerRow(
             id=first + number,
@@ -65,7 +67,7 @@ def rows_of(
             levers=levers.to_json(),
             versions=dict(versions),
             trial=trial,
-            question=(budget.key(), versions_key, workload.key(), levers.key()),
+            question=question.key(),
         )
         for number, trial in enumerate(trials)
     ]

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -22,13 +21,14 @@ from bertbench.cli.ledger import command as ledger_command
 from bertbench.cli.plan import command as plan_command
 from bertbench.cli.report import command as report_command
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
 from bertbench.ledger import database
-from bertbench.ledger.database import open_ledger, read_ledger
+from bertbench.ledger.database import Ledger, open_ledger, read_ledger
 from bertbench.ledger.limit import find_limit
+from bertbench.ledger.question import Question, versions_key
 from bertbench.ledger.records import (
     find,
     find_allocations,
@@ -36,7 +36,6 @@ from bertbench.ledger.records import (
     read_rows,
     record,
     record_allocations,
-    versions_key,
 )
 from bertbench.memory.allocator.recording import Recording
 from bertbench.plan.calibration import Experience, experience_of
@@ -62,7 +61,7 @@ def budget() -> Budget:
     return make_budget(resolve_device("cpu"), 64 * MIB_BYTES)
 
 
-def columns(ledger: sqlite3.Connection) -> list[str]:
+def columns(ledger: Ledger) -> list[str]:
     return [row[1] for row in ledger.execute("PRAGMA table_info(trials)") if row[1] != "id"]
 
 
@@ -70,7 +69,7 @@ def damage(path: Path, wrong: tuple[Any, ...] = WRONG) -> int:
     """Add a copy of a good row for every column and wrong value; return how many."""
     with open_ledger(path) as ledger:
         for trial in GOOD:
-            record(ledger, budget(), versions_key(), WORKLOAD, Levers(), trial)
+            record(ledger, Question(budget(), Setup(WORKLOAD)), trial)
         ledger.execute("BEGIN")  # one wait for the disk, not hundreds
         (last,) = ledger.execute("SELECT max(id) FROM trials").fetchone()
         count = 0
@@ -160,12 +159,12 @@ def test_a_damaged_row_is_counted_once_however_often_it_is_read(
     path = tmp_path / "l.sqlite"
     with open_ledger(path) as ledger:
         for trial in (*GOOD, *GOOD):
-            record(ledger, budget(), versions_key(), WORKLOAD, Levers(), trial)
+            record(ledger, Question(budget(), Setup(WORKLOAD)), trial)
         ledger.execute("UPDATE trials SET outcome = 'maybe' WHERE id = 1")
         ledger.execute("UPDATE trials SET seconds = 'long' WHERE id = 2")
         for _ in range(2):
-            question = (budget(), versions_key(), WORKLOAD, Levers())
-            assert find(ledger, *question) == list(GOOD)
+            question = Question(budget(), Setup(WORKLOAD))
+            assert find(ledger, question) == list(GOOD)
             assert [row.id for row in read_rows(ledger)] == [3, 4]
             rows = read_device_rows(ledger, budget().device, versions_key(), WORKLOAD, 10)
             assert [row.id for row in rows] == [3, 4]
@@ -179,14 +178,14 @@ def test_a_damaged_recording_is_counted_too(
 ) -> None:
     path = tmp_path / "l.sqlite"
     recording = Recording((0, ~0), (64,), ("op",))
-    question = (budget(), versions_key(), WORKLOAD, Levers())
+    question = Question(budget(), Setup(WORKLOAD))
     with open_ledger(path) as ledger:
         for batch in (2, 3, 4, 5):
-            record_allocations(ledger, *question, batch, recording)
+            record_allocations(ledger, question, batch, recording)
         ledger.execute("UPDATE recordings SET recording = x'ff00' WHERE batch = 3")
         ledger.execute("UPDATE recordings SET recording = substr(recording, 5) WHERE batch = 4")
         ledger.execute("UPDATE recordings SET batch = -5 WHERE batch = 5")
-        assert [one.batch for one in find_allocations(ledger, *question)] == [2]
+        assert [one.batch for one in find_allocations(ledger, question)] == [2]
     assert capsys.readouterr().err == f"warning: {path}: passed over 3 damaged rows\n"
 
 
@@ -198,12 +197,12 @@ def test_a_kill_by_the_kernel_that_was_recorded_as_a_limit_is_read_as_failed(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "l.sqlite"
-    question = (budget(), versions_key(), WORKLOAD, Levers())
+    question = Question(budget(), Setup(WORKLOAD))
     killed = Trial(5, "oom", message=KILLED, fresh=True)
     with open_ledger(path) as ledger:
         for trial in (GOOD[0], killed):
-            record(ledger, *question, trial)
-        assert find(ledger, *question) == [GOOD[0]]
+            record(ledger, question, trial)
+        assert find(ledger, question) == [GOOD[0]]
         (row,) = read_device_rows(ledger, budget().device, versions_key(), WORKLOAD, 10)
         assert row.trial == GOOD[0]
         rows = read_rows(ledger)
@@ -241,7 +240,7 @@ def malformed(path: Path) -> None:
     with open_ledger(path) as ledger:
         ledger.execute("BEGIN")
         for _ in range(400):
-            record(ledger, budget(), versions_key(), WORKLOAD, Levers(), GOOD[1])
+            record(ledger, Question(budget(), Setup(WORKLOAD)), GOOD[1])
         ledger.execute("COMMIT")
     data = bytearray(path.read_bytes())
     data[3 * 4096 :] = b"\xa5" * (len(data) - 3 * 4096)
@@ -336,7 +335,7 @@ def test_a_ledger_that_may_only_be_read_is_read_by_all(open_meanwhile: bool) -> 
         os.chmod(out, 0o777)
         path = folder / "l.sqlite"
         with open_ledger(path) as ledger:
-            record(ledger, budget(), versions_key(), WORKLOAD, Levers(), GOOD[0])
+            record(ledger, Question(budget(), Setup(WORKLOAD)), GOOD[0])
             shutil.copyfile(path, out / "own")
             if not open_meanwhile:
                 ledger.close()
@@ -355,13 +354,13 @@ def test_a_ledger_that_may_only_be_read_is_read_by_all(open_meanwhile: bool) -> 
 def test_any_damaged_file_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
     """Bytes changed, cut off or put in, anywhere: never another error, seldom another answer."""
     path = tmp_path / "l.sqlite"
-    question = (budget(), versions_key(), WORKLOAD, Levers())
+    question = Question(budget(), Setup(WORKLOAD))
     with open_ledger(path) as ledger:
         ledger.execute("BEGIN")
         for trial in GOOD * 20:
-            record(ledger, *question, trial)
+            record(ledger, question, trial)
         for batch in (2, 3):
-            record_allocations(ledger, *question, batch, Recording((0, ~0), (64,), ("op",)))
+            record_allocations(ledger, question, batch, Recording((0, ~0), (64,), ("op",)))
         ledger.execute("COMMIT")
     whole = path.read_bytes()
     draw = random.Random(0)
@@ -383,8 +382,8 @@ def test_any_damaged_file_is_read_or_refused_in_one_line(tmp_path: Path) -> None
             with read_ledger(path) as ledger:
                 cells = collect_cells(read_rows(ledger))
                 read_device_rows(ledger, budget().device, versions_key(), WORKLOAD, 10)
-                known = find(ledger, *question)
-                find_allocations(ledger, *question)
+                known = find(ledger, question)
+                find_allocations(ledger, question)
         except InputError:
             continue
         read += 1

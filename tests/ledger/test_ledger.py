@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 
 from bertbench.core.units import GIB_BYTES
-from bertbench.core.workload import Levers, Workload, published_workload
-from bertbench.devices.device import Budget, Device, make_budget
+from bertbench.core.workload import Levers, Setup, published_workload
+from bertbench.devices.device import Device, make_budget
 from bertbench.ledger import database
 from bertbench.ledger import records as ledger_module
-from bertbench.ledger.database import default_ledger_path, open_ledger, read_ledger
+from bertbench.ledger.database import Ledger, default_ledger_path, open_ledger, read_ledger
+from bertbench.ledger.question import Question, versions_key
 from bertbench.ledger.records import (
     find,
     find_allocations,
     read_rows,
     record,
     record_allocations,
-    versions_key,
 )
 from bertbench.memory.allocator.recording import Recording
 from bertbench.trials.trial import Trial, trial_from_json
@@ -39,6 +39,7 @@ BUDGET = make_budget(DEVICE, GIB_BYTES)
 WORKLOAD = published_workload("bert-tiny", 64)
 LEVERS = Levers()
 VERSIONS = '{"tensorflow": "2.21.0"}'
+QUESTION = Question(BUDGET, Setup(WORKLOAD, LEVERS), VERSIONS)
 FITS = Trial(4, "fits", 5 * GIB_BYTES, 0.25, 3.5, "", True, 6 * GIB_BYTES)
 OOM = Trial(5, "oom", None, None, 12.0, "OOM when allocating tensor", False)
 FAILED = Trial(6, "failed", None, None, 1.0, "killed by SIGSEGV", True)
@@ -48,9 +49,9 @@ def test_trials_come_back_unchanged_and_in_order(tmp_path: Path) -> None:
     path = tmp_path / "new" / "ledger.sqlite"
     with open_ledger(path) as ledger:
         for trial in (OOM, FITS, FAILED):
-            record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, trial)
+            record(ledger, QUESTION, trial)
     with open_ledger(path) as ledger:
-        assert find(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == [OOM, FITS]
+        assert find(ledger, QUESTION) == [OOM, FITS]
         rows = read_rows(ledger)
     assert [row.trial for row in rows] == [OOM, FITS, FAILED]
     row = rows[0]
@@ -63,29 +64,37 @@ def test_trials_come_back_unchanged_and_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "versions", "workload", "levers"),
+    "other",
     [
-        (make_budget(DEVICE, 2 * GIB_BYTES), VERSIONS, WORKLOAD, LEVERS),
-        (BUDGET, '{"tensorflow": "2.22.0"}', WORKLOAD, LEVERS),
-        (BUDGET, VERSIONS, published_workload("bert-tiny", 128), LEVERS),
-        (BUDGET, VERSIONS, published_workload("bert-tiny", 64, "classifier"), LEVERS),
-        (BUDGET, VERSIONS, WORKLOAD, Levers(checkpointing=Checkpointing("full"))),
-        (BUDGET, VERSIONS, WORKLOAD, Levers(accumulation_steps=2)),
+        dataclasses.replace(QUESTION, budget=make_budget(DEVICE, 2 * GIB_BYTES)),
+        dataclasses.replace(QUESTION, versions='{"tensorflow": "2.22.0"}'),
+        *(
+            dataclasses.replace(QUESTION, setup=setup)
+            for setup in (
+                Setup(published_workload("bert-tiny", 128), LEVERS),
+                Setup(published_workload("bert-tiny", 64, "classifier"), LEVERS),
+                Setup(WORKLOAD, Levers(checkpointing=Checkpointing("full"))),
+                Setup(WORKLOAD, Levers(accumulation_steps=2)),
+            )
+        ),
     ],
 )
-def test_another_question_is_not_answered(
-    tmp_path: Path, budget: Budget, versions: str, workload: Workload, levers: Levers
-) -> None:
+def test_another_question_is_not_answered(tmp_path: Path, other: Question) -> None:
+    assert other.key() != QUESTION.key()
     with open_ledger(tmp_path / "ledger.sqlite") as ledger:
-        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
-        assert find(ledger, budget, versions, workload, levers) == []
+        record(ledger, QUESTION, FITS)
+        assert find(ledger, other) == []
 
 
 def test_the_same_work_under_another_name_is_answered(tmp_path: Path) -> None:
+    renamed = Setup(dataclasses.replace(WORKLOAD, model="mine"), LEVERS)
     with open_ledger(tmp_path / "ledger.sqlite") as ledger:
-        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
-        renamed = dataclasses.replace(WORKLOAD, model="mine")
-        assert find(ledger, BUDGET, VERSIONS, renamed, LEVERS) == [FITS]
+        record(ledger, QUESTION, FITS)
+        assert find(ledger, dataclasses.replace(QUESTION, setup=renamed)) == [FITS]
+
+
+def question_of(versions: str) -> Question:
+    return dataclasses.replace(QUESTION, versions=versions)
 
 
 WRITER = """
@@ -96,7 +105,7 @@ import test_ledger as t
 with t.open_ledger({path!r}) as ledger:
     for batch in range(1, 10**6):
         trial = t.Trial(batch, "fits", 1, 1.0, 1.0)
-        t.record(ledger, t.BUDGET, {versions!r}, t.WORKLOAD, t.LEVERS, trial)
+        t.record(ledger, t.question_of({versions!r}), trial)
         print(batch, flush=True)
         if batch == {last}:
             break
@@ -119,9 +128,9 @@ def test_a_kill_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
         told = [int(writer.stdout.readline()) for _ in range(20)]
         writer.send_signal(signal.SIGKILL)
     with open_ledger(path) as ledger:
-        batches = [trial.batch for trial in find(ledger, BUDGET, "{}", WORKLOAD, LEVERS)]
+        batches = [trial.batch for trial in find(ledger, question_of("{}"))]
         assert batches[: len(told)] == told
-        record(ledger, BUDGET, "{}", WORKLOAD, LEVERS, FITS)
+        record(ledger, question_of("{}"), FITS)
 
 
 def test_several_processes_make_and_write_one_ledger(tmp_path: Path) -> None:
@@ -133,13 +142,13 @@ def test_several_processes_make_and_write_one_ledger(tmp_path: Path) -> None:
         assert writer.returncode == 0
     with open_ledger(path) as ledger:
         for key in keys:
-            found = find(ledger, BUDGET, key, WORKLOAD, LEVERS)
+            found = find(ledger, question_of(key))
             assert [trial.batch for trial in found] == list(range(1, 26))
 
 
-def fill(ledger: sqlite3.Connection) -> None:
+def fill(ledger: Ledger) -> None:
     for _ in range(1000):
-        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
+        record(ledger, QUESTION, FITS)
 
 
 def test_a_full_or_read_only_disk_is_one_line_naming_the_file(tmp_path: Path) -> None:
@@ -150,8 +159,8 @@ def test_a_full_or_read_only_disk_is_one_line_naming_the_file(tmp_path: Path) ->
             fill(ledger)
         ledger.execute("PRAGMA query_only = ON")
         with pytest.raises(InputError, match=r"ledger\.sqlite: cannot use the ledger.*readonly"):
-            record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
-        assert find(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) != []
+            record(ledger, QUESTION, FITS)
+        assert find(ledger, QUESTION) != []
 
 
 def test_what_is_no_ledger_is_refused_and_not_touched(tmp_path: Path) -> None:
@@ -191,8 +200,8 @@ def test_a_newer_format_asks_for_an_upgrade(
         pass
 
 
-def record_in_version_1(ledger: sqlite3.Connection) -> None:
-    record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, OOM)
+def record_in_version_1(ledger: Ledger) -> None:
+    record(ledger, QUESTION, OOM)
     ledger.execute("DROP TABLE recordings")
     ledger.execute("ALTER TABLE trials DROP COLUMN process_peak_bytes")
     ledger.execute("PRAGMA user_version = 1")
@@ -204,8 +213,8 @@ def test_an_older_format_is_brought_up_to_date_with_its_trials(tmp_path: Path) -
         record_in_version_1(ledger)
     for _ in range(2):
         with open_ledger(path) as ledger:
-            assert find(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == [OOM]
-            assert find_allocations(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == []
+            assert find(ledger, QUESTION) == [OOM]
+            assert find_allocations(ledger, QUESTION) == []
             assert ledger.execute("PRAGMA user_version").fetchone() == (2,)
 
 
@@ -222,7 +231,7 @@ def test_reading_changes_nothing(tmp_path: Path, alone: bool) -> None:
     before = path.read_bytes()
     with read_ledger(path) as copy:
         assert [row.trial for row in read_rows(copy)] == [OOM]
-        record(copy, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
+        record(copy, QUESTION, FITS)
     assert path.read_bytes() == before
     with (
         pytest.raises(InputError, match=r"gone: .*cannot use the ledger"),
@@ -239,7 +248,7 @@ def test_a_damaged_page_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "damaged.sqlite"
     with open_ledger(path) as ledger:
         for _ in range(400):
-            record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, OOM)
+            record(ledger, QUESTION, OOM)
     data = bytearray(path.read_bytes())
     data[3 * 4096 :] = b"\xa5" * (len(data) - 3 * 4096)
     path.write_bytes(data)
@@ -281,7 +290,7 @@ def test_a_ledger_in_a_folder_that_cannot_be_written(logged: bool) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         path = Path(name) / "l.sqlite"
         with open_ledger(path) as ledger:
-            record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, OOM)
+            record(ledger, QUESTION, OOM)
             log = Path(f"{path}-wal").read_bytes()
         if logged:  # as after a copy, or a crash: what is in the log is not in the file
             Path(f"{path}-wal").write_bytes(log)
@@ -296,24 +305,25 @@ def test_recordings_are_found_under_any_budget_at_the_nearest_lengths(tmp_path: 
     recording = Recording((0, ~0), (64,), ("op",))
     with open_ledger(tmp_path / "ledger.sqlite") as ledger:
         for seq_len in (16, 32, 96, 512):
-            workload = published_workload("bert-tiny", seq_len)
+            setup = Setup(published_workload("bert-tiny", seq_len), LEVERS)
             for batch in (8, 2, 8):
-                record_allocations(ledger, BUDGET, VERSIONS, workload, LEVERS, batch, recording)
-        other = make_budget(DEVICE, 2 * GIB_BYTES)
-        found = find_allocations(ledger, other, VERSIONS, WORKLOAD, LEVERS)
+                question = dataclasses.replace(QUESTION, setup=setup)
+                record_allocations(ledger, question, batch, recording)
+        other = dataclasses.replace(QUESTION, budget=make_budget(DEVICE, 2 * GIB_BYTES))
+        found = find_allocations(ledger, other)
         lengths = [(one.seq_len, one.batch) for one in found]
         assert lengths == [(16, 2), (16, 8), (32, 2), (32, 8), (96, 2), (96, 8)]
         assert all(one.recording == recording for one in found)
-        for budget, versions, workload, levers in (
-            (dataclasses.replace(BUDGET, device=dataclasses.replace(DEVICE, name="Another")),
-             VERSIONS, WORKLOAD, LEVERS),
-            (BUDGET, "{}", WORKLOAD, LEVERS),
-            (BUDGET, VERSIONS, published_workload("bert-mini", 64), LEVERS),
-            (BUDGET, VERSIONS, WORKLOAD, Levers(accumulation_steps=2)),
-        ):  # fmt: skip
-            assert find_allocations(ledger, budget, versions, workload, levers) == []
+        another = dataclasses.replace(BUDGET, device=dataclasses.replace(DEVICE, name="Another"))
+        for changes in (
+            {"budget": another},
+            {"versions": "{}"},
+            {"setup": Setup(published_workload("bert-mini", 64), LEVERS)},
+            {"setup": Setup(WORKLOAD, Levers(accumulation_steps=2))},
+        ):
+            assert find_allocations(ledger, dataclasses.replace(QUESTION, **changes)) == []
         ledger.execute("UPDATE recordings SET recording = 'nonsense' WHERE batch = 2")
-        found = find_allocations(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS)
+        found = find_allocations(ledger, QUESTION)
         assert [one.batch for one in found] == [8, 8, 8]
 
 
@@ -321,7 +331,7 @@ def test_every_record_is_synchronised(tmp_path: Path) -> None:
     with open_ledger(tmp_path / "ledger.sqlite") as ledger:
         assert ledger.execute("PRAGMA synchronous").fetchone() == (2,)
         assert ledger.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
+        record(ledger, QUESTION, FITS)
         assert not ledger.in_transaction
 
 
@@ -341,7 +351,7 @@ def test_default_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_versions_are_found_without_importing_tensorflow() -> None:
     code = (
-        "import sys; from bertbench.ledger.records import versions_key; print(versions_key());"
+        "import sys; from bertbench.ledger.question import versions_key; print(versions_key());"
         "assert 'tensorflow' not in sys.modules"
     )
     output = subprocess.run(
@@ -359,20 +369,20 @@ def test_the_order_of_trials_is_that_of_recording_whatever_the_clock_says(
     times = iter(["2030-01-01T00:00:00+00:00", "1999-01-01T00:00:00+00:00"])
     monkeypatch.setattr(ledger_module, "_now", lambda: next(times))
     with open_ledger(tmp_path / "ledger.sqlite") as ledger:
-        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, FITS)
-        record(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS, OOM)
-        assert find(ledger, BUDGET, VERSIONS, WORKLOAD, LEVERS) == [FITS, OOM]
+        record(ledger, QUESTION, FITS)
+        record(ledger, QUESTION, OOM)
+        assert find(ledger, QUESTION) == [FITS, OOM]
         assert [row.trial for row in read_rows(ledger)] == [FITS, OOM]
 
 
 def test_rows_of_one_question_share_nothing_that_can_be_changed(tmp_path: Path) -> None:
     """Their levers are parsed once; whoever changes those of a row changes that row alone."""
     budget = make_budget(Device("cpu", 0, "cpu", None, GIB_BYTES, GIB_BYTES), GIB_BYTES // 2)
-    workload = published_workload("bert-tiny", 128)
+    question = Question(budget, Setup(published_workload("bert-tiny", 128)))
     with open_ledger(tmp_path / "ledger") as ledger:
         for batch in (1, 2):
             trial = Trial(batch, "fits", fresh=True)
-            record(ledger, budget, versions_key(), workload, Levers(), trial)
+            record(ledger, question, trial)
         first, second = read_rows(ledger)
     first.levers.clear()
     first.versions.clear()
@@ -383,10 +393,11 @@ def test_rows_of_one_question_share_nothing_that_can_be_changed(tmp_path: Path) 
 def test_a_ledger_is_read_in_its_place_as_it_is_when_it_is_opened(tmp_path: Path) -> None:
     """A copy of it, with all its recordings, could be larger than memory."""
     budget = make_budget(Device("cpu", 0, "cpu", None, GIB_BYTES, GIB_BYTES), GIB_BYTES // 2)
-    workload, path = published_workload("bert-tiny", 128), tmp_path / "ledger"
+    question = Question(budget, Setup(published_workload("bert-tiny", 128)))
+    path = tmp_path / "ledger"
 
-    def add(ledger: sqlite3.Connection, batch: int) -> None:
-        record(ledger, budget, versions_key(), workload, Levers(), Trial(batch, "fits", fresh=True))
+    def add(ledger: Ledger, batch: int) -> None:
+        record(ledger, question, Trial(batch, "fits", fresh=True))
 
     with open_ledger(path) as writer:
         add(writer, 1)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bertbench.cli import ledger as ledger_cli
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices.device import Device, make_budget
 from bertbench.devices.step_time import device_rates
 from bertbench.ledger.database import open_ledger
@@ -29,6 +29,7 @@ from bertbench.ledger.limit import (
     find_limit,
     verdicts,
 )
+from bertbench.ledger.question import Question
 from bertbench.ledger.records import find, read_rows, record
 from bertbench.plan.calibration import learn
 from bertbench.probe.search import find_max_batch
@@ -67,12 +68,12 @@ def test_what_trials_say_together(
 def test_four_trials_are_one_limit_for_everybody(tmp_path: Path) -> None:
     device = Device("cpu", 0, "Some CPU", None, 1 << 40, 1 << 40)
     budget = make_budget(device, 512 * MIB_BYTES)
-    workload = published_workload("bert-tiny", 64)
+    question = Question(budget, Setup(published_workload("bert-tiny", 64)), "{}")
     path = tmp_path / "l.sqlite"
     with open_ledger(path) as ledger:
         for trial in HOLE:
-            record(ledger, budget, "{}", workload, Levers(), trial)
-        known = find(ledger, budget, "{}", workload, Levers())
+            record(ledger, question, trial)
+        known = find(ledger, question)
         rows = read_rows(ledger)
 
     def measure(batches: Sequence[int], fresh: bool) -> list[Trial]:
@@ -96,7 +97,7 @@ def test_four_trials_are_one_limit_for_everybody(tmp_path: Path) -> None:
     line = CliRunner().invoke(ledger_cli.command, arguments).output.splitlines()[-1]
     assert line.split()[-4:] == ["4", "5", "certified", "4"]
 
-    experience = learn(rows, workload, device_rates(device), "cpu")
+    experience = learn(rows, question.setup.workload, device_rates(device), "cpu")
     told = {batch: experience.fits(Levers(), batch, budget.budget_bytes) for batch in range(3, 10)}
     assert told == {3: None, 4: True, 5: False, 6: None, 7: True, 8: False, 9: None}
 

@@ -16,7 +16,8 @@ from bertbench.devices.device import Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates, predict_step_seconds
 from bertbench.ledger.database import open_ledger
-from bertbench.ledger.records import read_device_rows, record, versions_key
+from bertbench.ledger.question import Question, versions_key
+from bertbench.ledger.records import read_device_rows, record
 from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.plan.calibration import Experience, Outcomes, experience_of, learn
 from bertbench.plan.planner import make_plan
@@ -47,7 +48,7 @@ def write(
     with open_ledger(path) as ledger:
         for workload, levers, trial in trials:
             budget = make_budget(device, mib * MIB_BYTES)
-            record(ledger, budget, versions_key(), workload, levers, trial)
+            record(ledger, Question(budget, Setup(workload, levers)), trial)
 
 
 def test_speed_is_the_median_of_all_trials_on_the_device(tmp_path: Path) -> None:
@@ -143,8 +144,7 @@ def test_the_newest_trial_of_a_budget_counts_and_others_do_not_crowd_it_out(tmp_
         with open_ledger(path) as ledger:
             for batch in range(1, 5):
                 other = dataclasses.replace(fit, batch=batch)
-                record(ledger, make_budget(DEVICE, MIB * MIB_BYTES), versions_key(), OTHER,
-                       Levers(), other)  # fmt: skip
+                record(ledger, Question(make_budget(DEVICE, MIB * MIB_BYTES), Setup(OTHER)), other)
             rows = read_device_rows(ledger, DEVICE, versions_key(), WORKLOAD, 2)
         assert len([row for row in rows if row.model == OTHER.model]) == 2
         found = learn(rows, WORKLOAD, RATES, "cpu")
@@ -209,7 +209,7 @@ def test_the_margin_of_a_gpu_is_its_measured_error(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_left_out() -> None:
     with open_ledger(":memory:") as ledger:
         budget = make_budget(DEVICE, MIB * MIB_BYTES)
-        record(ledger, budget, versions_key(), WORKLOAD, Levers(), trial_of(WORKLOAD, Levers(), 4))
+        record(ledger, Question(budget, Setup(WORKLOAD)), trial_of(WORKLOAD, Levers(), 4))
         ledger.execute("UPDATE trials SET levers_key = ?", (json.dumps({"precision": "int3"}),))
         rows = read_device_rows(ledger, DEVICE, versions_key(), WORKLOAD, 10)
         assert len(rows) == 1

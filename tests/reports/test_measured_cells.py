@@ -12,6 +12,7 @@ import pytest
 from bertbench.core.workload import published_workload
 from bertbench.devices.device import Device, TpuSettings
 from bertbench.ledger.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
+from bertbench.ledger.question import QuestionKey
 from bertbench.trials.trial import Trial
 from finetune.spec.config import preset
 from helpers.ledger_rows import CPU, VERSIONS, failed, fits, oom, rows_of
@@ -78,7 +79,9 @@ def test_cells_of_another_version_are_shown_all_the_same() -> None:
     (row,) = rows_of(fits(3))
     levers = {"checkpointing": "telepathic", "micro": 3}
     other = dataclasses.replace(
-        row, levers=levers, question=("{}", row.question[1], "[]", json.dumps(levers))
+        row,
+        levers=levers,
+        question=QuestionKey("{}", row.question.versions, "[]", json.dumps(levers)),
     )
     (cell,) = collect_cells([other])
     assert (cell.levers, cell.workload, cell.levers_text) == (None, None, "telepathic, 3")
@@ -132,7 +135,7 @@ def test_latex() -> None:
     assert "11.2 GiB on Some \\& CPU (2 cores)" in text
     assert "\\begin{tabular}{lrrrr}" in text
     odd = dataclasses.replace(
-        rows_of(fits(1))[0], model="a_{b}~\\c$", question=("{}", "{}", "", "")
+        rows_of(fits(1))[0], model="a_{b}~\\c$", question=QuestionKey("{}", "{}", "", "")
     )
     written = write_tables(collect_cells([odd]), ".tex")
     assert "a\\_\\{b\\}\\textasciitilde{}\\textbackslash{}c\\$ & 384" in written
@@ -217,7 +220,7 @@ def test_models_are_known_by_their_shape() -> None:
     rows = []
     for number, shape in enumerate(shapes):
         key = dataclasses.replace(published_workload("bert-mini", 384), config=shape).key()
-        question = (*row.question[:2], key, row.question[3])
+        question = dataclasses.replace(row.question, workload=key)
         trial = fits(10 + number)
         rows.append(dataclasses.replace(row, id=number, model="m", question=question, trial=trial))
     cells = collect_cells(rows)
@@ -236,7 +239,7 @@ def test_tasks_with_other_labels_are_told_apart() -> None:
     (row,) = rows_of(fits(3), head="classifier")
     workload = published_workload("bert-base", 384, "classifier")
     key = dataclasses.replace(workload, num_labels=3).key()
-    other = dataclasses.replace(row, question=(*row.question[:2], key, row.question[3]))
+    other = dataclasses.replace(row, question=dataclasses.replace(row.question, workload=key))
     cells = collect_cells([row, other])
     assert [cell.task for cell in cells] == ["classifier", "classifier, 3 labels"]
     assert len(published_tables(cells)) == 2

@@ -24,7 +24,8 @@ from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.limit import AT_LEAST, find_limit
-from bertbench.ledger.records import find, read_rows, record, versions_key
+from bertbench.ledger.question import Question
+from bertbench.ledger.records import find, read_rows, record
 from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.plan.calibration import note_out_of_memory
 from bertbench.plan.candidates import all_settings, cuts
@@ -154,7 +155,7 @@ def test_a_run_is_no_evidence_for_a_limit(tmp_path: Path) -> None:
     after(settings(tmp_path), step(16))
     after(settings(tmp_path), step(17))
     with open_ledger() as ledger:
-        assert find(ledger, BUDGET, versions_key(), WORKLOAD, Levers()) == []
+        assert find(ledger, Question(BUDGET, Setup(WORKLOAD))) == []
         rows = read_rows(ledger)
     assert collect_cells(rows) == []
     trials = [row.trial for row in rows]
@@ -220,7 +221,7 @@ def test_what_trials_have_shown_does_not_lead_back(tmp_path: Path) -> None:
     budget = make_budget(DEVICE, int(0.95 * peak_bytes))
     with open_ledger() as ledger:
         fitted = Trial(16, "fits", 1, 1.0, fresh=True)
-        record(ledger, budget, versions_key(), WORKLOAD, levers, fitted)
+        record(ledger, Question(budget, Setup(WORKLOAD, levers)), fitted)
     asked = settings(tmp_path, allowed=(levers,))
     chosen = choose(asked, budget)
     assert chosen == step(16, levers)
