@@ -80,8 +80,7 @@ class MeasuredCell:
         if self.levers is None:
             # Of any text; it becomes the name of a column, which half a surrogate pair cannot be.
             return clean_text(", ".join(map(str, self.newest.levers.values())))
-        steps = self.levers.accumulation_steps
-        return self.levers.describe() + (f", {steps} micro-batches" if steps > 1 else "")
+        return self.levers.describe_fully()
 
     @property
     def task(self) -> str:

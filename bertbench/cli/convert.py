@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +108,8 @@ def triviaqa(
 ) -> None:
     """TriviaQA to SQuAD's format, to fine-tune on before SQuAD or to answer.
 
-    A paragraph per question and document, with the offset of the first answer in it. A training
-    question whose answer is not found is left out.
+    Each question gets a paragraph for each of its documents, with the offset of the first answer in
+    it. A training question whose answer is not found is left out.
 
     \b
     Example:
@@ -119,10 +121,7 @@ def triviaqa(
     say(f"reading {triviaqa_file}")
     data = read_triviaqa(triviaqa_file, split)
     limit = data.default_max_questions if max_questions is None else max_questions
-    is_sample = limit is not None and limit < len(data.pairs)
-    total = limit if is_sample and limit is not None else len(data.pairs)
-    unit = "questions" if is_sample else "documents"
-    with progress("convert", total, unit) as advance:
+    with _shown_progress(data, limit) as on_pair:
         conversion = convert_pairs(
             data,
             folders,
@@ -130,20 +129,39 @@ def triviaqa(
             version_2_with_negative=version_2_with_negative,
             seed=seed,
             max_questions=limit,
-            on_pair=lambda looked_at, written: advance(written if is_sample else looked_at, ""),
+            on_pair=on_pair,
         )
+    _write_questions(squad_file, conversion.text)
+    if json_file is not None:
+        write_json(json_file, _summary(data, conversion, squad_file))
+    if str(json_file) != "-":
+        _show(conversion, squad_file)
+
+
+@contextlib.contextmanager
+def _shown_progress(data: TriviaQA, limit: int | None) -> Iterator[Callable[[int, int], None]]:
+    """Show how far the conversion is: in questions of a sample, or in documents of everything.
+
+    Yields:
+        A function that takes the number of documents read and of questions written.
+    """
+    if limit is not None and limit < len(data.pairs):
+        with progress("convert", limit, "questions") as advance:
+            yield lambda read, written: advance(written, "")
+    else:
+        with progress("convert", len(data.pairs), "documents") as advance:
+            yield lambda read, written: advance(read, "")
+
+
+def _write_questions(squad_file: Path, text: str) -> None:
     try:
-        write_atomically(squad_file, conversion.text)
+        write_atomically(squad_file, text)
     except OSError as error:
         raise InputError(
             f"cannot write the questions ({error.strerror})",
             path=squad_file,
             hint="give another --squad_file",
         ) from error
-    if json_file is not None:
-        write_json(json_file, _summary(data, conversion, squad_file))
-    if str(json_file) != "-":
-        _show(conversion, squad_file)
 
 
 def _evidence_folders(
@@ -169,7 +187,7 @@ def _evidence_folders(
 def _check_outputs(
     triviaqa_file: Path, squad_file: Path, json_file: Path | None, force: bool
 ) -> None:
-    """Find out before the work what would make its result impossible to write."""
+    """Refuse output files that could not be written at the end of the work."""
     if squad_file.exists():
         if squad_file.samefile(triviaqa_file):
             raise InputError(
@@ -206,7 +224,7 @@ def _show(conversion: Conversion, squad_file: Path) -> None:
         if count:
             echo(f"{count:>9,} {OUTCOMES[outcome]}")
     if conversion.first_lost:
-        # As Python writes it: a name may hold what a terminal cannot show.
+        # `repr`, as a name may hold characters that a terminal cannot show.
         echo(f"{'':>9} first document lost: {conversion.first_lost!r}")
     if conversion.not_utf8:
         echo(f"{conversion.not_utf8:>9,} contexts had bytes replaced that are not UTF-8")

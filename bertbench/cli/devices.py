@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -10,7 +11,7 @@ from rich.table import Table
 from bertbench.cli.options.common import CONTEXT, json_option, write_json
 from bertbench.core.terminal import terminal
 from bertbench.core.units import format_bytes
-from bertbench.devices.device import default_budget_bytes
+from bertbench.devices.device import Device, default_budget_bytes
 from bertbench.devices.discover import list_devices
 from finetune.errors import InputError
 
@@ -26,33 +27,40 @@ def command(json_file: Path | None) -> None:
     Example:
       bertbench devices --json devices.json
     """
-    devices = list_devices()
-    rows = []
-    for device in devices:
-        try:
-            usable_bytes = default_budget_bytes(device)
-        except InputError:
-            usable_bytes = 0
-        rows.append({**device.to_json(), "usable_bytes": usable_bytes})
+    devices = {device: _usable_bytes(device) for device in list_devices()}
     if json_file is not None:
+        rows = [{**d.to_json(), "usable_bytes": usable} for d, usable in devices.items()]
         write_json(json_file, {"devices": rows})
-    if str(json_file) == "-":
-        return
+    if str(json_file) != "-":
+        terminal().print(_table(devices))
+
+
+def _usable_bytes(device: Device) -> int:
+    """Bytes that a trial may use by default; 0 where too few are free."""
+    try:
+        return default_budget_bytes(device)
+    except InputError:
+        return 0
+
+
+def _table(devices: Mapping[Device, int]) -> Table:
+    """A row for each device.
+
+    Args:
+        devices: the devices, with the bytes that a trial may use of each.
+    """
     table = Table(box=None, pad_edge=False)
     for title in ("device", "name", "total", "free", "a trial may use", "held by"):
-        table.add_column(
-            title, justify="left" if title in ("device", "name", "held by") else "right"
-        )
-    for device, row in zip(devices, rows, strict=True):
-        held = ", ".join(
-            f"{name} ({pid}) {format_bytes(size)}" for pid, name, size in device.held_by
-        )
+        left = title in ("device", "name", "held by")
+        table.add_column(title, justify="left" if left else "right")
+    for device, usable_bytes in devices.items():
+        held = [f"{name} ({pid}) {format_bytes(size)}" for pid, name, size in device.held_by]
         table.add_row(
             device.label,
             device.name,
             format_bytes(device.total_bytes),
             format_bytes(device.free_bytes),
-            format_bytes(row["usable_bytes"]),
-            held,
+            format_bytes(usable_bytes),
+            ", ".join(held),
         )
-    terminal().print(table)
+    return table

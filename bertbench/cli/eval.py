@@ -12,12 +12,14 @@ from bertbench.core.terminal import echo, say
 from finetune.errors import InputError
 from finetune.storage.json_files import load_json
 
-# The default of `--na-prob-thresh` in evaluate-v2.0.py, which is meant for probabilities.
-_SCRIPT_THRESHOLD = 1.0
-_FILE = click.Path(dir_okay=False, path_type=Path)
-
 if TYPE_CHECKING:
+    from finetune.tasks.squad_examples import SquadExamples
     from finetune.tasks.squad_metrics import QuestionScores
+
+_SCRIPT_THRESHOLD = 1.0
+"""Default of `--na-prob-thresh` in evaluate-v2.0.py, which is meant for probabilities."""
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.group(context_settings=CONTEXT)
@@ -67,69 +69,113 @@ def squad(
       bertbench eval squad dev-v2.0.json squad_out/predictions.json \\
         --na-prob-file squad_out/null_odds.json --out-image-dir pictures
     """
+    examples = _read_examples(data)
+    answers = _read_values(predictions, str)
+    if (version or _version_of(examples)) == "1.1":
+        _refuse(
+            na_prob_file=na_prob_file, na_prob_thresh=na_prob_thresh, out_image_dir=out_image_dir
+        )
+        results = _score_v1(examples, answers)
+    else:
+        odds = None if na_prob_file is None else _read_values(na_prob_file, float)
+        if odds is None and na_prob_thresh is not None:
+            raise InputError("--na_prob_thresh needs --na_prob_file")
+        results = _score_v2(examples, answers, odds, na_prob_thresh, out_image_dir)
+    for path in (out_file, json_file):
+        if path is not None:
+            write_json(path, results)
+    if str(json_file) != "-":
+        for name, score in results.items():
+            echo(f"{name} = {score}")
+
+
+def _read_examples(data: Path) -> SquadExamples:
     from finetune.tasks.squad_examples import read_squad
-    from finetune.tasks.squad_metrics import evaluate_v1, evaluate_v2, score_questions
 
     examples = read_squad(data, is_training=False, version_2_with_negative=True)
     if not len(examples):
         raise InputError("there are no questions in the file", path=data)
     if not any(example.gold_answers or example.is_impossible for example in examples):
         raise InputError("no question of the file has an answer to compare with", path=data)
-    answers = _read_values(predictions, str)
-    if version is None:
-        unanswerable = any(e.is_impossible or not e.gold_answers for e in examples)
-        version = "2.0" if unanswerable else "1.1"
-    results: dict[str, float]
-    if version == "1.1":
-        for name, value in {
-            "na_prob_file": na_prob_file,
-            "na_prob_thresh": na_prob_thresh,
-            "out_image_dir": out_image_dir,
-        }.items():
-            if value is not None:
-                raise InputError(
-                    f"--{name} belongs to SQuAD 2.0, and every question of the data has an answer",
-                    hint="give --version 2.0 to use its metrics",
-                )
-        missing = sum(example.qas_id not in answers for example in examples)
-        if missing:
-            say(f"{missing} questions without prediction count as wrong")
-        results = evaluate_v1(examples, answers)
-    else:
-        odds = None if na_prob_file is None else _read_values(na_prob_file, float)
-        if odds is None and na_prob_thresh is not None:
-            raise InputError("--na_prob_thresh needs --na_prob_file")
-        scores = score_questions(examples, answers, odds)
-        threshold = None if odds is None else _threshold(scores, na_prob_thresh)
-        results = evaluate_v2(scores, threshold=threshold, best_thresholds=odds is not None)
-        if out_image_dir is not None:
-            if odds is None:
-                raise InputError("--out_image_dir needs --na_prob_file")
-            from reports.pictures.squad_plots import average_precisions, draw_pictures
+    return examples
 
-            curves = average_precisions(scores)
-            results |= {f"{n}_ap": curve.average_precision for n, curve in curves.items()}
-            for path in draw_pictures(scores, out_image_dir):
-                say(f"wrote {path}")
-    if out_file is not None:
-        write_json(out_file, results)
-    if json_file is not None:
-        write_json(json_file, results)
-    if str(json_file) != "-":
-        for name, score in results.items():
-            echo(f"{name} = {score}")
+
+def _version_of(examples: SquadExamples) -> str:
+    """SQuAD's version: 2.0 if a question has no answer, else 1.1."""
+    unanswerable = any(e.is_impossible or not e.gold_answers for e in examples)
+    return "2.0" if unanswerable else "1.1"
+
+
+def _refuse(**flags: Any) -> None:
+    """Refuse flags that SQuAD 1.1 has no use for."""
+    for name, value in flags.items():
+        if value is not None:
+            raise InputError(
+                f"--{name} belongs to SQuAD 2.0, and every question of the data has an answer",
+                hint="give --version 2.0 to use its metrics",
+            )
+
+
+def _score_v1(examples: SquadExamples, answers: dict[str, str]) -> dict[str, float]:
+    from finetune.tasks.squad_metrics import evaluate_v1
+
+    missing = sum(example.qas_id not in answers for example in examples)
+    if missing:
+        say(f"{missing} questions without prediction count as wrong")
+    return evaluate_v1(examples, answers)
+
+
+def _score_v2(
+    examples: SquadExamples,
+    answers: dict[str, str],
+    odds: dict[str, float] | None,
+    given_threshold: float | None,
+    picture_folder: Path | None,
+) -> dict[str, float]:
+    """Score with the metrics of SQuAD 2.0, and draw the pictures that are asked for.
+
+    Args:
+        examples: all questions.
+        answers: the prediction for each question.
+        odds: null odds of each question, if there are any.
+        given_threshold: the greatest null odds of a question that is answered; None takes the
+            official script's.
+        picture_folder: where to draw; None draws nothing.
+    """
+    from finetune.tasks.squad_metrics import evaluate_v2, score_questions
+
+    scores = score_questions(examples, answers, odds)
+    threshold = None if odds is None else _threshold(scores, given_threshold)
+    results: dict[str, float]
+    results = evaluate_v2(scores, threshold=threshold, best_thresholds=odds is not None)
+    if picture_folder is not None:
+        if odds is None:
+            raise InputError("--out_image_dir needs --na_prob_file")
+        results |= _draw(scores, picture_folder)
+    return results
+
+
+def _draw(scores: QuestionScores, folder: Path) -> dict[str, float]:
+    """Draw the pictures of SQuAD 2.0; return the average precision of each curve."""
+    from reports.pictures.squad_plots import average_precisions, draw_pictures
+
+    curves = average_precisions(scores)
+    for path in draw_pictures(scores, folder):
+        say(f"wrote {path}")
+    return {f"{name}_ap": curve.average_precision for name, curve in curves.items()}
 
 
 def _threshold(scores: QuestionScores, given: float | None) -> float:
-    """The threshold on the null odds; if none is given, say what the script's leaves out."""
-    if given is None:
-        silent = scores.is_answered & (scores.no_answer_odds > _SCRIPT_THRESHOLD)
-        if silent.any():
-            say(
-                f"{int(silent.sum()):,} of the answers count as none, as in the official script: "
-                f"their null odds are above {_SCRIPT_THRESHOLD:g}; --na_prob_thresh inf keeps them"
-            )
-    return _SCRIPT_THRESHOLD if given is None else given
+    """The threshold on the null odds; say how many answers the script's default leaves out."""
+    if given is not None:
+        return given
+    left_out = scores.is_answered & (scores.no_answer_odds > _SCRIPT_THRESHOLD)
+    if left_out.any():
+        say(
+            f"{int(left_out.sum()):,} of the answers count as none, as in the official script: "
+            f"their null odds are above {_SCRIPT_THRESHOLD:g}; --na_prob_thresh inf keeps them"
+        )
+    return _SCRIPT_THRESHOLD
 
 
 def _read_values(path: Path, kind: type) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +19,10 @@ from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import PREFIX, list_checkpoints
 from finetune.model_files.head_labels import read_trained_head
 from finetune.model_files.model_folder import find_model_files
+
+if TYPE_CHECKING:
+    from finetune.export.export_weights import StoredModel
+    from finetune.text.tokenization import Tokenizer
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -69,38 +76,94 @@ def command(
     files = find_model_files(model_dir, bert_config_file, vocab_file, None)
     weights = _find_weights(model_dir, checkpoint)
     asked = {"do_lower_case": do_lower_case}
-    # What is written says whether letters are lowered, and will be believed.
+    # The export records whether letters are lowered, and other tools will believe it.
     config, tokenizer = load_config_and_tokenizer(files, asked, 1, insist=True)
     _start_tensorflow()
-    from finetune.export import export_weights
+    from finetune.export.export_weights import open_model
+
+    model = open_model(weights, config)
+    sources = [files.config_file, files.vocab_file, model.checkpoint]
+    _write(model, tokenizer, _Output(folder, kind, force), sources)
+    if model.left_out:
+        say(f"left out, as the model has no place for them: {', '.join(model.left_out)}")
+    if json_file is not None:
+        write_json(json_file, _results(model, folder, kind))
+    if str(json_file) != "-":
+        what = "encoder" if model.head is None else f"{model.head} model"
+        echo(
+            f"{folder}: {what} of {model.parameters:,} parameters "
+            f"from {model.checkpoint.name}, as {kind}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """What is to be written.
+
+    Attributes:
+        folder: where.
+        kind: one of the values of `--format`.
+        force: replace an earlier export in the folder.
+    """
+
+    folder: Path
+    kind: str
+    force: bool
+
+
+def _write(
+    model: StoredModel, tokenizer: Tokenizer, output: _Output, sources: Sequence[Path]
+) -> None:
+    """Write the export; on a failure nothing in the folder has changed.
+
+    Args:
+        model: the weights to write.
+        tokenizer: that belongs to them.
+        output: where, and in which format.
+        sources: files that are read, which the export must not replace.
+
+    Raises:
+        InputError: the head is one that no export can hold, or the folder has other files.
+        WorkError: the files cannot be written.
+    """
     from finetune.export.export_folder import new_folder
+    from finetune.export.export_weights import export_checkpoint, export_hugging_face
     from finetune.export.saved_model import export_saved_model
 
-    model = export_weights.open_model(weights, config)
-    sources = [files.config_file, files.vocab_file, model.checkpoint]
-    labels = None
-    if model.head == "classifier" and not model.is_regression:
-        trained = read_trained_head(model.checkpoint.parent)
-        if trained.why_other:
-            raise InputError(
-                f"its head is no classifier of texts into one class each ({trained.why_other})",
-                path=model.checkpoint.parent,
-            )
-        labels = trained.labels
+    labels = _labels_of(model)
     try:
-        with new_folder(folder, force=force, sources=sources) as new:
-            if kind == "huggingface":
-                export_weights.export_hugging_face(model, tokenizer, new, labels=labels)
-            elif kind == "checkpoint":
-                export_weights.export_checkpoint(model, tokenizer, new, labels)
+        with new_folder(output.folder, force=output.force, sources=sources) as new:
+            if output.kind == "huggingface":
+                export_hugging_face(model, tokenizer, new, labels=labels)
+            elif output.kind == "checkpoint":
+                export_checkpoint(model, tokenizer, new, labels)
             else:
                 export_saved_model(model, tokenizer, new, labels)
     except OSError as error:
         raise WorkError(f"cannot write the export: {error}; nothing was changed") from error
-    if model.left_out:
-        say(f"left out, as the model has no place for them: {', '.join(model.left_out)}")
+
+
+def _labels_of(model: StoredModel) -> tuple[str, ...] | None:
+    """Names of the classes of a classifier; None for other heads, and where none are recorded.
+
+    Raises:
+        InputError: the head does something else than put each text into one class.
+    """
+    if model.head != "classifier" or model.is_regression:
+        return None
+    trained = read_trained_head(model.checkpoint.parent)
+    if trained.why_other:
+        raise InputError(
+            f"its head is no classifier of texts into one class each ({trained.why_other})",
+            path=model.checkpoint.parent,
+        )
+    return trained.labels
+
+
+def _results(model: StoredModel, folder: Path, kind: str) -> dict[str, Any]:
+    """What the export holds, for JSON."""
     written = sorted(path for path in folder.rglob("*") if path.is_file())
-    results = {
+    return {
         "format": kind,
         "folder": str(folder),
         "checkpoint": str(model.checkpoint),
@@ -111,18 +174,10 @@ def command(
         "left_out": list(model.left_out),
         "files": {str(path.relative_to(folder)): path.stat().st_size for path in written},
     }
-    if json_file is not None:
-        write_json(json_file, results)
-    if str(json_file) != "-":
-        what = "encoder" if model.head is None else f"{model.head} model"
-        echo(
-            f"{folder}: {what} of {model.parameters:,} parameters "
-            f"from {model.checkpoint.name}, as {kind}"
-        )
 
 
 def _find_weights(model_dir: Path, checkpoint: str | None) -> Path:
-    """The weights that `--checkpoint` means; a name may be given without its folder."""
+    """The weights that `--checkpoint` names; a name may be given without its folder."""
     if checkpoint is None:
         return model_dir
     if checkpoint.isdecimal():
@@ -141,10 +196,10 @@ def _find_weights(model_dir: Path, checkpoint: str | None) -> Path:
 
 
 def _start_tensorflow() -> None:
-    """Load TensorFlow for its file formats alone: no accelerator's memory is touched."""
+    """Load TensorFlow for its file formats alone; it takes no memory of an accelerator."""
     os.environ.update({"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "2"})
     with muted_stderr():
         import tensorflow as tf
 
-        # The first op sets up the device, which chatters too.
+        # The first op sets up the device, which writes messages too.
         tf.zeros([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -64,42 +65,48 @@ def list_(ledger_file: Path | None, each: bool, json_file: Path | None) -> None:
         return
     console = terminal()
     console.print(f"{path}: {len(rows)} trials of {len(limits)} cells", soft_wrap=True)
+    with_head = len({row.head for row in rows}) > 1
+    console.print(_trials_table(rows, with_head) if each else _limits_table(limits, with_head))
+
+
+def _table(*titles: str) -> Table:
     table = Table(box=None, pad_edge=False)
-    several_heads = len({row.head for row in rows}) > 1
-
-    def named(model: str, head: str) -> str:
-        return f"{model} {head}" if several_heads else model
-
-    titles: tuple[str, ...] = (
-        "model",
-        "seq",
-        "levers",
-        "budget",
-        "fits",
-        "no more",
-        "evidence",
-        "trials",
-    )
-    if each:
-        titles = ("time (UTC)", "model", "seq", "levers", "batch", "outcome", "peak")
     for title in titles:
         left = title in ("model", "levers", "outcome", "evidence", "time (UTC)")
         table.add_column(title, justify="left" if left else "right", no_wrap=title != "levers")
-    if each:
-        for row in rows:
-            peak = format_bytes(row.trial.peak_bytes) if row.trial.peak_bytes else "-"
-            table.add_row(
-                row.time_utc[:16].replace("T", " "), named(row.model, row.head), str(row.seq_len),
-                _levers(row.levers), str(row.trial.batch), row.trial.outcome, peak,
-            )  # fmt: skip
-    else:
-        for cell in limits:
-            table.add_row(
-                named(cell["model"], cell["head"]), str(cell["seq_len"]), _levers(cell["levers"]),
-                format_bytes(cell["budget_bytes"]), _number(cell["max_batch"]),
-                _number(cell["smallest_out_of_memory"]), cell["evidence"], str(cell["trials"]),
-            )  # fmt: skip
-    console.print(table)
+    return table
+
+
+def _trials_table(rows: Sequence[LedgerRow], with_head: bool) -> Table:
+    table = _table("time (UTC)", "model", "seq", "levers", "batch", "outcome", "peak")
+    for row in rows:
+        trial = row.trial
+        table.add_row(
+            row.time_utc[:16].replace("T", " "),
+            _model(row.model, row.head, with_head),
+            str(row.seq_len),
+            _levers(row.levers),
+            str(trial.batch),
+            trial.outcome,
+            format_bytes(trial.peak_bytes) if trial.peak_bytes else "-",
+        )
+    return table
+
+
+def _limits_table(limits: Sequence[dict[str, Any]], with_head: bool) -> Table:
+    table = _table("model", "seq", "levers", "budget", "fits", "no more", "evidence", "trials")
+    for limit in limits:
+        table.add_row(
+            _model(limit["model"], limit["head"], with_head),
+            str(limit["seq_len"]),
+            _levers(limit["levers"]),
+            format_bytes(limit["budget_bytes"]),
+            _number(limit["max_batch"]),
+            _number(limit["smallest_out_of_memory"]),
+            limit["evidence"],
+            str(limit["trials"]),
+        )
+    return table
 
 
 @command.command("export", context_settings=CONTEXT)
@@ -151,7 +158,7 @@ def prune_(
     """
     if not (older_than is not None or failed or other_versions or damaged or everything):
         raise InputError(
-            "nothing says which trials to take away",
+            "no flag says which trials to take away",
             hint="give --older-than DAYS, --failed, --other-versions, --damaged or --all",
         )
     path = ledger_file or default_ledger_path()
@@ -214,13 +221,15 @@ def _limits(rows: list[LedgerRow]) -> list[dict[str, Any]]:
     return cells
 
 
+def _model(model: str, head: str, with_head: bool) -> str:
+    return f"{model} {head}" if with_head else model
+
+
 def _levers(values: dict[str, Any]) -> str:
     try:
-        levers = levers_from_json(values)
+        return levers_from_json(values).describe_fully()
     except InputError:  # of another version, with other levers
         return ", ".join(map(str, values.values()))
-    steps = levers.accumulation_steps
-    return levers.describe() + (f", {steps} micro-batches" if steps > 1 else "")
 
 
 def _number(value: int | None) -> str:

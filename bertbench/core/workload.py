@@ -146,9 +146,14 @@ class Levers:
         return not self.inexact
 
     def describe(self) -> str:
-        """Write all but the number of steps for people: `full`, `nested, adafactor`."""
+        """Write all but the number of micro-batches for people: `full`, `nested, adafactor`."""
         on_host = ["optimizer state on the host"] * (self.placement == "host")
         return ", ".join([str(self.checkpointing), *self.inexact, *["XLA"] * self.xla, *on_host])
+
+    def describe_fully(self) -> str:
+        """Write all levers for people: `full`, `nested, adafactor, 4 micro-batches`."""
+        steps = self.accumulation_steps
+        return self.describe() + (f", {steps} micro-batches" if steps > 1 else "")
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON, with the policy as text."""
