@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,29 +90,15 @@ def command(
         _nothing_else(context)
         _compare(*compare, json_file)
         return
-    path = ledger_file or default_ledger_path()
-    if ledger_file is not None and not ledger_exists(path):
-        raise InputError("no such ledger", path=path, hint="`bertbench probe` makes one")
     suffix = None if out is None else _check_out(out, force)
-
-    from reports.report import Report
-    from reports.runs import read_run
-
-    rows = []
-    if ledger_exists(path):
-        with read_ledger(path) as ledger:
-            rows = read_rows(ledger)
-    else:
-        say(f"no ledger at {path} yet")
-    runs = [read_run(folder) for folder in run_dirs]
-    report = Report(path, rows, runs, target_batch, datetime.now().astimezone())
+    report = _read(ledger_file, run_dirs, target_batch)
     if json_file is not None:
         write_json(
             json_file,
             {
-                "ledger": str(path),
+                "ledger": str(report.ledger),
                 "cells": [cell.to_json() for cell in report.cells],
-                "runs": [run.summary() for run in runs],
+                "runs": [run.summary() for run in report.runs],
             },
         )
     if str(json_file) != "-" and (text or out is None):
@@ -120,6 +107,33 @@ def command(
         show_report(report)
     if out is not None and suffix is not None:
         _write(report, out, suffix)
+
+
+def _read(ledger_file: Path | None, run_dirs: Sequence[Path], target_batch: int) -> Report:
+    """Read what the report is made from.
+
+    Args:
+        ledger_file: a ledger; None takes the user's, which may be missing.
+        run_dirs: output folders of runs.
+        target_batch: effective batch to plan for.
+
+    Raises:
+        InputError: the ledger that was named is missing, or there is no run in a folder.
+    """
+    from reports.report import Report
+    from reports.runs import read_run
+
+    path = ledger_file or default_ledger_path()
+    rows = []
+    if ledger_exists(path):
+        with read_ledger(path) as ledger:
+            rows = read_rows(ledger)
+    elif ledger_file is not None:
+        raise InputError("no such ledger", path=path, hint="`bertbench probe` makes one")
+    else:
+        say(f"no ledger at {path} yet")
+    runs = [read_run(folder) for folder in run_dirs]
+    return Report(path, rows, runs, target_batch, datetime.now().astimezone())
 
 
 def _nothing_else(context: click.Context) -> None:
@@ -155,39 +169,47 @@ def _check_out(out: Path, force: bool) -> str:
 
 
 def _write(report: Report, out: Path, suffix: str) -> None:
+    """Write the report to a file of a kind, or into a folder if the suffix is empty."""
     from reports.page import build_page
     from reports.tables import FORMATS, write_tables
 
     out.parent.mkdir(parents=True, exist_ok=True)
+    if not suffix:
+        _write_folder(report, out)
+    elif suffix in FORMATS:
+        write_atomically(out, write_tables(report.cells, suffix))
+        say(f"wrote {out}")
+    else:
+        with progress("page", len(report.pictures), "pictures") as advance:
+            write_atomically(out, build_page(report, advance))
+        say(f"wrote {out}")
+
+
+def _write_folder(report: Report, folder: Path) -> None:
+    """Write the page, the tables and the pictures; other files in the folder stay."""
+    from reports.page import build_page
+    from reports.tables import FORMATS, write_tables
+
+    folder.mkdir(exist_ok=True)
     written: set[Path] = set()
 
     def write(name: str, content: str | bytes) -> None:
-        write_atomically(out / name, content)
-        written.add(out / name)
+        write_atomically(folder / name, content)
+        written.add(folder / name)
 
-    if suffix in FORMATS:
-        write_atomically(out, write_tables(report.cells, suffix))
-    elif suffix:
-        with progress("page", len(report.pictures), "pictures") as advance:
-            write_atomically(out, build_page(report, advance))
-    else:
-        out.mkdir(exist_ok=True)
-        for kind in FORMATS:
-            write(f"limits{kind}", write_tables(report.cells, kind))
-        pictures = report.pictures
-        with progress("pictures", len(pictures), "pictures") as advance:
-            for number, picture in enumerate(pictures):
-                write(f"{picture.name}.png", picture.png())
-                write(f"{picture.name}.svg", picture.svg())
-                advance(number + 1, picture.name)
-        write("report.html", build_page(report))
-        others = len(set(out.iterdir()) - written)
-        if others:
-            say(f"left {others} other file{'s' * (others != 1)} in {out} as they were")
-    say(
-        f"wrote {out / 'report.html' if not suffix else out}"
-        + ("" if suffix else ", and more beside it")
-    )
+    for kind in FORMATS:
+        write(f"limits{kind}", write_tables(report.cells, kind))
+    pictures = report.pictures
+    with progress("pictures", len(pictures), "pictures") as advance:
+        for number, picture in enumerate(pictures):
+            write(f"{picture.name}.png", picture.png())
+            write(f"{picture.name}.svg", picture.svg())
+            advance(number + 1, picture.name)
+    write("report.html", build_page(report))
+    others = len(set(folder.iterdir()) - written)
+    if others:
+        say(f"left {others} other file{'s' * (others != 1)} in {folder} as they were")
+    say(f"wrote {folder / 'report.html'}, and more beside it")
 
 
 def _compare(before: Path, after: Path, json_file: Path | None) -> None:
