@@ -16,7 +16,7 @@ import statistics
 import time
 from typing import Any
 
-from bertbench.core.bisection import last_that_holds
+from bertbench.core.bisection import largest_passing
 from bertbench.core.workload import published_workload
 from finetune.storage.json_files import json_text
 
@@ -108,7 +108,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seq_len": arguments.seq_len,
         "attention": arguments.attention,
         "checkpointing": arguments.checkpointing,
-        "max_batch": last_that_holds(fits, at_most=_LARGEST) if on_gpu else None,
+        "max_batch": largest_passing(fits, at_most=_LARGEST) if on_gpu else None,
         "examples_per_second": rates,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

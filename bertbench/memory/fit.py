@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from bertbench.core.bisection import last_that_holds
+from bertbench.core.bisection import largest_passing
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload
 from bertbench.memory.allocator.bfc import Memory
@@ -131,7 +131,7 @@ def inference_batch(setup: Setup, budget_bytes: int, at_most: int) -> int:
             examples == 1 or inference_bytes(setup, examples) <= usable_bytes
         )
 
-    return last_that_holds(fits_in)
+    return largest_passing(fits_in)
 
 
 def footprint_in(

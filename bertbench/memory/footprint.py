@@ -36,7 +36,7 @@ import functools
 import math
 from collections.abc import Mapping
 
-from bertbench.core.bisection import last_that_holds
+from bertbench.core.bisection import largest_passing
 from bertbench.core.workload import Setup, TrainingStep, Workload
 from finetune.spec.checkpointing import examples_per_chunk
 from finetune.spec.config import BertConfig
@@ -205,7 +205,7 @@ def max_micro_batch(setup: Setup, budget_bytes: int, *, device_kind: str = "cpu"
         predicted = predict_footprint(setup.step(micro_batch), device_kind=device_kind)
         return predicted.peak_bytes <= budget_bytes
 
-    return last_that_holds(fits)
+    return largest_passing(fits)
 
 
 @dataclasses.dataclass(frozen=True)

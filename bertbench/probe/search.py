@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from bertbench.core.bisection import last_that_holds
+from bertbench.core.bisection import largest_passing
 from bertbench.ledger.limit import Limit, contradictions, find_limit, verdicts
 from bertbench.trials.trial import Trial
 
@@ -215,7 +215,7 @@ def _predicted_limit(
     """Largest batch up to `largest` that is predicted to fit; 0 if none, None if not predicted."""
     if predict is None:
         return None
-    return last_that_holds(lambda batch: predict(batch) <= budget_bytes, at_most=largest)
+    return largest_passing(lambda batch: predict(batch) <= budget_bytes, at_most=largest)
 
 
 def _first_batches(

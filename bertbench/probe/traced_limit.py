@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence, Set
 
-from bertbench.core.bisection import last_that_holds
+from bertbench.core.bisection import largest_passing
 from bertbench.core.workload import Levers, Setup, TrainingStep, Workload
 from bertbench.ledger.limit import verdicts
 from bertbench.memory.allocator.bfc import Memory, Replay
@@ -54,7 +54,7 @@ class TracedStep:
     def limit(self, at_most: int = LARGEST_BATCH, fitting: int = 0) -> int:
         """Largest batch that fits; see `bertbench.probe.extrapolation.largest_batch`."""
         # A replay takes up to a second, and what is alive at once a fraction of a millisecond.
-        bound = last_that_holds(lambda batch: self._alive(batch) <= 1.0, fitting, at_most)
+        bound = largest_passing(lambda batch: self._alive(batch) <= 1.0, fitting, at_most)
         if bound <= fitting:
             return fitting
         limit = largest_batch(
