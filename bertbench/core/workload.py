@@ -11,6 +11,7 @@ from finetune.spec.checkpointing import NO_CHECKPOINTING, Checkpointing, parse_c
 from finetune.spec.config import HEADS, BertConfig, is_trained, preset, variable_shapes
 from finetune.spec.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, PLACEMENTS
 from finetune.spec.precisions import EXACT_PRECISION, PRECISIONS
+from finetune.spec.step_settings import ModelSpec, StepSettings
 from finetune.storage.json_files import build, get_whole, json_text, parse_json
 
 MOST_BATCH = 1 << 20
@@ -55,6 +56,11 @@ class Workload:
     def parameters(self) -> dict[str, list[int]]:
         """Shape of every variable by name."""
         return variable_shapes(self.config, self.head, self.num_labels)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model as `finetune` takes it."""
+        return ModelSpec(self.config, self.head, self.seq_len)
 
     def trained(self, name: str) -> bool:
         """Whether a variable of this workload receives gradients."""
@@ -154,6 +160,21 @@ class Levers:
         """Write all levers for people: `full`, `nested, adafactor, 4 micro-batches`."""
         steps = self.accumulation_steps
         return self.describe() + (f", {steps} micro-batches" if steps > 1 else "")
+
+    def step_settings(self, seed: int = 0) -> StepSettings:
+        """The levers as `finetune` takes them; the optimizer is not among them.
+
+        Args:
+            seed: seed of the dropout masks.
+        """
+        return StepSettings(
+            self.accumulation_steps,
+            self.checkpointing,
+            self.precision,
+            self.xla,
+            self.placement,
+            seed,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON, with the policy as text."""

@@ -94,20 +94,8 @@ def train_model(
     )
     folder = settings.output_dir
     try:
-        trainer = make_trainer(
-            variables,
-            workload.config,
-            workload.head,
-            workload.seq_len,
-            optimizer,
-            accumulation_steps=levers.accumulation_steps,
-            checkpointing=levers.checkpointing,
-            precision=levers.precision,
-            xla=levers.xla,
-            placement=levers.placement,
-            seed=settings.seed,
-            strategy=strategy,
-        )
+        step_settings = levers.step_settings(settings.seed)
+        trainer = make_trainer(variables, workload.spec, optimizer, step_settings, strategy)
         first = resume(trainer, folder)
     except tf.errors.OpError as error:
         if not _is_out_of_memory(error):
@@ -284,14 +272,11 @@ def make_predict(
         variables: the model.
         workload: its configuration and head.
         batch_size: examples at a time, on each replica.
-        strategy: see `finetune.train.step.make_predictor`.
+        strategy: see `finetune.train.prediction.make_predictor`.
     """
-    from finetune.train.step import make_predictor
-    from finetune.train.training import predict
+    from finetune.train.prediction import make_predictor, predict
 
-    predictor = make_predictor(
-        variables, workload.config, workload.head, workload.seq_len, strategy=strategy
-    )
+    predictor = make_predictor(variables, workload.spec, strategy)
     if strategy is not None:
         batch_size *= strategy.num_replicas_in_sync
 

@@ -161,19 +161,8 @@ def build_trainer(
         variables = create_variables(
             workload.config, workload.head, num_labels=workload.num_labels, seed=0
         )
-    return make_trainer(
-        variables,
-        workload.config,
-        workload.head,
-        workload.seq_len,
-        OptimizerSettings(1e-5, num_train_steps=1_000_000, optimizer=levers.optimizer),
-        accumulation_steps=levers.accumulation_steps,
-        checkpointing=levers.checkpointing,
-        precision=levers.precision,
-        xla=levers.xla,
-        placement=levers.placement,
-        strategy=strategy,
-    )
+    optimizer = OptimizerSettings(1e-5, num_train_steps=1_000_000, optimizer=levers.optimizer)
+    return make_trainer(variables, workload.spec, optimizer, levers.step_settings(), strategy)
 
 
 def random_batch(workload: Workload, rows: int) -> dict[str, np.ndarray]:

@@ -8,41 +8,28 @@ code: see `finetune.spec.checkpointing` for the account.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 
 import tensorflow as tf
 
-from finetune.model.chunks import Tensors
-from finetune.model.dropout import DropoutKey, apply_mask, draw_mask, dropout
-from finetune.model.layers import activation, add, attention, dense, layer_norm, split_heads
-from finetune.model.recomputation import Keep, compute, recompute
+from finetune.model.chunks import Chunking
+from finetune.model.dropout import DropoutKey, dropout
+from finetune.model.encoder_layer import (
+    POOLED_SITE,
+    EncoderLayer,
+    layer_weight_names,
+    norm_weight_names,
+)
+from finetune.model.layers import dense, layer_norm
+from finetune.model.recomputation import compute, recompute
 from finetune.spec.checkpointing import NO_CHECKPOINTING, Checkpointing, examples_per_chunk
-from finetune.spec.config import BertConfig, is_trained, variable_shapes
+from finetune.spec.config import INPUT_NAMES, BertConfig, is_trained, variable_shapes
 
 Variables = Mapping[str, tf.Variable]
 """Variables by their name in the original's checkpoints."""
 
 _MASK_ADDER = -10000.0
-_LAYER_WEIGHTS = (
-    "attention/self/query/kernel",
-    "attention/self/query/bias",
-    "attention/self/key/kernel",
-    "attention/self/key/bias",
-    "attention/self/value/kernel",
-    "attention/self/value/bias",
-    "attention/output/dense/kernel",
-    "attention/output/dense/bias",
-    "attention/output/LayerNorm/gamma",
-    "attention/output/LayerNorm/beta",
-    "intermediate/dense/kernel",
-    "intermediate/dense/bias",
-    "output/dense/kernel",
-    "output/dense/bias",
-)
-_NORM_WEIGHTS = ("LayerNorm/gamma", "LayerNorm/beta")
-_EMBEDDING_SITE, _POOLED_SITE, _FIRST_LAYER_SITE = 0, 1, 2
 
 
 def create_variables(
@@ -85,86 +72,96 @@ def create_variables(
     return {name: variables[name] for name in shapes}
 
 
-_PROJECTIONS = {"query": "gradient_3", "key": "gradient_2", "value": "gradient_1"}
-"""Attention's, and the names of their gradients, see `finetune.model.layers.dense`; in the order
-of the backward pass."""
+@dataclasses.dataclass(frozen=True)
+class ForwardPass:
+    """How a forward pass is computed, and what it keeps for the backward pass.
+
+    Attributes:
+        dropout_key: what the dropout masks depend on; None for no dropout.
+        checkpointing: policy of each layer.
+        compute_type: type of the activations, see `finetune.spec.precisions`.
+        xla: build a graph that XLA can compile, whatever the policy.
+        gradient_sums: sums of gradients, by the names of their variables. The gradient of a weight
+            of a checkpointed layer (see `layer_weight_names`) then begins with its sum instead of
+            0, so that it is the new sum. None for the gradients alone.
+    """
+
+    dropout_key: DropoutKey | None = None
+    checkpointing: Checkpointing = NO_CHECKPOINTING
+    compute_type: tf.DType = tf.float32
+    xla: bool = False
+    gradient_sums: Mapping[str, tf.Tensor] | None = None
+
+
+PLAIN_FORWARD = ForwardPass()
+"""Without dropout and checkpointing, in float32."""
 
 
 def encode(
     variables: Variables,
     config: BertConfig,
-    input_ids: tf.Tensor,
-    input_mask: tf.Tensor,
-    segment_ids: tf.Tensor,
-    *,
-    dropout_key: DropoutKey | None = None,
-    checkpointing: Checkpointing = NO_CHECKPOINTING,
-    totals: Mapping[str, tf.Tensor] | None = None,
-    compute_type: tf.DType = tf.float32,
-    xla: bool = False,
+    batch: Mapping[str, tf.Tensor],
+    forward: ForwardPass = PLAIN_FORWARD,
 ) -> tf.Tensor:
-    """Run embeddings and all layers.
+    """Run the embeddings and all layers.
+
+    Example:
+        >>> nested = ForwardPass(checkpointing=parse_checkpointing("nested"))
+        >>> encode(variables, config, batch, nested).shape
+        TensorShape([8, 384, 768])
 
     Args:
         variables: the model.
         config: its configuration.
-        input_ids: int32 `[b, s]`.
-        input_mask: int32 `[b, s]`, 1 for tokens, 0 for padding.
-        segment_ids: int32 `[b, s]`.
-        dropout_key: None for no dropout.
-        checkpointing: policy per layer.
-        totals: sums of gradients by the names of their variables. The gradient of a weight of a
-            checkpointed layer, see `layer_weight_names`, begins with its sum instead of 0.
-        compute_type: of activations, see `finetune.spec.precisions`.
-        xla: make a graph that XLA can compile, whatever the policy.
+        batch: int32 `[b, s]` under the names in `finetune.spec.config.INPUT_NAMES`: token ids;
+            1 for tokens and 0 for padding; segment ids. The sequence length s must be known when
+            the graph is built.
+        forward: how to compute it.
 
     Returns:
         The last layer's output, float32 `[b, s, h]`.
     """
-    batch, seq_len, hidden = tf.shape(input_ids)[0], input_ids.shape[1], config.hidden_size
+    input_ids, input_mask, segment_ids = (batch[name] for name in INPUT_NAMES)
+    rows, seq_len = tf.shape(input_ids)[0], input_ids.shape[1]
     # Layers hand on the sum that a LayerNorm takes, not what it returns, so that a layer which
     # keeps its input alone, or recomputes its LayerNorms, keeps one of the two and not both.
     sums = _embed(variables, config, input_ids, segment_ids)  # [b * s, h]
-    sums = tf.cast(sums, compute_type)
-    adder = (1.0 - tf.cast(input_mask, compute_type)) * _MASK_ADDER
-    adder = tf.reshape(adder, [batch, 1, 1, seq_len])
+    sums = tf.cast(sums, forward.compute_type)
+    adder = (1.0 - tf.cast(input_mask, forward.compute_type)) * _MASK_ADDER
+    adder = tf.reshape(adder, [rows, 1, 1, seq_len])
     for index in range(config.num_hidden_layers):
-        names = layer_weight_names(index)
-        weights = [tf.convert_to_tensor(variables[name]) for name in names]
-        layer = functools.partial(_layer, config=config, dropout_key=dropout_key, index=index)
-        policy = checkpointing.of_layer(index)
-        if policy == "none":
-            sums = layer(tf.zeros([], tf.int32), [sums], weights, [adder], compute)
-        else:
-            sums = recompute(
-                layer,
-                [sums],
-                weights,
-                [adder],
-                examples=batch,
-                examples_per_chunk=examples_per_chunk(policy, seq_len),
-                kept_types=(
-                    _kept_types(config, dropout_key, compute_type) if policy == "selective" else ()
-                ),
-                totals=None if totals is None else [totals[name] for name in names],
-                xla=xla,
-            )
-    gamma, beta = (
-        tf.convert_to_tensor(variables[name]) for name in _norm_names(config.num_hidden_layers)
-    )
+        layer = EncoderLayer(config, index, forward.dropout_key)
+        sums = _run_layer(layer, variables, sums, adder, forward, rows)
+    names = norm_weight_names(config.num_hidden_layers)
+    gamma, beta = (tf.convert_to_tensor(variables[name]) for name in names)
     output = layer_norm(sums, gamma, beta, config.layer_norm_eps, tf.float32)
-    return tf.reshape(output, [batch, seq_len, hidden])
+    return tf.reshape(output, [rows, seq_len, config.hidden_size])
 
 
-def _norm_names(index: int) -> list[str]:
-    """Names of the LayerNorm that comes before a layer."""
-    before = "embeddings" if index == 0 else f"encoder/layer_{index - 1}/output"
-    return [f"bert/{before}/{name}" for name in _NORM_WEIGHTS]
-
-
-def layer_weight_names(index: int) -> list[str]:
-    """Names of a layer's weights, the LayerNorm before it first, its own last one not included."""
-    return _norm_names(index) + [f"bert/encoder/layer_{index}/{name}" for name in _LAYER_WEIGHTS]
+def _run_layer(
+    layer: EncoderLayer,
+    variables: Variables,
+    sums: tf.Tensor,
+    adder: tf.Tensor,
+    forward: ForwardPass,
+    rows: tf.Tensor,
+) -> tf.Tensor:
+    """Run a layer under its checkpointing policy; see `EncoderLayer.__call__`."""
+    names = layer_weight_names(layer.index)
+    weights = [tf.convert_to_tensor(variables[name]) for name in names]
+    policy = forward.checkpointing.of_layer(layer.index)
+    if policy == "none":
+        return layer(tf.zeros([], tf.int32), [sums], weights, [adder], compute)
+    initial = forward.gradient_sums
+    return recompute(
+        layer,
+        [sums],
+        weights,
+        [adder],
+        Chunking(rows, examples_per_chunk(policy, adder.shape[3]), forward.xla),
+        kept_types=layer.kept_types(forward.compute_type) if policy == "selective" else (),
+        gradient_sums=None if initial is None else [initial[name] for name in names],
+    )
 
 
 def _embed(
@@ -180,103 +177,6 @@ def _embed(
     x += tf.gather(segments, segment_ids)
     x += variables[prefix + "position_embeddings"][: input_ids.shape[1]]
     return tf.reshape(x, [-1, config.hidden_size])
-
-
-def _kept_types(
-    config: BertConfig, dropout_key: DropoutKey | None, compute_type: tf.DType
-) -> list[tf.DType]:
-    """Types of what `_layer` asks to keep, in its order."""
-    masks = dropout_key is not None and config.hidden_dropout_prob > 0
-    return [
-        *[compute_type] * 3,  # query, key, value
-        compute_type,  # attention output
-        *[tf.bool] * masks,
-        compute_type,  # intermediate
-        *[tf.bool] * masks,
-    ]
-
-
-def _layer(
-    first: tf.Tensor,
-    inputs: Tensors,
-    weights: Tensors,
-    constants: Tensors,
-    keep: Keep,
-    *,
-    config: BertConfig,
-    dropout_key: DropoutKey | None,
-    index: int,
-) -> tf.Tensor:
-    """Run one encoder layer; a `finetune.model.recomputation.Region`.
-
-    Args:
-        first: index of the first example within the micro-batch.
-        inputs: the sum that enters the LayerNorm before this layer, `[b * s, h]`.
-        weights: scale and shift of that LayerNorm, and `_LAYER_WEIGHTS`.
-        constants: `[b, 1, 1, s]`, 0 for tokens and -10000 for padding.
-        keep: asked to keep the products of activations and weights, except the last, which no
-            gradient reads, and the dropout masks of the sublayers.
-        config: the encoder's configuration.
-        dropout_key: of the micro-batch; None for no dropout.
-        index: of the layer, from 0. Its dropouts are sites; the first layer's input has one more.
-
-    Returns:
-        The sum that enters the layer's last LayerNorm, `[b * s, h]`.
-    """
-    (sums,), (adder,) = inputs, constants
-    gamma, beta, *own = weights
-    weight = dict(zip(_LAYER_WEIGHTS, own, strict=True))
-    batch, seq_len = tf.shape(adder)[0], adder.shape[3]
-    heads, head_size, hidden = config.num_attention_heads, config.head_size, config.hidden_size
-    site = _FIRST_LAYER_SITE + 3 * index
-    if dropout_key is not None:
-        # Masks depend on no activation. Without this the masks of all layers would be drawn as
-        # soon as the step begins, or those of a recomputation be found to equal the first ones,
-        # and be kept.
-        with tf.control_dependencies([sums]):
-            first_row = dropout_key.first_row + tf.cast(first, tf.int64)
-        dropout_key = dataclasses.replace(dropout_key, first_row=first_row)
-
-    def linear(x: tf.Tensor, name: str) -> list[tf.Tensor]:
-        return [x, weight[f"{name}/kernel"], weight[f"{name}/bias"]]
-
-    def drop(x: tf.Tensor, site: int, keep: Keep = compute) -> tf.Tensor:
-        rate = config.hidden_dropout_prob
-        if dropout_key is None or rate == 0:
-            return x
-        # Masks are keyed by example, not by token.
-        mask = keep(lambda: draw_mask(batch, [seq_len * hidden], rate, dropout_key, site))
-        return apply_mask(x, tf.reshape(mask, [-1, hidden]), rate)
-
-    def project(gradient_name: str, x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
-        return split_heads(dense(x, kernel, bias, gradient_name), batch, seq_len, heads)
-
-    x = layer_norm(sums, gamma, beta, config.layer_norm_eps)
-    if index == 0:
-        x = drop(x, _EMBEDDING_SITE)
-    query, key, value = (
-        keep(functools.partial(project, gradient_name), *linear(x, f"attention/self/{name}"))
-        for name, gradient_name in _PROJECTIONS.items()
-    )
-    # Scaling the query costs s * d multiplications a head, scaling the scores s * s.
-    query *= 1.0 / math.sqrt(head_size)
-    scores = tf.matmul(query, key, transpose_b=True)  # [b, a, s, s]
-    scores += adder
-    rate, mask = config.attention_probs_dropout_prob, None
-    if dropout_key is not None and rate > 0:
-        mask = draw_mask(batch, scores.shape[1:], rate, dropout_key, site)
-    context = attention(scores, value, mask, rate)  # [b * s, h]
-    attended = keep(dense, *linear(context, "attention/output/dense"))
-    attended = add(drop(attended, site + 1, keep), x)
-    attended = layer_norm(
-        attended,
-        weight["attention/output/LayerNorm/gamma"],
-        weight["attention/output/LayerNorm/beta"],
-        config.layer_norm_eps,
-    )
-    inner = keep(dense, *linear(attended, "intermediate/dense"))  # [b * s, f]
-    output = dense(*linear(activation(inner, config.hidden_act), "output/dense"))
-    return add(drop(output, site + 2, keep), attended)
 
 
 def squad_logits(variables: Variables, sequence_output: tf.Tensor) -> tf.Tensor:
@@ -328,7 +228,7 @@ def classifier_logits(
     rate = config.classifier_dropout
     if rate is None:
         rate = config.hidden_dropout_prob
-    pooled = dropout(pooled, rate, dropout_key, _POOLED_SITE)
+    pooled = dropout(pooled, rate, dropout_key, POOLED_SITE)
     return tf.nn.bias_add(
         tf.matmul(pooled, variables["output_weights"], transpose_b=True),
         variables["output_bias"],

@@ -15,13 +15,19 @@ A region may name results that are too costly to compute again. They are kept, c
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import tensorflow as tf
 
-from finetune.model.chunks import ChunkResult, Tensors, in_chunks
+from finetune.model.chunks import (
+    ChunkFunction,
+    Chunking,
+    ChunkOutputs,
+    ChunkResult,
+    Tensors,
+    in_chunks,
+)
 
 Keep = Callable[..., tf.Tensor]
 """`keep(function, *arguments)` stands for `function(*arguments)` and may remember the result."""
@@ -58,72 +64,47 @@ def recompute(
     region: Region,
     inputs: Tensors,
     weights: Tensors,
-    constants: Tensors = (),
+    constants: Tensors,
+    chunking: Chunking,
     *,
-    examples: tf.Tensor,
-    examples_per_chunk: int | None = None,
     kept_types: Sequence[tf.DType] = (),
-    totals: Tensors | None = None,
-    xla: bool = False,
+    gradient_sums: Tensors | None = None,
 ) -> tf.Tensor:
     """Run a region so that only its arguments, and what it asks to keep, outlive it.
 
+    Example:
+        >>> y = recompute(region, [x], [kernel], [], Chunking(examples, examples_per_chunk=4))
+
     Args:
-        region: see `Region`.
-        inputs: its inputs; the first dimension of each is a multiple of the number of examples.
-        weights: its weights.
-        constants: its constants; likewise.
-        examples: number of examples, int32 scalar.
-        examples_per_chunk: most examples at a time; None for all at once.
+        region: what to run, see `Region`.
+        inputs: tensors that a gradient is wanted for. The first dimension of each is a multiple
+            of the number of examples.
+        weights: tensors that all examples share; a gradient is wanted for them too.
+        constants: tensors with the rows of the examples, without a gradient.
+        chunking: how the examples are cut into chunks.
         kept_types: types of what the region asks to keep, in that order; empty to keep nothing.
-        totals: what the gradients of the weights are to be added to, so that what is returned
-            as their gradients are new totals. None for their gradients alone.
-        xla: make a graph that XLA can compile, see `finetune.model.chunks.in_chunks`.
+        gradient_sums: sums that the gradients of the weights are added to. What is returned as
+            these gradients are then the new sums. None for the gradients alone.
 
     Returns:
         What the region returns for all examples, of the type of the first input.
     """
-    count = len(inputs)
-    type_ = inputs[0].dtype
-    run = functools.partial(
-        in_chunks, examples=examples, examples_per_chunk=examples_per_chunk, xla=xla
-    )
+    count, keeps = len(inputs), bool(kept_types)
 
     @tf.custom_gradient
     def checkpointed(*tensors: tf.Tensor) -> tuple[tf.Tensor, Callable[..., list[tf.Tensor]]]:
         entering, shared = tensors[:count], tensors[count:]
 
-        def forward(first: tf.Tensor, rows: Tensors, _: Tensors) -> ChunkResult:
-            kept: list[tf.Tensor] = []
-            keep = _keep_in(kept) if kept_types else compute
-            result = region(first, rows[:count], shared, rows[count:], keep)
-            return ChunkResult([result], kept, [])
-
         def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
-            def backward(first: tf.Tensor, rows: Tensors, kept: Tensors) -> ChunkResult:
-                upstream, chunk, rest = rows[0], rows[1 : count + 1], rows[count + 1 :]
-                keep = _replay(kept) if kept_types else compute
-                with tf.GradientTape() as tape:
-                    tape.watch([*chunk, *shared])
-                    result = region(first, chunk, shared, rest, keep)
-                found = tape.gradient(
-                    result,
-                    [*chunk, *shared],
-                    output_gradients=upstream,
-                    unconnected_gradients=tf.UnconnectedGradients.ZERO,
-                )
-                return ChunkResult(found[:count], [], found[count:])
-
             again: Tensors = entering
-            if examples_per_chunk is None:
+            if chunking.examples_per_chunk is None:
                 again = [_after(upstream, x) for x in entering]
-            of_inputs, _, of_weights = run(
-                backward,
-                [upstream, *again, *constants],
-                kept,
-                joined_types=[x.dtype for x in entering],
-                sums_like=shared,
-                totals=totals,
+            outputs = ChunkOutputs(
+                [x.dtype for x in entering], sums_like=shared, initial_sums=gradient_sums
+            )
+            backward = _backward(region, count, shared, keeps=keeps)
+            of_inputs, _, of_weights = in_chunks(
+                backward, [upstream, *again, *constants], kept, outputs, chunking
             )
             # Nothing waits for a weight's gradient until the update, and TensorFlow prefers the
             # operation that became ready last: without this the layers below would be recomputed
@@ -131,12 +112,47 @@ def recompute(
             with tf.control_dependencies(of_weights):
                 return [*(tf.identity(g) for g in of_inputs), *of_weights]
 
-        (result,), kept, _ = run(
-            forward, [*entering, *constants], (), joined_types=[type_], kept_types=kept_types
-        )
+        forward = _forward(region, count, shared, keeps=keeps)
+        outputs = ChunkOutputs([inputs[0].dtype], kept_types)
+        (result,), kept, _ = in_chunks(forward, [*entering, *constants], (), outputs, chunking)
         return result, gradient
 
     return checkpointed(*inputs, *weights)
+
+
+def _forward(region: Region, inputs: int, weights: Tensors, *, keeps: bool) -> ChunkFunction:
+    """Make the forward pass of a chunk; its rows are those of the inputs and the constants."""
+
+    def forward(first: tf.Tensor, rows: Tensors, _: Tensors) -> ChunkResult:
+        kept: list[tf.Tensor] = []
+        keep = _keep_in(kept) if keeps else compute
+        result = region(first, rows[:inputs], weights, rows[inputs:], keep)
+        return ChunkResult([result], kept, [])
+
+    return forward
+
+
+def _backward(region: Region, inputs: int, weights: Tensors, *, keeps: bool) -> ChunkFunction:
+    """Make the backward pass of a chunk, which runs the forward pass again.
+
+    Its rows are those of the gradient that comes in, of the inputs and of the constants.
+    """
+
+    def backward(first: tf.Tensor, rows: Tensors, kept: Tensors) -> ChunkResult:
+        upstream, chunk, constants = rows[0], rows[1 : inputs + 1], rows[inputs + 1 :]
+        keep = _replay(kept) if keeps else compute
+        with tf.GradientTape() as tape:
+            tape.watch([*chunk, *weights])
+            result = region(first, chunk, weights, constants, keep)
+        found = tape.gradient(
+            result,
+            [*chunk, *weights],
+            output_gradients=upstream,
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+        return ChunkResult(found[:inputs], [], found[inputs:])
+
+    return backward
 
 
 def _keep_in(kept: list[tf.Tensor]) -> Keep:

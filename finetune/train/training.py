@@ -1,4 +1,4 @@
-"""The training loop and the prediction loop: data order, log, checkpoints, resumption."""
+"""The training loop: data order, log, checkpoints, resumption."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import enum
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -19,6 +19,7 @@ from finetune.errors import InputError
 from finetune.storage.files import write_atomically
 from finetune.storage.folders import HeldFolder, held_folder, leads_to
 from finetune.storage.json_files import build, json_text, load_json_lines, warn_of_damage
+from finetune.train.batches import pad_batch
 from finetune.train.checkpoints import restore_state, save_state
 from finetune.train.evaluation import (
     EvalRecord,
@@ -28,7 +29,7 @@ from finetune.train.evaluation import (
     read_eval_log,
     truncate_eval_log,
 )
-from finetune.train.step import Batch, Trainer, pad_batch
+from finetune.train.step import Trainer
 
 _logger = logging.getLogger(__name__)
 
@@ -354,28 +355,3 @@ def _read_log(path: Path) -> tuple[list[StepRecord], int]:
         with contextlib.suppress(InputError):
             records.append(build(StepRecord, values))
     return records, lines.damaged + len(lines.values) - len(records)
-
-
-def predict(
-    predictor: Callable[[Batch], tf.Tensor],
-    data: Mapping[str, np.ndarray],
-    batch_size: int,
-    *,
-    on_batch: Callable[[int], None] = lambda examples: None,
-) -> Iterator[np.ndarray]:
-    """Run a model over all examples in their order.
-
-    Args:
-        predictor: from `finetune.train.step.make_predictor`.
-        data: arrays with one row an example.
-        batch_size: examples at a time.
-        on_batch: called with the number of examples of every finished batch.
-
-    Yields:
-        Logits, batch after batch.
-    """
-    num_examples = len(next(iter(data.values())))
-    for start in range(0, num_examples, batch_size):
-        batch = {name: value[start : start + batch_size] for name, value in data.items()}
-        yield predictor(batch).numpy()
-        on_batch(len(next(iter(batch.values()))))

@@ -18,7 +18,10 @@ tf.config.set_logical_device_configuration(
 
 from finetune.model.modeling import create_variables  # noqa: E402
 from finetune.spec.checkpointing import parse_checkpointing  # noqa: E402
-from finetune.train.step import Trainer, make_predictor, make_trainer, pad_batch  # noqa: E402
+from finetune.spec.step_settings import ModelSpec, StepSettings  # noqa: E402
+from finetune.train.batches import pad_batch  # noqa: E402
+from finetune.train.prediction import make_predictor  # noqa: E402
+from finetune.train.step import Trainer, make_trainer  # noqa: E402
 from helpers.tiny_models import (  # noqa: E402
     CONFIG,
     NUM_LABELS,
@@ -41,10 +44,8 @@ def make(strategy: tf.distribute.Strategy | None, steps: int, policy: str, head:
     else:
         with strategy.scope():
             variables = build()
-    return make_trainer(
-        variables, CONFIG, head, SEQ_LEN, SETTINGS, accumulation_steps=steps,
-        checkpointing=parse_checkpointing(policy), seed=3, strategy=strategy,
-    )  # fmt: skip
+    settings = StepSettings(steps, parse_checkpointing(policy), seed=3)
+    return make_trainer(variables, ModelSpec(CONFIG, head, SEQ_LEN), SETTINGS, settings, strategy)
 
 
 def refuse(*_: object, **__: object) -> None:
@@ -77,7 +78,7 @@ def main() -> None:
         # The rows of a padded share of another size than in training.
         data = random_batch(5, SEQ_LEN, seed=9)
         logits = [
-            make_predictor(t.variables, CONFIG, head, SEQ_LEN, strategy=s)(data).numpy()
+            make_predictor(t.variables, ModelSpec(CONFIG, head, SEQ_LEN), s)(data).numpy()
             for t, s in ((one, None), (two, strategy))
         ]
         expected, trained = values_of(one), values_of(two)

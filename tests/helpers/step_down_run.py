@@ -10,7 +10,8 @@ import tensorflow as tf
 import finetune.train.step
 from bertbench.cli import main
 from bertbench.cli.options.common import GO_ON_VARIABLE
-from finetune.train.step import Batch, StepResult, Trainer
+from finetune.train.batches import Batch
+from finetune.train.step import StepResult, Trainer
 
 make_trainer = finetune.train.step.make_trainer
 

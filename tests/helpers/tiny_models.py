@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from finetune.model.dropout import DropoutKey
-from finetune.model.modeling import create_variables
+from finetune.model.modeling import ForwardPass, create_variables
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import BertConfig, is_trained
+from finetune.spec.step_settings import ModelSpec, StepSettings
+from finetune.train.gradients import example_losses
 from finetune.train.optimization import OptimizerSettings
-from finetune.train.step import Trainer, example_losses, make_trainer
+from finetune.train.step import Trainer, make_trainer
 
 CONFIG = BertConfig(
     vocab_size=31,
@@ -61,28 +64,20 @@ def tiny_trainer(
     head: str,
     seq_len: int,
     *,
-    accumulation_steps: int = 1,
     policy: str = "none",
-    precision: str = "float32",
-    seed: int = 0,
-    xla: bool = False,
-    placement: str = "device",
     config: BertConfig = CONFIG,
     settings: OptimizerSettings = SETTINGS,
+    **step_settings: Any,
 ) -> Trainer:
-    """Make a trainer whose weights depend on nothing but the head and the configuration."""
+    """Make a trainer whose weights depend on nothing but the head and the configuration.
+
+    `step_settings` are those of `StepSettings`.
+    """
     return make_trainer(
         create_variables(config, head, num_labels=NUM_LABELS, seed=WEIGHTS_SEED),
-        config,
-        head,
-        seq_len,
+        ModelSpec(config, head, seq_len),
         settings,
-        accumulation_steps=accumulation_steps,
-        checkpointing=parse_checkpointing(policy),
-        precision=precision,
-        seed=seed,
-        xla=xla,
-        placement=placement,
+        StepSettings(checkpointing=parse_checkpointing(policy), **step_settings),
     )
 
 
@@ -101,15 +96,14 @@ def gradients_of_losses(
 ) -> dict[str, tf.Tensor]:
     """Gradients of the sum of a batch's losses, with dropout, by the names of the variables."""
     trained = {name: v for name, v in variables.items() if is_trained(name, head)}
+    key = DropoutKey(3, tf.constant(2, tf.int64), tf.constant(first_row, tf.int64))
     with tf.GradientTape() as tape:
         losses = example_losses(
             variables,
             CONFIG,
             head,
             {name: tf.constant(value) for name, value in batch.items()},
-            dropout_key=DropoutKey(3, tf.constant(2, tf.int64), tf.constant(first_row, tf.int64)),
-            checkpointing=parse_checkpointing(policy),
-            compute_type=compute_type,
+            ForwardPass(key, parse_checkpointing(policy), compute_type),
         )
     assert losses.dtype == tf.float32
     gradients = tape.gradient(losses, list(trained.values()))

@@ -26,9 +26,10 @@ from finetune.model.modeling import create_variables, encode
 from finetune.model.weights import find_checkpoint, load_weights, open_tf_checkpoint
 from finetune.model_files.safetensors_files import original_name
 from finetune.spec.config import INPUT_NAMES, BertConfig, from_json_file
+from finetune.spec.step_settings import ModelSpec
 from finetune.text.tokenization import CASED, load_tokenizer, make_tokenizer
 from finetune.text.vocabulary import read_vocabulary
-from finetune.train.step import make_predictor
+from finetune.train.prediction import make_predictor
 from helpers.exports import VOCAB, assert_same, save_tf
 from helpers.tiny_models import CONFIG, NUM_LABELS, Arrays, random_batch
 from helpers.weight_files import hugging_face_arrays, random_values
@@ -223,7 +224,8 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, head: str, activa
             attention_mask=torch.tensor(INPUTS["input_mask"]).long(),
             token_type_ids=torch.tensor(INPUTS["segment_ids"]).long(),
         )
-    expected = make_predictor(variables_of(tmp_path, head, config), config, head, 8)(INPUTS).numpy()
+    predict = make_predictor(variables_of(tmp_path, head, config), ModelSpec(config, head, 8))
+    expected = predict(INPUTS).numpy()
     if head == "classifier":
         np.testing.assert_allclose(outputs.logits, expected, atol=1e-4)
     else:
@@ -306,14 +308,14 @@ def test_saved_model_gives_the_predictors_logits(
         batch = {name: random_batch(rows, seq_len, seed=rows)[name] for name in INPUT_NAMES}
         got = {name: v.numpy() for name, v in serve(**tensors(batch)).items()}
         if head is None:
-            sequence = encode(variables, config, *(batch[name] for name in INPUT_NAMES)).numpy()
+            sequence = encode(variables, config, batch).numpy()
             kernel, bias = (variables[name].numpy() for name in POOLER)
             expected = {
                 "sequence_output": sequence,
                 "pooled_output": np.tanh(sequence[:, 0] @ kernel + bias),
             }
         else:
-            logits = make_predictor(variables, config, head, seq_len)(batch).numpy()
+            logits = make_predictor(variables, ModelSpec(config, head, seq_len))(batch).numpy()
             expected = {"logits": logits}
             if head == "squad":
                 expected = {"start_logits": logits[0], "end_logits": logits[1]}
@@ -353,7 +355,7 @@ def test_a_regression_has_one_output_and_no_probabilities(tmp_path: Path) -> Non
     serve = tf.saved_model.load(str(tmp_path / "served")).signatures["serving_default"]
     outputs = serve(**{name: tf.constant(value) for name, value in INPUTS.items()})
     assert list(outputs) == ["logits"]
-    expected = make_predictor(variables, CONFIG, "regressor", 8)(INPUTS)
+    expected = make_predictor(variables, ModelSpec(CONFIG, "regressor", 8))(INPUTS)
     np.testing.assert_allclose(outputs["logits"], expected, rtol=1e-6, atol=2e-6)
 
 

@@ -14,17 +14,23 @@ from tensorflow.python.eager import context
 
 from finetune.errors import InputError
 from finetune.model import dropout as dropout_module
-from finetune.model import modeling
+from finetune.model import encoder_layer
 from finetune.model.dropout import DropoutKey, draw_mask
-from finetune.model.modeling import classifier_logits, create_variables, encode, squad_logits
+from finetune.model.modeling import (
+    ForwardPass,
+    classifier_logits,
+    create_variables,
+    encode,
+    squad_logits,
+)
 from finetune.spec.checkpointing import (
     NO_CHECKPOINTING,
     POLICIES,
     Checkpointing,
     parse_checkpointing,
 )
-from finetune.spec.config import HEADS, BertConfig, is_trained, variable_shapes
-from finetune.train.step import INPUT_NAMES, example_losses
+from finetune.spec.config import HEADS, INPUT_NAMES, BertConfig, is_trained, variable_shapes
+from finetune.train.gradients import example_losses
 from helpers.tiny_models import CONFIG, NUM_LABELS, Arrays, operations_needed, random_batch
 
 SEQ_LEN = 7
@@ -41,10 +47,6 @@ def random_weights(config: BertConfig, head: str) -> Arrays:
 
 def variables_of(weights: Arrays, head: str = "squad") -> dict[str, tf.Variable]:
     return {n: tf.Variable(w, trainable=is_trained(n, head)) for n, w in weights.items()}
-
-
-def inputs_of(batch: Arrays) -> list[tf.Tensor]:
-    return [tf.constant(batch[name]) for name in INPUT_NAMES]
 
 
 # Values: the encoder once more, in float64, example by example and head by head.
@@ -100,7 +102,7 @@ def test_logits_of_both_heads(hidden_act: str) -> None:
     for head in HEADS:
         weights = random_weights(config, head)
         variables = variables_of(weights, head)
-        sequence = encode(variables, config, *inputs_of(batch))
+        sequence = encode(variables, config, batch)
         for row in range(3):
             x = reference_encode(weights, config, batch, row)
             np.testing.assert_allclose(sequence[row], x, atol=2e-5)
@@ -123,12 +125,12 @@ def test_padding_does_not_reach_the_tokens() -> None:
     other = dict(batch)
     other["input_ids"] = np.where(mask, batch["input_ids"], 9)
     other["segment_ids"] = np.where(mask, batch["segment_ids"], 1)
-    plain, changed = (encode(variables, CONFIG, *inputs_of(b)).numpy() for b in (batch, other))
+    plain, changed = (encode(variables, CONFIG, b).numpy() for b in (batch, other))
     np.testing.assert_array_equal(plain[mask == 1], changed[mask == 1])
     assert (plain[mask == 0] != changed[mask == 0]).any()
 
     longer = {n: np.pad(batch[n], ((0, 0), (0, 3)), constant_values=0) for n in INPUT_NAMES}
-    padded = encode(variables, CONFIG, *inputs_of(longer)).numpy()[:, :SEQ_LEN]
+    padded = encode(variables, CONFIG, longer).numpy()[:, :SEQ_LEN]
     np.testing.assert_allclose(padded[mask == 1], plain[mask == 1], atol=1e-5)
 
 
@@ -137,7 +139,7 @@ def test_examples_do_not_see_each_other() -> None:
     batch = random_batch(3, SEQ_LEN)
     other = {name: value.copy() for name, value in batch.items()}
     other["input_ids"][1] = 3
-    plain, changed = (encode(variables, CONFIG, *inputs_of(b)).numpy() for b in (batch, other))
+    plain, changed = (encode(variables, CONFIG, b).numpy() for b in (batch, other))
     np.testing.assert_array_equal(plain[[0, 2]], changed[[0, 2]])
 
 
@@ -160,16 +162,11 @@ def test_every_dropout_has_its_rate_and_a_site_of_its_own(
         calls.append((site, rate))
         return draw_mask(rows, row_shape, rate, key, site)
 
-    for module in (modeling, dropout_module):
+    for module in (encoder_layer, dropout_module):
         monkeypatch.setattr(module, "draw_mask", record)
     variables = variables_of(random_weights(CONFIG, "classifier"), "classifier")
-    sequence = encode(
-        variables,
-        CONFIG,
-        *inputs_of(random_batch(2, SEQ_LEN)),
-        dropout_key=key_of(),
-        checkpointing=parse_checkpointing(checkpointing),
-    )
+    forward = ForwardPass(key_of(), parse_checkpointing(checkpointing))
+    sequence = encode(variables, CONFIG, random_batch(2, SEQ_LEN), forward)
     classifier_logits(variables, CONFIG, sequence, key_of())
     assert len({site for site, _ in calls}) == len(calls) == 2 + 3 * CONFIG.num_hidden_layers
     rates = Counter(rate for _, rate in calls)
@@ -181,12 +178,12 @@ def test_every_dropout_has_its_rate_and_a_site_of_its_own(
 
 def test_dropout_only_with_a_key() -> None:
     variables = variables_of(random_weights(CONFIG, "squad"))
-    inputs = inputs_of(random_batch(2, SEQ_LEN))
+    batch, dropping = random_batch(2, SEQ_LEN), ForwardPass(key_of(1))
     first, again, plain, without = (
-        encode(variables, CONFIG, *inputs, dropout_key=key_of(1)).numpy(),
-        encode(variables, CONFIG, *inputs, dropout_key=key_of(1)).numpy(),
-        encode(variables, CONFIG, *inputs).numpy(),
-        encode(variables, CONFIG.without_dropout(), *inputs, dropout_key=key_of(1)).numpy(),
+        encode(variables, CONFIG, batch, dropping).numpy(),
+        encode(variables, CONFIG, batch, dropping).numpy(),
+        encode(variables, CONFIG, batch).numpy(),
+        encode(variables, CONFIG.without_dropout(), batch, dropping).numpy(),
     )
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(plain, without)
@@ -267,8 +264,7 @@ def operations_of_gradient(checkpointing: str) -> Counter[str]:
                 CONFIG,
                 "squad",
                 {name: tf.constant(value) for name, value in batch.items()},
-                dropout_key=key_of(),
-                checkpointing=parse_checkpointing(checkpointing),
+                ForwardPass(key_of(), parse_checkpointing(checkpointing)),
             )
         trained = [v for v in variables.values() if v.trainable]
         return [tf.convert_to_tensor(g) for g in tape.gradient(losses, trained)]

@@ -10,8 +10,10 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.model.modeling import create_variables, layer_weight_names
-from finetune.model.recomputation import Keep, Tensors, compute, recompute
+from finetune.model.chunks import Chunking, Tensors
+from finetune.model.encoder_layer import layer_weight_names
+from finetune.model.modeling import create_variables
+from finetune.model.recomputation import Keep, compute, recompute
 from helpers.tiny_models import (
     CONFIG,
     WEIGHTS_SEED,
@@ -80,10 +82,8 @@ def test_exact_values_and_gradients(
         lambda *arguments: recompute(
             region,
             *arguments,
-            examples=tf.constant(examples),
-            examples_per_chunk=examples_per_chunk,
+            Chunking(tf.constant(examples), examples_per_chunk, xla),
             kept_types=kept_types,
-            xla=xla,
         ),
         examples,
     )
@@ -109,9 +109,7 @@ def test_chunks_are_even_and_know_their_place(
     x = tf.range(examples, dtype=tf.float32)
     with tf.GradientTape() as tape:
         tape.watch(x)
-        y = recompute(
-            record, [x], [], [x], examples=tf.constant(examples), examples_per_chunk=per_chunk
-        )
+        y = recompute(record, [x], [], [x], Chunking(tf.constant(examples), per_chunk))
     np.testing.assert_array_equal(y, 2 * x)
     np.testing.assert_array_equal(tape.gradient(y, x), np.full(examples, 2.0))
     # Once forwards and once backwards.
@@ -129,8 +127,8 @@ def test_no_broken_gradient_is_hidden(bad: float, examples_per_chunk: int | None
             lambda _, inputs, weights, *__: inputs[0] * weights[0],
             [x],
             [w],
-            examples=tf.constant(2),
-            examples_per_chunk=examples_per_chunk,
+            [],
+            Chunking(tf.constant(2), examples_per_chunk),
         )
     dx, dw = tape.gradient(y, [x, w], output_gradients=tf.constant([bad, 1.0]))
     assert not np.isfinite(dx[0])
@@ -145,7 +143,7 @@ def test_what_is_kept_is_not_computed_again() -> None:
             with tf.GradientTape() as tape:
                 tape.watch([*inputs, *weights])
                 y = recompute(
-                    region, inputs, weights, constants, examples=examples, kept_types=kept_types
+                    region, inputs, weights, constants, Chunking(examples), kept_types=kept_types
                 )
                 loss = tf.reduce_sum(tf.cos(y))
             return tape.gradient(loss, [*inputs, *weights])
@@ -162,11 +160,7 @@ def test_a_region_must_keep_what_it_said() -> None:
     with pytest.raises(ValueError, match=r"shorter|longer"):
         value_and_gradients(
             lambda *arguments: recompute(
-                region,
-                *arguments,
-                examples=tf.constant(2),
-                examples_per_chunk=1,
-                kept_types=KEPT[:2],
+                region, *arguments, Chunking(tf.constant(2), 1), kept_types=KEPT[:2]
             ),
             2,
         )

@@ -27,7 +27,8 @@ from finetune.spec import checkpointing
 from finetune.spec.checkpointing import CHUNK_TOKENS
 from finetune.spec.config import BertConfig, has_no_gradient
 from finetune.spec.optimizers import OPTIMIZERS
-from finetune.train.step import Trainer, pad_batch
+from finetune.train.batches import pad_batch
+from finetune.train.step import Trainer
 from helpers.tiny_models import (
     CONFIG,
     NUM_LABELS,

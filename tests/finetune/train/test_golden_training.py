@@ -11,8 +11,10 @@ from finetune.model.modeling import create_variables
 from finetune.model.weights import load_weights
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import INPUT_NAMES, from_json_file
+from finetune.spec.step_settings import PLAIN_STEP, ModelSpec, StepSettings
 from finetune.train.optimization import OptimizerSettings
-from finetune.train.step import Trainer, make_predictor, make_trainer
+from finetune.train.prediction import make_predictor
+from finetune.train.step import Trainer, make_trainer
 
 SEQ_LEN = 24
 SETTINGS = OptimizerSettings(1e-2, 10, 2)
@@ -29,14 +31,16 @@ def golden(folder: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def load(folder: Path, golden: dict[str, np.ndarray], **kwargs: object) -> Trainer:
+def load(
+    folder: Path, golden: dict[str, np.ndarray], settings: StepSettings = PLAIN_STEP
+) -> Trainer:
     config = from_json_file(folder / "bert_config.json")
     variables = create_variables(config, "classifier", num_labels=3)
     report = load_weights(variables, folder / "bert_model.ckpt")
     assert report.initialised == ("output_weights", "output_bias")
     variables["output_weights"].assign(golden["init/output_weights"])
     variables["output_bias"].assign(golden["init/output_bias"])
-    trainer = make_trainer(variables, config, "classifier", SEQ_LEN, SETTINGS, **kwargs)
+    trainer = make_trainer(variables, ModelSpec(config, "classifier", SEQ_LEN), SETTINGS, settings)
     # The original's graph does not order reading the step for the schedule and incrementing it;
     # in the run that made these numbers the increment came first, so its steps are 1 to 4.
     trainer.state.step.assign(1)
@@ -53,7 +57,7 @@ def batch_of(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def test_logits(folder: Path, golden: dict[str, np.ndarray]) -> None:
     trainer = load(folder, golden)
     config = from_json_file(folder / "bert_config.json")
-    predict = make_predictor(trainer.variables, config, "classifier", SEQ_LEN)
+    predict = make_predictor(trainer.variables, ModelSpec(config, "classifier", SEQ_LEN))
     np.testing.assert_allclose(predict(batch_of(golden)), golden["logits"], rtol=0, atol=1e-5)
 
 
@@ -62,12 +66,8 @@ def test_logits(folder: Path, golden: dict[str, np.ndarray]) -> None:
 def test_four_compiled_steps(
     folder: Path, golden: dict[str, np.ndarray], accumulation_steps: int, checkpointing: str
 ) -> None:
-    trainer = load(
-        folder,
-        golden,
-        accumulation_steps=accumulation_steps,
-        checkpointing=parse_checkpointing(checkpointing),
-    )
+    settings = StepSettings(accumulation_steps, parse_checkpointing(checkpointing))
+    trainer = load(folder, golden, settings)
     batch = batch_of(golden)
     losses = [float(trainer.step(batch).loss) for _ in range(4)]
     # At a learning rate of 1e-2 rounding grows tenfold a step. The fourth loss is 1.4e-4 from the

@@ -11,10 +11,12 @@ from finetune.errors import InputError
 from finetune.model.layers import attention, dense, layer_norm
 from finetune.model.modeling import create_variables
 from finetune.spec.precisions import allow_tensor_float_32, compute_bytes
+from finetune.spec.step_settings import ModelSpec, StepSettings
 from finetune.train.step import make_trainer
 from helpers.tiny_models import (
     CONFIG,
     NUM_LABELS,
+    SETTINGS,
     WEIGHTS_SEED,
     Arrays,
     eagerly,
@@ -133,7 +135,9 @@ def test_unknown_precision() -> None:
         compute_bytes("fp8")
     variables = create_variables(CONFIG, "squad")
     with pytest.raises(ValueError, match="fp8"):
-        make_trainer(variables, CONFIG, "squad", 7, None, precision="fp8")  # type: ignore[arg-type]
+        make_trainer(
+            variables, ModelSpec(CONFIG, "squad", 7), SETTINGS, StepSettings(precision="fp8")
+        )
 
 
 def test_gpus_without_bfloat16_are_refused() -> None:

@@ -14,8 +14,13 @@ import tensorflow as tf
 from finetune.model.modeling import create_variables
 from finetune.spec.config import has_no_gradient, is_trained
 from finetune.spec.optimizers import OPTIMIZERS
-from finetune.train import step as step_module
-from finetune.train.step import Trainer, example_losses, make_predictor, make_trainer, pad_batch
+from finetune.spec.step_settings import ModelSpec, StepSettings
+from finetune.train import gradients
+from finetune.train.batches import pad_batch
+from finetune.train.gradients import example_losses
+from finetune.train.optimization import OptimizerSettings
+from finetune.train.prediction import make_predictor
+from finetune.train.step import Trainer, make_trainer
 from helpers.paths import REPOSITORY
 from helpers.tiny_models import (
     CONFIG,
@@ -44,7 +49,8 @@ def losses_of(head: str, batch: Arrays) -> tuple[np.ndarray, np.ndarray]:
     variables = create_variables(CONFIG, head, num_labels=NUM_LABELS, seed=WEIGHTS_SEED)
     tensors = {name: tf.constant(value) for name, value in batch.items()}
     losses = example_losses(variables, CONFIG, head, tensors)
-    return losses.numpy(), make_predictor(variables, CONFIG, head, SEQ_LEN)(tensors).numpy()
+    predict = make_predictor(variables, ModelSpec(CONFIG, head, SEQ_LEN))
+    return losses.numpy(), predict(tensors).numpy()
 
 
 def test_classifier_losses_are_cross_entropies() -> None:
@@ -126,7 +132,7 @@ def test_new_batch_sizes_do_not_trace_again(monkeypatch: pytest.MonkeyPatch) -> 
         traces.append(1)
         return example_losses(*args, **kwargs)
 
-    monkeypatch.setattr(step_module, "example_losses", count)
+    monkeypatch.setattr(gradients, "example_losses", count)
     trainer = tiny_trainer("squad", SEQ_LEN, accumulation_steps=2)
     trainer.step(random_batch(2, SEQ_LEN))
     traced = len(traces)
@@ -169,7 +175,7 @@ def test_rounding_noise_in_place_of_a_gradient_moves_nothing(optimizer: str, hea
 
 
 def test_dropout_changes_from_step_to_step_and_with_the_seed() -> None:
-    settings = step_module.OptimizerSettings(0.0, 10)
+    settings = OptimizerSettings(0.0, 10)
     batch = random_batch(3, SEQ_LEN)
     losses = set()
     for seed in (0, 1):
@@ -187,7 +193,9 @@ def test_rows_that_cannot_be_cut(trainer: Trainer, initial: Arrays) -> None:
 
 def test_no_accumulation_steps() -> None:
     with pytest.raises(ValueError, match="accumulation_steps is 0"):
-        make_trainer({}, CONFIG, "squad", SEQ_LEN, SETTINGS, accumulation_steps=0)
+        make_trainer(
+            {}, ModelSpec(CONFIG, "squad", SEQ_LEN), SETTINGS, StepSettings(accumulation_steps=0)
+        )
 
 
 def test_places_that_there_are_not() -> None:
@@ -230,7 +238,7 @@ def test_no_code_is_generated_into_the_temporary_folder(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     trainer = tiny_trainer("squad", 8, accumulation_steps=2)
     trainer.step(random_batch(4, 8))
-    make_predictor(trainer.variables, CONFIG, "squad", 8)(random_batch(2, 8))
+    make_predictor(trainer.variables, ModelSpec(CONFIG, "squad", 8))(random_batch(2, 8))
     assert not list(tmp_path.iterdir())
 
 
