@@ -1,1 +1,1 @@
-"""What every wing uses: sizes, errors, the terminal, and the values asked about."""
+"""What every wing uses: memory sizes, errors, the terminal, workloads and levers."""

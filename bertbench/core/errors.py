@@ -1,4 +1,4 @@
-"""Work that was asked for rightly and failed: one line on the terminal and exit code 1."""
+"""Errors of work that failed although the input was right: one line, exit code 1."""
 
 from __future__ import annotations
 
@@ -7,62 +7,62 @@ from pathlib import Path
 
 
 class WorkError(RuntimeError):
-    """What failed and what to do, as one line."""
+    """Work failed. The message says in one line what failed and what to do."""
 
 
 class StoppedEarlyError(WorkError):
-    """The user interrupted; what was done is saved. Exit code 130, as shells have it."""
+    """The user interrupted, and what was done is saved. Exit code 130, as in shells."""
 
 
 class NotFiniteError(WorkError, FloatingPointError):
-    """A model that gives no numbers; as with `FloatingPointError`, training does not save it."""
+    """The loss or a gradient is NaN or infinite; training does not save such a model."""
 
 
 class OutOfMemoryError(WorkError):
     """A training step ran out of the device's memory.
 
     Attributes:
-        step: optimizer steps that are saved, and with which the training can go on.
+        step: number of optimizer steps in the newest checkpoint, from which training can continue.
     """
 
     def __init__(self, message: str, step: int) -> None:
-        """Say what happened, and how far the training is."""
+        """Keep the message and the number of saved steps."""
         super().__init__(message)
         self.step = step
 
 
 class SteppedDownError(WorkError):
-    """A run has noted that it goes on with a smaller plan, in a process whose memory is whole.
+    """A run ran out of memory, and has saved a smaller plan for a fresh process to continue with.
 
     Attributes:
-        output_dir: of the run, on this machine.
+        output_dir: the run's output folder on this machine.
     """
 
     def __init__(self, message: str, output_dir: Path) -> None:
-        """Say what is tried next, and where the run is."""
+        """Keep the message and the run's output folder."""
         super().__init__(message)
         self.output_dir = output_dir
 
 
-_MORE_FILES = "allow more open files (`ulimit -n`)"
+_ALLOW_FILES = "allow more open files (`ulimit -n`)"
 _HINTS = {
-    errno.EMFILE: _MORE_FILES,
-    errno.ENFILE: _MORE_FILES,
+    errno.EMFILE: _ALLOW_FILES,
+    errno.ENFILE: _ALLOW_FILES,
     errno.EAGAIN: "allow more processes (`ulimit -u`, or pids.max of the control group)",
     errno.ENOMEM: "free memory of this machine",
 }
 
 
 def describe_system_error(error: Exception) -> str:
-    """Say in one line what the system has refused, and what to do."""
+    """Describe in one line what the operating system refused, and what to do."""
     if isinstance(error, MemoryError):
         return f"out of host memory ({error}); {_HINTS[errno.ENOMEM]}"
-    if not isinstance(error, OSError):  # a thread
+    if not isinstance(error, OSError):  # a thread could not be started
         return f"{error}; {_HINTS[errno.EAGAIN]}"
     where = "" if error.filename is None else f"{error.filename}: "
-    hint = _HINTS.get(error.errno or 0, "choose another place, or make room there")
+    hint = _HINTS.get(error.errno or 0, "choose another folder, or free space in this one")
     if "temporary directory" in str(error.strerror):  # `tempfile` hides why none can be written
-        hint = f"name a folder with room with TMPDIR, or {_MORE_FILES}"
+        hint = f"set TMPDIR to a folder with free space, or {_ALLOW_FILES}"
     elif error.errno == errno.ENOENT and error.filename is None:
-        hint = "change to a folder that is there"
+        hint = "change to a folder that exists"
     return f"{where}{error.strerror or error}; {hint}"

@@ -1,9 +1,10 @@
-"""Signals such as Ctrl-C: a training is asked to stop, other work is interrupted, in one line.
+"""Signals that end a command: Ctrl-C, and what batch systems and closed terminals send.
 
-A person presses Ctrl-C, a batch system sends SIGTERM or SIGXCPU before it kills, and a terminal
-that is closed sends SIGHUP. Each interrupts work that keeps what it has at all times, and asks a
-training, which first saves. Exactly one `KeyboardInterrupt` is raised: a second one would meet the
-code that tidies up after the first, where nobody expects it.
+Ctrl-C sends SIGINT. A batch system sends SIGTERM or SIGXCPU before it kills a process. A terminal
+that is closed sends SIGHUP. All four are handled alike. Training is asked to stop, and saves a
+checkpoint first. Other work has its results on disk at any time, and is interrupted at once by a
+`KeyboardInterrupt`. It is raised only once, because a second one would interrupt the clean-up after
+the first.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from typing import Any
 from bertbench.core.terminal import say
 
 PATIENCE_SECONDS = 2.0
-"""Further signals are ignored for so long after the interruption, and then end the process."""
+"""Time after an interruption in which further signals are ignored; later ones end the process."""
 
 EXIT_CODE = 130
-"""Of what was interrupted, as shells have it."""
+"""Exit code of an interrupted command, as in shells."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)
 _SWALLOWED_AGAIN_SECONDS = 0.05
@@ -34,17 +35,18 @@ _SWALLOWED_AGAIN_SECONDS = 0.05
 
 @dataclasses.dataclass
 class _State:
-    """What has come so far.
+    """The signals that have arrived so far.
 
     Attributes:
-        asks: whether work is under way that is asked to stop, and not interrupted.
-        asked: it has been asked.
-        interrupted_at: time of the `KeyboardInterrupt`.
-        swallowed: it was raised where Python goes on all the same, and is to be raised again.
+        can_stop: whether the work under way stops by itself when it is asked to.
+        stop_asked: whether it has been asked to stop.
+        interrupted_at: time of the `KeyboardInterrupt`; None before one.
+        swallowed: whether the `KeyboardInterrupt` was raised where Python ignores exceptions, so
+            that it must be raised again.
     """
 
-    asks: bool = False
-    asked: bool = False
+    can_stop: bool = False
+    stop_asked: bool = False
     interrupted_at: float | None = None
     swallowed: bool = False
 
@@ -54,17 +56,17 @@ _owns_process = False
 
 
 def was_interrupted() -> bool:
-    """Whether a `KeyboardInterrupt` was raised; what else is raised then comes of it."""
+    """Whether a `KeyboardInterrupt` was raised; later exceptions may be a consequence of it."""
     return _state.interrupted_at is not None
 
 
 def handle_signals() -> None:
-    """Handle signals from here on, in a process that is there for one command."""
+    """Handle signals from now on, in a process that runs one command only."""
     global _owns_process
     _owns_process = True
     _install()
-    # The first function that is registered is the last that is called; after it, Python would let
-    # a signal kill the process, and the exit code would be another.
+    # The function that is registered first is called last. After it Python restores the default
+    # handlers, and a signal would kill the process with another exit code.
     atexit.register(_ignore_signals)
     hook = sys.unraisablehook
     sys.unraisablehook = lambda unraisable: _raise_again(unraisable, hook)
@@ -72,18 +74,19 @@ def handle_signals() -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first signal into a question that the work asks between steps.
+    """Let work stop by itself after the first signal, instead of being interrupted.
 
     Yields:
-        A function that says whether to stop. A second Ctrl-C interrupts at once; other signals do
-        not, as a closed terminal and a batch system may send several.
+        A function that returns whether to stop; the work calls it between steps. A second Ctrl-C
+        interrupts at once. Other signals do not, because a closed terminal and a batch system may
+        send several.
     """
     global _state
-    outer, state = _state, _State(asks=True)
+    outer, state = _state, _State(can_stop=True)
     _state = state
     before = {} if _owns_process else _install()
     try:
-        yield lambda: state.asked
+        yield lambda: state.stop_asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -93,10 +96,11 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def end_quietly(exit_code: int) -> None:
-    """From here on a signal ends the process with this code, while Python tidies up.
+    """Let a signal end the process with an exit code from now on, while Python shuts down.
 
-    An interrupted process is ended here. Python would end it by a signal in place of the code, if
-    the interruption has met code that was made from text, as that of data classes is.
+    An interrupted process is ended here. Python itself would end it by SIGINT instead of the exit
+    code, if the `KeyboardInterrupt` was raised in code that was compiled from text, as dataclasses
+    do for their methods.
     """
     for number in _SIGNALS:
         signal.signal(number, lambda number, frame: os._exit(exit_code))
@@ -113,21 +117,21 @@ def _ignore_signals() -> None:
 
 
 def _install() -> dict[signal.Signals, Any]:
-    """Set the handlers; return those that were there."""
+    """Set the signal handlers; return the previous ones."""
     terminals = [number for number in (0, 1, 2) if os.isatty(number)]
 
     def handle(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
-            _leave(terminals)
-        _hear(number)
+            _detach(terminals)
+        _on_signal(number)
 
-    # What `nohup` has had ignored stays ignored.
-    kept = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    numbers = [number for number in _SIGNALS if number != signal.SIGHUP or not kept]
+    # `nohup` lets the process ignore SIGHUP; it stays ignored.
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = [number for number in _SIGNALS if number != signal.SIGHUP or not ignored]
     return {number: signal.signal(number, handle) for number in numbers}
 
 
-def _hear(number: int) -> None:
+def _on_signal(number: int) -> None:
     state, now = _state, time.monotonic()
     if state.swallowed:
         state.swallowed, state.interrupted_at = False, now
@@ -137,10 +141,10 @@ def _hear(number: int) -> None:
             return
         if _owns_process:
             os._exit(EXIT_CODE)
-    if state.asks:
-        if not state.asked:
-            state.asked = True
-            _say_that_it_stops()
+    if state.can_stop:
+        if not state.stop_asked:
+            state.stop_asked = True
+            _announce_stop()
             return
         if number != signal.SIGINT:
             return
@@ -148,17 +152,17 @@ def _hear(number: int) -> None:
     raise KeyboardInterrupt
 
 
-def _say_that_it_stops() -> None:
-    text = "stopping after this step; Ctrl-C once more to stop at once"
-    with contextlib.suppress(OSError, ValueError):  # a terminal that has gone, a closed stream
+def _announce_stop() -> None:
+    text = "stopping after this step; press Ctrl-C again to stop at once"
+    with contextlib.suppress(OSError, ValueError):  # the terminal is gone, or the stream is closed
         try:
             say(text)
-        except RuntimeError:  # the signal has come while the same stream was written to
+        except RuntimeError:  # the signal arrived during a write to this stream
             os.write(2, f"{text}\n".encode())
 
 
-def _leave(terminals: list[int]) -> None:
-    """Write to nowhere in place of a terminal that has gone, where every write would fail."""
+def _detach(terminals: list[int]) -> None:
+    """Send output to /dev/null that went to a closed terminal, where every write would fail."""
     for number in terminals:
         if not os.isatty(number):
             null = os.open(os.devnull, os.O_RDWR)
@@ -167,12 +171,12 @@ def _leave(terminals: list[int]) -> None:
 
 
 def _raise_again(unraisable: Any, hook: Callable[[Any], Any]) -> None:
-    """Interrupt soon, when the interruption has hit a place that cannot raise, as `__del__`."""
+    """Interrupt again soon, after a `KeyboardInterrupt` that Python ignored, as in `__del__`."""
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         hook(unraisable)
         return
     _state.swallowed = True
-    # A real signal, as the main thread may be waiting for the system.
+    # A real signal, because the main thread may be blocked in a system call.
     main = threading.main_thread().ident
     timer = threading.Timer(_SWALLOWED_AGAIN_SECONDS, signal.pthread_kill, (main, signal.SIGINT))
     timer.daemon = True

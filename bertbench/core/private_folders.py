@@ -1,4 +1,4 @@
-"""Where bertbench keeps what is the user's: folders that nobody else can enter."""
+"""Folders of one user: for state, and for locks, which nobody else may enter."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 
 
 def user_temporary_folder() -> Path:
-    """The user's folder for what all of the user's processes on this machine share.
+    """Return the folder that all processes of this user on this machine share.
 
-    Neither `TMPDIR` nor `XDG_RUNTIME_DIR` names it, which depend on how a shell was started. It
-    may be missing, and another user may have made one of this name: see `is_private`.
+    It does not depend on `TMPDIR` or `XDG_RUNTIME_DIR`, whose values differ between shells. It may
+    be missing, and another user may have made a folder of this name: see `is_private`.
     """
     return Path(f"/tmp/bertbench-{os.geteuid()}")
 
 
 def is_private(folder: Path) -> bool:
-    """Make a folder if it is not there; whether it is this user's alone and can be used."""
+    """Make a folder if it is missing; return whether it is usable and this user's alone."""
     try:
         with contextlib.suppress(FileExistsError):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -35,17 +35,21 @@ def is_private(folder: Path) -> bool:
 
 
 def state_folder() -> Path | None:
-    """`bertbench` in the user's folder for such state.
+    """Return the folder for state: `bertbench` inside the user's state folder.
 
-    Who has no home, as in some containers, has `user_temporary_folder()`; None without that.
+    A user without a home folder, as in some containers, gets `user_temporary_folder()`.
+
+    Returns:
+        The folder, which may be missing; None if there is neither a home folder nor a private
+        temporary folder.
     """
     state = os.environ.get("XDG_STATE_HOME", "")
-    # The XDG specification has relative paths ignored.
+    # The XDG specification says to ignore relative paths.
     if sys.platform != "darwin" and os.path.isabs(state):
         return Path(state) / "bertbench"
     try:
         home = Path.home()
-    except RuntimeError:  # neither HOME nor an entry for the user
+    except RuntimeError:  # neither HOME nor an entry in the list of users
         folder = user_temporary_folder()
         return folder if is_private(folder) else None
     if sys.platform == "darwin":

@@ -1,6 +1,6 @@
-"""Progress with an estimate of the time left: a bar on a terminal, a line now and then elsewhere.
+"""Progress with an estimate of the time left: a bar on a terminal, lines elsewhere.
 
-Everything goes to standard error; standard output is for results.
+It is written to standard error; standard output is for results.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from rich.progress import (
 from bertbench.core.terminal import PlainConsole, clean_text, say
 
 LINE_EVERY_SECONDS = 15.0
+"""Time between two lines where standard error is not a terminal."""
 
 Advance = Callable[[int, str], None]
-"""Takes how many items are finished in all, and what to say about them."""
+"""Takes the number of items that are finished in all, and a note to show beside it."""
 
 
 @contextlib.contextmanager
 def progress(description: str, total: int, unit: str, first: int = 0) -> Iterator[Advance]:
-    """Show how far a piece of work is.
+    """Show how many items of some work are finished.
 
     Args:
         description: what is being done, as in `train`.
         total: items in all.
-        unit: what an item is, as in `steps`.
-        first: items that were finished before; they do not count for the rate.
+        unit: name of the items, as in `steps`.
+        first: items that were finished before the work began; the rate is that of later ones.
 
     Yields:
         A function to call after every item.

@@ -1,4 +1,4 @@
-"""The grid that the original release published, and what it measured."""
+"""The grid of models and sequence lengths of the original release, and its measured limits."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ PUBLISHED_MAX_BATCH = {
 
 
 def published_ratio(workload: Workload, max_batch: int) -> str:
-    """Write how many times the published maximum batch a batch is; "-" where there is none."""
+    """Write a batch as a multiple of the published maximum batch; "-" if none was published."""
     published = PUBLISHED_MAX_BATCH.get((workload.model, workload.seq_len))
     return f"{max_batch / published:.2f}" if published else "-"

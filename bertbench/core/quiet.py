@@ -1,4 +1,4 @@
-"""TensorFlow's start-up chatter, kept off the user's terminal unless something fails."""
+"""TensorFlow's messages at start, which are hidden unless something fails."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def muted_stderr() -> Iterator[None]:
-    """Hold back what native code writes to standard error; show it if the block raises.
+    """Hide what native code writes to standard error in the block; show it if the block raises.
 
-    The messages come from C++ before its log level is set, so no variable silences them.
+    TensorFlow's C++ code writes these messages before it reads its log level, so that no
+    environment variable can suppress them.
     """
     try:
         descriptor = sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):
-        # Standard error is not a file here, as under some test runners and notebooks.
+        # Standard error is not a file, as under some test runners and in notebooks.
         yield
         return
     sys.stderr.flush()
@@ -27,7 +28,7 @@ def muted_stderr() -> Iterator[None]:
         os.dup2(held.fileno(), descriptor)
         try:
             yield
-        except Exception:  # and not an interruption, of which nothing is to be learnt
+        except Exception:  # not KeyboardInterrupt: the messages do not explain it
             held.seek(0)
             os.write(saved, held.read())
             raise

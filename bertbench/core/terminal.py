@@ -1,8 +1,8 @@
-"""Output to the terminal, with control characters written as escapes; all packages use it.
+"""Output to the terminal, with control characters written as escapes.
 
 Names, labels and messages come from files and from the command line. An escape sequence in them
-could set the terminal's title or its clipboard, and a character that reverses the direction of
-text could show another name than the one that is there.
+could set the terminal's title or its clipboard. A character that reverses the direction of text
+could make a name look like another one.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-_COMMANDS = [
+_CONTROL_CODES = [
     *(code for code in range(0x20) if chr(code) not in "\n\t"),
     *range(0x7F, 0xA0),
-    0x2028, 0x2029,  # line ends
-    *range(0x202A, 0x202F), *range(0x2066, 0x206A),  # directions of text
-    *range(0xD800, 0xE000),  # half a pair, as of a file name that is not UTF-8
+    0x2028, 0x2029,  # ends of lines and paragraphs
+    *range(0x202A, 0x202F), *range(0x2066, 0x206A),  # direction of text
+    *range(0xD800, 0xE000),  # surrogates, as in a file name that is not UTF-8
     0xFEFF,
 ]  # fmt: skip
-_ESCAPES = {code: ascii(chr(code))[1:-1] for code in _COMMANDS}
+_ESCAPES = {code: ascii(chr(code))[1:-1] for code in _CONTROL_CODES}
 
 
 def clean_text(text: str) -> str:
-    r"""Writes control characters as Python does, as in `\x1b`; line ends and tabs stay."""
+    r"""Replace control characters by Python's escapes such as `\x1b`; line ends and tabs stay."""
     return text.translate(_ESCAPES)
 
 
@@ -37,23 +37,23 @@ def echo(text: str, *, nl: bool = True) -> None:
 
 
 def say(text: str) -> None:
-    """Write a line for people to standard error."""
+    """Write a message as a line to standard error."""
     print(clean_text(text), file=sys.stderr, flush=True)
 
 
 class PlainConsole(Console):
-    """Shows text as it is, cleaned: names from outside may have brackets and colons in them."""
+    """A console that prints text without markup, as names may have brackets and colons in them."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Make text of every string that is printed, also in the cells of tables."""
+        """Clean every string that is printed, also those in tables."""
         return super().render_str(clean_text(text), **options)
 
 
 def terminal() -> Console:
-    """Console for results: the terminal's width there, 80 plain columns in a pipe."""
+    """Return a console for results: as wide as the terminal, or 80 columns in a pipe."""
     console = PlainConsole()
     return console if console.is_terminal else PlainConsole(width=80)
 
@@ -64,6 +64,6 @@ class _PlainFormatter(logging.Formatter):
 
 
 def clean_warnings() -> None:
-    """Clean the warnings that libraries log while nobody has asked for them otherwise."""
+    """Escape control characters in warnings of libraries, where no logging is configured."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_PlainFormatter())

@@ -1,4 +1,4 @@
-"""Memory sizes as people write and read them."""
+"""Memory sizes: reading them from text, and writing them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def parse_bytes(text: str) -> int:
     """Read `12GiB`, `11430 MiB`, `8g`, `1.5GB` or a plain number of bytes.
 
     Raises:
-        InputError: not a size, or not above zero.
+        InputError: the text is not a size, or the size is below 1 MiB.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:

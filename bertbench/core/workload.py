@@ -1,4 +1,7 @@
-"""The values everything is asked about: a workload, its levers, and the step of both."""
+"""Workloads, levers, and the training steps that they make up.
+
+Memory, time and limits are predicted and measured for these values.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from finetune.spec.step_settings import ModelSpec, StepSettings
 from finetune.storage.json_files import build, get_whole, json_text, parse_json
 
 MOST_BATCH = 1 << 20
-"""Largest batch, of all kinds; BERT has been trained with 2 ** 16 (You et al. 2020, "LAMB")."""
+"""Largest batch that is accepted; BERT has been trained with 2 ** 16 (You et al. 2020, "LAMB")."""
 
 _MOST_LABELS = 1 << 20
 
@@ -25,9 +28,8 @@ class Workload:
     """A model configuration, a task head and a sequence length.
 
     Attributes:
-        model: name of the model, for people.
-        config: the encoder's shape; two workloads with equal configurations are the same work,
-            whatever their names.
+        model: name of the model, for people; `key` leaves it out.
+        config: shape of the encoder.
         head: one of `finetune.spec.config.HEADS`.
         seq_len: tokens per example.
         num_labels: classes of the classifier; the SQuAD head has two outputs.
@@ -40,16 +42,16 @@ class Workload:
     num_labels: int = 2
 
     def __post_init__(self) -> None:
-        """Refuse what no graph could be built for."""
+        """Refuse a workload that no graph could be built for."""
         if self.head not in HEADS:
             raise InputError(f"unknown task head {self.head!r}", hint=f"use {' or '.join(HEADS)}")
         if not 1 <= self.num_labels <= _MOST_LABELS:
-            raise InputError(f"{self.num_labels:,} labels, and there are 1 to {_MOST_LABELS:,}")
+            raise InputError(f"{self.num_labels:,} labels; a classifier has 1 to {_MOST_LABELS:,}")
         if not 1 <= self.seq_len <= self.config.max_position_embeddings:
             raise InputError(
                 f"sequence length {self.seq_len} is outside 1 to "
-                f"{self.config.max_position_embeddings}, which is all that {self.model} has "
-                "position embeddings for"
+                f"{self.config.max_position_embeddings}, the positions that {self.model} has "
+                "embeddings for"
             )
 
     @property
@@ -67,27 +69,27 @@ class Workload:
         return is_trained(name, self.head)
 
     def key(self) -> str:
-        """Canonical text: equal exactly for workloads that are the same work."""
+        """Canonical text of everything but the name, by which workloads are compared."""
         values = {**dataclasses.asdict(self), "config": self.config.values()}
         del values["model"]
         return json_text(values, sort_keys=True)
 
     def model_key(self) -> str:
-        """Canonical text of all but the sequence length."""
+        """Canonical text of everything but the name and the sequence length."""
         values = {**dataclasses.asdict(self), "config": self.config.values()}
         del values["model"], values["seq_len"]
         return json_text(values, sort_keys=True)
 
 
 def workload_from_key(model: str, key: str) -> Workload:
-    """Read what `Workload.key` wrote.
+    """Read a workload from the text of `Workload.key`.
 
     Args:
-        model: name of the model, which the key does not have.
+        model: name of the model, which is not part of the key.
         key: the text.
 
     Raises:
-        InputError: it is the key of no workload of this version.
+        InputError: the text is not the key of a workload of this version.
     """
     try:
         values = parse_json(key)
@@ -99,10 +101,10 @@ def workload_from_key(model: str, key: str) -> Workload:
 
 
 def workload_from_json(values: Mapping[str, Any]) -> Workload:
-    """Read what `dataclasses.asdict` made of a workload.
+    """Read a workload from the values that `dataclasses.asdict` returns for it.
 
     Raises:
-        InputError: it is no workload of this version.
+        InputError: the values are not those of a workload of this version.
     """
     config = values.get("config")
     shape = {field.name for field in dataclasses.fields(BertConfig)}
@@ -112,10 +114,10 @@ def workload_from_json(values: Mapping[str, Any]) -> Workload:
 
 
 def published_workload(model: str, seq_len: int, head: str = "squad") -> Workload:
-    """Workload of a published model size.
+    """Return the workload of a published model size.
 
     Raises:
-        InputError: unknown model or head, or the model has fewer positions.
+        InputError: the model or the head is unknown, or the sequence is too long for the model.
     """
     return Workload(model.lower().replace("_", "-"), preset(model), head, seq_len)
 
@@ -142,13 +144,13 @@ class Levers:
 
     @property
     def inexact(self) -> tuple[str, ...]:
-        """What makes the update another one than the published recipe's, by name."""
+        """Names of the levers that make the update differ from the published recipe's."""
         exact = (EXACT_PRECISION, EXACT_OPTIMIZER)
         return tuple(name for name in (self.precision, self.optimizer) if name not in exact)
 
     @property
     def exact(self) -> bool:
-        """Whether the update is that of the published recipe."""
+        """Whether the update is the same as that of the published recipe."""
         return not self.inexact
 
     def describe(self) -> str:
@@ -186,10 +188,10 @@ class Levers:
 
 
 def check_layers(workload: Workload, checkpointing: Checkpointing) -> None:
-    """Refuse a number of layers that a model does not have.
+    """Check that a model has the number of layers that a checkpointing policy names.
 
     Raises:
-        InputError: it is 0, or more than the model's.
+        InputError: the number is 0, or larger than the model's.
     """
     layers, most = checkpointing.layers, workload.config.num_hidden_layers
     if layers is not None and not 1 <= layers <= most:
@@ -200,16 +202,15 @@ def check_layers(workload: Workload, checkpointing: Checkpointing) -> None:
 
 
 def levers_from_json(values: dict[str, Any]) -> Levers:
-    """Read what `Levers.to_json` wrote; unknown keys are ignored.
+    """Read levers from the values of `Levers.to_json`; unknown keys are ignored.
 
     Raises:
-        InputError: unknown checkpointing policy, optimizer, precision or placement, or a value of
-            another type.
+        InputError: a value is unknown, or has another type.
     """
     chosen = dict(values)
     if "checkpointing" in chosen:
         if not isinstance(chosen["checkpointing"], str):
-            raise InputError(f"{chosen['checkpointing']!r} is no checkpointing policy")
+            raise InputError(f"{chosen['checkpointing']!r} is not a checkpointing policy")
         chosen["checkpointing"] = parse_checkpointing(chosen["checkpointing"])
     get_whole(chosen, "accumulation_steps", 1, MOST_BATCH, default=1)
     levers = build(Levers, chosen)
@@ -227,7 +228,7 @@ def levers_from_json(values: dict[str, Any]) -> Levers:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is trained and with which levers: all of a training step but its micro-batch.
+    """A workload and its levers: a training step without the size of its micro-batch.
 
     Example:
         >>> setup = Setup(published_workload("bert-tiny", 128))
@@ -236,24 +237,24 @@ class Setup:
 
     Attributes:
         workload: model, head and sequence length.
-        levers: lever settings, the number of micro-batches among them.
+        levers: lever settings, including the number of micro-batches.
     """
 
     workload: Workload
     levers: Levers = Levers()
 
     def step(self, micro_batch: int) -> TrainingStep:
-        """The step with a number of examples in each micro-batch."""
+        """Return the training step with this number of examples in each micro-batch."""
         return TrainingStep(self, micro_batch)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingStep:
-    """One optimizer step, which memory, time and fit are asked about.
+    """One optimizer step: a setup with the size of its micro-batch.
 
     Attributes:
         setup: workload and levers.
-        micro_batch: examples of one forward and backward pass.
+        micro_batch: number of examples in one forward and backward pass.
     """
 
     setup: Setup

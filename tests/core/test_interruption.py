@@ -109,7 +109,7 @@ def test_a_training_that_is_asked_saves(signals: list[int]) -> None:
     output, errors = end(start("training"), signals)
     assert output == "saved\n"
     assert errors == [
-        "stopping after this step; Ctrl-C once more to stop at once",
+        "stopping after this step; press Ctrl-C again to stop at once",
         "bertbench: stopped; saved",
     ]
 
