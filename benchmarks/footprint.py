@@ -28,7 +28,7 @@ from bertbench.devices.discover import resolve_device
 from bertbench.memory.fit import Room, footprint_in
 from bertbench.memory.footprint import predict_footprint
 from bertbench.memory.traces.step import trace_of
-from bertbench.trials.trial import measure_batches
+from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import ACTIVATIONS
 from finetune.spec.optimizers import OPTIMIZERS
@@ -119,7 +119,8 @@ def _with_activation(workload: Workload, activation: str) -> Workload:
 def _measure(
     budget: Budget, workload: Workload, levers: Levers, micro_batch: int
 ) -> dict[str, Any]:
-    (trial,) = measure_batches(workload, levers, budget, [micro_batch], steps=2, fresh=True)
+    step = Setup(workload, levers).step(micro_batch)
+    trial = measure_step(step, budget, TrialSettings(steps=2))
     room = Room(budget.device.kind, budget.budget_bytes)
     predicted: dict[str, int] = {
         "formula": predict_footprint(Setup(workload, levers).step(micro_batch)).peak_bytes

@@ -44,7 +44,8 @@ from bertbench.memory.fit import Room, footprint_in
 from bertbench.memory.footprint import max_micro_batch, predict_footprint
 from bertbench.probe.cell import is_traced
 from bertbench.probe.traced_limit import TracedStep
-from bertbench.trials.trial import Trial, measure_batches
+from bertbench.trials.measure import TrialSettings, measure_batches, measure_step
+from bertbench.trials.trial import Trial
 from finetune.spec.checkpointing import POLICIES, Checkpointing
 from finetune.spec.config import parameter_count
 from finetune.spec.optimizers import OPTIMIZERS
@@ -208,9 +209,11 @@ def _compare(
     rows: list[dict[str, Any]] = []
     for levers in settings:
         trials = measure_batches(
-            workload, levers, budget, batches, fresh=scale is FULL,
-            steps=2 if scale.rounds else 4, timeout_seconds=TIMEOUT_SECONDS,
-        )  # fmt: skip
+            Setup(workload, levers),
+            budget,
+            batches,
+            TrialSettings(2 if scale.rounds else 4, TIMEOUT_SECONDS, fresh=scale is FULL),
+        )
         peaks = [_peak(trial) for trial in trials]
         slope = (peaks[1] - peaks[0]) / (large - small)
         rows.append(
@@ -377,10 +380,8 @@ def time_keras_hub(scale: Scale, batch: int, steps: int) -> dict[str, float]:
 
 
 def _trial(workload: Workload, levers: Levers, budget: Budget, batch: int, steps: int) -> Trial:
-    (trial,) = measure_batches(
-        workload, levers, budget, [batch], steps=steps, timeout_seconds=TIMEOUT_SECONDS
-    )
-    return trial
+    step = Setup(workload, levers).step(batch)
+    return measure_step(step, budget, TrialSettings(steps, TIMEOUT_SECONDS))
 
 
 def _peak(trial: Trial) -> int:

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, Workload, published_workload
+from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
 from bertbench.memory.fit import Room, least_peak_bytes, margin_for
 from bertbench.plan.min_memory import find_least_memory
 from bertbench.plan.planner import make_plan
-from bertbench.trials.trial import measure_batches
+from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.spec.config import HEADS
 from finetune.spec.optimizers import OPTIMIZERS
 from finetune.spec.precisions import PRECISIONS
@@ -73,9 +73,8 @@ def main() -> None:
             allowed=[levers],
         )
         chosen = plan.chosen
-        (trial,) = measure_batches(
-            workload, chosen.levers, budget, [chosen.micro_batch], steps=2, fresh=True
-        )
+        step = Setup(workload, chosen.levers).step(chosen.micro_batch)
+        trial = measure_step(step, budget, TrialSettings(steps=2))
         row = {
             "model": workload.model,
             "head": workload.head,

@@ -37,7 +37,8 @@ from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import find_allocations
 from bertbench.probe.cell import probe_cell
-from bertbench.trials.trial import Trial, measure_batches
+from bertbench.trials.measure import measure_step
+from bertbench.trials.trial import Trial
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from finetune.storage.json_files import json_text
 
@@ -143,7 +144,7 @@ def _double_and_halve(
     low, high = 0, 0
     batch = 1
     while high - low != 1:
-        trials += measure_batches(workload, levers, budget, [batch], fresh=True)
+        trials.append(measure_step(Setup(workload, levers).step(batch), budget))
         if trials[-1].outcome == "failed":
             raise SystemExit(f"batch {batch} failed: {trials[-1].message}")
         if trials[-1].outcome == "fits":

@@ -26,14 +26,14 @@ from typing import Any
 import psutil
 
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.ledger.database import open_ledger
 from bertbench.memory.allocator.limit import child_environment
 from bertbench.probe.cell import probe_cell
 from bertbench.trials.isolation import run_isolated
-from bertbench.trials.trial import measure_batches
+from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.storage.json_files import json_text
 
@@ -99,16 +99,16 @@ def leftovers(trials: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TMPDIR"] = tempfile.tempdir = folder
         budget = make_budget(resolve_device("cpu"), 96 * MIB_BYTES)
-        workload = published_workload("bert-tiny", 16)
+        setup, settings = Setup(published_workload("bert-tiny", 16)), TrialSettings(steps=2)
         # The fork server stays as long as this process does.
-        measure_batches(workload, Levers(), budget, [1], steps=2)
+        measure_step(setup.step(1), budget, settings)
         before = _there(folder)
         outcomes: dict[str, int] = {}
         for number in range(trials):
             # Out of memory takes the allocator ten seconds and more.
             batch = 5000 if number % 10 == 9 else 1 + number % 8
-            for trial in measure_batches(workload, Levers(), budget, [batch], steps=2):
-                outcomes[trial.outcome] = outcomes.get(trial.outcome, 0) + 1
+            trial = measure_step(setup.step(batch), budget, settings)
+            outcomes[trial.outcome] = outcomes.get(trial.outcome, 0) + 1
         deadline = time.monotonic() + 10
         while (left := _new(_there(folder), before)) and time.monotonic() < deadline:
             time.sleep(0.5)

@@ -30,7 +30,7 @@ from bertbench.memory.traces.build.samples import Sample
 from bertbench.memory.traces.build.variants import with_optimizer
 from bertbench.memory.traces.step import pattern_of
 from bertbench.memory.traces.trace import LAYERS, OTHER_LAYERS, traces_from_bytes, traces_to_bytes
-from bertbench.trials.trial import measure_batches
+from bertbench.trials.measure import TrialListener, TrialSettings, measure_step
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import PRESETS, BertConfig, preset
 from finetune.spec.optimizers import OPTIMIZERS
@@ -158,15 +158,8 @@ def _another(budget: Budget, base: Sample, name: str, value: int) -> Sample:
 
 def _record(budget: Budget, step: TrainingStep) -> Sample:
     recordings: list[Recording] = []
-    (trial,) = measure_batches(
-        step.workload,
-        step.levers,
-        budget,
-        [step.micro_batch],
-        steps=1,
-        fresh=True,
-        on_recording=lambda _, recording: recordings.append(recording),
-    )
+    listener = TrialListener(on_recording=lambda _, recording: recordings.append(recording))
+    trial = measure_step(step, budget, TrialSettings(steps=1), listener)
     if trial.outcome != "fits" or not recordings:
         raise SystemExit(f"{pattern_of(step.setup)}: {trial.message or 'no recording'}")
     return Sample(step, recordings[0])

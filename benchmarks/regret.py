@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, Workload, levers_from_json, published_workload
+from bertbench.core.workload import Levers, Setup, Workload, levers_from_json, published_workload
 from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
@@ -41,7 +41,7 @@ from bertbench.memory.fit import Room, footprint_in, least_peak_bytes
 from bertbench.plan.candidates import all_policies, cuts
 from bertbench.plan.min_memory import find_least_memory
 from bertbench.plan.planner import make_plan
-from bertbench.trials.trial import measure_batches
+from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.storage.json_files import json_text
 
 _CASES = (
@@ -154,7 +154,7 @@ def _steps_in_turn(
     from bertbench.trials.worker import build_trainer, random_batch
 
     start_tensorflow(budget)
-    trainers = [build_trainer(workload, levers) for levers, _ in settings]
+    trainers = [build_trainer(Setup(workload, levers)) for levers, _ in settings]
     batches = [
         random_batch(workload, size * levers.accumulation_steps) for levers, size in settings
     ]
@@ -192,7 +192,7 @@ def _settle(
     ):
         name = _name(levers, size)
         if len(fitting) <= _RIVALS and len(outcomes) <= _TRIED and name not in outcomes:
-            (trial,) = measure_batches(workload, levers, budget, [size], steps=2, fresh=True)
+            trial = measure_step(Setup(workload, levers).step(size), budget, TrialSettings(steps=2))
             outcomes[name] = trial.outcome
             if trial.outcome == "fits":
                 fitting.append((levers, size))

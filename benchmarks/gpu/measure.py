@@ -75,7 +75,8 @@ from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question, versions_key
 from bertbench.ledger.records import find, record
 from bertbench.probe.cell import probe_cell
-from bertbench.trials.trial import Trial, measure_batches
+from bertbench.trials.measure import TrialListener, TrialSettings, measure_batches
+from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.storage.json_files import json_text
 
@@ -326,14 +327,11 @@ def measure_timings(measurement: Measurement, name: str, timings: Sequence[Timin
 
         with open_ledger(measurement.timings) as ledger:
             *_, last = measure_batches(
-                timing.setup.workload,
-                timing.setup.levers,
+                timing.setup,
                 timing.budget,
                 batches,
-                steps=_STEPS,
-                target=TARGET,
-                on_trial=keep,
-                check=measurement.clock.check,
+                TrialSettings(_STEPS, target=TARGET),
+                TrialListener(on_trial=keep, poll=measurement.clock.check),
             )
         return last.message if last.outcome == "failed" else ""
 

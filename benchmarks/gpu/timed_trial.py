@@ -15,7 +15,7 @@ from typing import Any
 from bertbench.devices.lock import locked
 
 TARGET = "timed_trial:run_in_turn"
-"""Target of `bertbench.trials.trial.measure_batches`."""
+"""Target of `bertbench.trials.measure.measure_batches`."""
 
 TURN_VARIABLE = "BERTBENCH_TURN"
 """Environment variable with the path of the lock."""
@@ -27,19 +27,19 @@ def run_in_turn(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], 
     A single micro-batch is as exact as an ordinary trial's: no step has touched the memory before.
 
     Args:
-        payload: of a `bertbench.trials.trial.TrialRequest` for one device.
+        payload: of a `bertbench.trials.request.TrialRequest` for one device.
         send: takes the messages of `measure_batches`.
     """
     from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
-    from bertbench.trials.trial import request_from_payload
+    from bertbench.trials.request import request_from_payload
     from bertbench.trials.worker import build_trainer, measure_steps, random_batch
 
     request = request_from_payload(payload)
     device = start_tensorflow(request.budget)
-    trainer = build_trainer(request.workload, request.levers)
+    trainer = build_trainer(request.setup)
     if len(request.batches) > 1:
         # The step is traced, and kernels are loaded, for any micro-batch.
-        trainer.step(random_batch(request.workload, request.levers.accumulation_steps))
+        trainer.step(random_batch(request.setup.workload, request.setup.levers.accumulation_steps))
     with locked(Path(os.environ[TURN_VARIABLE]), lambda: None):
         for batch in request.batches:
             send(measure_steps(request, trainer, device, batch))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bertbench.core.errors import WorkError
-from bertbench.core.workload import Setup
+from bertbench.core.workload import Setup, TrainingStep
 from bertbench.devices.device import Budget
 from bertbench.ledger.database import Ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import record
 from bertbench.plan.planner import Plan
-from bertbench.trials.trial import Trial, measure_batches
+from bertbench.trials.measure import TrialSettings, measure_step
+from bertbench.trials.trial import Trial
 
 _PLANS = 4
 _STEP_SHARE = 0.02
@@ -24,6 +25,7 @@ def verify_plan(
     ledger: Ledger,
     *,
     on_attempt: Callable[[Plan], None] = lambda plan: None,
+    measure: Callable[[TrainingStep, Budget, TrialSettings], Trial] = measure_step,
 ) -> tuple[Plan, Trial, list[Trial]]:
     """Run two optimizer steps of a plan in a process of its own; plan smaller if they do not fit.
 
@@ -32,6 +34,7 @@ def verify_plan(
         budget: the device, and what may be used of it.
         ledger: gets the trials.
         on_attempt: called before every trial.
+        measure: makes a trial.
 
     Returns:
         The plan that fits, its trial, and those of the plans that did not.
@@ -46,10 +49,9 @@ def verify_plan(
         plan = make(spare_bytes)
         on_attempt(plan)
         chosen = plan.chosen
-        (trial,) = measure_batches(
-            plan.workload, chosen.levers, budget, [chosen.micro_batch], steps=2, fresh=True
-        )
-        record(ledger, Question(budget, Setup(plan.workload, chosen.levers)), trial)
+        setup = Setup(plan.workload, chosen.levers)
+        trial = measure(setup.step(chosen.micro_batch), budget, TrialSettings(steps=2))
+        record(ledger, Question(budget, setup), trial)
         if trial.outcome == "fits":
             return plan, trial, refuted
         if trial.outcome == "failed":

@@ -22,7 +22,13 @@ from bertbench.memory.traces.loops import Recorded
 from bertbench.probe.extrapolation import extrapolate, largest_batch
 from bertbench.probe.search import LARGEST_BATCH, SearchResult, find_max_batch
 from bertbench.probe.traced_limit import TracedStep
-from bertbench.trials.trial import TIMEOUT_SECONDS, Trial, measure_batches
+from bertbench.trials.measure import (
+    TIMEOUT_SECONDS,
+    TrialListener,
+    TrialSettings,
+    measure_batches,
+)
+from bertbench.trials.trial import Trial
 from finetune.spec.checkpointing import examples_per_chunk
 
 _PLENTY = 10.0
@@ -150,18 +156,16 @@ def probe_cell(
 
     def measure(batches: Sequence[int], fresh: bool) -> list[Trial]:
         on_attempt(batches)
+        seconds = timeout_seconds or plenty_seconds(
+            budget, workload, levers, measured, max(batches), steps
+        )
+        on_recording = keep_recording if fresh and len(batches) > 1 and not enough() else None
         return measure_batches(
-            workload,
-            levers,
+            question.setup,
             budget,
             batches,
-            steps=steps,
-            timeout_seconds=timeout_seconds
-            or plenty_seconds(budget, workload, levers, measured, max(batches), steps),
-            fresh=fresh,
-            on_trial=keep,
-            check=check,
-            on_recording=keep_recording if fresh and len(batches) > 1 and not enough() else None,
+            TrialSettings(steps, seconds, fresh=fresh),
+            TrialListener(keep, on_recording, check),
         )
 
     memory = empty_memory(budget)

@@ -15,7 +15,8 @@ from bertbench.ledger.question import Question
 from bertbench.ledger.records import find, record
 from bertbench.probe.cell import plenty_seconds
 from bertbench.probe.probe_file import read_probe_file
-from bertbench.trials.trial import Trial, measure_batches
+from bertbench.trials.measure import TrialListener, TrialSettings, measure_batches
+from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 
 
@@ -148,14 +149,14 @@ def check_claim(
     known = find(ledger, question)
     for batch in (claim.fits, claim.oom):
         if batch:
+            seconds = timeout_seconds or plenty_seconds(
+                budget, claim.workload, claim.levers, known, batch, steps
+            )
             trials += measure_batches(
-                claim.workload,
-                claim.levers,
+                question.setup,
                 budget,
                 [batch],
-                steps=steps,
-                timeout_seconds=timeout_seconds
-                or plenty_seconds(budget, claim.workload, claim.levers, known, batch, steps),
-                on_trial=keep,
+                TrialSettings(steps, seconds),
+                TrialListener(on_trial=keep),
             )
     return Check(claim, tuple(trials))

@@ -45,7 +45,7 @@ _not_ended: set[int] = set()
 
 
 @dataclasses.dataclass(frozen=True)
-class Ending:
+class ProcessEnd:
     """How an isolated process ended.
 
     Attributes:
@@ -94,7 +94,7 @@ def run_isolated(
     timeout_seconds: float,
     on_message: Callable[[Message], None],
     stop: Callable[[], str] | None = None,
-) -> Ending:
+) -> ProcessEnd:
     """Run `target(payload, send)` in a fresh process and wait for its end.
 
     The process has its own session, so a Ctrl-C on the terminal does not reach it; it is killed,
@@ -127,7 +127,7 @@ def run_isolated(
         finally:
             exit_code = _end(trial)
             trial.close()
-        return Ending(
+        return ProcessEnd(
             exit_code=exit_code,
             timed_out=inbox.timed_out,
             stopped=inbox.stopped,

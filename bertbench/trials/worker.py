@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from bertbench.core.workload import Levers, Workload
+from bertbench.core.workload import Setup, Workload
 from bertbench.devices import tpu
 from bertbench.devices.process import process_peak_bytes
 from bertbench.memory.allocator.recording import recording_to_text
 from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
-from bertbench.trials.trial import TrialRequest, request_from_payload
+from bertbench.trials.request import TrialRequest, request_from_payload
 from finetune.model.modeling import create_variables
 from finetune.spec.config import INPUT_NAMES, TARGET_NAMES
 from finetune.train.optimization import OptimizerSettings
@@ -36,8 +36,8 @@ def run_trial(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], No
     each of a TPU's cores has as many examples.
 
     Args:
-        payload: of a `bertbench.trials.trial.TrialRequest`.
-        send: takes the messages of `bertbench.trials.trial.measure_batches`.
+        payload: of a `bertbench.trials.request.TrialRequest`.
+        send: takes the messages of `bertbench.trials.measure.measure_batches`.
 
     Raises:
         tensorflow.errors.ResourceExhaustedError: a batch does not fit.
@@ -71,13 +71,13 @@ def _run_batches(request: TrialRequest, send: Callable[[Mapping[str, Any]], None
     tpu_settings = request.budget.device.tpu
     if tpu_settings is not None:
         strategy, device = tpu.connect(tpu_settings), "TPU:0"
-        trainer = build_trainer(request.workload, request.levers, strategy)
+        trainer = build_trainer(request.setup, strategy)
     else:
         device = start_tensorflow(request.budget)
         if request.record:
             trainer = _recorded(request, device, send)
         else:
-            trainer = build_trainer(request.workload, request.levers)
+            trainer = build_trainer(request.setup)
     for batch in request.batches:
         send(measure_steps(request, trainer, device, batch))
 
@@ -89,18 +89,19 @@ def measure_steps(
 
     Args:
         request: what is asked; with a recording, the peak is that of the recorded steps too.
-        trainer: of its workload and levers.
+        trainer: of its setup.
         device: TensorFlow's name of it.
         batch: micro-batch of one replica.
 
     Returns:
-        The message of `bertbench.trials.trial.measure_batches` for a batch that fits.
+        The message of `bertbench.trials.measure.measure_batches` for a batch that fits.
 
     Raises:
         tensorflow.errors.ResourceExhaustedError: it does not fit.
     """
     replicas = request.budget.device.replicas
-    rows = random_batch(request.workload, batch * request.levers.accumulation_steps * replicas)
+    steps = request.setup.levers.accumulation_steps
+    rows = random_batch(request.setup.workload, batch * steps * replicas)
     if not request.record:
         _forget_peak(device)
     step_seconds = []
@@ -141,10 +142,10 @@ def _recorded(
 
     (batch,) = request.batches
     with recorded_allocations(device) as recordings:
-        trainer = build_trainer(request.workload, request.levers)
+        trainer = build_trainer(request.setup)
         # The peak is that of steps, as without a recording.
         _forget_peak(device)
-        rows = random_batch(request.workload, batch * request.levers.accumulation_steps)
+        rows = random_batch(request.setup.workload, batch * request.setup.levers.accumulation_steps)
         for _ in range(2):
             float(trainer.step(rows).loss)
     for recording in recordings:
@@ -153,10 +154,9 @@ def _recorded(
     return trainer
 
 
-def build_trainer(
-    workload: Workload, levers: Levers, strategy: tf.distribute.Strategy | None = None
-) -> Trainer:
+def build_trainer(setup: Setup, strategy: tf.distribute.Strategy | None = None) -> Trainer:
     """Make a randomly initialised model and its step, on the replicas of a strategy if given."""
+    workload, levers = setup.workload, setup.levers
     with contextlib.nullcontext() if strategy is None else strategy.scope():
         variables = create_variables(
             workload.config, workload.head, num_labels=workload.num_labels, seed=0

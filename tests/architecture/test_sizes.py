@@ -35,7 +35,6 @@ MANY_PARAMETERS: Mapping[str, int] = {
     "bertbench.probe.cell.probe_cell": 12,
     "bertbench.probe.search.find_max_batch": 8,
     "bertbench.run.training.train_model": 9,
-    "bertbench.trials.trial.measure_batches": 11,
     "finetune.model.chunks.in_chunks": 10,
     "finetune.model.modeling._layer": 8,
     "finetune.model.modeling.encode": 10,

@@ -23,7 +23,8 @@ from bertbench.devices.lock import locked
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import read_rows, record
-from bertbench.trials.trial import Trial, measure_batches
+from bertbench.trials.measure import TrialListener, TrialSettings, measure_batches
+from bertbench.trials.trial import Trial
 from finetune.spec.checkpointing import parse_checkpointing
 from helpers.paths import REPOSITORY
 
@@ -191,9 +192,9 @@ def test_steps_wait_for_their_turn(
     trials: list[Trial] = []
 
     def try_batches() -> None:
-        measure_batches(
-            WORKLOAD, Levers(), budget, [1, 2], on_trial=trials.append, target=timed_trial.TARGET
-        )
+        settings = TrialSettings(target=timed_trial.TARGET)
+        listener = TrialListener(on_trial=trials.append)
+        measure_batches(Setup(WORKLOAD), budget, [1, 2], settings, listener)
 
     thread = threading.Thread(target=try_batches)
     with locked(path, lambda: None):

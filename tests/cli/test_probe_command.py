@@ -23,7 +23,13 @@ from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices import discover
-from bertbench.devices.device import GPU_CONTEXT_RESERVE_BYTES, Device, check_alone, make_budget
+from bertbench.devices.device import (
+    GPU_CONTEXT_RESERVE_BYTES,
+    Budget,
+    Device,
+    check_alone,
+    make_budget,
+)
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.lock import devices_held, locked
 from bertbench.devices.step_time import device_rates, predict_step_seconds
@@ -38,7 +44,8 @@ from bertbench.probe.cell import Cell, plenty_seconds, predict_cell_seconds, pro
 from bertbench.probe.extrapolation import largest_batch
 from bertbench.probe.search import Certificate, SearchResult
 from bertbench.probe.workers import share_out
-from bertbench.trials.trial import TIMEOUT_SECONDS, Trial
+from bertbench.trials.measure import TIMEOUT_SECONDS, TrialListener, TrialSettings
+from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 
@@ -52,17 +59,17 @@ def limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     limits = {64: LIMIT, 128: 9}
 
     def measure(
-        workload: Any, levers: Any, budget: Any, batches: Sequence[int], *,
-        on_trial: Callable[[Trial], None], **other: Any,
+        setup: Setup, budget: Budget, batches: Sequence[int], settings: TrialSettings,
+        listener: TrialListener,
     ) -> list[Trial]:  # fmt: skip
-        assert other["timeout_seconds"] >= TIMEOUT_SECONDS
+        assert settings.timeout_seconds >= TIMEOUT_SECONDS
         trials: list[Trial] = []
         for batch in batches:
             trial = Trial(batch, "oom", seconds=11.0, message="OOM when allocating", fresh=True)
-            if batch <= limits[workload.seq_len]:
+            if batch <= limits[setup.workload.seq_len]:
                 trial = Trial(batch, "fits", (50 + batch) * MIB_BYTES, 0.1 * batch, 2.0, fresh=True)
             trials.append(trial)
-            on_trial(trial)
+            listener.on_trial(trial)
             if trial.outcome == "oom":
                 break
         return trials
@@ -212,9 +219,9 @@ def test_what_is_known_is_printed_when_interrupted(
 ) -> None:
     measure = probe_cell_module.measure_batches
 
-    def interrupted(workload: Any, *arguments: Any, **keywords: Any) -> list[Trial]:
-        found = measure(workload, *arguments, **keywords)
-        if workload.seq_len == 128 and found[-1].outcome == "fits" and found[-1].batch > 2:
+    def interrupted(setup: Setup, *arguments: Any) -> list[Trial]:
+        found = measure(setup, *arguments)
+        if setup.workload.seq_len == 128 and found[-1].outcome == "fits" and found[-1].batch > 2:
             raise KeyboardInterrupt
         return found
 
@@ -267,9 +274,9 @@ def test_a_second_probe_of_a_device_waits(
     module = recheck if checks else probe_cell_module
     measure = module.measure_batches
 
-    def note(*arguments: Any, **keywords: Any) -> list[Trial]:
+    def note(*arguments: Any) -> list[Trial]:
         measured.set()
-        found: list[Trial] = measure(*arguments, **keywords)
+        found: list[Trial] = measure(*arguments)
         return found
 
     monkeypatch.setattr(module, "measure_batches", note)
@@ -300,10 +307,10 @@ def test_a_check_that_fails_refutes_nothing(
     probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
     measure = recheck.measure_batches
 
-    def crash(workload: Any, *arguments: Any, **keywords: Any) -> list[Trial]:
-        if workload.seq_len == 64:
-            return [Trial(arguments[2][0], "failed", message="killed by SIGSEGV")]
-        found: list[Trial] = measure(workload, *arguments, **keywords)
+    def crash(setup: Setup, *arguments: Any) -> list[Trial]:
+        if setup.workload.seq_len == 64:
+            return [Trial(arguments[1][0], "failed", message="killed by SIGSEGV")]
+        found: list[Trial] = measure(setup, *arguments)
         return found
 
     monkeypatch.setattr(recheck, "measure_batches", crash)
@@ -313,10 +320,10 @@ def test_a_check_that_fails_refutes_nothing(
     assert "killed by SIGSEGV" in str(result.exception)
     assert [c["confirmed"] for c in json.loads(checked.read_text())["cells"]] == [None, True]
 
-    def interrupt(workload: Any, *arguments: Any, **keywords: Any) -> list[Trial]:
-        if workload.seq_len == 128:
+    def interrupt(setup: Setup, *arguments: Any) -> list[Trial]:
+        if setup.workload.seq_len == 128:
             raise KeyboardInterrupt
-        found: list[Trial] = measure(workload, *arguments, **keywords)
+        found: list[Trial] = measure(setup, *arguments)
         return found
 
     monkeypatch.setattr(recheck, "measure_batches", interrupt)
@@ -404,11 +411,11 @@ def test_like_gpus_share_the_cells(
     both = threading.Barrier(2)
     used: dict[int, set[str]] = {64: set(), 128: set()}
 
-    def together(workload: Any, levers: Any, budget: Any, batches: Any, **more: Any) -> list[Trial]:
-        if not used[workload.seq_len]:
+    def together(setup: Setup, budget: Budget, *more: Any) -> list[Trial]:
+        if not used[setup.workload.seq_len]:
             both.wait(60)  # passes only when the other card works too
-        used[workload.seq_len].add(budget.device.label)
-        found: list[Trial] = measure(workload, levers, budget, batches, **more)
+        used[setup.workload.seq_len].add(budget.device.label)
+        found: list[Trial] = measure(setup, budget, *more)
         return found
 
     monkeypatch.setattr(probe_cell_module, "measure_batches", together)
@@ -562,8 +569,8 @@ def test_an_unknown_cell_takes_two_trials_where_a_trace_tells_its_limit(
     assert limit > 10
 
     def measure(
-        workload: Any, levers: Any, budget: Any, batches: Sequence[int], *,
-        on_trial: Callable[[Trial], None], **other: Any,
+        setup: Setup, budget: Budget, batches: Sequence[int], settings: TrialSettings,
+        listener: TrialListener,
     ) -> list[Trial]:  # fmt: skip
         found = [
             Trial(b, "fits", 80 * MIB_BYTES + b * MIB_BYTES // 2, 0.1, fresh=True)
@@ -572,7 +579,7 @@ def test_an_unknown_cell_takes_two_trials_where_a_trace_tells_its_limit(
             for b in batches
         ]
         for trial in found:
-            on_trial(trial)
+            listener.on_trial(trial)
         return found[:1] if found[0].outcome == "oom" else found
 
     monkeypatch.setattr(probe_cell_module, "measure_batches", measure)
@@ -607,8 +614,8 @@ def test_holes_on_both_sides_of_the_limit_are_told_of(
     memory = empty_memory(budget)
 
     def measure(
-        workload: Any, levers: Any, budget: Any, batches: Sequence[int], *,
-        on_trial: Callable[[Trial], None], **other: Any,
+        setup: Setup, budget: Budget, batches: Sequence[int], settings: TrialSettings,
+        listener: TrialListener,
     ) -> list[Trial]:  # fmt: skip
         trials = []
         for batch in batches:
@@ -616,7 +623,7 @@ def test_holes_on_both_sides_of_the_limit_are_told_of(
             outcome: Any = "fits" if replayed.fits else "oom"
             peak_bytes = replayed.peak_bytes if replayed.fits else None
             trials.append(Trial(batch, outcome, peak_bytes, 0.1 * batch, fresh=True))
-            on_trial(trials[-1])
+            listener.on_trial(trials[-1])
         return trials
 
     monkeypatch.setattr(probe_cell_module, "measure_batches", measure)

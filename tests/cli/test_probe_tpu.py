@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from bertbench.cli import probe as probe_cli
 from bertbench.cli.options import common
-from bertbench.devices.device import TPU_CORE_BYTES
+from bertbench.core.workload import Setup
+from bertbench.devices.device import TPU_CORE_BYTES, Budget
 from bertbench.probe import cell as probe_cell_module
 from bertbench.probe import recheck
-from bertbench.trials.trial import measure_batches
+from bertbench.trials.measure import TrialSettings, measure_batches
+from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from helpers import tpu_stand_in
 
@@ -22,7 +26,13 @@ from helpers import tpu_stand_in
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BERTBENCH_LEDGER", str(tmp_path / "ledger.sqlite"))
-    measure = functools.partial(measure_batches, target="helpers.tpu_stand_in:run_trial")
+
+    def measure(
+        setup: Setup, budget: Budget, batches: Sequence[int], settings: TrialSettings, *more: Any
+    ) -> list[Trial]:
+        settings = dataclasses.replace(settings, target="helpers.tpu_stand_in:run_trial")
+        return measure_batches(setup, budget, batches, settings, *more)
+
     for module in (probe_cell_module, recheck):
         monkeypatch.setattr(module, "measure_batches", measure)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from bertbench.trials.isolation import Ending, run_isolated
+from bertbench.trials.isolation import ProcessEnd, run_isolated
 from helpers.paths import REPOSITORY, TESTS
 
 
@@ -23,9 +23,9 @@ def run(
     environment: dict[str, str] | None = None,
     on_message: Callable[[dict[str, Any]], None] | None = None,
     stop: Callable[[], str] | None = None,
-) -> tuple[list[dict[str, Any]], Ending]:
+) -> tuple[list[dict[str, Any]], ProcessEnd]:
     messages: list[dict[str, Any]] = []  # of `on_message`, unless another is given
-    ending = run_isolated(
+    end = run_isolated(
         f"helpers.isolation_targets:{function}",
         payload or {},
         environment=environment or {},
@@ -33,7 +33,7 @@ def run(
         on_message=on_message or messages.append,
         stop=stop,
     )
-    return messages, ending
+    return messages, end
 
 
 def wait_until_gone(pids: list[int]) -> None:

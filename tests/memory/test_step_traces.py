@@ -44,7 +44,7 @@ from bertbench.memory.traces.trace import (
     traces_to_bytes,
 )
 from bertbench.plan.candidates import all_policies
-from bertbench.trials.trial import measure_batches
+from bertbench.trials.measure import TrialListener, TrialSettings, measure_step
 from finetune.errors import InputError
 from finetune.spec.checkpointing import examples_per_chunk, parse_checkpointing
 from finetune.spec.config import HEADS, preset
@@ -436,10 +436,8 @@ def test_a_real_step_asks_for_what_the_trace_says(
     step = Setup(workload, Levers(parse_checkpointing(policy), accumulation)).step(batch)
     budget = make_budget(resolve_device("cpu"), GIB_BYTES)
     recordings: list[Recording] = []
-    (trial,) = measure_batches(
-        workload, step.levers, budget, [batch], steps=1, fresh=True,
-        on_recording=lambda _, recording: recordings.append(recording),
-    )  # fmt: skip
+    listener = TrialListener(on_recording=lambda _, recording: recordings.append(recording))
+    trial = measure_step(step, budget, TrialSettings(steps=1), listener)
     requests = step_requests(step)
     assert requests is not None
     memory = empty_memory(budget)

@@ -17,7 +17,7 @@ from bertbench.memory.traces.build.samples import UnlikeError
 from bertbench.memory.traces.build.variants import with_optimizer
 from bertbench.memory.traces.step import trace_of, write_out
 from bertbench.memory.traces.trace import StepTrace, read_trace
-from bertbench.trials.trial import measure_batches
+from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.optimizers import OPTIMIZERS
 
@@ -94,7 +94,7 @@ def test_a_real_step_has_the_peak_that_is_predicted(
     workload = published_workload("bert-mini", 64, head)
     levers = Levers(parse_checkpointing(policy), steps, optimizer=optimizer)
     budget = make_budget(resolve_device("cpu"), GIB_BYTES)
-    (trial,) = measure_batches(workload, levers, budget, [70], steps=2, fresh=True)
+    trial = measure_step(Setup(workload, levers).step(70), budget, TrialSettings(steps=2))
     room = Room("cpu", budget.budget_bytes)
     predicted = footprint_in(workload, levers, 70, room, replayed=True)
     assert trial.peak_bytes == pytest.approx(predicted.peak_bytes, rel=1e-3)

@@ -30,7 +30,7 @@ from bertbench.plan.planner import (
     Plan,
     make_plan,
 )
-from bertbench.trials.trial import measure_batches
+from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import HEADS
@@ -149,9 +149,8 @@ def test_plans_near_the_least_budget_run(optimizer: str, head: str) -> None:
     for budget_bytes in {least, least + MIB_BYTES, max(least, 206 * MIB_BYTES)}:
         budget = make_budget(resolve_device("cpu"), budget_bytes)
         plan = make_plan(workload, 8, budget_bytes, RATES, device="test", allowed=[levers])
-        (trial,) = measure_batches(
-            workload, plan.chosen.levers, budget, [plan.chosen.micro_batch], steps=2, fresh=True
-        )
+        step = Setup(workload, plan.chosen.levers).step(plan.chosen.micro_batch)
+        trial = measure_step(step, budget, TrialSettings(steps=2))
         assert trial.outcome == "fits", (budget_bytes, trial.message)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,15 @@ import pytest
 
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, Workload, published_workload
+from bertbench.core.workload import Setup, TrainingStep, published_workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.records import read_rows
-from bertbench.plan import verify
 from bertbench.plan.planner import Plan, make_plan
 from bertbench.plan.verify import verify_plan
+from bertbench.trials.measure import TrialSettings
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 
@@ -35,55 +34,60 @@ def make(spare_bytes: int) -> Plan:
     )  # fmt: skip
 
 
-def simulate(monkeypatch: pytest.MonkeyPatch, *outcomes: str) -> list[tuple[int, Levers]]:
-    """Let trials end in turn as told; returns what was tried."""
-    tried: list[tuple[int, Levers]] = []
+class Device:
+    """Trials end in turn as told.
 
-    def measure(
-        workload: Workload, levers: Levers, budget: Budget, batches: Sequence[int], **other: Any
-    ) -> list[Trial]:
-        assert (workload, budget, other) == (WORKLOAD, BUDGET, {"steps": 2, "fresh": True})
-        outcome: Any = outcomes[len(tried)]
-        tried.append((batches[0], levers))
+    Attributes:
+        tried: the steps so far.
+    """
+
+    def __init__(self, *outcomes: str) -> None:
+        self._outcomes: Any = outcomes
+        self.tried: list[TrainingStep] = []
+
+    def measure(self, step: TrainingStep, budget: Budget, settings: TrialSettings) -> Trial:
+        assert (step.workload, budget, settings.steps) == (WORKLOAD, BUDGET, 2)
+        outcome = self._outcomes[len(self.tried)]
+        self.tried.append(step)
         peak_bytes = 300 * MIB_BYTES if outcome == "fits" else None
-        return [Trial(batches[0], outcome, peak_bytes, 0.5, message="why", fresh=True)]
-
-    monkeypatch.setattr(verify, "measure_batches", measure)
-    return tried
+        return Trial(step.micro_batch, outcome, peak_bytes, 0.5, message="why", fresh=True)
 
 
-def test_a_plan_that_runs_out_makes_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tried = simulate(monkeypatch, "oom", "oom", "fits")
+def test_a_plan_that_runs_out_makes_room(tmp_path: Path) -> None:
+    device = Device("oom", "oom", "fits")
     attempts: list[Plan] = []
     with open_ledger(tmp_path / "l.sqlite") as ledger:
-        plan, trial, refuted = verify_plan(make, BUDGET, ledger, on_attempt=attempts.append)
+        plan, trial, refuted = verify_plan(
+            make, BUDGET, ledger, on_attempt=attempts.append, measure=device.measure
+        )
         assert [row.trial.outcome for row in read_rows(ledger)] == ["oom", "oom", "fits"]
     assert trial.outcome == "fits"
     assert [one.outcome for one in refuted] == ["oom", "oom"]
     assert plan is attempts[-1]
-    assert tried == [(p.chosen.micro_batch, p.chosen.levers) for p in attempts]
+    steps = [Setup(WORKLOAD, p.chosen.levers).step(p.chosen.micro_batch) for p in attempts]
+    assert device.tried == steps
     peaks = [p.chosen.footprint.peak_bytes for p in attempts]
     for larger, smaller in itertools.pairwise(peaks):
         assert smaller <= larger - 0.02 * BUDGET.budget_bytes
     assert {p.chosen.rows >= 32 for p in attempts} == {True}
 
 
-def test_a_plan_that_fits_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    simulate(monkeypatch, "fits")
+def test_a_plan_that_fits_is_kept(tmp_path: Path) -> None:
     with open_ledger(tmp_path / "l.sqlite") as ledger:
-        plan, _, refuted = verify_plan(make, BUDGET, ledger)
+        plan, _, refuted = verify_plan(make, BUDGET, ledger, measure=Device("fits").measure)
     assert plan.chosen == make(0).chosen
     assert refuted == []
 
 
-def test_what_is_not_about_memory_ends_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with open_ledger(tmp_path / "l.sqlite") as ledger:
-        simulate(monkeypatch, "failed")
-        with pytest.raises(WorkError, match="why"):
-            verify_plan(make, BUDGET, ledger)
-        simulate(monkeypatch, "oom", "oom", "oom", "oom")
-        with pytest.raises(WorkError, match="something else uses the device"):
-            verify_plan(make, BUDGET, ledger)
+@pytest.mark.parametrize(
+    ("outcomes", "words"), [(["failed"], "why"), (["oom"] * 4, "something else uses the device")]
+)
+def test_what_is_not_about_memory_ends_it(tmp_path: Path, outcomes: list[str], words: str) -> None:
+    with (
+        open_ledger(tmp_path / "l.sqlite") as ledger,
+        pytest.raises(WorkError, match=words),
+    ):
+        verify_plan(make, BUDGET, ledger, measure=Device(*outcomes).measure)
 
 
 def test_what_is_left_free_is_left_free() -> None:

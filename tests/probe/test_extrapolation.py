@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.memory.allocator.bfc import Memory, Replay, replay
@@ -23,7 +23,13 @@ from bertbench.probe.extrapolation import (
     extrapolate,
     largest_batch,
 )
-from bertbench.trials.trial import Trial, measure_batches
+from bertbench.trials.measure import (
+    TrialListener,
+    TrialSettings,
+    measure_batches,
+    measure_step,
+)
+from bertbench.trials.trial import Trial
 from finetune.spec.checkpointing import examples_per_chunk, parse_checkpointing
 
 PLENTY, LITTLE = Memory((10**7,)), Memory((50_000,))
@@ -257,13 +263,11 @@ def test_a_real_step_needs_what_two_others_say(policy: str, batches: tuple[int, 
 
     def measure(*batches: int) -> list[Trial]:
         return measure_batches(
-            workload,
-            Levers(checkpointing),
+            Setup(workload, Levers(checkpointing)),
             budget,
             batches,
-            steps=1,
-            fresh=True,
-            on_recording=recordings.__setitem__,
+            TrialSettings(steps=1, fresh=True),
+            TrialListener(on_recording=recordings.__setitem__),
         )
 
     trials = measure(*batches)
@@ -289,12 +293,14 @@ def test_recording_does_not_change_the_peak() -> None:
     """With this optimizer making the model needs more than a small step."""
     budget = make_budget(resolve_device("cpu"), 192 * MIB_BYTES)
     (plain, recorded) = (
-        measure_batches(
-            published_workload("bert-tiny", 32), Levers(optimizer="adafactor"), budget, (2,),
-            steps=1, fresh=True, on_recording=on_recording,
-        )[0]
+        measure_step(
+            Setup(published_workload("bert-tiny", 32), Levers(optimizer="adafactor")).step(2),
+            budget,
+            TrialSettings(steps=1),
+            TrialListener(on_recording=on_recording),
+        )
         for on_recording in (None, lambda batch, recording: None)
-    )  # fmt: skip
+    )
     assert plain.peak_bytes is not None
     assert recorded.peak_bytes is not None
     assert recorded.peak_bytes == pytest.approx(plain.peak_bytes, rel=1e-3)

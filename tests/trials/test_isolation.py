@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ import pytest
 
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices.device import Budget, Device
 from bertbench.memory.allocator import limit
 from bertbench.memory.allocator.limit import child_environment
 from bertbench.trials import isolation as isolation_module
-from bertbench.trials import trial as trial_module
+from bertbench.trials.measure import TrialListener, TrialSettings, measure_batches
 from bertbench.trials.outcome import classify_error, classify_exit
-from bertbench.trials.trial import Trial, TrialRequest, measure_batches, request_from_payload
+from bertbench.trials.request import TrialRequest, request_from_payload
+from bertbench.trials.surroundings import THIS_MACHINE, Surroundings
+from bertbench.trials.trial import Trial
 from helpers.isolated import run, start_script, wait_until_gone
 
 CPU = Device("cpu", 0, "test", None, 1 << 34, 1 << 34)
@@ -202,21 +205,32 @@ def test_a_system_that_refuses_the_budget_is_no_limit() -> None:
     assert classify_error("WorkError", str(refused.value)) == "failed"
 
 
-def measure(script: str, batches: list[int], **options: Any) -> list[Trial]:
+NO_LISTENER = TrialListener()
+SETTINGS = TrialSettings(target="helpers.isolation_targets:train")
+
+
+def measure(
+    script: str,
+    batches: Sequence[int],
+    listener: TrialListener = NO_LISTENER,
+    surroundings: Surroundings = THIS_MACHINE,
+    device: Device = CPU,
+    **settings: Any,
+) -> list[Trial]:
     """Measure with the fake training step, which takes its script in place of the optimizer."""
     return measure_batches(
-        published_workload("bert-tiny", 64),
-        Levers(optimizer=script),
-        Budget(CPU, 64 * MIB_BYTES),
+        Setup(published_workload("bert-tiny", 64), Levers(optimizer=script)),
+        Budget(device, 64 * MIB_BYTES),
         batches,
-        target="helpers.isolation_targets:train",
-        **options,
+        dataclasses.replace(SETTINGS, **settings),
+        listener,
+        surroundings,
     )
 
 
 def test_one_process_measures_rising_batches() -> None:
     seen: list[Trial] = []
-    trials = measure("", [2, 4, 8], on_trial=seen.append)
+    trials = measure("", [2, 4, 8], TrialListener(on_trial=seen.append))
     assert seen == trials
     assert [(t.batch, t.outcome, t.fresh) for t in trials] == [
         (2, "fits", True),
@@ -265,8 +279,7 @@ def test_the_end_of_a_process_becomes_the_outcome_of_the_batch_that_ran(
 def test_a_request_crosses_unchanged() -> None:
     device = Device("gpu", 1, "A", "GPU-1", 1 << 34, 1 << 33, ((7, "x", 5),), "550")
     request = TrialRequest(
-        published_workload("bert-mini", 128, "classifier"),
-        Levers(accumulation_steps=3),
+        Setup(published_workload("bert-mini", 128, "classifier"), Levers(accumulation_steps=3)),
         Budget(device, 1 << 30),
         (1, 2),
         4,
@@ -311,16 +324,12 @@ def test_a_silent_process_is_killed_with_a_guard_too() -> None:
     assert (ending.stopped, ending.timed_out) == ("", True)
 
 
-def test_a_trial_is_stopped_before_the_machine_swaps(monkeypatch: pytest.MonkeyPatch) -> None:
+FULL_HOST = Surroundings(host_memory=lambda: (1 << 34, 300 * MIB_BYTES))
+
+
+def test_a_trial_is_stopped_before_the_machine_swaps() -> None:
     """Whoever fills the machine, it says nothing about the batch."""
-    monkeypatch.setattr(trial_module, "host_memory", lambda: (1 << 34, 300 * MIB_BYTES))
-    (trial,) = measure_batches(
-        published_workload("bert-tiny", 64),
-        Levers(optimizer="hang@4"),
-        Budget(CPU, 64 * MIB_BYTES),
-        [4],
-        target="helpers.isolation_targets:train",
-    )
+    (trial,) = measure("hang@4", [4], surroundings=FULL_HOST)
     assert trial.outcome == "failed"
     assert "300 MiB of its 16.0 GiB were left; give a smaller --memory" in trial.message
 
@@ -335,18 +344,17 @@ def test_a_trial_that_was_stopped_and_went_on_is_no_limit_and_no_time() -> None:
 
 
 def test_a_trial_notices_that_it_was_stopped() -> None:
-    def check() -> None:
+    def wake_stopped() -> None:
         for process in psutil.Process().children(recursive=True):
             if process.status() == psutil.STATUS_STOPPED:
                 process.send_signal(signal.SIGCONT)
 
     (trial,) = measure_batches(
-        published_workload("bert-tiny", 64),
-        Levers(),
+        Setup(published_workload("bert-tiny", 64)),
         Budget(CPU, 64 * MIB_BYTES),
         [4],
-        target="helpers.isolation_targets:stop_in_a_step",
-        check=check,
+        TrialSettings(target="helpers.isolation_targets:stop_in_a_step"),
+        TrialListener(poll=wake_stopped),
     )
     assert trial.outcome == "failed"
     assert "was stopped and went on" in trial.message
@@ -354,54 +362,33 @@ def test_a_trial_notices_that_it_was_stopped() -> None:
 
 @pytest.mark.parametrize(("free_mib", "outcome"), [(100, "oom"), (63, "failed")])
 def test_a_gpu_that_others_took_memory_of_meanwhile_is_no_limit(
-    monkeypatch: pytest.MonkeyPatch, free_mib: int, outcome: str
+    free_mib: int, outcome: str
 ) -> None:
     gpu = Device("gpu", 0, "Card", "GPU-1", 1 << 30, 1 << 30)
     now = dataclasses.replace(
         gpu, free_bytes=free_mib * MIB_BYTES, held_by=((77, "other", 900 * MIB_BYTES),)
     )
-    monkeypatch.setattr(trial_module, "list_gpus", lambda: [now])
-    monkeypatch.setattr(trial_module, "_GIVEN_BACK_SECONDS", 0.3)
-    (trial,) = measure_batches(
-        published_workload("bert-tiny", 64),
-        Levers(optimizer="oom@4"),
-        Budget(gpu, 64 * MIB_BYTES),
-        [4],
-        target="helpers.isolation_targets:train",
-    )
+    taken = Surroundings(list_gpus=lambda: [now], given_back_seconds=0.3)
+    (trial,) = measure("oom@4", [4], surroundings=taken, device=gpu)
     assert trial.outcome == outcome
     assert ("process 77 (other) holds 900 MiB" in trial.message) is (outcome == "failed")
 
 
 def test_a_result_that_is_there_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation_module, "_ASK_EVERY_SECONDS", 20.0)
-    monkeypatch.setattr(trial_module, "host_memory", lambda: (1 << 34, 300 * MIB_BYTES))
-    (trial,) = measure_batches(
-        published_workload("bert-tiny", 64),
-        Levers(),
-        Budget(CPU, 64 * MIB_BYTES),
-        [4],
-        target="helpers.isolation_targets:train",
-    )
+    (trial,) = measure("", [4], surroundings=FULL_HOST)
     assert trial.outcome == "fits"
 
 
-def test_what_a_check_raises_ends_the_trial() -> None:
+def test_what_a_poll_raises_ends_the_trial() -> None:
     began = time.monotonic()
 
-    def check() -> None:
+    def poll() -> None:
         if time.monotonic() - began > 1:
             raise KeyError("enough")
 
     with pytest.raises(KeyError, match="enough"):
-        measure_batches(
-            published_workload("bert-tiny", 64),
-            Levers(optimizer="hang@4"),
-            Budget(CPU, 64 * MIB_BYTES),
-            [4],
-            check=check,
-            target="helpers.isolation_targets:train",
-        )
+        measure("hang@4", [4], TrialListener(poll=poll))
     assert time.monotonic() - began < 60
 
 
@@ -409,32 +396,17 @@ def test_a_clock_that_jumps_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     """Time limits and durations follow the monotonic clock, not the one that people set."""
     jumps = iter(range(0, 10**9, 10**6))
     monkeypatch.setattr(time, "time", lambda: float(next(jumps)))
-    (trial,) = measure_batches(
-        published_workload("bert-tiny", 64),
-        Levers(),
-        Budget(CPU, 64 * MIB_BYTES),
-        [4],
-        timeout_seconds=60,
-        target="helpers.isolation_targets:train",
-    )
+    (trial,) = measure("", [4], timeout_seconds=60)
     assert trial.outcome == "fits"
     assert trial.seconds < 60
 
 
 @pytest.mark.parametrize(("script", "seconds"), [("hang@4", -3600.0), ("oom@4", 3600.0)])
-def test_a_clock_that_is_set_is_no_limit_and_no_long_wait(
-    script: str, seconds: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clock_that_is_set_is_no_limit_and_no_long_wait(script: str, seconds: float) -> None:
     """TensorFlow waits for memory by that clock: too short when it is set forward."""
     offsets = itertools.chain([0.0], itertools.repeat(seconds))
-    monkeypatch.setattr(trial_module, "_clock_offset", lambda: next(offsets))
-    (trial,) = measure_batches(
-        published_workload("bert-tiny", 64),
-        Levers(optimizer=script),
-        Budget(CPU, 64 * MIB_BYTES),
-        [4],
-        target="helpers.isolation_targets:train",
-    )
+    set_clock = Surroundings(clock_offset=lambda: next(offsets))
+    (trial,) = measure(script, [4], surroundings=set_clock)
     assert trial.outcome == "failed"
     assert trial.message.startswith("the system's clock was set during the trial")
     assert trial.seconds < 600

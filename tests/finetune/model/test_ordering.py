@@ -23,7 +23,7 @@ from finetune.spec.checkpointing import parse_checkpointing
 
 device = start_tensorflow(make_budget(resolve_device("cpu"), 512 << 20))
 workload = published_workload("bert-tiny", 64)
-trainer = build_trainer(workload, Levers(parse_checkpointing({policy!r})))
+trainer = build_trainer(Setup(workload, Levers(parse_checkpointing({policy!r}))))
 for _ in range(2):
     trainer.step(random_batch(workload, 37))
 print(tf.config.experimental.get_memory_info(device)["peak"])
