@@ -32,6 +32,7 @@ from finetune.tasks.squad_metrics import (
     tune_threshold,
 )
 from finetune.tasks.squad_predictions import (
+    AnswerSettings,
     SquadPredictions,
     answers_at_threshold,
     predict_answers,
@@ -206,15 +207,15 @@ def answer_questions(
     dev: Questions, logits: np.ndarray, squad: SquadSettings, normalization: Normalization
 ) -> SquadPredictions:
     """Turn logits `[2, n, s]` into answers, at the best threshold if it is to be tuned."""
+    start_logits, end_logits = logits
+    settings = AnswerSettings(
+        squad.n_best_size,
+        squad.max_answer_length,
+        squad.version_2_with_negative,
+        squad.null_score_diff_threshold,
+    )
     predictions = predict_answers(
-        dev.examples,
-        dev.features,
-        *logits,
-        n_best_size=squad.n_best_size,
-        max_answer_length=squad.max_answer_length,
-        normalization=normalization,
-        version_2_with_negative=squad.version_2_with_negative,
-        null_score_diff_threshold=squad.null_score_diff_threshold,
+        dev.examples, dev.features, start_logits, end_logits, normalization, settings
     )
     if not squad.tune_threshold:
         return predictions

@@ -103,7 +103,7 @@ def featurize(
     Raises:
         InputError: the lengths contradict each other.
     """
-    chunks = feature_chunks(
+    parts = feature_parts(
         examples,
         tokenizer,
         max_seq_length=max_seq_length,
@@ -112,10 +112,10 @@ def featurize(
         is_training=is_training,
         rows=None,
     )
-    return next(chunks)
+    return next(parts)
 
 
-def feature_chunks(
+def feature_parts(
     examples: SquadExamples,
     tokenizer: Tokenizer,
     *,
@@ -134,7 +134,7 @@ def feature_chunks(
         doc_stride: as there.
         max_query_length: as there.
         is_training: as there.
-        rows: features of a part, at most; a question's may be more. None makes one part.
+        rows: most features of a part; a single question may have more. None makes one part.
 
     Yields:
         Features in order; `example_index` goes on from part to part. At least one part, empty if
@@ -145,28 +145,28 @@ def feature_chunks(
     """
     _check_lengths(max_seq_length, doc_stride, max_query_length)
     docs = _tokenize_paragraphs(examples, tokenizer)
-    questions = _encode_distinct((e.question for e in examples), tokenizer)
+    queries = _encode_distinct((e.question for e in examples), tokenizer)
     answers = _encode_distinct((e.answer_text for e in examples if e.answer_words), tokenizer)
 
     def windows_of(example: SquadExample) -> _Windows:
-        query_length = min(len(questions[example.question]), max_query_length)
+        query_length = min(len(queries[example.question]), max_query_length)
         room = max_seq_length - query_length - _NUM_SPECIAL_TOKENS
         return _doc_windows(len(docs[id(example.paragraph)].ids), room, doc_stride)
 
-    def chunk(first: int, last: int, n: int) -> SquadFeatures:
+    def question_of(example: SquadExample) -> _Question:
+        doc = docs[id(example.paragraph)]
+        answer = None
+        if is_training and not example.is_impossible:
+            answer = _answer_tokens(example, doc, answers)
+        query = queries[example.question][:max_query_length]
+        return _Question(query, doc, windows_of(example), answer)
+
+    def part(first: int, last: int, n: int) -> SquadFeatures:
         features = _empty_features(n, max_seq_length, tokenizer)
         row = 0
-        for example_index in range(first, last):
-            example = examples[example_index]
-            doc = docs[id(example.paragraph)]
-            query = questions[example.question][:max_query_length]
-            answer = None
-            if is_training and not example.is_impossible:
-                answer = _answer_tokens(example, doc, answers)
-            windows = windows_of(example)
-            _fill(features, row, example_index, doc, query, windows, answer, tokenizer)
-            end = row + len(windows.starts)
-            features.is_impossible[row:end] = is_training and example.is_impossible
+        for index in range(first, last):
+            end = _fill(features, row, index, question_of(examples[index]), tokenizer)
+            features.is_impossible[row:end] = is_training and examples[index].is_impossible
             row = end
         return features
 
@@ -174,24 +174,18 @@ def feature_chunks(
     for index, example in enumerate(examples):
         count = len(windows_of(example).starts)
         if rows is not None and n and n + count > rows:
-            yield chunk(first, index, n)
+            yield part(first, index, n)
             first, n = index, 0
         n += count
-    yield chunk(first, len(examples), n)
+    yield part(first, len(examples), n)
 
 
 def _fill(
-    features: SquadFeatures,
-    row: int,
-    example_index: int,
-    doc: _TokenizedDoc,
-    query: list[int],
-    windows: _Windows,
-    answer: tuple[int, int] | None,
-    tokenizer: Tokenizer,
-) -> None:
-    """Writes one question's windows to the rows from `row` on."""
-    prefix = np.array([tokenizer.cls_id, *query, tokenizer.sep_id], np.int32)
+    features: SquadFeatures, row: int, index: int, question: _Question, tokenizer: Tokenizer
+) -> int:
+    """Writes the windows of question number `index` from a row on; returns the row after them."""
+    windows, answer, doc = question.windows, question.answer, question.doc
+    prefix = np.array([tokenizer.cls_id, *question.query, tokenizer.sep_id], np.int32)
     offset = len(prefix)
     for span_index, (start, length) in enumerate(zip(windows.starts, windows.lengths, strict=True)):
         window = slice(start, start + length)
@@ -204,12 +198,13 @@ def _fill(
         features.token_to_orig[row, offset:end] = doc.token_to_word[window]
         features.token_is_max_context[row, offset:end] = windows.best_window[window] == span_index
         features.num_tokens[row] = end + 1
-        features.example_index[row] = example_index
+        features.example_index[row] = index
         features.doc_span_index[row] = span_index
         if answer is not None and start <= answer[0] and answer[1] < start + length:
             features.start_positions[row] = answer[0] - start + offset
             features.end_positions[row] = answer[1] - start + offset
         row += 1
+    return row
 
 
 @dataclass(frozen=True)
@@ -228,6 +223,16 @@ class _Windows:
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     best_window: NDArray[np.intp]  # [t]
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A question in tokens; `answer` is its first and last token in the paragraph, if known."""
+
+    query: list[int]
+    doc: _TokenizedDoc
+    windows: _Windows
+    answer: tuple[int, int] | None
 
 
 @lru_cache(maxsize=4096)

@@ -16,7 +16,7 @@ import numpy as np
 
 from finetune.errors import InputError
 from finetune.storage.array_cache import CacheEntry, hash_file, hash_key, load_or_make
-from finetune.tasks.squad import feature_chunks
+from finetune.tasks.squad import feature_parts
 from finetune.tasks.squad_examples import SquadExamples, read_squad
 from finetune.text.tokenization import Tokenizer
 
@@ -109,7 +109,7 @@ def load_squad_features(
 
     def make() -> tuple[Iterator[Mapping[str, np.ndarray]], dict[str, Any]]:
         questions = source.read() if examples is None else examples
-        chunks = feature_chunks(
+        parts = feature_parts(
             questions,
             source.tokenizer,
             max_seq_length=source.max_seq_length,
@@ -119,7 +119,7 @@ def load_squad_features(
         )
         skipped = Counter(answer.reason for answer in questions.skipped)
         extra = {"num_examples": len(questions), "skipped": dict(sorted(skipped.items()))}
-        return (chunk.arrays() for chunk in chunks), extra
+        return (part.arrays() for part in parts), extra
 
     entry = load_or_make(cache_dir, source.key(), make)
     if not len(entry.arrays["input_ids"]):

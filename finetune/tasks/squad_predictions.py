@@ -5,6 +5,7 @@ Reproduces `write_predictions` and `get_final_text` of `run_squad.py` in google-
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -60,13 +61,55 @@ class _Candidate:
 
 
 @dataclass(frozen=True)
+class AnswerSettings:
+    """How answers are chosen; the defaults are the original's.
+
+    Attributes:
+        n_best_size: candidates kept of each question, and positions considered of each feature.
+        max_answer_length: longest answer, in tokens.
+        version_2_with_negative: a question may have no answer. The score of having none is then
+            that of [CLS], the least over the question's features.
+        null_score_diff_threshold: null odds above this give the answer "".
+    """
+
+    n_best_size: int = 20
+    max_answer_length: int = 30
+    version_2_with_negative: bool = False
+    null_score_diff_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no answer could be chosen with."""
+        if self.n_best_size < 1 or self.max_answer_length < 1:
+            raise InputError(
+                f"n_best_size {self.n_best_size} or max_answer_length {self.max_answer_length} "
+                "is below 1",
+                hint="the original's are 20 and 30",
+            )
+
+
+ORIGINAL_ANSWERS = AnswerSettings()
+"""The settings of the original's `run_squad.py` for SQuAD 1.1."""
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """The logits of n features of s positions, and the k best positions of each feature."""
+
+    start: npt.NDArray[np.float64]  # [n, s]
+    end: npt.NDArray[np.float64]  # [n, s]
+    top_starts: npt.NDArray[np.intp]  # [n, k], best first
+    top_ends: npt.NDArray[np.intp]  # [n, k], best first
+
+
+@dataclass(frozen=True)
 class _Spans:
     """The candidate spans of one question, best first; all arrays are [m]."""
 
     rows: npt.NDArray[np.intp]
     starts: npt.NDArray[np.intp]
     ends: npt.NDArray[np.intp]
-    scores: npt.NDArray[np.float64]
+    start_logits: npt.NDArray[np.float64]
+    end_logits: npt.NDArray[np.float64]
 
 
 def predict_answers(
@@ -74,26 +117,26 @@ def predict_answers(
     features: SquadFeatures,
     start_logits: npt.ArrayLike,
     end_logits: npt.ArrayLike,
-    *,
-    n_best_size: int = 20,
-    max_answer_length: int = 30,
     normalization: Normalization,
-    version_2_with_negative: bool = False,
-    null_score_diff_threshold: float = 0.0,
+    settings: AnswerSettings = ORIGINAL_ANSWERS,
 ) -> SquadPredictions:
     """Chooses the best answers to each question over all windows of its paragraph.
+
+    Example:
+        >>> start_logits, end_logits = predict(batch)
+        >>> answers = predict_answers(
+        ...     examples, features, start_logits, end_logits, tokenizer.normalization
+        ... )
+        >>> answers.predictions["56be4db0acb8001400a502ec"]
+        'Denver Broncos'
 
     Args:
         examples: the questions.
         features: of these questions.
-        start_logits: [n, s], for each position of each feature, as answer's first token.
+        start_logits: [n, s], of each position of each feature as the answer's first token.
         end_logits: [n, s], as its last token.
-        n_best_size: candidates kept of each question, and positions considered of each feature.
-        max_answer_length: longest answer, in tokens.
-        normalization: as for the tokenizer that made the features.
-        version_2_with_negative: a question may have no answer: then its score is that of [CLS], the
-            least over its features.
-        null_score_diff_threshold: null odds above this give the answer "".
+        normalization: that of the tokenizer that made the features.
+        settings: how answers are chosen.
 
     Returns:
         The answers. A question without any allowed span gets "empty" as in the original, or with
@@ -102,62 +145,27 @@ def predict_answers(
 
     Raises:
         FloatingPointError: a logit is not finite.
-        InputError: `n_best_size` or `max_answer_length` is below 1.
         ValueError: the logits do not have the shape of the features.
     """
-    start = np.asarray(start_logits, np.float64)
-    end = np.asarray(end_logits, np.float64)
-    shape = features.input_ids.shape
-    if start.shape != shape or end.shape != shape:
-        raise ValueError(f"logits are {start.shape} and {end.shape}, but features are {shape}")
-    if n_best_size < 1 or max_answer_length < 1:
-        raise InputError(
-            f"n_best_size {n_best_size} or max_answer_length {max_answer_length} is below 1",
-            hint="the original's are 20 and 30",
-        )
-    if not (np.isfinite(start).all() and np.isfinite(end).all()):
-        raise FloatingPointError("the model gives logits that are not finite")
-
+    logits = _read_logits(features, start_logits, end_logits, settings.n_best_size)
     # Features of a question are neighbours: question i has rows bounds[i] to bounds[i + 1].
     bounds = np.searchsorted(features.example_index, np.arange(len(examples) + 1))
-    top_starts = _best_positions(start, n_best_size)
-    top_ends = _best_positions(end, n_best_size)
-
     result = SquadPredictions({}, {}, {})
     for example, first, last in zip(examples, bounds[:-1], bounds[1:], strict=True):
-        rows = np.arange(first, last)
         null = None
-        if version_2_with_negative:
-            null = _null_candidate(start[first:last, 0], end[first:last, 0])
-        spans = _ranked_spans(features, rows, top_starts, top_ends, start, end, max_answer_length)
-        nbest: list[_Candidate] = []
-        for candidate in _with_null(
-            _texts(example, features, spans, start, end, normalization), null
-        ):
-            if len(nbest) == n_best_size:
-                break
-            nbest.append(candidate)
-        if null is not None and all(candidate.text for candidate in nbest):
-            nbest.append(null)
-        if not nbest:
-            nbest.append(_Candidate("empty", 0.0, 0.0))
-
-        probabilities = _softmax([candidate.score for candidate in nbest])
-        result.nbest[example.qas_id] = [
-            NbestEntry(
-                text=candidate.text,
-                probability=probability,
-                start_logit=candidate.start_logit,
-                end_logit=candidate.end_logit,
-            )
-            for candidate, probability in zip(nbest, probabilities, strict=True)
-        ]
+        if settings.version_2_with_negative:
+            null = _null_candidate(logits.start[first:last, 0], logits.end[first:last, 0])
+        spans = _ranked_spans(features, np.arange(first, last), logits, settings.max_answer_length)
+        candidates = _texts(example, features, spans, normalization)
+        nbest = _best_candidates(candidates, null, settings.n_best_size)
+        result.nbest[example.qas_id] = _nbest_entries(nbest)
         text = nbest[0].text
         if null is not None:
             best = next((candidate for candidate in nbest if candidate.text), None)
             odds = null.score if best is None else null.score - best.start_logit - best.end_logit
             result.null_odds[example.qas_id] = odds
-            text = "" if best is None or odds > null_score_diff_threshold else best.text
+            above = odds > settings.null_score_diff_threshold
+            text = "" if best is None or above else best.text
         result.predictions[example.qas_id] = text
     return result
 
@@ -227,6 +235,24 @@ def recover_text(tok_text: str, orig_text: str, *, normalization: Normalization)
     return orig_text[orig_positions[first] : orig_positions[last] + 1]
 
 
+def _read_logits(
+    features: SquadFeatures,
+    start_logits: npt.ArrayLike,
+    end_logits: npt.ArrayLike,
+    n_best_size: int,
+) -> _Logits:
+    start = np.asarray(start_logits, np.float64)
+    end = np.asarray(end_logits, np.float64)
+    shape = features.input_ids.shape
+    if start.shape != shape or end.shape != shape:
+        raise ValueError(f"logits are {start.shape} and {end.shape}, but features are {shape}")
+    if not (np.isfinite(start).all() and np.isfinite(end).all()):
+        raise FloatingPointError("the model gives logits that are not finite")
+    return _Logits(
+        start, end, _best_positions(start, n_best_size), _best_positions(end, n_best_size)
+    )
+
+
 def _best_positions(logits: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.intp]:
     """Returns the positions of the greatest logits of each row, greatest first, [n, count].
 
@@ -238,10 +264,7 @@ def _best_positions(logits: npt.NDArray[np.float64], count: int) -> npt.NDArray[
 def _ranked_spans(
     features: SquadFeatures,
     rows: npt.NDArray[np.intp],
-    top_starts: npt.NDArray[np.intp],
-    top_ends: npt.NDArray[np.intp],
-    start_logits: npt.NDArray[np.float64],
-    end_logits: npt.NDArray[np.float64],
+    logits: _Logits,
     max_answer_length: int,
 ) -> _Spans:
     """Returns the allowed spans of one question's features, best first.
@@ -249,8 +272,8 @@ def _ranked_spans(
     A span lies within one window, starts where its first token has the most context, and is not too
     long. Equal scores keep the order of feature, rank of start, rank of end.
     """
-    starts = top_starts[rows][:, :, None]  # [r, k, 1]
-    ends = top_ends[rows][:, None, :]  # [r, 1, k]
+    starts = logits.top_starts[rows][:, :, None]  # [r, k, 1]
+    ends = logits.top_ends[rows][:, None, :]  # [r, 1, k]
     at = rows[:, None, None]
     allowed = (
         (features.token_to_orig[at, starts] >= 0)
@@ -261,25 +284,25 @@ def _ranked_spans(
     )  # [r, k, k]
     which, start_rank, end_rank = np.nonzero(allowed)
     row = rows[which]
-    start = top_starts[row, start_rank]
-    end = top_ends[row, end_rank]
-    scores = start_logits[row, start] + end_logits[row, end]
-    order = np.argsort(-scores, kind="stable")
-    return _Spans(row[order], start[order], end[order], scores[order])
+    start = logits.top_starts[row, start_rank]
+    end = logits.top_ends[row, end_rank]
+    start_logits, end_logits = logits.start[row, start], logits.end[row, end]
+    order = np.argsort(-(start_logits + end_logits), kind="stable")
+    return _Spans(row[order], start[order], end[order], start_logits[order], end_logits[order])
 
 
 def _texts(
-    example: SquadExample,
-    features: SquadFeatures,
-    spans: _Spans,
-    start_logits: npt.NDArray[np.float64],
-    end_logits: npt.NDArray[np.float64],
-    normalization: Normalization,
+    example: SquadExample, features: SquadFeatures, spans: _Spans, normalization: Normalization
 ) -> Iterator[_Candidate]:
     """Yields spans as candidates with text, best first; of equal texts only the first."""
     seen = set()
-    for row, start, end in zip(
-        spans.rows.tolist(), spans.starts.tolist(), spans.ends.tolist(), strict=True
+    for row, start, end, start_logit, end_logit in zip(
+        spans.rows.tolist(),
+        spans.starts.tolist(),
+        spans.ends.tolist(),
+        spans.start_logits.tolist(),
+        spans.end_logits.tolist(),
+        strict=True,
     ):
         ids = features.input_ids[row, start : end + 1].tolist()
         pieces = " ".join([features.vocab_tokens[i] for i in ids])
@@ -291,7 +314,30 @@ def _texts(
         if text in seen:
             continue
         seen.add(text)
-        yield _Candidate(text, float(start_logits[row, start]), float(end_logits[row, end]))
+        yield _Candidate(text, start_logit, end_logit)
+
+
+def _best_candidates(
+    candidates: Iterator[_Candidate], null: _Candidate | None, count: int
+) -> list[_Candidate]:
+    """Returns the best candidates, at least one; the null candidate, if any, is among them."""
+    nbest = list(itertools.islice(_with_null(candidates, null), count))
+    if null is not None and all(candidate.text for candidate in nbest):
+        nbest.append(null)
+    return nbest or [_Candidate("empty", 0.0, 0.0)]
+
+
+def _nbest_entries(nbest: list[_Candidate]) -> list[NbestEntry]:
+    probabilities = _softmax([candidate.score for candidate in nbest])
+    return [
+        NbestEntry(
+            text=candidate.text,
+            probability=probability,
+            start_logit=candidate.start_logit,
+            end_logit=candidate.end_logit,
+        )
+        for candidate, probability in zip(nbest, probabilities, strict=True)
+    ]
 
 
 def _with_null(candidates: Iterator[_Candidate], null: _Candidate | None) -> Iterator[_Candidate]:

@@ -24,25 +24,12 @@ LONG_FUNCTIONS: Mapping[str, int] = {
     "bertbench.run.output.run_folder.prepare_output": 95,
     "bertbench.run.squad.run_squad": 100,
     "bertbench.run.training.train_model": 192,
-    "finetune.model.chunks.in_chunks": 120,
-    "finetune.model.modeling._layer": 81,
-    "finetune.model.recomputation.recompute": 83,
-    "finetune.tasks.squad_predictions.predict_answers": 91,
-    "finetune.train.step.make_trainer": 231,
 }
 MANY_PARAMETERS: Mapping[str, int] = {
     "bertbench.plan.planner.make_plan": 13,
     "bertbench.probe.cell.probe_cell": 12,
     "bertbench.probe.search.find_max_batch": 8,
     "bertbench.run.training.train_model": 9,
-    "finetune.model.chunks.in_chunks": 10,
-    "finetune.model.modeling._layer": 8,
-    "finetune.model.modeling.encode": 10,
-    "finetune.model.recomputation.recompute": 9,
-    "finetune.tasks.squad._fill": 8,
-    "finetune.tasks.squad_predictions.predict_answers": 9,
-    "finetune.train.step.example_losses": 9,
-    "finetune.train.step.make_trainer": 12,
 }
 
 

@@ -19,7 +19,7 @@ from finetune.tasks.demo_data import demo_files
 from finetune.tasks.glue import find_task, read_examples
 from finetune.tasks.squad import featurize
 from finetune.tasks.squad_examples import read_squad
-from finetune.tasks.squad_predictions import predict_answers
+from finetune.tasks.squad_predictions import AnswerSettings, predict_answers
 from finetune.text.tokenization import UNCASED, Tokenizer, load_tokenizer
 from helpers.command_line import bertbench, fails_with_one_line, squad_arguments
 
@@ -153,9 +153,13 @@ def test_empty_contexts_have_no_windows_and_no_answer(tmp_path: Path, tokenizer:
     logits = np.zeros((1, 32))
     for version_2, expected in ((False, "empty"), (True, "")):
         predictions = predict_answers(
-            examples, features, logits, logits, normalization=UNCASED,
-            version_2_with_negative=version_2,
-        )  # fmt: skip
+            examples,
+            features,
+            logits,
+            logits,
+            UNCASED,
+            AnswerSettings(version_2_with_negative=version_2),
+        )
         assert predictions.predictions["none"] == expected
 
 

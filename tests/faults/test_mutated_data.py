@@ -23,7 +23,7 @@ from finetune.tasks.demo_data import demo_files
 from finetune.tasks.glue import find_task, read_examples
 from finetune.tasks.squad import featurize
 from finetune.tasks.squad_examples import read_squad
-from finetune.tasks.squad_predictions import predict_answers, write_predictions
+from finetune.tasks.squad_predictions import AnswerSettings, predict_answers, write_predictions
 from finetune.tasks.table_files import TableTask, read_table_task
 from finetune.tasks.triviaqa import read_triviaqa
 from finetune.text.tokenization import UNCASED, Tokenizer, load_tokenizer
@@ -142,9 +142,13 @@ def use_squad(path: Path, tokenizer: Tokenizer) -> None:
             if not is_training:
                 logits = np.zeros(features.input_ids.shape)
                 answers = predict_answers(
-                    examples, features, logits, logits, normalization=UNCASED,
-                    version_2_with_negative=version_2,
-                )  # fmt: skip
+                    examples,
+                    features,
+                    logits,
+                    logits,
+                    UNCASED,
+                    AnswerSettings(version_2_with_negative=version_2),
+                )
                 write_predictions(answers, path.parent / "predicted")
                 for written in (path.parent / "predicted").iterdir():
                     json.loads(written.read_text(encoding="utf-8"), parse_constant=pytest.fail)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from finetune.errors import InputError
 from finetune.storage.array_cache import Arrays, CacheEntry, hash_key, load_or_make
 from finetune.tasks.demo_data import demo_files
-from finetune.tasks.squad import SquadFeatures, feature_chunks, featurize
+from finetune.tasks.squad import SquadFeatures, feature_parts, featurize
 from finetune.tasks.squad_cache import SquadSource, load_squad_features
 from finetune.tasks.squad_examples import read_squad
 from finetune.text.tokenization import (
@@ -236,17 +236,17 @@ SOURCE = SquadSource(
 
 
 @given(st.integers(1, 60))
-def test_chunks_are_the_whole(rows: int) -> None:
+def test_parts_are_the_whole(rows: int) -> None:
     examples = read_squad(SOURCE.path, is_training=True, version_2_with_negative=False)
     options = {"max_seq_length": 48, "doc_stride": 8, "max_query_length": 16, "is_training": True}
     whole = featurize(examples, TOKENIZER, **options).arrays()  # type: ignore[arg-type]
-    chunks = [
-        chunk.arrays()
-        for chunk in feature_chunks(examples, TOKENIZER, rows=rows, **options)  # type: ignore[arg-type]
+    parts = [
+        part.arrays()
+        for part in feature_parts(examples, TOKENIZER, rows=rows, **options)  # type: ignore[arg-type]
     ]
     for name, array in whole.items():
-        np.testing.assert_array_equal(np.concatenate([c[name] for c in chunks]), array)
-    sizes = [len(chunk["input_ids"]) for chunk in chunks]
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
+    sizes = [len(part["input_ids"]) for part in parts]
     most = np.bincount(whole["example_index"]).max()
     assert max(sizes) <= max(rows, most)
 

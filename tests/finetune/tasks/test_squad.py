@@ -24,7 +24,7 @@ from finetune.tasks.squad_examples import (
     SquadParagraph,
     read_squad,
 )
-from finetune.tasks.squad_predictions import predict_answers
+from finetune.tasks.squad_predictions import AnswerSettings, predict_answers
 from finetune.text.tokenization import UNCASED, Tokenizer, load_tokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -305,9 +305,13 @@ def test_of_equal_ids_the_last_is_predicted(squad_file: Any, letters: Tokenizer)
     logits[1, offset + 3] = 9.0  # "t" for the second.
     for version_2 in (False, True):
         predictions = predict_answers(
-            examples, features, logits, logits, normalization=UNCASED,
-            version_2_with_negative=version_2,
-        )  # fmt: skip
+            examples,
+            features,
+            logits,
+            logits,
+            UNCASED,
+            AnswerSettings(version_2_with_negative=version_2),
+        )
         assert predictions.predictions == {"q": "t"}
         assert list(predictions.nbest) == ["q"]
 

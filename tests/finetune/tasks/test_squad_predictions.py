@@ -17,7 +17,12 @@ from hypothesis import strategies as st
 from finetune.errors import InputError
 from finetune.tasks.squad import SquadFeatures, featurize
 from finetune.tasks.squad_examples import SquadExample, SquadExamples, SquadParagraph, read_squad
-from finetune.tasks.squad_predictions import predict_answers, recover_text, write_predictions
+from finetune.tasks.squad_predictions import (
+    AnswerSettings,
+    predict_answers,
+    recover_text,
+    write_predictions,
+)
 from finetune.text.tokenization import (
     CASED,
     UNCASED,
@@ -216,11 +221,13 @@ def test_predictions_equal_a_search_through_all_pairs(letters: Tokenizer, data: 
         features,
         start,
         end,
-        n_best_size=n_best,
-        max_answer_length=max_length,
-        normalization=UNCASED,
-        version_2_with_negative=threshold is not None,
-        null_score_diff_threshold=threshold or 0.0,
+        UNCASED,
+        AnswerSettings(
+            n_best_size=n_best,
+            max_answer_length=max_length,
+            version_2_with_negative=threshold is not None,
+            null_score_diff_threshold=threshold or 0.0,
+        ),
     )
     for i, example in enumerate(examples):
         rows = np.flatnonzero(features.example_index == i).tolist()
@@ -258,7 +265,7 @@ def test_longest_answer(letters: Tokenizer) -> None:
     end = logits_of(features, (0, 6, 5.0), (0, 5, 1.0))
     for longest, expected in [(4, "a b c d"), (3, "a b c")]:
         result = predict_answers(
-            examples, features, start, end, max_answer_length=longest, normalization=UNCASED
+            examples, features, start, end, UNCASED, AnswerSettings(max_answer_length=longest)
         )
         assert result.predictions == {"q0": expected}
 
@@ -270,7 +277,7 @@ def test_padding_takes_places_among_the_best_positions(letters: Tokenizer) -> No
     end = logits_of(features, (0, 4, 7.0))
     for n_best, expected in [(2, "empty"), (3, "a b")]:
         result = predict_answers(
-            examples, features, start, end, n_best_size=n_best, normalization=UNCASED
+            examples, features, start, end, UNCASED, AnswerSettings(n_best_size=n_best)
         )
         assert result.predictions == {"q0": expected}
         assert result.null_odds == {}
@@ -287,9 +294,8 @@ def test_null_score_is_the_least_of_all_windows(letters: Tokenizer) -> None:
             features,
             start,
             end,
-            normalization=UNCASED,
-            version_2_with_negative=True,
-            null_score_diff_threshold=threshold,
+            UNCASED,
+            AnswerSettings(version_2_with_negative=True, null_score_diff_threshold=threshold),
         )
         assert result.null_odds == {"q0": 0.5}
         assert result.predictions == {"q0": expected}
@@ -303,9 +309,13 @@ def test_null_is_added_to_a_full_nbest_list(letters: Tokenizer) -> None:
     start = logits_of(features, (0, 3, 5.0), (0, 4, 4.0), (0, 0, -9.0))
     end = logits_of(features, (0, 5, 5.0), (0, 6, 4.0), (0, 0, -9.0))
     result = predict_answers(
-        examples, features, start, end, n_best_size=2, normalization=UNCASED,
-        version_2_with_negative=True,
-    )  # fmt: skip
+        examples,
+        features,
+        start,
+        end,
+        UNCASED,
+        AnswerSettings(n_best_size=2, version_2_with_negative=True),
+    )
     assert [entry["text"] for entry in result.nbest["q0"]] == ["a b c", "a b c d", ""]
     assert result.null_odds == {"q0": -28.0}
 
@@ -317,9 +327,15 @@ def test_no_span_at_all_is_no_answer(letters: Tokenizer) -> None:
     assert len(features) == 1
     start = end = logits_of(features, (0, 0, 2.0))
     result = predict_answers(
-        examples, features, start, end, n_best_size=1, normalization=UNCASED,
-        version_2_with_negative=True, null_score_diff_threshold=100.0,
-    )  # fmt: skip
+        examples,
+        features,
+        start,
+        end,
+        UNCASED,
+        AnswerSettings(
+            n_best_size=1, version_2_with_negative=True, null_score_diff_threshold=100.0
+        ),
+    )
     assert result.predictions == {"q0": "", "q1": ""}
     assert result.null_odds == {"q0": 4.0, "q1": 0.0}
     assert [entry["text"] for entry in result.nbest["q0"]] == [""]
@@ -336,7 +352,7 @@ def test_wrong_arguments(letters: Tokenizer) -> None:
         with pytest.raises(FloatingPointError, match="not finite"):
             predict_answers(examples, features, good, bad, normalization=UNCASED)
     with pytest.raises(InputError, match="n_best_size 0"):
-        predict_answers(examples, features, good, good, n_best_size=0, normalization=UNCASED)
+        predict_answers(examples, features, good, good, UNCASED, AnswerSettings(n_best_size=0))
 
 
 # Files
@@ -351,7 +367,7 @@ def test_written_files(letters: Tokenizer, tmp_path: Path) -> None:
     write_predictions(first, folder)
     assert sorted(os.listdir(folder)) == ["nbest_predictions.json", "predictions.json"]
     second = predict_answers(
-        examples, features, logits, logits, normalization=UNCASED, version_2_with_negative=True
+        examples, features, logits, logits, UNCASED, AnswerSettings(version_2_with_negative=True)
     )
     write_predictions(second, folder)
     names = ["nbest_predictions.json", "null_odds.json", "predictions.json"]
@@ -420,9 +436,10 @@ def test_predictions_equal_the_originals(shared_dir: Path) -> None:
             features,
             draws[0::2],
             draws[1::2],
-            normalization=Normalization(config["do_lower_case"]),
-            version_2_with_negative=config["version_2"],
-            null_score_diff_threshold=threshold,
+            Normalization(config["do_lower_case"]),
+            AnswerSettings(
+                version_2_with_negative=config["version_2"], null_score_diff_threshold=threshold
+            ),
         )
         assert result.predictions == golden[key]
         assert result.null_odds == pytest.approx(golden["null_odds"], abs=1e-9)
