@@ -11,8 +11,9 @@ from typing import Any
 import pandas as pd
 
 from bertbench.core.terminal import clean_text
-from bertbench.run.output.run_folder import RUN_FILE, read_record
+from bertbench.run.output.run_record import read_record
 from finetune.errors import InputError
+from finetune.model_files.model_folder import RUN_FILE
 from finetune.storage.array_cache import hash_file
 from finetune.storage.json_files import JsonLines, load_json_lines, warn_of_damage
 

@@ -36,10 +36,9 @@ from bertbench.devices.device import Budget, TpuSettings, make_budget
 from bertbench.devices.discover import tpu_device
 from bertbench.devices.threads import check_threads
 from bertbench.run.output.cloud_storage import is_url
-from bertbench.run.output.run_folder import RUN_FILE
 from bertbench.run.settings import RunRequest, RunSettings
 from finetune.errors import InputError
-from finetune.model_files.model_folder import ModelFiles, find_model_files
+from finetune.model_files.model_folder import RUN_FILE, ModelFiles, find_model_files
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.tasks.demo_data import demo_files
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
-from bertbench.run.job import FineTuned, Job, feature_arrays, fine_tuned
+from bertbench.run.job import FineTuned, Job, TrainingData, feature_arrays, fine_tune
 from bertbench.run.model_files import check_segments, load_config_and_tokenizer
-from bertbench.run.output.run_folder import hash_arrays, record_results, settings_json
-from bertbench.run.settings import RunRequest
-from bertbench.run.training import OnProgress, Predict, Scorer, predict_with_progress
+from bertbench.run.output.run_record import hash_arrays, settings_json
+from bertbench.run.predict import OnProgress, Predict, Scoring, predict_with_progress
+from bertbench.run.settings import RunRequest, RunSettings
 from finetune.errors import InputError
 from finetune.model_files.head_labels import read_trained_head, recorded_labels
 from finetune.spec.config import INPUT_NAMES, TARGET_NAMES
@@ -29,6 +29,8 @@ from finetune.tasks.classification import (
 from finetune.tasks.classification_metrics import evaluate
 from finetune.tasks.glue import find_task, read_task
 from finetune.tasks.table_files import TableTask, read_table_task
+
+_Splits = Mapping[str, ClassificationFeatures]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,18 +91,8 @@ def run_classifier(request: RunRequest, classifier: ClassifierSettings) -> dict[
     for name, count in skipped.items():
         say(f"{name}: left out {count} malformed lines")
     head = "regressor" if data.is_regression else "classifier"
-    train_arrays = None
-    if "train" in splits:
-        arrays = feature_arrays(splits["train"], INPUT_NAMES + TARGET_NAMES[head])
-        train_arrays = {name: a[: classifier.max_train_examples] for name, a in arrays.items()}
-
-    def score(predict: Predict, on_progress: OnProgress) -> dict[str, float]:
-        logits = predict(feature_arrays(splits["dev"], INPUT_NAMES), on_progress)
-        return score_logits(data, splits["dev"], logits)
-
-    if settings.evaluate_every_steps is not None and "dev" not in splits:
-        raise InputError("--evaluate_every_steps needs --do_eval")
     job = Job(
+        request,
         task=data.name,
         workload=Workload(
             files.config_file.parent.name,
@@ -110,30 +102,53 @@ def run_classifier(request: RunRequest, classifier: ClassifierSettings) -> dict[
             len(data.labels) or 1,
         ),
         tokenizer=tokenizer,
-        train_arrays=train_arrays,
-        num_examples=0 if train_arrays is None else len(train_arrays["input_ids"]),
-        make_scorer=None
-        if settings.evaluate_every_steps is None
-        else lambda predict: Scorer(lambda told: score(predict, told), data.metrics[0]),
-        evaluation={"data_sha256": hash_arrays(splits["dev"].arrays()), "metric": data.metrics[0]}
-        if settings.evaluate_every_steps is not None
-        else {},
-        record={
+        data=_training_data(splits, head, classifier.max_train_examples),
+        scoring=_make_scoring(settings, data, splits),
+        details={
             "labels": list(data.labels),
             "classifier": settings_json(classifier),
             "skipped_lines": skipped,
         },
         labels=data.labels,
     )
-    with fine_tuned(request, job) as tuned:
+    with fine_tune(job) as tuned:
         return _predict_splits(tuned, data, splits)
 
 
-def _predict_splits(
-    tuned: FineTuned, data: ClassificationData, splits: Mapping[str, ClassificationFeatures]
-) -> dict[str, Any]:
+def _training_data(splits: _Splits, head: str, most: int | None) -> TrainingData | None:
+    """The first examples of the train split, or all of them; None if it is not wanted."""
+    if "train" not in splits:
+        return None
+    arrays = feature_arrays(splits["train"], INPUT_NAMES + TARGET_NAMES[head])
+    first = {name: array[:most] for name, array in arrays.items()}
+    return TrainingData(first, len(first["input_ids"]))
+
+
+def _make_scoring(
+    settings: RunSettings, data: ClassificationData, splits: _Splits
+) -> Scoring | None:
+    """How the model is scored on the dev split while it is trained; None if it is not.
+
+    Raises:
+        InputError: it is to be, and there is no dev split.
+    """
+    if settings.evaluate_every_steps is None:
+        return None
+    if "dev" not in splits:
+        raise InputError("--evaluate_every_steps needs --do_eval")
+
+    def score(predict: Predict, on_progress: OnProgress) -> dict[str, float]:
+        logits = predict(feature_arrays(splits["dev"], INPUT_NAMES), on_progress)
+        return score_logits(data, splits["dev"], logits)
+
+    metric = data.metrics[0]
+    depends_on = {"data_sha256": hash_arrays(splits["dev"].arrays()), "metric": metric}
+    return Scoring(score, metric, depends_on)
+
+
+def _predict_splits(tuned: FineTuned, data: ClassificationData, splits: _Splits) -> dict[str, Any]:
     """Evaluate and predict; what is known is written before the next split is begun."""
-    results = dict(tuned.results)
+    output, results = tuned.output, dict(tuned.results)
     scored: dict[str, Any] = {}
     for name, features in splits.items():
         kind, _, part = name.partition("_")
@@ -145,7 +160,7 @@ def _predict_splits(
         logits = predict_with_progress(
             tuned.predict, feature_arrays(features, INPUT_NAMES), f"{doing} {part}".strip()
         )
-        tuned.folder.check()
+        output.held.check()
         if kind == "dev":
             scores = score_logits(data, features, logits)
             scored |= {f"eval{suffix}_{metric}": value for metric, value in scores.items()}
@@ -154,13 +169,13 @@ def _predict_splits(
             results |= scored
             # The original's step is that of the weights, which may be the best ones.
             step = {"global_step": results["weights_step"]} if "weights_step" in results else {}
-            write_eval_results(tuned.folder.path / "eval_results.txt", {**scored, **step})
+            write_eval_results(output.path / "eval_results.txt", {**scored, **step})
         else:
-            path = tuned.folder.path / f"test_results{suffix}.tsv"
+            path = output.path / f"test_results{suffix}.tsv"
             rows = logits if data.is_regression else np.exp(_log_softmax(logits))
             write_test_results(path, rows)
             results[f"test_results{suffix}"] = str(path)
-        record_results(tuned.folder, results, tuned.begun)
+        output.add_results(results)
     return results
 
 

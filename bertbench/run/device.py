@@ -1,13 +1,17 @@
-"""The device of a run: this process is bound to it, and to its budget."""
+"""The device of a run: bound to this process and its budget; and what to say if memory runs out."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
+from bertbench.core.errors import WorkError
 from bertbench.devices import tpu
 from bertbench.devices.device import Budget, check_free
 from bertbench.memory.allocator.limit import child_environment
+from bertbench.trials.outcome import memory_ran_out, summarise_error
 
 
 def open_device(budget: Budget) -> Any:
@@ -44,3 +48,33 @@ def bind_budget(budget: Budget) -> str:
     from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
 
     return start_tensorflow(budget)
+
+
+@contextlib.contextmanager
+def memory_errors_explained(what: str) -> Iterator[None]:
+    """Say in one line that memory ran out while something was done in the block.
+
+    Args:
+        what: was done, as in `weights were loaded`.
+
+    Raises:
+        WorkError: memory ran out; other errors pass unchanged.
+    """
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise WorkError(f"out of memory while {what} ({summarise(error)})") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of TensorFlow says that the device's memory ran out."""
+    return memory_ran_out(type(error).__name__, str(error))
+
+
+def summarise(error: Exception) -> str:
+    """Write an error of TensorFlow, which may be pages long, in one line."""
+    return summarise_error(type(error).__name__, str(error))

@@ -5,69 +5,68 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bertbench.core.errors import OutOfMemoryError, WorkError
 from bertbench.core.terminal import say
-from bertbench.core.workload import Setup, Workload
+from bertbench.core.workload import TrainingStep, Workload
 from bertbench.memory.fit import inference_batch
 from bertbench.run.choose_plan import choose_step
 from bertbench.run.device import open_device
-from bertbench.run.initial_weights import load_initial_weights
+from bertbench.run.model import Model, create_model, load_initial_weights, random_head_names
 from bertbench.run.oom_recovery import apply_steps_down, step_down
-from bertbench.run.output.run_folder import (
-    alone_in,
-    clear_remains,
-    describe_file,
-    hash_arrays,
-    prepare_output,
-    record_results,
-    write_model_files,
-)
+from bertbench.run.output.run_folder import OutputFolder, open_output, write_model_files
+from bertbench.run.output.run_record import RunDescription, describe_file, hash_arrays
+from bertbench.run.predict import Predict, Scoring, make_predict
 from bertbench.run.settings import RunRequest, RunSettings
-from bertbench.run.training import (
-    Predict,
-    Scorer,
-    make_predict,
-    memory_errors_explained,
-    train_model,
-)
 from finetune.errors import InputError
+from finetune.model_files.checkpoint_files import PREFIX, list_checkpoints
 from finetune.spec.recipes import train_steps
-from finetune.storage.folders import FolderLostError, HeldFolder
+from finetune.storage.folders import FolderLostError
 from finetune.text.tokenization import Tokenizer
 
-# Which of the two a configuration's `gelu` means is worth saying: they differ by family.
-_ACTIVATIONS = {"gelu_tanh": "GELU by tanh", "gelu_erf": "exact GELU"}
+if TYPE_CHECKING:
+    from bertbench.run.training import Training
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What a model is trained on.
+
+    Attributes:
+        arrays: by name, with one row an example, or a window of one.
+        num_examples: what steps are counted by.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    num_examples: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a task wants done.
+    """What a task wants done with a model.
 
     Attributes:
-        task: its name, for the record.
+        request: the model's files, the settings and the device.
+        task: name of the task, for the record.
         workload: model, head and sequence length.
         tokenizer: with which the arrays were made.
-        train_arrays: one row an example or window; None does not train.
-        num_examples: what steps are counted by.
-        make_scorer: gives the scores to take while training; None takes none.
-        evaluation: what those scores depend on besides the model.
-        record: what else belongs in `run.json`.
+        data: to train on; None does not train.
+        scoring: how the model is scored while it is trained; None does not score it.
+        details: what else belongs in `run.json`.
         labels: of a classifier, in the order in which its rows are to be.
     """
 
+    request: RunRequest
     task: str
     workload: Workload
     tokenizer: Tokenizer
-    train_arrays: Mapping[str, np.ndarray] | None
-    num_examples: int
-    make_scorer: Callable[[Predict], Scorer] | None = None
-    evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    data: TrainingData | None
+    scoring: Scoring | None = None
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     labels: tuple[str, ...] = ()
 
 
@@ -80,14 +79,12 @@ class FineTuned:
             `bertbench.memory.fit.inference_batch`.
         results: for `--json`; `weights_step` says how many optimizer steps its weights have seen,
             where that is known.
-        folder: the output folder; to be checked before anything is written to it.
-        begun: the run's record as it began, for `record_results`; None without training.
+        output: the output folder, which no other run can write to.
     """
 
     predict: Predict
     results: dict[str, Any]
-    folder: HeldFolder
-    begun: Mapping[str, Any] | None = None
+    output: OutputFolder
 
 
 def feature_arrays(features: object, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -96,14 +93,13 @@ def feature_arrays(features: object, names: tuple[str, ...]) -> dict[str, np.nda
 
 
 @contextlib.contextmanager
-def fine_tuned(request: RunRequest, job: Job) -> Iterator[FineTuned]:
+def fine_tune(job: Job) -> Iterator[FineTuned]:
     """Plan, bind the budget, load weights and train; import TensorFlow on the way.
 
     Without training, the weights are those that an earlier training left in the output folder,
     as in the original; only where there are none, those of `--init_checkpoint`.
 
     Args:
-        request: the model, the settings and the device.
         job: what to do.
 
     Yields:
@@ -112,17 +108,14 @@ def fine_tuned(request: RunRequest, job: Job) -> Iterator[FineTuned]:
     Raises:
         InputError: too few examples, nothing fits, the weights do not match, or the output
             folder holds another run.
-        bertbench.core.errors.SteppedDownError: a step ran out of memory; what was done is saved,
-        and the
-            same call in a fresh process goes on with another plan.
+        bertbench.core.errors.SteppedDownError: a step ran out of memory. What was done is saved,
+            and the same call in a fresh process continues with another plan.
         bertbench.core.errors.WorkError: training failed, or somebody deleted or renamed the
-        folder, in
-            the block too.
+            folder, in the block too.
     """
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as held:
         try:
-            make = _load if job.train_arrays is None else _train
-            yield make(request, job, stack)
+            yield _load(job, held) if job.data is None else _train(job, job.data, held)
         except FolderLostError as error:
             raise WorkError(
                 f"{error}; nothing was written elsewhere: put it back, and the same command "
@@ -130,46 +123,105 @@ def fine_tuned(request: RunRequest, job: Job) -> Iterator[FineTuned]:
             ) from error
 
 
-def _train(request: RunRequest, job: Job, stack: contextlib.ExitStack) -> FineTuned:
-    files, settings, budget = request.files, request.settings, request.budget
-    assert job.train_arrays is not None
-    steps = train_steps(job.num_examples, settings.train_batch_size, settings.num_train_epochs)
+def _train(job: Job, data: TrainingData, held: contextlib.ExitStack) -> FineTuned:
+    request, settings = job.request, job.request.settings
+    num_train_steps = _count_steps(data, settings)
+    step = apply_steps_down(request, choose_step(request, job.workload))
+    model = create_model(job.workload, settings.seed, open_device(request.budget))
+    if request.files.init_checkpoint is not None:
+        load_initial_weights(model, request.files.init_checkpoint, job.labels, trains=True)
+    from bertbench.run.training import Training, train_model
+
+    training = Training(settings, step, data.arrays, num_train_steps, job.scoring)
+    # The folder is made once everything that can be wrong with the input has been read.
+    output = held.enter_context(open_output(settings, _describe(job, training, model)))
+    write_model_files(settings, job.tokenizer, job.workload.config)
+    predict = make_predict(model, _prediction_batch(request, step))
+    try:
+        trained = train_model(model, training, predict)
+    except OutOfMemoryError as error:
+        step_down(request, step, error)
+    results = {
+        "task": job.task,
+        **trained,
+        "micro_batch": step.micro_batch,
+        "levers": step.levers.to_json(),
+    }
+    output.add_results(results)
+    return FineTuned(predict, results, output)
+
+
+def _load(job: Job, held: contextlib.ExitStack) -> FineTuned:
+    request, settings = job.request, job.request.settings
+    model = create_model(job.workload, settings.seed, open_device(request.budget))
+    source = request.files.init_checkpoint
+    if settings.output_dir.is_dir() and list_checkpoints(settings.output_dir):
+        source = settings.output_dir
+        say(f"using the weights that a training left in {source}")
+    results: dict[str, Any] = {"task": job.task}
+    unset = list(model.variables)
+    if source is not None:
+        report = load_initial_weights(model, source, job.labels, trains=False)
+        unset = list(report.initialised)
+        step = report.source.name.removeprefix(PREFIX)
+        if step.isdecimal():
+            results["weights_step"] = int(step)
+    head = random_head_names(model, unset)
+    if head:
+        names = "all weights" if len(unset) == len(model.variables) else ", ".join(head)
+        say(f"warning: {names} are random: train first, or give trained weights")
+    output = held.enter_context(open_output(settings))
+    return FineTuned(make_predict(model, settings.predict_batch_size), results, output)
+
+
+def _count_steps(data: TrainingData, settings: RunSettings) -> int:
+    """Optimizer steps of the training.
+
+    Raises:
+        InputError: there are too few examples for one.
+    """
+    batch, epochs = settings.train_batch_size, settings.num_train_epochs
+    steps = train_steps(data.num_examples, batch, epochs)
     if steps < 1:
         raise InputError(
-            f"{job.num_examples} examples and {settings.num_train_epochs} epochs make no batch of "
-            f"{settings.train_batch_size}",
+            f"{data.num_examples} examples and {epochs} epochs make no batch of {batch}",
             hint="use a smaller --train_batch_size or more epochs",
         )
-    say(f"train: {job.num_examples} examples, {steps} steps of {settings.train_batch_size}")
-    step = apply_steps_down(request, choose_step(request, job.workload))
-    micro_batch, levers = step.micro_batch, step.levers
-    strategy = open_device(budget)
-    variables = _create(settings, job.workload, strategy)
-    if files.init_checkpoint is not None:
-        load_initial_weights(
-            variables, files.init_checkpoint, job.workload.head, job.labels, trains=True
-        )
+    say(f"train: {data.num_examples} examples, {steps} steps of {batch}")
+    return steps
+
+
+def _prediction_batch(request: RunRequest, step: TrainingStep) -> int:
+    """Examples that can be predicted at a time beside the training."""
+    most = min(request.settings.predict_batch_size, step.micro_batch)
+    return inference_batch(step.setup, request.budget.budget_bytes, most)
+
+
+def _describe(job: Job, training: Training, model: Model) -> RunDescription:
+    """What the run writes into its record."""
+    files, settings, budget = job.request.files, job.request.settings, job.request.budget
+    step = training.step
     identity = {
         "workload": json.loads(job.workload.key()),
-        "data_sha256": hash_arrays(job.train_arrays),
-        "initial_weights_sha256": hash_arrays({n: v.numpy() for n, v in variables.items()}),
+        "data_sha256": hash_arrays(training.data),
+        "initial_weights_sha256": hash_arrays({n: v.numpy() for n, v in model.variables.items()}),
         "train_batch_size": settings.train_batch_size,
         "learning_rate": settings.learning_rate,
-        "num_train_steps": steps,
+        "num_train_steps": training.num_train_steps,
         "warmup_proportion": settings.warmup_proportion,
         "seed": settings.seed,
         "adam_bias_correction": settings.adam_bias_correction,
         # Before this was recorded, the moments were corrected and epsilon was not.
         **({"adam_epsilon": "corrected too"} if settings.adam_bias_correction else {}),
-        **({} if levers.exact else {"inexact": list(levers.inexact)}),
+        **({} if step.levers.exact else {"inexact": list(step.levers.inexact)}),
     }
     plan = {
-        "micro_batch": micro_batch,
+        "micro_batch": step.micro_batch,
         "replicas": budget.device.replicas,
-        "levers": levers.to_json(),
+        "levers": step.levers.to_json(),
         "budget": budget.to_json(),
     }
-    record = {
+    details = {
         "task": job.task,
         "init_checkpoint": None if files.init_checkpoint is None else str(files.init_checkpoint),
         **vars(job.tokenizer.normalization),
@@ -177,86 +229,7 @@ def _train(request: RunRequest, job: Job, stack: contextlib.ExitStack) -> FineTu
             "config": describe_file(files.config_file),
             "vocab": describe_file(files.vocab_file),
         },
-        "evaluation": dict(job.evaluation),
-        **job.record,
+        "evaluation": {} if job.scoring is None else dict(job.scoring.depends_on),
+        **job.details,
     }
-    # The folder is made once everything that can be wrong with the input has been read.
-    folder = stack.enter_context(alone_in(settings.output_dir))
-    begun = prepare_output(settings, identity, record, plan)
-    clear_remains(settings.output_dir)
-    write_model_files(settings, job.tokenizer, job.workload.config)
-    most = min(settings.predict_batch_size, micro_batch)
-    predict_batch = inference_batch(Setup(job.workload, levers), budget.budget_bytes, most)
-    predict = make_predict(variables, job.workload, predict_batch, strategy)
-    scorer = None if job.make_scorer is None else job.make_scorer(predict)
-    try:
-        trained = train_model(
-            variables,
-            job.workload,
-            settings,
-            levers,
-            micro_batch,
-            job.train_arrays,
-            steps,
-            scorer,
-            strategy,
-        )
-    except OutOfMemoryError as error:
-        step_down(request, step, error)
-    results = {
-        "task": job.task,
-        **trained,
-        "micro_batch": micro_batch,
-        "levers": levers.to_json(),
-    }
-    record_results(folder, results, begun)
-    return FineTuned(predict, results, folder, begun)
-
-
-def _load(request: RunRequest, job: Job, stack: contextlib.ExitStack) -> FineTuned:
-    files, settings, budget = request.files, request.settings, request.budget
-    strategy = open_device(budget)
-    from finetune.model_files.checkpoint_files import PREFIX, list_checkpoints
-
-    variables = _create(settings, job.workload, strategy)
-    source = files.init_checkpoint
-    if settings.output_dir.is_dir() and list_checkpoints(settings.output_dir):
-        source = settings.output_dir
-        say(f"using the weights that a training left in {source}")
-    results: dict[str, Any] = {"task": job.task}
-    unset = list(variables)
-    if source is not None:
-        report = load_initial_weights(
-            variables, source, job.workload.head, job.labels, trains=False
-        )
-        unset = list(report.initialised)
-        step = report.source.name.removeprefix(PREFIX)
-        if step.isdecimal():
-            results["weights_step"] = int(step)
-    # SQuAD has no use for the pooler.
-    needed = "cls/" if job.workload.head == "squad" else ("output_", "bert/pooler/")
-    head = [name for name in unset if name.startswith(needed)]
-    if head:
-        names = "all weights" if len(unset) == len(variables) else ", ".join(head)
-        say(f"warning: {names} are random: train first, or give trained weights")
-    folder = stack.enter_context(alone_in(settings.output_dir))
-    clear_remains(settings.output_dir)
-    predict = make_predict(variables, job.workload, settings.predict_batch_size, strategy)
-    return FineTuned(predict, results, folder)
-
-
-def _create(settings: RunSettings, workload: Workload, strategy: Any) -> dict[str, Any]:
-    from finetune.model.modeling import create_variables
-
-    config = workload.config
-    say(
-        f"model: {config.num_hidden_layers} layers of {config.hidden_size}, "
-        f"{_ACTIVATIONS.get(config.hidden_act, config.hidden_act)}"
-    )
-    with (
-        contextlib.nullcontext() if strategy is None else strategy.scope(),
-        memory_errors_explained("the model was made: it needs more memory"),
-    ):
-        return create_variables(
-            workload.config, workload.head, num_labels=workload.num_labels, seed=settings.seed
-        )
+    return RunDescription(identity, plan, details)

@@ -25,7 +25,7 @@ from bertbench.memory.fit import Room, least_peak_bytes
 from bertbench.plan.calibration import experience_of, note_out_of_memory
 from bertbench.plan.planner import PlanEntry, describe_setting
 from bertbench.run.choose_plan import plan_run
-from bertbench.run.output.run_folder import add_step_down, recorded_steps_down
+from bertbench.run.output.run_record import add_step_down, recorded_steps_down
 from bertbench.run.settings import RunRequest, RunSettings
 from finetune.errors import InputError
 from finetune.storage.json_files import MOST_WHOLE, get_whole
@@ -175,7 +175,7 @@ def step_down(request: RunRequest, failed: TrainingStep, error: OutOfMemoryError
         smaller,
         str(error),
     )
-    add_step_down(settings, down.to_json())
+    add_step_down(settings.output_dir, down.to_json())
     raise SteppedDownError(
         f"{error}; going on from step {error.step} with {_describe(smaller)}, predicted peak "
         f"{format_bytes(entry.footprint.peak_bytes)}",

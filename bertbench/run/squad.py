@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from bertbench.core.progress import progress
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
-from bertbench.run.job import Job, feature_arrays, fine_tuned
+from bertbench.run.job import Job, TrainingData, feature_arrays, fine_tune
 from bertbench.run.model_files import check_segments, load_config_and_tokenizer
-from bertbench.run.output.run_folder import describe_file, record_results, settings_json
-from bertbench.run.settings import RunRequest
-from bertbench.run.training import OnProgress, Predict, Scorer
+from bertbench.run.output.run_folder import OutputFolder
+from bertbench.run.output.run_record import describe_file, settings_json
+from bertbench.run.predict import OnProgress, Predict, Scoring, predict_with_progress
+from bertbench.run.settings import RunRequest, RunSettings
 from finetune.errors import InputError
 from finetune.spec.config import INPUT_NAMES, TARGET_NAMES
 from finetune.storage.files import write_atomically
-from finetune.storage.folders import HeldFolder
 from finetune.tasks.squad import SquadFeatures
 from finetune.tasks.squad_cache import SquadSource, default_cache_dir, load_squad_features
 from finetune.tasks.squad_examples import SquadExamples, describe_skipped
@@ -38,7 +37,7 @@ from finetune.tasks.squad_predictions import (
     predict_answers,
     write_predictions,
 )
-from finetune.text.tokenization import Normalization
+from finetune.text.tokenization import Normalization, Tokenizer
 
 _TRAIN_NAMES = INPUT_NAMES + TARGET_NAMES["squad"]
 
@@ -80,6 +79,21 @@ class Questions:
     features: SquadFeatures
 
 
+@dataclasses.dataclass(frozen=True)
+class _SquadData:
+    """What was read from the files of questions.
+
+    Attributes:
+        train: to train on; None does not train.
+        dev: to answer; None does not predict.
+        details: what the run's record says of the files.
+    """
+
+    train: TrainingData | None
+    dev: Questions | None
+    details: dict[str, Any]
+
+
 def run_squad(request: RunRequest, squad: SquadSettings) -> dict[str, Any]:
     """Fine-tune, predict and evaluate.
 
@@ -100,6 +114,44 @@ def run_squad(request: RunRequest, squad: SquadSettings) -> dict[str, Any]:
         files, settings.tokenizer_flags, settings.max_seq_length, settings.earlier_run
     )
     check_segments(config, files.config_file)
+    # All files before training: a bad one should not be found out hours later.
+    data = _read_data(settings, squad, tokenizer)
+    can_score = data.dev is not None and has_gold_answers(data.dev.examples, squad)
+    _check_scores(settings, squad, can_score)
+
+    def answer(logits: np.ndarray) -> SquadPredictions:
+        assert data.dev is not None
+        return answer_questions(data.dev, logits, squad, tokenizer.normalization)
+
+    def score(predict: Predict, on_progress: OnProgress) -> dict[str, float]:
+        assert data.dev is not None
+        logits = predict(feature_arrays(data.dev.features, INPUT_NAMES), on_progress)
+        return score_predictions(data.dev.examples, answer(logits), squad)
+
+    scoring = None
+    if settings.evaluate_every_steps is not None:
+        scoring = Scoring(score, "f1", _scores_depend_on(squad, data))
+    name = files.config_file.parent.name
+    workload = Workload(name, config, "squad", settings.max_seq_length)
+    job = Job(request, "squad", workload, tokenizer, data.train, scoring, data.details)
+    with fine_tune(job) as tuned:
+        results = dict(tuned.results)
+        if data.details.get("skipped_answers"):
+            results["skipped_answers"] = data.details["skipped_answers"]
+        if data.dev is not None:
+            inputs = feature_arrays(data.dev.features, INPUT_NAMES)
+            logits = predict_with_progress(tuned.predict, inputs, "predict", "windows")
+            results |= _write_answers(tuned.output, data.dev, answer(logits), squad, can_score)
+        tuned.output.add_results(results)
+    return results
+
+
+def _read_data(settings: RunSettings, squad: SquadSettings, tokenizer: Tokenizer) -> _SquadData:
+    """Read the files of questions, and cut them into windows or take those from the cache.
+
+    Raises:
+        InputError: a file cannot be used.
+    """
     cache_dir = default_cache_dir() if settings.feature_cache else None
     source = functools.partial(
         SquadSource,
@@ -109,26 +161,34 @@ def run_squad(request: RunRequest, squad: SquadSettings) -> dict[str, Any]:
         max_query_length=squad.max_query_length,
         version_2_with_negative=squad.version_2_with_negative,
     )
-    train = None
-    record: dict[str, Any] = {"squad": settings_json(squad)}
+    train, dev = None, None
+    details: dict[str, Any] = {"squad": settings_json(squad)}
     if squad.train_file is not None:
-        train = load_squad_features(
+        entry = load_squad_features(
             source(squad.train_file, is_training=True, max_examples=squad.max_train_examples),
             cache_dir,
         )
-        record["train_file"] = describe_file(squad.train_file)
-        record["skipped_answers"] = sum(train.extra["skipped"].values())
-        if train.was_there and train.extra["skipped"]:
-            say(describe_skipped(train.extra["skipped"]))
-    # Read before training: a bad file should not be found out hours later.
-    dev = None
+        arrays = {name: entry.arrays[name] for name in _TRAIN_NAMES}
+        train = TrainingData(arrays, entry.extra["num_examples"])
+        details["train_file"] = describe_file(squad.train_file)
+        details["skipped_answers"] = sum(entry.extra["skipped"].values())
+        if entry.was_there and entry.extra["skipped"]:
+            say(describe_skipped(entry.extra["skipped"]))
     if squad.predict_file is not None:
         dev_source = source(squad.predict_file, is_training=False)
-        dev_examples = dev_source.read()
-        dev_arrays = load_squad_features(dev_source, cache_dir, dev_examples).arrays
-        dev = Questions(dev_examples, SquadFeatures.from_arrays(dev_arrays, tokenizer))
-        record["predict_file"] = describe_file(squad.predict_file)
-    can_score = dev is not None and has_gold_answers(dev.examples, squad)
+        examples = dev_source.read()
+        dev_arrays = load_squad_features(dev_source, cache_dir, examples).arrays
+        dev = Questions(examples, SquadFeatures.from_arrays(dev_arrays, tokenizer))
+        details["predict_file"] = describe_file(squad.predict_file)
+    return _SquadData(train, dev, details)
+
+
+def _check_scores(settings: RunSettings, squad: SquadSettings, can_score: bool) -> None:
+    """Refuse flags that need scores where there can be none.
+
+    Raises:
+        InputError: says which flag.
+    """
     if squad.tune_threshold and not squad.version_2_with_negative:
         raise InputError("--tune_threshold needs --version_2_with_negative")
     for wanted, flag in (
@@ -138,49 +198,19 @@ def run_squad(request: RunRequest, squad: SquadSettings) -> dict[str, Any]:
         if wanted and not can_score:
             raise InputError(f"{flag} needs a --predict_file with answers", path=squad.predict_file)
 
-    def answer(predict: Predict, on_progress: OnProgress) -> SquadPredictions:
-        assert dev is not None
-        inputs = feature_arrays(dev.features, INPUT_NAMES)
-        logits = predict(inputs, on_progress)
-        return answer_questions(dev, logits, squad, tokenizer.normalization)
 
-    def make_scorer(predict: Predict) -> Scorer:
-        assert dev is not None
-        examples = dev.examples
-        return Scorer(lambda told: score_predictions(examples, answer(predict, told), squad), "f1")
-
-    name = files.config_file.parent.name
-    job = Job(
-        task="squad",
-        workload=Workload(name, config, "squad", settings.max_seq_length),
-        tokenizer=tokenizer,
-        train_arrays=None if train is None else {name: train.arrays[name] for name in _TRAIN_NAMES},
-        num_examples=0 if train is None else train.extra["num_examples"],
-        make_scorer=make_scorer if settings.evaluate_every_steps is not None else None,
-        evaluation={
-            "data_sha256": record["predict_file"]["sha256"],
-            "version_2_with_negative": squad.version_2_with_negative,
-            "tune_threshold": squad.tune_threshold,
-            "null_score_diff_threshold": squad.null_score_diff_threshold,
-        }
-        if settings.evaluate_every_steps is not None
-        else {},
-        record=record,
-    )
-    with fine_tuned(request, job) as tuned:
-        results = dict(tuned.results)
-        if record.get("skipped_answers"):
-            results["skipped_answers"] = record["skipped_answers"]
-        if dev is not None:
-            with progress("predict", len(dev.features), "windows") as advance:
-                predictions = answer(tuned.predict, lambda done, _: advance(done, ""))
-            results |= _write_answers(tuned.folder, dev, predictions, squad, can_score)
-        record_results(tuned.folder, results, tuned.begun)
-    return results
+def _scores_depend_on(squad: SquadSettings, data: _SquadData) -> dict[str, Any]:
+    """What decides the scores of an evaluation besides the model."""
+    return {
+        "data_sha256": data.details["predict_file"]["sha256"],
+        "version_2_with_negative": squad.version_2_with_negative,
+        "tune_threshold": squad.tune_threshold,
+        "null_score_diff_threshold": squad.null_score_diff_threshold,
+    }
 
 
 def _write_answers(
-    folder: HeldFolder,
+    output: OutputFolder,
     dev: Questions,
     predictions: SquadPredictions,
     squad: SquadSettings,
@@ -192,14 +222,14 @@ def _write_answers(
         threshold = best_threshold(dev.examples, predictions)
         say(f"best null_score_diff_threshold: {threshold:.4f}")
         results["null_score_diff_threshold"] = threshold
-    folder.check()
-    write_predictions(predictions, folder.path)
-    results["predictions"] = str(folder.path / "predictions.json")
+    output.held.check()
+    write_predictions(predictions, output.path)
+    results["predictions"] = str(output.path / "predictions.json")
     if can_score:
         scores = score_predictions(dev.examples, predictions, squad)
         results |= scores
         lines = "".join(f"{key} = {value}\n" for key, value in sorted(scores.items()))
-        write_atomically(folder.path / "eval_results.txt", lines)
+        write_atomically(output.path / "eval_results.txt", lines)
     return results
 
 

@@ -1,4 +1,4 @@
-"""Training and prediction of a run: progress, interruption, evaluation, what can go wrong."""
+"""The training of a run: continued from its last checkpoint, watched, and its errors explained."""
 
 from __future__ import annotations
 
@@ -9,57 +9,72 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
-from bertbench.core.errors import NotFiniteError, OutOfMemoryError, StoppedEarlyError, WorkError
+from bertbench.core.errors import OutOfMemoryError, StoppedEarlyError, WorkError
 from bertbench.core.interruption import interruptible
 from bertbench.core.progress import progress
 from bertbench.core.terminal import say
-from bertbench.core.workload import Levers, Workload
+from bertbench.core.workload import TrainingStep
 from bertbench.plan.planner import describe_setting
+from bertbench.run.device import is_out_of_memory, summarise
+from bertbench.run.listeners import ProgressListener, cloud_copy, event_files, join_listeners
+from bertbench.run.model import Model
+from bertbench.run.predict import Predict, Scoring
 from bertbench.run.settings import RunSettings
-from bertbench.trials.outcome import memory_ran_out, summarise_error
-
-OnProgress = Callable[[int, int], None]
-"""Told how many examples are done, and of how many."""
-
-Predict = Callable[[Mapping[str, np.ndarray], OnProgress], np.ndarray]
-"""Gives the logits of all rows of a model's inputs, `[2, n, s]` or `[n, labels]`."""
+from finetune.model.weights import load_weights
+from finetune.model_files.checkpoint_files import list_checkpoints
+from finetune.storage.folders import FolderLostError
+from finetune.train.evaluation import BEST_FOLDER, Evaluation, best_record, read_eval_log
+from finetune.train.optimization import OptimizerSettings
+from finetune.train.step import Trainer, make_trainer
+from finetune.train.training import (
+    LOG_NAME,
+    Ending,
+    Listener,
+    Schedule,
+    read_log,
+    resume,
+    train,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Scorer:
-    """How a task scores a model while it is trained.
+class Training:
+    """What a model is to be trained with.
 
     Attributes:
-        score: predicts with the model as it is, and compares.
-        metric: the score that counts.
-        greater_is_better: False for a loss.
+        settings: of the run; they name the output folder.
+        step: micro-batch and levers.
+        data: arrays with one row an example.
+        num_train_steps: optimizer steps in all.
+        scoring: how the model is scored meanwhile; None does not score it.
     """
 
-    score: Callable[[OnProgress], Mapping[str, float]]
-    metric: str
-    greater_is_better: bool = True
+    settings: RunSettings
+    step: TrainingStep
+    data: Mapping[str, np.ndarray]
+    num_train_steps: int
+    scoring: Scoring | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints and logs are."""
+        return self.settings.output_dir
 
 
-def train_model(
-    variables: Mapping[str, Any],
-    workload: Workload,
-    settings: RunSettings,
-    levers: Levers,
-    micro_batch: int,
-    data: Mapping[str, np.ndarray],
-    num_train_steps: int,
-    scorer: Scorer | None = None,
-    strategy: Any = None,
-) -> dict[str, Any]:
+def train_model(model: Model, training: Training, predict: Predict) -> dict[str, Any]:
     """Train to the end, or continue; TensorFlow is already under the run's budget.
 
-    Afterwards the variables are the best ones if the settings say so.
+    Args:
+        model: changed; afterwards it has the best weights if the settings say so.
+        training: with what.
+        predict: predicts with the model, for its scores.
 
     Returns:
-        `global_step`; `weights_step`, that of the weights; `train_loss` of the last step, and
-        `train_seconds` that all steps took, whichever process made them, if the log has them all;
-        and with evaluations `best_step` and `stopped_early`.
+        `train_loss` of the last step, and `train_seconds` that all steps took in whichever process,
+        if the log has them all; `global_step`; `weights_step`, that of the weights; and with
+        evaluations `stopped_early` and `best_step`.
 
     Raises:
         InputError: the folder's checkpoints cannot be continued from.
@@ -68,165 +83,172 @@ def train_model(
         StoppedEarlyError: the user interrupted.
         FolderLostError: the output folder is not there any more.
     """
-    import tensorflow as tf
+    trainer, first = _make_trainer(model, training)
+    last, batch = training.num_train_steps, training.settings.train_batch_size
+    if first:
+        say(f"continuing at step {first} of {last}")
+    with (
+        interruptible() as should_stop,
+        _other_listeners(training, should_stop) as others,
+        progress("train", last, "steps", first) as advance,
+    ):
+        shown = ProgressListener(advance, first, batch)
+        evaluation = _make_evaluation(training, predict, shown)
+        with _errors_explained(training, shown, should_stop):
+            ending = train(
+                trainer,
+                training.data,
+                _make_schedule(training, model.replicas),
+                training.folder,
+                evaluation=evaluation,
+                listener=join_listeners(shown.listener(), others),
+            )
+    done = int(trainer.state.step.numpy())
+    if ending is Ending.ASKED:
+        raise StoppedEarlyError(
+            f"stopped at step {done} of {last}; saved: the same command continues"
+        )
+    results = {**_logged_results(training.folder, done), "global_step": done, "weights_step": done}
+    if evaluation is not None:
+        results["stopped_early"] = ending is Ending.NO_IMPROVEMENT
+        if results["stopped_early"]:
+            say(f"stopped at step {done}: no better {evaluation.metric} for a while")
+        results |= _choose_weights(model, evaluation, training.folder, done)
+    return results
 
-    from finetune.model.weights import load_weights
-    from finetune.model_files.checkpoint_files import list_checkpoints
-    from finetune.storage.folders import FolderLostError
-    from finetune.train.evaluation import (
-        BEST_FOLDER,
-        EvalRecord,
-        Evaluation,
-        best_record,
-        read_eval_log,
-    )
-    from finetune.train.optimization import OptimizerSettings
-    from finetune.train.step import make_trainer
-    from finetune.train.tensorboard import ScalarWriter
-    from finetune.train.training import Ending, Listener, Schedule, StepRecord, resume, train
 
+def _make_trainer(model: Model, training: Training) -> tuple[Trainer, int]:
+    """Make the trainer, and continue from the folder's newest checkpoint.
+
+    Returns:
+        The trainer, and the optimizer steps that are done.
+    """
+    settings, step = training.settings, training.step
     optimizer = OptimizerSettings(
         settings.learning_rate,
-        num_train_steps,
-        int(num_train_steps * settings.warmup_proportion),
+        training.num_train_steps,
+        int(training.num_train_steps * settings.warmup_proportion),
         bias_correction=settings.adam_bias_correction,
-        optimizer=levers.optimizer,
+        optimizer=step.levers.optimizer,
     )
-    folder = settings.output_dir
     try:
-        step_settings = levers.step_settings(settings.seed)
-        trainer = make_trainer(variables, workload.spec, optimizer, step_settings, strategy)
-        first = resume(trainer, folder)
+        trainer = make_trainer(
+            model.variables,
+            step.workload.spec,
+            optimizer,
+            step.levers.step_settings(settings.seed),
+            model.strategy,
+        )
+        return trainer, resume(trainer, training.folder)
     except tf.errors.OpError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         what = "out of memory while the optimizer's state was made"
-        raise OutOfMemoryError(what, _saved_step(folder)) from error
-    replicas = 1 if strategy is None else strategy.num_replicas_in_sync
-    schedule = Schedule(
+        raise OutOfMemoryError(what, _saved_step(training.folder)) from error
+
+
+def _make_schedule(training: Training, replicas: int) -> Schedule:
+    settings, step = training.settings, training.step
+    return Schedule(
         settings.train_batch_size,
-        micro_batch * levers.accumulation_steps * replicas,
-        num_train_steps,
+        step.micro_batch * step.levers.accumulation_steps * replicas,
+        training.num_train_steps,
         settings.seed,
         settings.save_checkpoints_steps,
     )
-    if first:
-        say(f"continuing at step {first} of {num_train_steps}")
-    done = first
-    with (
-        interruptible() as should_stop,
-        contextlib.ExitStack() as stack,
-        progress("train", num_train_steps, "steps", first) as advance,
-    ):
-        writers = {}
-        if settings.tensorboard:
-            for name, place in (("train", folder), ("eval", folder / "eval")):
-                if name == "train" or scorer is not None:
-                    writers[name] = stack.enter_context(contextlib.closing(ScalarWriter(place)))
 
-        def on_step(record: StepRecord) -> None:
-            nonlocal done
-            done = record.step
-            rate = settings.train_batch_size / record.seconds
-            advance(record.step, f"loss {record.loss:.4f}, {rate:.1f} examples/s")
-            if "train" in writers:
-                writers["train"].write(
-                    record.step,
-                    {
-                        "loss": record.loss,
-                        "learning_rate": record.learning_rate,
-                        "gradient_norm": record.gradient_norm,
-                        "examples_per_second": rate,
-                    },
-                )
 
-        def on_evaluation(record: EvalRecord) -> None:
-            scores = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
-            say(f"step {record.step}: {scores}")
-            if "eval" in writers:
-                writers["eval"].write(record.step, record.metrics)
+def _make_evaluation(
+    training: Training, predict: Predict, shown: ProgressListener
+) -> Evaluation | None:
+    settings, scoring = training.settings, training.scoring
+    if scoring is None:
+        return None
+    return Evaluation(
+        lambda: scoring.score(predict, shown.on_evaluation_progress),
+        settings.evaluate_every_steps or training.num_train_steps,
+        scoring.metric,
+        patience=settings.early_stopping_patience,
+        keep_best=settings.keep_best,
+    )
 
-        def on_save() -> None:
-            if settings.remote is not None:
-                try:
-                    settings.remote.push()
-                except WorkError as error:
-                    # The next one copies all that is missing.
-                    say(f"warning: {error}")
 
-        evaluation = None
-        if scorer is not None:
-            score = scorer.score
-            evaluation = Evaluation(
-                lambda: score(lambda n, of: advance(done, f"evaluating {n}/{of}")),
-                settings.evaluate_every_steps or num_train_steps,
-                scorer.metric,
-                scorer.greater_is_better,
-                settings.early_stopping_patience,
-                settings.keep_best,
-            )
-        try:
-            ending = train(
-                trainer,
-                data,
-                schedule,
-                folder,
-                evaluation=evaluation,
-                listener=Listener(on_step, on_evaluation, on_save, should_stop),
-            )
-        except tf.errors.OpError as error:
-            saved = _saved_step(folder)
-            if not _is_out_of_memory(error):
-                raise WorkError(
-                    f"step {done + 1} failed ({_summary(error)}); step {saved} is saved"
-                ) from error
-            what = f"out of memory in step {done + 1} with {describe_setting(micro_batch, levers)}"
-            if should_stop():
-                raise StoppedEarlyError(
-                    f"{what}; step {saved} is saved: the same command continues"
-                ) from error
-            raise OutOfMemoryError(what, saved) from error
-        except FloatingPointError as error:
-            raise WorkError(str(error)) from error
-        except FolderLostError:
-            raise
-        except OSError as error:
+@contextlib.contextmanager
+def _other_listeners(training: Training, should_stop: Callable[[], bool]) -> Iterator[Listener]:
+    """All listeners but the progress on the terminal."""
+    settings = training.settings
+    listeners = [Listener(should_stop=should_stop)]
+    if settings.remote is not None:
+        listeners.append(cloud_copy(settings.remote))
+    if not settings.tensorboard:
+        yield join_listeners(*listeners)
+        return
+    evaluates = training.scoring is not None
+    with event_files(training.folder, settings.train_batch_size, evaluates=evaluates) as events:
+        yield join_listeners(*listeners, events)
+
+
+@contextlib.contextmanager
+def _errors_explained(
+    training: Training, shown: ProgressListener, should_stop: Callable[[], bool]
+) -> Iterator[None]:
+    """Say of an error of the training loop which step is saved, and how to continue.
+
+    Raises:
+        OutOfMemoryError: a step did not fit.
+        StoppedEarlyError: a step did not fit after the user had interrupted.
+        WorkError: another error of the device, of the disk, or a number that is not finite.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        failed, saved = shown.done + 1, _saved_step(training.folder)
+        if not is_out_of_memory(error):
             raise WorkError(
-                f"{error}; make room or mend the folder: the same command continues"
+                f"step {failed} failed ({summarise(error)}); step {saved} is saved"
             ) from error
-    step = int(trainer.state.step.numpy())
-    if ending is Ending.ASKED:
-        raise StoppedEarlyError(
-            f"stopped at step {step} of {num_train_steps}; saved: the same command continues"
-        )
-    result: dict[str, Any] = {
-        **_logged_results(folder, step),
-        "global_step": step,
-        "weights_step": step,
-    }
-    if evaluation is not None:
-        best = best_record(evaluation, read_eval_log(folder))
-        result["stopped_early"] = ending is Ending.NO_IMPROVEMENT
-        if result["stopped_early"]:
-            say(f"stopped at step {step}: no better {scorer and scorer.metric} for a while")
-        if best is not None:
-            result["best_step"] = best.step
-        if settings.keep_best and best is not None and best.step != step:
-            kept = [checkpoint.name for checkpoint in list_checkpoints(folder / BEST_FOLDER)]
-            if kept == [f"model.ckpt-{best.step}"]:
-                load_weights(variables, folder / BEST_FOLDER)
-                result["weights_step"] = best.step
-                say(f"using the weights of step {best.step}, the best")
-            else:
-                # As when --keep_best was added to a run that had made its best evaluation before.
-                say(f"the weights of step {best.step}, the best, are not there; using the last")
-    return result
+        setting = describe_setting(training.step.micro_batch, training.step.levers)
+        what = f"out of memory in step {failed} with {setting}"
+        if should_stop():
+            raise StoppedEarlyError(
+                f"{what}; step {saved} is saved: the same command continues"
+            ) from error
+        raise OutOfMemoryError(what, saved) from error
+    except FloatingPointError as error:
+        raise WorkError(str(error)) from error
+    except FolderLostError:
+        raise
+    except OSError as error:
+        raise WorkError(
+            f"{error}; make room or mend the folder: the same command continues"
+        ) from error
 
 
-def _logged_results(folder: Path, step: int) -> dict[str, float]:
+def _choose_weights(
+    model: Model, evaluation: Evaluation, folder: Path, step: int
+) -> dict[str, int]:
+    """Load the best weights if the settings say so.
+
+    Returns:
+        `best_step` if there is one, and `weights_step` if other weights than the last are loaded.
+    """
+    best = best_record(evaluation, read_eval_log(folder))
+    if best is None:
+        return {}
+    if not evaluation.keep_best or best.step == step:
+        return {"best_step": best.step}
+    kept = [checkpoint.name for checkpoint in list_checkpoints(folder / BEST_FOLDER)]
+    if kept != [f"model.ckpt-{best.step}"]:
+        # As when --keep_best was added to a run that had made its best evaluation before.
+        say(f"the weights of step {best.step}, the best, are not there; using the last")
+        return {"best_step": best.step}
+    load_weights(model.variables, folder / BEST_FOLDER)
+    say(f"using the weights of step {best.step}, the best")
+    return {"best_step": best.step, "weights_step": best.step}
+
+
+def _logged_results(folder: Path, step: int) -> dict[str, Any]:
     """Loss of the last step and seconds of all; nothing if the log lacks some of them."""
-    from finetune.train.training import LOG_NAME, read_log
-
     log = read_log(folder / LOG_NAME)
     if not log or [record.step for record in log] != list(range(1, step + 1)):
         return {}
@@ -236,88 +258,5 @@ def _logged_results(folder: Path, step: int) -> dict[str, float]:
 
 def _saved_step(folder: Path) -> int:
     """Optimizer steps of the newest checkpoint; 0 without one."""
-    from finetune.model_files.checkpoint_files import list_checkpoints
-
     saved = [path.name.rpartition("-")[2] for path in list_checkpoints(folder)]
     return int(saved[-1]) if saved else 0
-
-
-@contextlib.contextmanager
-def memory_errors_explained(what: str) -> Iterator[None]:
-    """Say in one line that memory ran out while something was done; other errors pass."""
-    import tensorflow as tf
-
-    try:
-        yield
-    except tf.errors.OpError as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise WorkError(f"out of memory while {what} ({_summary(error)})") from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return memory_ran_out(type(error).__name__, str(error))
-
-
-def _summary(error: Exception) -> str:
-    return summarise_error(type(error).__name__, str(error))
-
-
-def make_predict(
-    variables: Mapping[str, Any], workload: Workload, batch_size: int, strategy: Any = None
-) -> Predict:
-    """Make a function that predicts with a model as it is when called; it compiles only once.
-
-    Args:
-        variables: the model.
-        workload: its configuration and head.
-        batch_size: examples at a time, on each replica.
-        strategy: see `finetune.train.prediction.make_predictor`.
-    """
-    from finetune.train.prediction import make_predictor, predict
-
-    predictor = make_predictor(variables, workload.spec, strategy)
-    if strategy is not None:
-        batch_size *= strategy.num_replicas_in_sync
-
-    def predict_rows(data: Mapping[str, np.ndarray], on_progress: OnProgress) -> np.ndarray:
-        total = len(next(iter(data.values())))
-        done = 0
-
-        def on_batch(examples: int) -> None:
-            nonlocal done
-            done += examples
-            on_progress(done, total)
-
-        what = f"predicting {batch_size} examples at a time: give a smaller --predict_batch_size"
-        with memory_errors_explained(what):
-            batches = list(predict(predictor, data, batch_size, on_batch=on_batch))
-        logits = np.concatenate(batches, axis=1 if workload.head == "squad" else 0)
-        check_finite(np.moveaxis(logits, 1, 0) if workload.head == "squad" else logits)
-        return logits
-
-    return predict_rows
-
-
-def check_finite(logits: np.ndarray) -> None:
-    """See that a model gave numbers for all its examples, the rows of the logits.
-
-    Raises:
-        NotFiniteError: says for how many it did not, and why that may be.
-    """
-    wrong = ~np.isfinite(logits).all(axis=tuple(range(1, logits.ndim)))
-    if wrong.any():
-        raise NotFiniteError(
-            f"the model's output is not finite for {int(wrong.sum()):,} of {len(wrong):,} inputs, "
-            f"first for number {int(wrong.argmax()) + 1:,}: its weights are damaged, or its "
-            "training diverged; train again with a smaller learning rate or in float32"
-        )
-
-
-def predict_with_progress(
-    predict: Predict, data: Mapping[str, np.ndarray], description: str
-) -> np.ndarray:
-    """Predict, and show how far it is."""
-    total = len(next(iter(data.values())))
-    with progress(description, total, "examples") as advance:
-        return predict(data, lambda done, _: advance(done, ""))

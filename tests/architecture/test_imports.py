@@ -34,6 +34,8 @@ ROWS = (
 # These load TensorFlow when they are imported; importing anything else must not load it.
 LOADS_TENSORFLOW = (
     "bertbench.memory.allocator.profiler",
+    "bertbench.run.listeners",
+    "bertbench.run.training",
     "bertbench.trials.worker",
     "finetune.export.export_weights",
     "finetune.export.saved_model",
@@ -47,10 +49,10 @@ LOADS_TENSORFLOW_LATER = (
     "bertbench.memory.allocator.limit",
     "bertbench.memory.allocator.tensorflow_setup",
     "bertbench.run.device",
-    "bertbench.run.initial_weights",
     "bertbench.run.job",
+    "bertbench.run.model",
     "bertbench.run.output.cloud_storage",
-    "bertbench.run.training",
+    "bertbench.run.predict",
     "finetune.spec.precisions",
 )
 

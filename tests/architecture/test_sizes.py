@@ -19,16 +19,11 @@ LONG_FUNCTIONS: Mapping[str, int] = {
     "bertbench.cli.plan.command": 170,
     "bertbench.cli.probe.command": 135,
     "bertbench.probe.cell.probe_cell": 128,
-    "bertbench.run.job._train": 81,
-    "bertbench.run.output.run_folder.prepare_output": 95,
-    "bertbench.run.squad.run_squad": 97,
-    "bertbench.run.training.train_model": 180,
 }
 MANY_PARAMETERS: Mapping[str, int] = {
     "bertbench.plan.planner.make_plan": 13,
     "bertbench.probe.cell.probe_cell": 12,
     "bertbench.probe.search.find_max_batch": 8,
-    "bertbench.run.training.train_model": 9,
 }
 
 

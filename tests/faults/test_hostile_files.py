@@ -37,7 +37,7 @@ from bertbench.plan.plan_file import read_plan
 from bertbench.plan.planner import make_plan
 from bertbench.probe.recheck import read_claims
 from bertbench.run.oom_recovery import step_down_from_json
-from bertbench.run.output.run_folder import recorded_steps_down
+from bertbench.run.output.run_record import recorded_steps_down
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import preferred_checkpoints
 from finetune.model_files.head_labels import read_trained_head

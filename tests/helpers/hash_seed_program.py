@@ -17,7 +17,7 @@ from bertbench.memory.allocator.recording import Recording, recording_to_text
 from bertbench.memory.traces.loops import Recorded
 from bertbench.probe.extrapolation import extrapolate
 from bertbench.run.classifier import ClassifierSettings
-from bertbench.run.output.run_folder import settings_json
+from bertbench.run.output.run_record import settings_json
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.storage.array_cache import hash_key
 from finetune.tasks.demo_data import demo_files

@@ -12,7 +12,8 @@ import pytest
 from bertbench.core.errors import NotFiniteError, WorkError
 from bertbench.core.workload import Workload
 from bertbench.run.classifier import score_logits
-from bertbench.run.training import check_finite, make_predict
+from bertbench.run.model import Model
+from bertbench.run.predict import check_finite, make_predict
 from finetune.model.modeling import create_variables
 from finetune.spec.config import INPUT_NAMES, from_json_file
 from finetune.tasks.classification import ClassificationData, ClassificationFeatures
@@ -29,7 +30,7 @@ SEQ_LEN = 16
 def test_weights_that_are_no_numbers_are_named() -> None:
     variables = create_variables(CONFIG, "regressor")
     workload = Workload("tiny", CONFIG, "regressor", SEQ_LEN, 1)
-    predict = make_predict(variables, workload, 2)
+    predict = make_predict(Model(workload, variables), 2)
     batch = {name: value for name, value in random_batch(5, SEQ_LEN).items() if name in INPUT_NAMES}
     assert np.isfinite(predict(batch, lambda done, of: None)).all()
     # A word that the third example alone has.

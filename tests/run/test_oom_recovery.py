@@ -32,12 +32,11 @@ from bertbench.plan.candidates import all_settings, cuts
 from bertbench.plan.planner import make_plan
 from bertbench.run.choose_plan import choose_step
 from bertbench.run.oom_recovery import apply_steps_down, step_down
-from bertbench.run.output.run_folder import RUN_FILE
 from bertbench.run.settings import RunRequest, RunSettings
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import list_checkpoints
-from finetune.model_files.model_folder import ModelFiles
+from finetune.model_files.model_folder import RUN_FILE, ModelFiles
 from finetune.spec.checkpointing import Checkpointing
 from finetune.train.training import read_log
 from helpers.paths import HELPERS, REPOSITORY, TESTS

@@ -11,15 +11,10 @@ from typing import Any
 import pytest
 
 from bertbench.core.errors import WorkError
-from bertbench.run.output.run_folder import (
-    RUN_FILE,
-    add_step_down,
-    alone_in,
-    clear_remains,
-    prepare_output,
-    record_results,
-)
+from bertbench.run.output.run_folder import OutputFolder, alone_in, begin_run, clear_remains
+from bertbench.run.output.run_record import RunDescription, add_step_down
 from bertbench.run.settings import RunSettings
+from finetune.model_files.model_folder import RUN_FILE
 from finetune.storage.folders import FolderLostError
 
 TRAINED = {"global_step": 30, "train_loss": 0.5, "train_seconds": 12.0}
@@ -39,7 +34,7 @@ def settings(folder: Path, **more: Any) -> RunSettings:
 
 
 def begin(asked: RunSettings, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    return prepare_output(asked, {"seed": 1}, extra or EXTRA, {"micro_batch": 4})
+    return begin_run(asked, RunDescription({"seed": 1}, {"micro_batch": 4}, extra or EXTRA))
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -51,9 +46,9 @@ def test_a_repeated_run_keeps_what_it_knew(tmp_path: Path) -> None:
     asked = settings(tmp_path)
     begun = begin(asked)
     with alone_in(tmp_path) as folder:
-        record_results(folder, TRAINED, begun)
+        OutputFolder(folder, begun).add_results(TRAINED)
         assert results_of(tmp_path) == TRAINED
-        record_results(folder, SCORES, begun)
+        OutputFolder(folder, begun).add_results(SCORES)
     assert results_of(tmp_path) == TRAINED | SCORES
     begin(asked)
     assert results_of(tmp_path) == TRAINED | SCORES
@@ -69,7 +64,7 @@ def test_scores_of_something_else_are_not_kept(
 ) -> None:
     begun = begin(settings(tmp_path))
     with alone_in(tmp_path) as folder:
-        record_results(folder, TRAINED | SCORES, begun)
+        OutputFolder(folder, begun).add_results(TRAINED | SCORES)
     begin(settings(tmp_path, **more), extra)
     assert results_of(tmp_path) == TRAINED
 
@@ -86,9 +81,9 @@ def test_a_record_that_somebody_deletes_or_damages_is_written_again(
         (tmp_path / RUN_FILE).write_text(damage)
     if damage != '{"results": 3}':
         with pytest.raises(WorkError, match="deleted or damaged while the run"):
-            add_step_down(asked, {"step": 3})
+            add_step_down(tmp_path, {"step": 3})
     with alone_in(tmp_path) as folder:
-        record_results(folder, TRAINED, begun)
+        OutputFolder(folder, begun).add_results(TRAINED)
     assert json.loads((tmp_path / RUN_FILE).read_text()) == {**whole, "results": TRAINED}
     (line,) = capsys.readouterr().err.splitlines()
     assert "run.json was deleted or changed by somebody: it is written again" in line
@@ -99,7 +94,7 @@ def test_what_a_person_adds_to_the_record_stays(tmp_path: Path) -> None:
     record = json.loads((tmp_path / RUN_FILE).read_text())
     (tmp_path / RUN_FILE).write_text(json.dumps({**record, "note": "for the thesis"}))
     with alone_in(tmp_path) as folder:
-        record_results(folder, TRAINED, begun)
+        OutputFolder(folder, begun).add_results(TRAINED)
     assert json.loads((tmp_path / RUN_FILE).read_text())["note"] == "for the thesis"
 
 
@@ -107,10 +102,10 @@ def test_prediction_alone_leaves_a_folder_without_a_record_without_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with alone_in(tmp_path / "new") as folder:
-        record_results(folder, SCORES, None)
+        OutputFolder(folder).add_results(SCORES)
         assert not os.listdir(tmp_path / "new")
         (tmp_path / "new" / RUN_FILE).write_text("{")
-        record_results(folder, SCORES, None)
+        OutputFolder(folder).add_results(SCORES)
     assert (tmp_path / "new" / RUN_FILE).read_text() == "{"
     assert "run.json is damaged: the results are not added" in capsys.readouterr().err
 
@@ -120,7 +115,7 @@ def test_results_of_a_folder_that_was_renamed_go_nowhere_else(tmp_path: Path) ->
     with alone_in(tmp_path / "out") as folder:
         (tmp_path / "out").rename(tmp_path / "aside")
         with pytest.raises(FolderLostError):
-            record_results(folder, TRAINED, begun)
+            OutputFolder(folder, begun).add_results(TRAINED)
     assert os.listdir(tmp_path) == ["aside"]
 
 
@@ -150,7 +145,7 @@ def test_what_killed_runs_left_is_cleared_away(tmp_path: Path) -> None:
 def test_overwriting_forgets_results(tmp_path: Path) -> None:
     begun = begin(settings(tmp_path))
     with alone_in(tmp_path) as folder:
-        record_results(folder, TRAINED, begun)
+        OutputFolder(folder, begun).add_results(TRAINED)
     (tmp_path / "test_results_mm.tsv").write_text("")
     begin(dataclasses.replace(settings(tmp_path), overwrite=True))
     assert "results" not in json.loads((tmp_path / RUN_FILE).read_text())

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from bertbench.core.workload import Levers
-from bertbench.run.output.run_folder import RUN_FILE, prepare_output
+from bertbench.run.output.run_folder import begin_run
+from bertbench.run.output.run_record import RunDescription
 from bertbench.run.settings import RunSettings
 from finetune.errors import InputError
+from finetune.model_files.model_folder import RUN_FILE
 
 IDENTITY = {"seed": 1}
 
@@ -24,7 +26,7 @@ def begin(folder: Path, xla: bool = False, kind: str = "cpu", **identity: Any) -
         save_checkpoints_steps=100, seed=1,
     )  # fmt: skip
     plan = {"levers": Levers(xla=xla).to_json(), "budget": {"device": {"kind": kind}}}
-    prepare_output(settings, {**IDENTITY, **identity}, {}, plan)
+    begin_run(settings, RunDescription({**IDENTITY, **identity}, plan, {}))
     record: dict[str, Any] = json.loads((folder / RUN_FILE).read_text())
     return record
 

@@ -17,11 +17,11 @@ from bertbench.devices.discover import resolve_device
 from bertbench.run import classifier, job
 from bertbench.run.classifier import ClassifierSettings, GlueSource
 from bertbench.run.job import FineTuned
-from bertbench.run.output.run_folder import RUN_FILE, alone_in
+from bertbench.run.output.run_folder import OutputFolder, alone_in
+from bertbench.run.predict import OnProgress
 from bertbench.run.settings import RunRequest, RunSettings
-from bertbench.run.training import OnProgress
 from finetune.errors import InputError
-from finetune.model_files.model_folder import ModelFiles
+from finetune.model_files.model_folder import RUN_FILE, ModelFiles
 from finetune.tasks.demo_data import demo_files
 
 DEMO = demo_files()
@@ -59,7 +59,8 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, model: Model) -> dict[str
     def train(*arguments: Any) -> FineTuned:
         held = arguments[-1].enter_context(alone_in(folder))
         (folder / RUN_FILE).write_text(json.dumps(BEGUN))
-        return FineTuned(model, {"global_step": 30, "weights_step": 20}, held, BEGUN)
+        output = OutputFolder(held, BEGUN)
+        return FineTuned(model, {"global_step": 30, "weights_step": 20}, output)
 
     monkeypatch.setattr(job, "_load", train)
     budget = make_budget(resolve_device("cpu"), 1 << 30)

@@ -1,4 +1,4 @@
-"""Tests of bertbench.run.initial_weights."""
+"""Tests of the weights that bertbench.run.model begins with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bertbench.run.initial_weights import load_initial_weights
+from bertbench.core.workload import Workload
+from bertbench.run.model import Model, load_initial_weights
 from finetune.errors import InputError
 from helpers.model_folders import CONFIG as VALUES
 from helpers.model_folders import write_json
-from helpers.tiny_models import NUM_LABELS, Arrays
+from helpers.tiny_models import CONFIG, NUM_LABELS, Arrays
 from helpers.weight_files import (
     POOLER,
     hugging_face_arrays,
@@ -34,9 +35,13 @@ def save_head(folder: Path, values: Arrays | None = None, **config: Any) -> Arra
     return values
 
 
+def run_model(variables: dict[str, Any], head: str) -> Model:
+    return Model(Workload("tiny", CONFIG, head, 8), variables)
+
+
 def loaded(folder: Path, *, trains: bool, labels: tuple[str, ...] = LABELS) -> dict[str, Any]:
     variables = model("classifier", num_labels=len(labels))
-    load_initial_weights(variables, folder, "classifier", labels, trains=trains)
+    load_initial_weights(run_model(variables, "classifier"), folder, labels, trains=trains)
     return variables
 
 
@@ -132,5 +137,5 @@ def test_a_squad_model_needs_neither_pooler_nor_labels(tmp_path: Path) -> None:
     values = {n: v for n, v in random_values("squad").items() if n not in POOLER}
     save_safetensors(tmp_path, hugging_face_arrays(values))
     write_json(tmp_path / "config.json", {**VALUES, "id2label": {"0": "a", "5": "a"}})
-    report = load_initial_weights(model(), tmp_path, "squad", (), trains=False)
+    report = load_initial_weights(run_model(model(), "squad"), tmp_path, (), trains=False)
     assert report.initialised == POOLER

@@ -1,0 +1,123 @@
+"""What a run does with the news of its training: show it, write event files, copy checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from bertbench.core.errors import WorkError
+from bertbench.core.progress import Advance
+from bertbench.core.terminal import say
+from bertbench.run.output.cloud_storage import RemoteFolder
+from finetune.train.evaluation import EvalRecord
+from finetune.train.tensorboard import ScalarWriter
+from finetune.train.training import Listener, StepRecord
+
+
+class ProgressListener:
+    """Shows the training on the terminal, and knows how far it is.
+
+    Attributes:
+        done: optimizer steps that are done.
+    """
+
+    def __init__(self, advance: Advance, done: int, effective_batch: int) -> None:
+        """Begin to listen.
+
+        Args:
+            advance: moves the terminal's progress on.
+            done: optimizer steps that earlier processes have done.
+            effective_batch: examples of a step.
+        """
+        self.done = done
+        self._advance = advance
+        self._effective_batch = effective_batch
+
+    def on_step(self, record: StepRecord) -> None:
+        """Show loss and speed."""
+        self.done = record.step
+        rate = self._effective_batch / record.seconds
+        self._advance(record.step, f"loss {record.loss:.4f}, {rate:.1f} examples/s")
+
+    def on_evaluation(self, record: EvalRecord) -> None:
+        """Say the scores."""
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
+        say(f"step {record.step}: {scores}")
+
+    def on_evaluation_progress(self, examples: int, total: int) -> None:
+        """Show how far an evaluation is."""
+        self._advance(self.done, f"evaluating {examples}/{total}")
+
+    def listener(self) -> Listener:
+        """What the training loop tells."""
+        return Listener(on_step=self.on_step, on_evaluation=self.on_evaluation)
+
+
+@contextlib.contextmanager
+def event_files(folder: Path, effective_batch: int, *, evaluates: bool) -> Iterator[Listener]:
+    """Write TensorBoard's event files in the block.
+
+    Args:
+        folder: of the training's events; those of evaluations go to its folder `eval`.
+        effective_batch: examples of a step.
+        evaluates: whether there are evaluations.
+
+    Yields:
+        The listener that writes them.
+    """
+    with contextlib.ExitStack() as stack:
+        train_events = stack.enter_context(contextlib.closing(ScalarWriter(folder)))
+
+        def on_step(record: StepRecord) -> None:
+            scalars = {
+                "loss": record.loss,
+                "learning_rate": record.learning_rate,
+                "gradient_norm": record.gradient_norm,
+                "examples_per_second": effective_batch / record.seconds,
+            }
+            train_events.write(record.step, scalars)
+
+        if not evaluates:
+            yield Listener(on_step=on_step)
+            return
+        eval_events = stack.enter_context(contextlib.closing(ScalarWriter(folder / "eval")))
+        yield Listener(
+            on_step=on_step,
+            on_evaluation=lambda record: eval_events.write(record.step, record.metrics),
+        )
+
+
+def cloud_copy(remote: RemoteFolder) -> Listener:
+    """Copy the output folder to cloud storage after every checkpoint.
+
+    A copy that fails is no reason to end the training: the next one copies all that is missing.
+    """
+
+    def on_save() -> None:
+        try:
+            remote.push()
+        except WorkError as error:
+            say(f"warning: {error}")
+
+    return Listener(on_save=on_save)
+
+
+def join_listeners(*listeners: Listener) -> Listener:
+    """Make one listener that tells several, in their order, and stops if one of them wants to."""
+
+    def on_step(record: StepRecord) -> None:
+        for one in listeners:
+            one.on_step(record)
+
+    def on_evaluation(record: EvalRecord) -> None:
+        for one in listeners:
+            one.on_evaluation(record)
+
+    def on_save() -> None:
+        for one in listeners:
+            one.on_save()
+
+    return Listener(
+        on_step, on_evaluation, on_save, lambda: any(one.should_stop() for one in listeners)
+    )
