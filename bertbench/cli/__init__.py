@@ -21,7 +21,7 @@ from bertbench.core.errors import (
 from bertbench.core.interruption import EXIT_CODE, end_quietly, handle_signals, was_interrupted
 from bertbench.core.standard_streams import give_up_stdout, prepare_standard_streams
 from bertbench.core.terminal import clean_warnings, say
-from bertbench.devices.threads import spare_threads
+from bertbench.devices.threads import limit_library_threads
 from finetune.errors import InputError
 
 _VERBS = {
@@ -109,7 +109,7 @@ def _run(arguments: list[str] | None, environment: dict[str, str]) -> int:
     """Run the command and say how it ended; return the exit code."""
     try:
         if arguments is None:
-            spare_threads()
+            limit_library_threads()
         cli.main(args=arguments, prog_name="bertbench", standalone_mode=False)
     except click.exceptions.Exit as finished:
         return finished.exit_code

@@ -40,7 +40,7 @@ from bertbench.core.units import format_bytes
 from bertbench.core.workload import Workload, check_layers, published_workload
 from bertbench.devices.accelerators import ACCELERATORS, check_levers, find_accelerator
 from bertbench.devices.device import Device
-from bertbench.devices.discover import resolve_together
+from bertbench.devices.discover import resolve_devices
 from bertbench.devices.step_time import Rates, device_rates, gpu_rates
 from bertbench.ledger.database import default_ledger_path, open_ledger
 from bertbench.plan.calibration import experience_of
@@ -163,7 +163,7 @@ def command(
             raise InputError(
                 f"--min-memory does not go with --gpu {gpu}", hint="it tells which cards are enough"
             )
-        resolved = resolve_together(device)
+        resolved = resolve_devices(device)
         kind = "gpu" if every_card else resolved.kind
         shared_by = replicas or (1 if every_card else resolved.replicas)
         found: list[LeastMemory] = []

@@ -1,4 +1,6 @@
-"""Accelerators that a plan can be made for without having one: memory and rates, from data sheets.
+"""The catalogue of accelerators: memory and rates of GPUs and TPUs, from data sheets.
+
+A plan can be made for each of them, whether it is attached or not.
 
 Sources: NVIDIA's data sheets and architecture white papers of each product (memory, bandwidth,
 peak single-precision rate without tensor cores, compute capability); Google Cloud's pages on TPU
@@ -13,24 +15,23 @@ from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers
 from finetune.errors import InputError
 
-_USABLE_SHARE = 0.93
-"""Part of an accelerator's nominal memory that a training step's allocator can expect: TensorFlow
-gets 11,430 MiB of a 12 GiB Titan X, and XLA 7.48 GiB of the 8 of a core of a TPU v2."""
+_USABLE_FRACTION = 0.93
+"""Fraction of the nominal memory that the allocator of a training step gets: TensorFlow gets 11,430
+MiB of the 12 GiB of a Titan X, and XLA 7.48 GiB of the 8 GiB of a TPU v2 core."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """One product.
+    """An accelerator of the catalogue.
 
     Attributes:
         name: what `--gpu` takes.
-        memory_bytes: nominal memory.
-        usable_bytes: what a training step's allocator can expect when nobody else uses the card:
-            nominal memory less the driver's reservation, the CUDA context and library workspaces.
-        flops_per_second: peak float32 rate, without tensor cores; of a TPU its only one, bfloat16.
-        bytes_per_second: memory bandwidth.
-        compute_capability: of a GPU, as CUDA counts.
-        replicas: devices in it; all other numbers are those of one of them.
+        memory_bytes: nominal memory of one device.
+        flops_per_second: peak float32 rate of one device, without tensor cores. A TPU has a
+            bfloat16 rate only.
+        bytes_per_second: memory bandwidth of one device.
+        compute_capability: CUDA's version of what a GPU can do; None for a TPU.
+        replicas: number of devices in the product: 1 for a GPU, the cores of a TPU.
     """
 
     name: str
@@ -47,8 +48,11 @@ class Accelerator:
 
     @property
     def usable_bytes(self) -> int:
-        """Nominal memory times `_USABLE_SHARE`, in whole MiB."""
-        return int(self.memory_bytes * _USABLE_SHARE) // MIB_BYTES * MIB_BYTES
+        """Bytes that the allocator gets where no other process uses the device, in whole MiB.
+
+        The driver, the CUDA context and the workspaces of libraries take the rest.
+        """
+        return int(self.memory_bytes * _USABLE_FRACTION) // MIB_BYTES * MIB_BYTES
 
 
 _ROWS = (
@@ -104,10 +108,10 @@ ACCELERATORS = {
 
 
 def find_accelerator(name: str) -> Accelerator:
-    """Look up a product; case, spaces, underscores and the maker's name do not matter.
+    """Look up an accelerator; case, spaces, underscores and the maker's name do not matter.
 
     Raises:
-        InputError: it is not in the catalogue.
+        InputError: the name is not in the catalogue.
     """
     key = name.lower().replace(" ", "-").replace("_", "-")
     for prefix in ("nvidia-", "geforce-", "tesla-", "gpu-"):
@@ -121,30 +125,32 @@ def find_accelerator(name: str) -> Accelerator:
 
 
 def match_accelerator(product: str) -> Accelerator | None:
-    """The product that a driver's device name means, as `NVIDIA H100 80GB HBM3`, or None."""
+    """Find the accelerator of a driver's device name, such as `NVIDIA H100 80GB HBM3`."""
     key = product.lower().replace(" ", "-")
     matches = [name for name in ACCELERATORS if f"-{name}-" in f"-{key}-"]
     return ACCELERATORS[max(matches, key=len)] if matches else None
 
 
 def check_levers(kind: str, product: str, levers: Levers, replicas: int = 1) -> None:
-    """See whether a device can be trained on with some levers.
+    """Check that a device supports some levers.
 
     Args:
         kind: `cpu`, `gpu` or `tpu`.
-        product: its name.
-        levers: settings.
+        product: name of the device.
+        levers: lever settings.
         replicas: devices that share the effective batch.
 
     Raises:
-        InputError: it cannot.
+        InputError: the device, or several of them together, do not support a lever.
     """
     check_precision(product, levers.precision)
     if kind == "tpu" and levers.precision in ("fp16", "tf32"):
-        raise InputError(f"{product} has no {levers.precision}", hint="use bf16 or float32")
+        raise InputError(
+            f"{product} does not support {levers.precision}", hint="use bf16 or float32"
+        )
     if levers.placement == "host" and levers.xla:
         raise InputError(
-            "XLA does not go with the optimizer's state on the host",
+            "XLA does not support the optimizer's state on the host",
             hint="leave --xla or --placement host out",
         )
     if levers.placement == "host" and replicas > 1:
@@ -160,19 +166,20 @@ def check_levers(kind: str, product: str, levers: Levers, replicas: int = 1) -> 
 
 
 def check_precision(product: str, precision: str) -> None:
-    """See whether a GPU has a precision; of one that is not in the catalogue nothing is known.
+    """Check that a device supports a precision; one that is not in the catalogue is not checked.
 
     Raises:
-        InputError: it has not.
+        InputError: the device does not support it.
     """
     accelerator = match_accelerator(product)
     capability = None if accelerator is None else accelerator.compute_capability
     if precision in _AMPERE_PRECISIONS and capability is not None and capability < 8.0:
         raise InputError(
-            f"{product} has no {precision}: compute capability {capability}, not 8.0 or newer",
+            f"{product} does not support {precision}: compute capability {capability}, not 8.0 or "
+            "newer",
             hint="use fp16 or float32" if precision == "bf16" else "use float32",
         )
 
 
 _AMPERE_PRECISIONS = ("bf16", "tf32")
-"""Precisions of compute capability 8.0 (CUDA C++ Programming Guide, table of arithmetic)."""
+"""Precisions that need compute capability 8.0 (CUDA C++ Programming Guide, table of arithmetic)."""

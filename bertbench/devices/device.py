@@ -1,4 +1,4 @@
-"""Devices and budgets: what a training step can run on, and how many of its bytes it may use."""
+"""Devices, and budgets: the bytes of a device that a training step may use."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from finetune.errors import InputError
 from finetune.storage.json_files import MOST_WHOLE, build, get_whole, json_text
 
 GPU_CONTEXT_RESERVE_BYTES = 600 * MIB_BYTES
-"""Left free on a GPU by default: the CUDA context and the handles and workspaces of cuBLAS and
-cuDNN live outside TensorFlow's allocator (300 to 600 MiB, by card and CUDA version)."""
+"""Bytes of a GPU that the default budget leaves free. The CUDA context and the workspaces of
+cuBLAS and cuDNN are outside TensorFlow's allocator: 300 to 600 MiB, by GPU and CUDA version."""
 
-CPU_SHARE = 0.75
-"""Part of the available host memory that a default budget takes: Python, TensorFlow's code and
-the input pipeline live outside the allocator, and the machine must not begin to swap."""
+CPU_FRACTION = 0.75
+"""Fraction of the available host memory that the default budget of a CPU takes. Python,
+TensorFlow's code and the input pipeline are outside the allocator, and nothing may be swapped."""
 
 TPU_CORE_BYTES = 8 * GIB_BYTES
 """Memory of a core of a Cloud TPU v2, the smallest (Google Cloud's system architecture page)."""
 
-_DESKTOP_SHARE, _DESKTOP_BYTES = 0.1, 1024 * MIB_BYTES
+_DESKTOP_FRACTION, _DESKTOP_BYTES = 0.1, 1024 * MIB_BYTES
+"""Memory of a GPU, the larger of the two, that other processes may hold during a probe."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TpuSettings:
-    """Where a Cloud TPU is, as the flags of the original's scripts say it.
+    """Address of a Cloud TPU, with a field for each flag of the original scripts.
 
     Attributes:
-        name: `--tpu_name`, or a `grpc://` address; None asks the environment.
+        name: `--tpu_name`, or a `grpc://` address; None takes the one that the environment names.
         zone: `--tpu_zone`, as in `us-central1-b`.
         project: `--gcp_project`.
         cores: `--num_tpu_cores`.
@@ -44,21 +45,21 @@ class TpuSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Something that a training step can run on.
+    """A CPU, GPU or TPU core, or several GPUs that share an effective batch.
 
     Attributes:
         kind: `cpu`, `gpu` or `tpu`.
-        index: number among devices of its kind; for GPUs NVML's, which is PCI bus order.
-        name: product name; for a CPU with the number of usable cores.
+        index: number among the devices of this kind; GPUs are numbered by NVML in PCI bus order.
+        name: product name; that of a CPU includes the number of usable cores.
         uuid: NVML's identifier of a GPU.
-        total_bytes: memory of the device; for a CPU what its control groups allow.
-        free_bytes: memory that nobody holds.
+        total_bytes: memory of the device; of a CPU the host memory that its control groups allow.
+            That of a TPU is the memory of one core, as assumed: it is not known before connecting.
+        free_bytes: memory that no process holds.
         held_by: (process id, process name, bytes) of every process with memory on a GPU.
         driver: version of a GPU's driver.
-        tpu: where a TPU is. Its bytes are those of one core, and cannot be asked for before
-            connecting.
-        peers: further GPUs, each as this one and with as much memory of its own, that share an
-            effective batch with it; see `together`.
+        tpu: address of a TPU; None for other kinds.
+        peers: further GPUs of the same kind that share an effective batch with this one, each with
+            memory of its own; see `join_gpus`.
     """
 
     kind: str
@@ -87,18 +88,18 @@ class Device:
 
     @property
     def replicas(self) -> int:
-        """Copies of the model that train together, each on its own memory."""
+        """Number of copies of the model that train together, each on memory of its own."""
         return 1 + len(self.peers) if self.tpu is None else self.tpu.cores
 
     def key(self) -> str:
-        """Canonical text for the ledger: equal for devices whose trials tell the same.
+        """Canonical text for the ledger: equal for devices whose trials can be compared.
 
-        Peers do not count: a trial runs on one of them.
+        It leaves out peers, because a trial runs on one device.
         """
         return json_text(self.key_values(), sort_keys=True)
 
     def key_values(self) -> dict[str, Any]:
-        """What `key` is the text of."""
+        """The values that `key` writes as text."""
         values = {"kind": self.kind, "name": self.name, "driver": self.driver}
         if self.tpu is not None:
             values["tpu"] = f"{self.tpu.zone} {self.tpu.project}"
@@ -110,10 +111,10 @@ class Device:
 
 
 def device_from_json(values: dict[str, Any]) -> Device:
-    """Read what `Device.to_json` wrote; unknown keys are ignored.
+    """Read a device from the values of `Device.to_json`; unknown keys are ignored.
 
     Raises:
-        InputError: it is something else.
+        InputError: the values are not those of a device.
     """
     if not isinstance(values, dict):
         raise InputError("not a device")
@@ -135,14 +136,14 @@ def device_from_json(values: dict[str, Any]) -> Device:
     return device
 
 
-def together(devices: Sequence[Device]) -> Device:
-    """Have GPUs share an effective batch, each with its part of it.
+def join_gpus(devices: Sequence[Device]) -> Device:
+    """Make one device of GPUs that share an effective batch.
 
     Args:
-        devices: at least one; the first stands for all.
+        devices: at least one; the others become peers of the first.
 
     Raises:
-        InputError: several that are not different GPUs of one kind.
+        InputError: there are several, and they are not different GPUs of one product.
     """
     first, *peers = devices
     names = ",".join(device.label for device in devices)
@@ -153,17 +154,17 @@ def together(devices: Sequence[Device]) -> Device:
 
 
 def check_alike(devices: Sequence[Device]) -> None:
-    """Refuse devices that have several limits, or one that is named twice.
+    """Check that devices are of one product, so that a limit of one is the limit of all.
 
     Raises:
-        InputError: they are not different ones of one kind.
+        InputError: they are of several products, or one is named twice.
     """
     names = ",".join(device.label for device in devices)
     if len({(device.kind, device.index, device.uuid) for device in devices}) < len(devices):
         raise InputError(f"--device {names} names a device twice")
     if len({(device.name, device.driver, device.total_bytes) for device in devices}) > 1:
         raise InputError(
-            f"--device {names}: devices of several kinds have several limits",
+            f"--device {names}: devices of several products have several limits",
             hint="use them one after the other",
         )
 
@@ -173,15 +174,15 @@ class Budget:
     """Bytes of a device that TensorFlow's allocator may use.
 
     Attributes:
-        device: where; with peers, each has a budget of its own of this size.
-        budget_bytes: whole MiB, because TensorFlow's limits are; `make_budget` rounds down.
+        device: the device; each of its peers has a budget of the same size.
+        budget_bytes: size in whole MiB, as TensorFlow's limits are; `make_budget` rounds down.
     """
 
     device: Device
     budget_bytes: int
 
     def __post_init__(self) -> None:
-        """Refuse what the device cannot hold."""
+        """Refuse a budget that is larger than the device's memory."""
         if self.budget_bytes < MIB_BYTES:
             raise InputError(f"a budget of {self.budget_bytes} bytes is below 1 MiB")
         if self.budget_bytes > self.device.total_bytes:
@@ -193,7 +194,7 @@ class Budget:
             )
 
     def key(self) -> str:
-        """Canonical text for the ledger: equal where the same trial has the same outcome."""
+        """Canonical text for the ledger: equal where a trial has the same outcome."""
         values = {**self.device.key_values(), "budget_bytes": self.budget_bytes}
         return json_text(values, sort_keys=True)
 
@@ -203,20 +204,21 @@ class Budget:
 
 
 def budget_from_json(values: dict[str, Any]) -> Budget:
-    """Read what `Budget.to_json` wrote.
+    """Read a budget from the values of `Budget.to_json`.
 
     Raises:
-        InputError: it is something else.
+        InputError: the values are not those of a budget.
     """
     size_bytes = get_whole(values, "budget_bytes", 1, MOST_WHOLE)
     return Budget(device_from_json(values.get("device", {})), size_bytes)
 
 
 def default_budget_bytes(device: Device) -> int:
-    """Bytes that a training step may use when the user does not say, in whole MiB.
+    """Return the bytes of a budget for which the user names no size, in whole MiB.
 
-    A GPU's free memory less `GPU_CONTEXT_RESERVE_BYTES`, or `CPU_SHARE` of the available host
-    memory; all of a TPU's core, which nobody shares and whose limit is not ours to set.
+    - GPU: the free memory less `GPU_CONTEXT_RESERVE_BYTES`; with peers that of the fullest GPU.
+    - CPU: `CPU_FRACTION` of the available host memory.
+    - TPU: all memory of a core. No other process shares it, and its limit cannot be set.
 
     Raises:
         InputError: too little memory is free.
@@ -224,7 +226,7 @@ def default_budget_bytes(device: Device) -> int:
     if device.kind == "tpu":
         budget_bytes = device.total_bytes
     elif device.kind == "cpu":
-        budget_bytes = int(device.free_bytes * CPU_SHARE)
+        budget_bytes = int(device.free_bytes * CPU_FRACTION)
     else:
         least_bytes = min(one.free_bytes for one in device.each)
         budget_bytes = least_bytes - GPU_CONTEXT_RESERVE_BYTES
@@ -235,10 +237,14 @@ def default_budget_bytes(device: Device) -> int:
 
 
 def make_budget(device: Device, budget_bytes: int | None = None) -> Budget:
-    """Budget of a device, rounded down to whole MiB; None means `default_budget_bytes`.
+    """Make a budget, rounded down to whole MiB.
+
+    Args:
+        device: the device.
+        budget_bytes: its size; None takes `default_budget_bytes`.
 
     Raises:
-        InputError: more than the device has, or too little is free for a default.
+        InputError: the device has less memory, or too little is free for a default.
     """
     if budget_bytes is None:
         return Budget(device, default_budget_bytes(device))
@@ -246,13 +252,13 @@ def make_budget(device: Device, budget_bytes: int | None = None) -> Budget:
 
 
 def check_free(budget: Budget) -> None:
-    """Refuse a budget that cannot be had now, because others hold the device's memory.
+    """Check that the whole budget is free on the device now.
 
-    A trial in such a budget would meet the end of the device before the end of the budget, and
-    a limit would be reported that belongs to somebody else's process.
+    Otherwise a trial would run out of the device's free memory before it has used the budget, and
+    the limit that is reported would depend on other processes.
 
     Raises:
-        InputError: less than the budget is free.
+        InputError: less memory than the budget is free.
     """
     for device in budget.device.each:
         if budget.budget_bytes > device.free_bytes:
@@ -264,26 +270,29 @@ def check_free(budget: Budget) -> None:
 
 
 def check_alone(device: Device) -> None:
-    """Refuse a GPU that others use: they may take or give back memory while it is measured.
+    """Check that no other process uses a GPU, because its memory may change during the trials.
 
-    The little that a desktop holds is let pass.
+    The memory that a desktop takes is allowed.
 
     Raises:
-        InputError: others hold more than that.
+        InputError: other processes hold more than that.
     """
-    # Boards with one memory for CPU and GPU are never free of others.
+    # Where CPU and GPU share one memory, other processes always hold some of it.
     if device.kind != "gpu" or device.total_bytes == host_memory()[0]:
         return
     held_bytes = device.total_bytes - device.free_bytes
-    if held_bytes > max(device.total_bytes * _DESKTOP_SHARE, _DESKTOP_BYTES):
+    if held_bytes > max(device.total_bytes * _DESKTOP_FRACTION, _DESKTOP_BYTES):
         raise InputError(
-            f"others use {device.label}: {describe_use(device)}",
+            f"other processes use {device.label}: {describe_use(device)}",
             hint="end them, choose another --device, or probe what is free now with --share",
         )
 
 
 def describe_use(device: Device) -> str:
-    """Free and total memory and who holds the rest, as one line; with peers, of the fullest."""
+    """Describe in one line the free memory and the processes that hold the rest.
+
+    Of several GPUs it describes the one with the least free memory.
+    """
     fullest = min(device.each, key=lambda one: one.free_bytes)
     held = "".join(
         f"; process {pid} ({name}) holds {format_bytes(size)}"

@@ -1,4 +1,4 @@
-"""What is attached to this machine, and the names that the command line has for it."""
+"""The devices of this machine, and their names on the command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bertbench.devices.device import TPU_CORE_BYTES, Device, TpuSettings, together
+from bertbench.devices.device import TPU_CORE_BYTES, Device, TpuSettings, join_gpus
 from bertbench.devices.host import host_memory
 from bertbench.devices.nvml import list_gpus
 from bertbench.devices.threads import usable_cores
@@ -15,24 +15,24 @@ from finetune.errors import InputError
 
 
 def list_devices() -> list[Device]:
-    """GPUs in NVML's order, then the CPU; a machine without GPU or driver has only the CPU.
+    """List the GPUs in NVML's order, and then the CPU.
 
-    GPUs that `CUDA_VISIBLE_DEVICES` hides are left out: a batch scheduler has given them to
-    somebody else.
+    Without a GPU or a driver there is only the CPU. GPUs that `CUDA_VISIBLE_DEVICES` hides are left
+    out, because a batch scheduler has assigned them to another job.
     """
     return [*visible_gpus(list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")), _cpu()]
 
 
 def visible_gpus(gpus: Sequence[Device], visible: str | None) -> list[Device]:
-    """Choose the GPUs that a value of `CUDA_VISIBLE_DEVICES` names, in its order.
+    """Return the GPUs that a value of `CUDA_VISIBLE_DEVICES` names, in its order.
 
-    Numbers are taken as PCI bus order (`CUDA_DEVICE_ORDER=PCI_BUS_ID`); CUDA's own default
-    differs from it only on machines with cards of different speed.
+    Numbers count in PCI bus order (`CUDA_DEVICE_ORDER=PCI_BUS_ID`). CUDA's own default differs from
+    it only on machines with GPUs of different speed.
 
     Args:
         gpus: all GPUs.
-        visible: numbers or beginnings of UUIDs, with commas; None means all. As in CUDA, the
-            first entry that names no GPU ends the list.
+        visible: numbers or beginnings of UUIDs, separated by commas; None means all. As in CUDA,
+            the first entry that names no GPU ends the list.
     """
     if visible is None:
         return list(gpus)
@@ -51,10 +51,10 @@ def resolve_device(text: str, devices: Iterable[Device] | None = None) -> Device
     Args:
         text: `auto` (the GPU with the most free memory, else the CPU), `gpu`, `gpu:N`,
             `gpu:UUID` (its beginning is enough), `cpu`, `tpu` or `tpu:NAME`.
-        devices: what there is to choose from; None asks the machine.
+        devices: the devices to choose from; None takes those of this machine.
 
     Raises:
-        InputError: no such device, or not a device name.
+        InputError: the text is not a device name, or there is no such device.
     """
     kind, _, which = text.strip().partition(":")
     kind = kind.lower()
@@ -76,25 +76,25 @@ def resolve_device(text: str, devices: Iterable[Device] | None = None) -> Device
     found = [gpu for gpu in gpus if not which or _names(which, gpu)]
     if not found:
         there = ", ".join(gpu.label for gpu in sorted(gpus, key=lambda gpu: gpu.index))
-        raise InputError(f"there is no {text!r}", hint=f"attached: {there}")
+        raise InputError(f"there is no device {text!r}", hint=f"attached: {there}")
     return found[0]
 
 
-def resolve_together(text: str, devices: Sequence[Device] | None = None) -> Device:
-    """Find what a `--device` value names, which may be several GPUs: `gpu:0,gpu:1`.
+def resolve_devices(text: str, devices: Sequence[Device] | None = None) -> Device:
+    """Find the device of a `--device` value that may name several GPUs, as in `gpu:0,gpu:1`.
 
     Args:
-        text: as for `resolve_device`, with commas in between.
-        devices: what there is to choose from; None asks the machine.
+        text: names for `resolve_device`, separated by commas.
+        devices: the devices to choose from; None takes those of this machine.
 
     Raises:
-        InputError: no such device, or several that cannot share a batch.
+        InputError: there is no such device, or the devices cannot share a batch.
     """
-    return together([resolve_device(name, devices) for name in text.split(",")])
+    return join_gpus([resolve_device(name, devices) for name in text.split(",")])
 
 
 def tpu_device(tpu: TpuSettings, core_bytes: int = TPU_CORE_BYTES) -> Device:
-    """A core of a TPU, which is not asked whether it is there."""
+    """Return the device of a TPU's core; whether the TPU exists is not checked."""
     name = f"TPU {tpu.name or ''}".strip()
     return Device("tpu", 0, f"{name}, {tpu.cores} cores", None, core_bytes, core_bytes, tpu=tpu)
 
@@ -112,7 +112,7 @@ def _cpu() -> Device:
 
 
 def _cpu_name() -> str:
-    # Cores belong to the name: step times depend on them, and so do oneDNN's scratch buffers.
+    # The number of cores is part of the name: step times and oneDNN's buffers depend on it.
     cores = usable_cores()
     model = platform.processor() or platform.machine()
     try:

@@ -1,4 +1,4 @@
-"""What the kernel says about host memory: how much is left, and the count of OOM kills."""
+"""Host memory as the kernel reports it: total, free, and the number of OOM kills."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NO_LIMIT_BYTES = 1 << 60
 
 
 def host_memory() -> tuple[int, int]:
-    """Bytes that this process may use in all, and bytes of them that nobody uses."""
+    """Return the bytes of host memory that this process may use, and how many of them are free."""
     memory = psutil.virtual_memory()
     total_bytes, free_bytes = int(memory.total), int(memory.available)
     for limit_bytes, used_bytes in cgroup_limits(memory_cgroups()):
@@ -25,14 +25,14 @@ def host_memory() -> tuple[int, int]:
 
 
 def memory_cgroups(root: Path = CGROUP_ROOT, own: Path = OWN_CGROUPS) -> list[Path]:
-    """Folders of the control groups whose memory limits bind this process, innermost first.
+    """Return the folders of the control groups that limit this process's memory, innermost first.
 
-    Both versions of control groups are understood. In a container the path that the kernel names
-    may lie outside what is mounted; its nearest ancestor that exists is taken then.
+    Both versions of control groups are supported. In a container the kernel may name a path that is
+    not mounted; its nearest ancestor that exists is taken instead.
 
     Args:
         root: where control groups are mounted.
-        own: the kernel's list of this process's groups.
+        own: the file in which the kernel lists this process's groups.
     """
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
@@ -57,9 +57,9 @@ def memory_cgroups(root: Path = CGROUP_ROOT, own: Path = OWN_CGROUPS) -> list[Pa
 
 
 def cgroup_limits(folders: list[Path]) -> list[tuple[int, int]]:
-    """Limit and use, in bytes, of every control group that has a memory limit.
+    """Return the limit and the used memory, in bytes, of each control group that has a limit.
 
-    File pages do not count as used: the kernel can drop them.
+    Pages of files do not count as used, because the kernel can drop them.
     """
     limits = []
     for folder in folders:
@@ -77,10 +77,12 @@ def cgroup_limits(folders: list[Path]) -> list[tuple[int, int]]:
 
 
 def oom_kill_counts(folders: list[Path] | None = None, vmstat: Path = VMSTAT) -> dict[str, int]:
-    """Processes that the kernel's OOM killer has ended, by the file that counts them.
+    """Count the processes that the kernel's OOM killer has ended.
 
-    Two readings around the death of a child tell whether the kernel killed it for memory. An
-    empty result means that this machine does not tell.
+    A count that has grown while a child process ended shows that the kernel killed it for memory.
+
+    Returns:
+        The count in each file that has one; empty if this machine does not count.
     """
     counts = {}
     for folder in memory_cgroups() if folders is None else folders:

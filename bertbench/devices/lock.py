@@ -1,4 +1,7 @@
-"""One probe of a device at a time: two would meet each other's memory, and repeat each other."""
+"""Locks that allow one probe of a device at a time.
+
+Two probes would measure each other's memory, and repeat each other's trials.
+"""
 
 from __future__ import annotations
 
@@ -17,29 +20,29 @@ from finetune.errors import InputError
 from finetune.storage.folders import try_lock
 
 LOCKS_VARIABLE = "BERTBENCH_LOCKS"
-"""Names another folder for the locks of devices; a test must not wait for its user's probes."""
+"""Environment variable that names another folder for the locks, as tests do."""
 
 _ASK_EVERY_SECONDS = 0.2
 
 
 @contextlib.contextmanager
 def devices_held(devices: Sequence[Device]) -> Iterator[None]:
-    """Keep this user's other probes off devices, whatever their ledgers and temporary folders.
+    """Hold the locks of devices in the block, so that other probes of this user wait.
 
-    Another user's probe is not waited for: a lock that others can open is one that they can hold
-    for ever. Of others `bertbench.devices.device.check_free` and `check_alone` tell.
+    Probes of other users do not wait: they could hold a lock that they can open for ever. Their use
+    of a device is found by `bertbench.devices.device.check_free` and `check_alone`.
     """
     folder = _lock_folder()
     if folder is None:
         say(
-            "warning: no folder for locks can be used; do not probe the same device twice at the "
-            f"same time, or name a folder with {LOCKS_VARIABLE}"
+            "warning: no folder for locks can be used; run only one probe of a device at a time, "
+            f"or name a folder with {LOCKS_VARIABLE}"
         )
         yield
         return
     labels = ", ".join(device.label for device in devices)
     with contextlib.ExitStack() as held:
-        # In one order, so that no two probes wait for each other.
+        # Always in the same order, so that no two probes wait for each other.
         for path in sorted({folder / _lock_name(device) for device in devices}):
 
             def on_wait(path: Path = path) -> None:
@@ -50,9 +53,9 @@ def devices_held(devices: Sequence[Device]) -> Iterator[None]:
 
 
 def _lock_folder() -> Path | None:
-    """A folder that only this user can enter, the same for all of the user's probes here.
+    """Return the private folder for this user's locks on this machine, if there is one.
 
-    So neither `TMPDIR` nor `XDG_RUNTIME_DIR` names it, which depend on how a shell was started.
+    It does not depend on `TMPDIR` or `XDG_RUNTIME_DIR`, whose values differ between shells.
     """
     chosen = os.environ.get(LOCKS_VARIABLE)
     if chosen:
@@ -61,7 +64,7 @@ def _lock_folder() -> Path | None:
         candidates = [user_temporary_folder()]
         state = state_folder()
         if state is not None:
-            # Machines may share it.
+            # Several machines may share the state folder.
             candidates.append(state / f"locks-{socket.gethostname()}")
     return next((folder for folder in candidates if is_private(folder)), None)
 
@@ -80,12 +83,12 @@ def _holder(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold a lock in the block; the system releases it when the process ends, however it does.
+    """Hold a lock in the block; the system releases it when the process ends for any reason.
 
     Args:
-        path: a file, made if it does not exist and left there: were it deleted, another process
-            could hold a lock on the deleted file while a third makes a new one.
-        on_wait: called once if another process holds it.
+        path: the lock's file, which is made if it is missing. It is not deleted afterwards: another
+            process could hold the lock of the deleted file while a third process makes a new one.
+        on_wait: called once if another process holds the lock.
 
     Raises:
         InputError: the file cannot be written.
@@ -95,7 +98,7 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         descriptor = _open_lock(path)
         try:
             if try_lock(descriptor):
-                # Somebody may have tidied up since it was opened.
+                # The file may have been deleted since it was opened.
                 if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                     os.ftruncate(descriptor, 0)
                     os.write(descriptor, f"{os.getpid()}\n".encode())

@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says of its GPUs, and of what processes hold on them."""
+"""GPUs as NVIDIA's driver reports them, and the memory that processes hold on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bertbench.devices.host import host_memory
 
 
 def list_gpus() -> list[Device]:
-    """All GPUs, in NVML's order; none without a driver."""
+    """List all GPUs in NVML's order; none without a driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -25,7 +25,7 @@ def list_gpus() -> list[Device]:
 
 
 def process_bytes(device: Device) -> int | None:
-    """What the driver counts on a GPU for this process now; None where it does not tell."""
+    """Return the bytes of a GPU that this process holds; None if they are not reported."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -40,7 +40,7 @@ def process_bytes(device: Device) -> int | None:
         return None
     finally:
         pynvml.nvmlShutdown()
-    # In a container the driver may use other process numbers than those seen here.
+    # In a container the driver may use other process ids than the container does.
     own = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
     return int(own[0]) if own and own[0] else None
 
@@ -52,7 +52,7 @@ def _nvml_gpu(index: int, driver: str) -> Device:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         total_bytes, free_bytes = int(memory.total), int(memory.free)
     except pynvml.NVMLError_NotSupported:
-        # Boards with one memory for CPU and GPU have no figure of their own.
+        # Where CPU and GPU share one memory, the driver reports no memory of the GPU.
         total_bytes, free_bytes = host_memory()
     held: dict[int, int] = {}
     for processes in (
@@ -61,7 +61,7 @@ def _nvml_gpu(index: int, driver: str) -> Device:
     ):
         try:
             found = processes(handle)
-        except pynvml.NVMLError:  # not permitted, or not on this platform
+        except pynvml.NVMLError:  # not permitted, or not supported on this platform
             continue
         for process in found:
             held[process.pid] = max(held.get(process.pid, 0), int(process.usedGpuMemory or 0))
@@ -72,7 +72,7 @@ def _nvml_gpu(index: int, driver: str) -> Device:
 def _process_name(pid: int) -> str:
     try:
         return str(psutil.Process(pid).name())
-    except psutil.Error:  # ended, of another user, or outside this container
+    except psutil.Error:  # it has ended, is of another user, or is outside this container
         return "unknown"
 
 

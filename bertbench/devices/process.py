@@ -1,4 +1,4 @@
-"""What the system says that this process holds: more than TensorFlow's allocator knows of."""
+"""Memory that this process holds by the system's count, which exceeds the allocator's."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from bertbench.devices.device import Device
 
 
 def process_peak_bytes(device: Device) -> int | None:
-    """Largest memory of a device that this process has held; None where the system does not tell.
+    """Return the most memory of a device that this process has held.
 
-    On a GPU what the driver counts for the process now: the allocator's reservation, which never
-    shrinks, and the CUDA context with its libraries. On a CPU the largest resident set, with
-    Python and TensorFlow's code.
+    - GPU: what the driver counts for the process now: the memory that the allocator has reserved,
+      which never shrinks, and the CUDA context with its libraries.
+    - CPU: the largest resident set, which includes Python and TensorFlow's code.
+
+    Returns:
+        Bytes; None if the system does not report them.
     """
     if device.kind == "gpu":
         return nvml.process_bytes(device)

@@ -1,6 +1,6 @@
-"""How many cores and threads a process may use.
+"""Number of cores and threads that a process may use.
 
-Libraries abort, or send signals, where the system allows too few threads.
+Libraries abort, or send signals, if the system allows too few threads.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ _LIBRARY_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def usable_cores() -> int:
-    """Number of CPU cores that this process may use.
+    """Return the number of CPU cores that this process may use.
 
-    A container of a large machine may have few. TensorFlow and OpenBLAS count these alone.
+    It may be smaller than the machine's, as in a container. TensorFlow and OpenBLAS count the same.
     """
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def spare_threads() -> None:
-    """Have numeric libraries do with one thread, where one for each core cannot be had.
+def limit_library_threads() -> None:
+    """Make numeric libraries use one thread if the system does not allow one for each core.
 
-    OpenBLAS, which NumPy and SciPy use, sends its own process a SIGINT when it cannot start its
+    OpenBLAS, which NumPy and SciPy use, sends SIGINT to its own process if it cannot start its
     threads.
     """
     if not can_start_threads(usable_cores() - 1):
@@ -35,12 +35,12 @@ def spare_threads() -> None:
 
 
 def check_threads() -> None:
-    """Refuse to begin what TensorFlow, or the tokenizer, would end with an abort.
+    """Check that the system allows the threads of TensorFlow, which would abort otherwise.
 
     Raises:
         WorkError: the system does not allow the threads that TensorFlow starts.
     """
-    # One pool for operations and one inside of them, and those for data, the profiler and gRPC.
+    # A pool of threads between operations and one inside them, and 8 for data, profiler and gRPC.
     count = 2 * usable_cores() + 8
     if not can_start_threads(count):
         raise WorkError(
@@ -50,7 +50,7 @@ def check_threads() -> None:
 
 
 def can_start_threads(count: int) -> bool:
-    """Whether so many threads can be there at the same time."""
+    """Whether the process can start this number of threads at the same time."""
     end = threading.Event()
     threads: list[threading.Thread] = []
     try:

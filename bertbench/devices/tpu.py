@@ -1,7 +1,7 @@
-"""Cloud TPUs: the original's flags, and a connection through TensorFlow's resolver.
+"""Connection to a Cloud TPU through TensorFlow's resolver.
 
-No TPU was at hand while this was written: what runs on its replicas is tested on two devices made
-out of one CPU, and the connection against a stand-in.
+It was never run on a real TPU. Training on replicas is tested on two logical devices of one CPU,
+and the connection with a replacement for the resolver.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def connect(tpu: TpuSettings) -> Any:
         A `tf.distribute.TPUStrategy`.
 
     Raises:
-        InputError: it has another number of cores.
-        WorkError: it cannot be reached.
+        InputError: the TPU has another number of cores than the flags say.
+        WorkError: the TPU cannot be reached.
     """
     with muted_stderr():
         import tensorflow as tf
@@ -34,7 +34,7 @@ def connect(tpu: TpuSettings) -> Any:
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
         strategy = tf.distribute.TPUStrategy(resolver)
-    # The resolver asks Google's metadata service by itself, whose errors are OSErrors.
+    # The resolver also asks Google's metadata service, whose errors are OSErrors.
     except (ValueError, RuntimeError, OSError, ImportError, tf.errors.OpError) as error:
         raise WorkError(
             f"cannot reach {what} ({str(error).splitlines()[0]}); check --tpu_name, --tpu_zone "

@@ -336,7 +336,9 @@ def test_a_busy_gpu_is_refused() -> None:
     free = Device("gpu", 0, "Card", "GPU-1", 24 * gib, 23 * gib)
     check_alone(free)
     busy = Device("gpu", 0, "Card", "GPU-1", 24 * gib, 20 * gib, ((7, "python", 4 * gib),))
-    with pytest.raises(InputError, match=r"others use gpu:0: .*process 7 \(python\).*--share"):
+    with pytest.raises(
+        InputError, match=r"other processes use gpu:0: .*process 7 \(python\).*--share"
+    ):
         check_alone(busy)
     check_alone(Device("cpu", 0, "CPU", None, 24 * gib, 2 * gib))
 
@@ -440,9 +442,9 @@ def test_like_gpus_share_the_cells(
     ("device", "change", "words"),
     [
         ("gpu:0,gpu:0", {}, "names a device twice"),
-        ("gpu:0,gpu:1", {"name": "Other"}, "several kinds"),
-        ("gpu:0,gpu:7", {}, "no 'gpu:7'"),
-        ("gpu:0,gpu:1", {"free_bytes": 2 << 30}, "others use gpu:0"),
+        ("gpu:0,gpu:1", {"name": "Other"}, "several products"),
+        ("gpu:0,gpu:7", {}, "no device 'gpu:7'"),
+        ("gpu:0,gpu:1", {"free_bytes": 2 << 30}, "other processes use gpu:0"),
     ],
 )
 def test_devices_that_cannot_share_are_refused(

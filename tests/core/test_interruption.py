@@ -153,7 +153,7 @@ def test_a_command_that_has_not_begun_is_interrupted_in_one_line() -> None:
 import bertbench.cli as cli
 def interrupted():
     raise KeyboardInterrupt
-cli.spare_threads = interrupted
+cli.limit_library_threads = interrupted
 cli.main()
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -27,7 +27,7 @@ from bertbench.devices.device import (
     device_from_json,
     make_budget,
 )
-from bertbench.devices.discover import list_devices, resolve_device, resolve_together, visible_gpus
+from bertbench.devices.discover import list_devices, resolve_device, resolve_devices, visible_gpus
 from bertbench.devices.host import cgroup_limits, memory_cgroups, oom_kill_counts
 from bertbench.memory.allocator import limit
 from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES
@@ -63,8 +63,8 @@ LIKE = dataclasses.replace(FULL, index=2, uuid="GPU-cccc", free_bytes=20 * GIB_B
 
 
 def test_gpus_that_share_a_batch() -> None:
-    assert resolve_together("gpu:1", ALL) == FREE
-    both = resolve_together("gpu:1,gpu:GPU-c", [*ALL, LIKE])
+    assert resolve_devices("gpu:1", ALL) == FREE
+    both = resolve_devices("gpu:1,gpu:GPU-c", [*ALL, LIKE])
     assert (both.label, both.replicas, both.each) == ("gpu:1,gpu:2", 2, (FREE, LIKE))
     # Trials run on one of them, and each has its own memory: that of the fuller one is promised.
     assert both.key() == FREE.key()
@@ -73,7 +73,7 @@ def test_gpus_that_share_a_batch() -> None:
     with pytest.raises(InputError, match=r"is more than gpu:2 has free: 20\.0 GiB of 24\.0 GiB"):
         check_free(make_budget(both, 21 * GIB_BYTES))
     assert device_from_json(json.loads(json.dumps(both.to_json()))) == both
-    with_game = resolve_together("gpu:1,gpu:0", ALL)
+    with_game = resolve_devices("gpu:1,gpu:0", ALL)
     assert "process 41 (game)" in describe_use(with_game)
 
 
@@ -82,18 +82,18 @@ def test_gpus_that_share_a_batch() -> None:
     [
         ("gpu:1,gpu:1", "gpu:1,gpu:1 names a device twice"),
         ("gpu:1,cpu", "only GPUs share a batch"),
-        ("gpu:1,gpu:2", "several kinds"),
+        ("gpu:1,gpu:2", "several products"),
         ("gpu:1,", "unknown device ''"),
     ],
 )
 def test_devices_that_cannot_share_a_batch(text: str, words: str) -> None:
     there = [*ALL, dataclasses.replace(LIKE, name="Other")]
     with pytest.raises(InputError, match=words):
-        resolve_together(text, there)
+        resolve_devices(text, there)
 
 
 def test_a_budget_of_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    budget = Budget(resolve_together("gpu:1,gpu:2", [*ALL, LIKE]), GIB_BYTES)
+    budget = Budget(resolve_devices("gpu:1,gpu:2", [*ALL, LIKE]), GIB_BYTES)
     for name, value in child_environment(budget).items():
         monkeypatch.setenv(name, value)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-bbbb-2,GPU-cccc"

@@ -189,7 +189,7 @@ def test_threads_that_the_system_does_not_allow(monkeypatch: pytest.MonkeyPatch)
     # Of a large machine, 8 cores are for this process.
     monkeypatch.setattr(os, "cpu_count", lambda: 512)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
-    threads.spare_threads()
+    threads.limit_library_threads()
     assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
     left[0] = 3
     with pytest.raises(WorkError, match="needs 24 threads, and the system does not allow them"):

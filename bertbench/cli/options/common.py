@@ -13,7 +13,7 @@ from bertbench.core.terminal import echo
 from bertbench.core.units import parse_bytes
 from bertbench.core.workload import MOST_BATCH, Levers
 from bertbench.devices.device import Budget, make_budget
-from bertbench.devices.discover import resolve_together
+from bertbench.devices.discover import resolve_devices
 from finetune.errors import InputError
 from finetune.spec.optimizers import OPTIMIZERS, PLACEMENTS
 from finetune.spec.precisions import PRECISIONS
@@ -215,7 +215,7 @@ def resolve_budget(device: str, memory: int | None) -> Budget:
     Raises:
         InputError: no such device, or more than it has; or a TPU, which is named otherwise.
     """
-    resolved = resolve_together(device)
+    resolved = resolve_devices(device)
     if resolved.tpu is not None:
         raise InputError(
             f"--device {device} is for `bertbench probe`",

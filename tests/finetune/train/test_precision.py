@@ -141,7 +141,9 @@ def test_unknown_precision() -> None:
 
 
 def test_gpus_without_bfloat16_are_refused() -> None:
-    with pytest.raises(InputError, match=r"Tesla T4 has no bf16: compute capability 7\.5"):
+    with pytest.raises(
+        InputError, match=r"Tesla T4 does not support bf16: compute capability 7\.5"
+    ):
         check_precision("Tesla T4", "bf16")
     check_precision("Tesla T4", "float32")
     check_precision("Tesla T4", "fp16")
