@@ -10,6 +10,7 @@ import pytest
 
 from helpers.paths import REPOSITORY
 from helpers.source_tree import SourceTree, write_source_tree
+from helpers.wings import ROWS
 
 README = REPOSITORY / "README.md"
 MOST_README_LINES = 120
@@ -73,6 +74,18 @@ def _anchors(page: Path) -> Iterable[str]:
 def test_the_architecture_lists_every_module(repository: SourceTree) -> None:
     page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert wrong_list(page, repository) == []
+
+
+def test_the_picture_of_the_wings_is_that_of_the_rules() -> None:
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = page.split("```")[1]
+    rows = [
+        re.findall(r"(?:bertbench|finetune)\.\w+|reports(?= )", line)
+        for line in picture.splitlines()
+    ]
+    # The packages themselves, `bertbench` and `finetune`, are no wings.
+    wings = [[wing for wing in row if "." in wing or wing == "reports"] for row in ROWS[1:]]
+    assert [row for row in rows if row] == [row for row in wings if row]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

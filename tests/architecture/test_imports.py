@@ -8,29 +8,8 @@ from pathlib import Path
 import pytest
 
 from helpers.source_tree import Import, SourceTree, write_source_tree
+from helpers.wings import ROWS
 
-# A wing may import the wings in the rows below its own, and no other.
-ROWS = (
-    ("bertbench", "bertbench.__main__"),
-    ("bertbench.cli",),
-    ("reports",),
-    ("bertbench.run",),
-    ("bertbench.plan", "bertbench.probe"),
-    ("bertbench.fetch",),
-    ("bertbench.ledger",),
-    ("bertbench.trials",),
-    ("bertbench.memory",),
-    ("bertbench.devices",),
-    ("bertbench.core",),
-    ("finetune",),
-    ("finetune.train", "finetune.export", "finetune.tasks"),
-    ("finetune.model",),
-    ("finetune.model_files",),
-    ("finetune.text",),
-    ("finetune.spec",),
-    ("finetune.storage",),
-    ("finetune.errors",),
-)
 # These load TensorFlow when they are imported; importing anything else must not load it.
 LOADS_TENSORFLOW = (
     "bertbench.memory.allocator.profiler",
@@ -79,7 +58,7 @@ def circles(source: SourceTree) -> list[str]:
         module: {found.module for found in imports if found.when != "string"} & set(source.modules)
         for module, imports in source.imports.items()
     }
-    found = {}
+    found: dict[frozenset[str], str] = {}
     for module in below:
         path = _shortest_path(below, below[module], module)
         if path:

@@ -120,6 +120,7 @@ def absolute_module(module: Module, node: ast.ImportFrom) -> str:
 def _with_time_of_import(node: ast.AST, when: When) -> Iterator[tuple[ast.AST, When]]:
     """Walk all nodes below `node`, each with the time at which an import there happens."""
     yield node, when
+    children: list[tuple[ast.AST, When]]
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         children = [*((child, "types") for child in node.body), *((c, when) for c in node.orelse)]
     elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and when == "start":

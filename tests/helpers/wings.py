@@ -1,0 +1,26 @@
+"""The wings of the three packages, from the highest to the lowest."""
+
+from __future__ import annotations
+
+# A wing may import the wings in the rows below its own, and no other.
+ROWS = (
+    ("bertbench", "bertbench.__main__"),
+    ("bertbench.cli",),
+    ("reports",),
+    ("bertbench.run",),
+    ("bertbench.plan", "bertbench.probe"),
+    ("bertbench.fetch",),
+    ("bertbench.ledger",),
+    ("bertbench.trials",),
+    ("bertbench.memory",),
+    ("bertbench.devices",),
+    ("bertbench.core",),
+    ("finetune",),
+    ("finetune.train", "finetune.export", "finetune.tasks"),
+    ("finetune.model",),
+    ("finetune.model_files",),
+    ("finetune.text",),
+    ("finetune.spec",),
+    ("finetune.storage",),
+    ("finetune.errors",),
+)
