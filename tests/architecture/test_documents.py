@@ -18,6 +18,7 @@ PAGES = sorted([*REPOSITORY.glob("*.md"), *(p for p in (REPOSITORY / "docs").rgl
 _FOLDER = re.compile(r"^### ([\w/]+)$", re.MULTILINE)
 _MODULE = re.compile(r"^- `(\w+\.py)`: \S.*$", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
+_FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]+")
 _PATH = re.compile(r"(?<![\w./-])(?:bertbench|finetune|reports|tests|benchmarks|docs)/[\w./-]*\w")
 
 
@@ -65,6 +66,17 @@ def missing_paths(page: Path, root: Path) -> list[str]:
     return [path for path in _PATH.findall(text) if not (root / path).exists()]
 
 
+def unknown_flags(page: Path, programs: Iterable[Path]) -> list[str]:
+    """Name the flags on a page that no program has; dashes and underscores are alike."""
+    known = {
+        flag.replace("_", "-")
+        for program in programs
+        for flag in _FLAG.findall(program.read_text(encoding="utf-8"))
+    }
+    flags = sorted(set(_FLAG.findall(page.read_text(encoding="utf-8"))))
+    return [flag for flag in flags if flag.replace("_", "-") not in known]
+
+
 def _anchors(page: Path) -> Iterable[str]:
     """Return the anchors that a page's headings have on GitHub."""
     for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
@@ -92,6 +104,12 @@ def test_the_picture_of_the_wings_is_that_of_the_rules() -> None:
 def test_links_and_paths_of_a_page_lead_somewhere(page: Path) -> None:
     assert broken_links(page) == []
     assert missing_paths(page, REPOSITORY) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_on_a_page_are_flags_of_a_program(page: Path) -> None:
+    programs = [*REPOSITORY.glob("bertbench/cli/**/*.py"), *REPOSITORY.glob("benchmarks/**/*.py")]
+    assert unknown_flags(page, programs) == []
 
 
 def test_the_readme_ends_by_its_second_page() -> None:
@@ -138,3 +156,10 @@ def test_broken_links_and_missing_paths_are_found(tmp_path: Path) -> None:
     )
     assert broken_links(page) == ["docs/plan.md#gone", "docs/gone.md"]
     assert missing_paths(page, tmp_path) == ["docs/more.md", "bertbench/core"]
+
+
+def test_unknown_flags_are_found(tmp_path: Path) -> None:
+    program, page = tmp_path / "plan.py", tmp_path / "plan.md"
+    program.write_text('option("--target-batch")\noption("--gpu")\n')
+    page.write_text("`--target_batch 32`, `--gpus all`, --gpu=x, a--b and `bertbench --target`")
+    assert unknown_flags(page, [program]) == ["--gpus", "--target"]
