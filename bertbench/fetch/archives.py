@@ -1,4 +1,4 @@
-"""Archives and their folders: unpacked without leaving the folder, and checked file by file."""
+"""Archives: unpacking them safely, and checking the unpacked files by their checksums."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SUMS_FILE = "SHA256SUMS"
 
 _CHUNK_BYTES = 1 << 20
 
-_MOST_TIMES = 100
+_MOST_RATIO = 100
 _ALWAYS_BYTES = 64 * MIB_BYTES
-"""An archive may hold this much, or so many times its own size: text takes a fifth, zeros a
-thousandth."""
+"""An archive may unpack to this many times its size, and always to this many bytes. Text is
+compressed to a fifth of its size; an archive of zeros, made to fill a disk, to a thousandth."""
 
 _HEADER_BYTES = 512
-"""What a file counts for beside its content."""
+"""Bytes that each file counts in addition to its content, so that empty files are limited too."""
 
 _LARGEST_READ_BYTES = 16 * MIB_BYTES
 
@@ -45,9 +45,9 @@ _COMPRESSIONS: Mapping[bytes, Callable[[IO[bytes]], Any]] = {
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\0": lzma.LZMAFile,
 }
-"""By what a file begins with."""
+"""Readers of compressed files, by the bytes that such a file begins with."""
 
-# Python's readers of archives have no kind of error of their own for all damage.
+# Python's readers of archives raise many kinds of errors for damaged files.
 _DAMAGED = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -56,44 +56,44 @@ _DAMAGED = (
     lzma.LZMAError,
     struct.error,
     EOFError,
-    # A name with a zero byte or not in its encoding, a place before the beginning.
+    # For a name that cannot be decoded or has a zero byte, and for a negative offset.
     ValueError,
     OverflowError,
     LookupError,
     MemoryError,
-    # What zipfile raises for a password, and for a compression that it does not know.
+    # From zipfile, for an encrypted file and for an unknown compression.
     RuntimeError,
     FileExistsError,
     IsADirectoryError,
     NotADirectoryError,
 )
 
-# Of a name that no file can have; without a number, the decompressor speaks and not the system.
+# Errors for a name that no file can have. Without a number the error is from the decompressor.
 _DAMAGED_NUMBERS = (None, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EILSEQ)
 
 _Opener = Callable[[], IO[bytes]]
 
 
 class ArchiveError(Exception):
-    """An archive that is damaged, would leave its folder, or does not hold what it should."""
+    """An archive is damaged, has a path outside of its folder, or has other files than expected."""
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip or tar archive; a single folder around everything is left out.
+    """Unpack a zip or tar archive.
 
-    What macOS adds to archives is left out too. A name that an earlier archive has used gets the
-    archive's name in front.
+    If the archive holds a single folder, its content is unpacked without that folder. Files that
+    macOS adds to archives are left out. A name that exists gets the archive's name in front.
 
     Args:
-        archive: ends in `.zip`, or is a tar archive, compressed or not.
-        folder: where to put the files; made if it is not there.
+        archive: a zip archive if its name ends in `.zip`, else a tar archive, compressed or not.
+        folder: where to put the files; it is made if it is missing.
 
     Raises:
-        ArchiveError: the archive is damaged, or holds a name outside of the folder, a link or a
-            device, or far more than its size lets expect.
+        ArchiveError: the archive is damaged, is far larger unpacked than its size suggests, or has
+            a path outside of the folder, a link or a device.
     """
     size_bytes = archive.stat().st_size
-    left_bytes = max(_ALWAYS_BYTES, _MOST_TIMES * size_bytes)
+    left_bytes = max(_ALWAYS_BYTES, _MOST_RATIO * size_bytes)
     inner = folder.with_name(f"{folder.name}-{archive.stem}")
     inner.mkdir()
     try:
@@ -131,15 +131,15 @@ def split_mrpc(train: Path, test: Path, dev_ids: Path, folder: Path) -> None:
 
     Args:
         train: `msr_paraphrase_train.txt`: a header, then `label \t id \t id \t text \t text`.
-        test: `msr_paraphrase_test.txt`, alike.
-        dev_ids: the pairs of ids that make the development split.
-        folder: gets `train.tsv`, `dev.tsv` and `test.tsv`; made if it is not there.
+        test: `msr_paraphrase_test.txt`, with the same columns.
+        dev_ids: the pairs of ids that belong to the development split.
+        folder: where to write `train.tsv`, `dev.tsv` and `test.tsv`; it is made if it is missing.
 
     Raises:
-        InputError: a line does not have its columns, or is not UTF-8.
+        InputError: a line has another number of columns, or is not UTF-8.
     """
     folder.mkdir(exist_ok=True)
-    # Universal line ends and `strip` are the original's, and so is a byte order mark that stays.
+    # As in the original script: universal line ends, `strip`, and a byte order mark that is kept.
     pairs = {tuple(line.strip().split("\t")) for line in _lines(dev_ids)}
     header, rows = _read_mrpc(train)
     splits = {"train": [header], "dev": [header]}
@@ -158,12 +158,12 @@ def check_members(
     """Compare the files of a folder with their checksums.
 
     Args:
-        folder: where the files are; there may be others.
-        members: SHA-256 by path.
-        expected: further paths that must be there.
+        folder: where the files are; it may hold other files too.
+        members: SHA-256 of files by path.
+        expected: further paths that must exist.
 
     Returns:
-        What is wrong first; None if nothing is.
+        The first problem in words; None if there is none.
     """
     for name in (*members, *expected):
         if not (folder / name).exists():
@@ -175,24 +175,24 @@ def check_members(
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest: str = pooch.file_hash(str(path), alg="sha256")
     return digest
 
 
 def hash_folder(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder, by path, in order."""
+    """Return the SHA-256 of every file in a folder by path, in the order of the paths."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
 
 
 def format_sums(sums: Mapping[str, str]) -> str:
-    """Render checksums as `sha256sum --check` reads them."""
+    """Write checksums as text that `sha256sum --check` reads."""
     return "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items())
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """Read a file of checksums; a missing one holds none.
+    """Read a file of checksums; a missing file has none.
 
     Raises:
         InputError: a line is not a checksum and a name.
@@ -243,7 +243,7 @@ def _tar_members(file: IO[bytes], folder: Path) -> Iterator[tuple[str, _Opener |
 
 
 class _BoundedReader:
-    """A file that does not return everything at once: a header may say that it is of any size."""
+    """A file with a limit on each read, because a damaged header may ask for any size."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -251,12 +251,12 @@ class _BoundedReader:
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= _LARGEST_READ_BYTES:
-            raise ArchiveError(f"has a header of {size:,} bytes")
+            raise ArchiveError(f"has a damaged header, which asks for {size:,} bytes")
         return self._file.read(size)
 
 
 def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> IO[bytes]:
-    # Python before 3.10.12 and 3.11.4 has no filters; nothing here relies on them alone.
+    # Python before 3.10.12 and 3.11.4 has no filters; `_write` checks each path too.
     if hasattr(tarfile, "data_filter"):
         tarfile.data_filter(member, str(folder))
     file = archive.extractfile(member)
@@ -266,10 +266,10 @@ def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) ->
 
 
 def _write(name: str, opener: _Opener | None, folder: Path, left_bytes: int) -> int:
-    """Write a member, and return how many bytes may still be written."""
+    """Write a file of the archive; return how many bytes may still be written."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\n" in name:
-        raise ArchiveError(f"holds {name!r}, which would leave the folder")
+        raise ArchiveError(f"holds {name!r}, a path outside of the folder")
     left_bytes -= _HEADER_BYTES
     if left_bytes < 0:
         raise _too_much()
@@ -290,7 +290,7 @@ def _write(name: str, opener: _Opener | None, folder: Path, left_bytes: int) -> 
 
 
 def _too_much() -> ArchiveError:
-    return ArchiveError(f"holds more than {_MOST_TIMES} times its own size")
+    return ArchiveError(f"unpacks to more than {_MOST_RATIO} times its own size")
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,6 +1,6 @@
-"""What `bertbench fetch` knows by name: where it is published, how large, and its checksums.
+"""The catalogue of `bertbench fetch`: addresses, sizes and checksums of data sets and models.
 
-Checksums are those that others published: SQuAD, GLUE and XNLI from the `dataset_infos.json` files
+The checksums were published by others: SQuAD, GLUE and XNLI from the `dataset_infos.json` files
 of huggingface/datasets 1.x, TriviaQA from `url_checksums` of tensorflow/datasets, and those of the
 files inside Google's archives of 2018 from `GooglePretrainedWeightDownloader.py` of
 NVIDIA/DeepLearningExamples. The addresses of the models are those of google-research/bert's
@@ -28,10 +28,10 @@ class Source:
     """One file on a server.
 
     Attributes:
-        url: where it is.
-        path: where it is kept, from the folder that `--to` names.
-        size_bytes: its size; None if nobody published it.
-        sha256: its checksum, in lower-case hexadecimal; None if nobody published it.
+        url: its address.
+        path: where it is kept, relative to the folder of `--to`.
+        size_bytes: its published size; None if there is none.
+        sha256: its published checksum in lower-case hexadecimal; None if there is none.
     """
 
     url: str
@@ -42,23 +42,23 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """Something that can be fetched.
+    """A data set or a model that can be fetched.
 
     Attributes:
-        name: what it is called.
-        what: what it is, in a few words.
-        licence: its licence, or who can tell.
-        folder: where it ends up, from the folder that `--to` names.
+        name: its name on the command line.
+        what: a description in a few words.
+        licence: its licence, or where to find it.
+        folder: where its files are put, relative to the folder of `--to`.
         sources: the files it is made from.
         preparation: `none` leaves the files as they are; `unpack` unpacks archives into `folder`,
             one after the other; `mrpc` splits the files of MRPC as GLUE does.
         aliases: other names.
         members: published SHA-256 of files in `folder`, by path.
-        expected: paths in `folder` that must be there after unpacking.
-        approximate_bytes: about what must be downloaded, where sources have no size.
-        verb: the verb that uses it, as in `run squad`.
-        path_flags: flags of that verb whose value is a path, from the folder that `--to` names.
-        flags: what else to give to that verb.
+        expected: paths in `folder` that must exist after unpacking.
+        approximate_bytes: about the size of the download, where no size was published.
+        verb: the command that uses it, as in `run squad`.
+        path_flags: flags of that command whose value is a path relative to the folder of `--to`.
+        flags: other flags of that command.
     """
 
     name: str
@@ -77,13 +77,13 @@ class Entry:
 
     @property
     def size_bytes(self) -> int | None:
-        """What must be downloaded; None if it is not known exactly."""
+        """Size of the download; None if it is not known exactly."""
         sizes = [source.size_bytes for source in self.sources]
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
     @property
     def has_published_checksums(self) -> bool:
-        """Whether what arrives can be compared with what others received."""
+        """Whether the files can be compared with published checksums."""
         return bool(self.members) or all(source.sha256 for source in self.sources)
 
 
@@ -275,7 +275,7 @@ _MEMBER_CHECKSUMS: Mapping[str, Mapping[str, str]] = {
 
 
 def _archive_bytes(layers: int, hidden: int, vocab_size: int) -> int:
-    """About the size of a release: four bytes a parameter, of which zip saves 7 %."""
+    """Estimate the size of a model's archive: four bytes a parameter, compressed by 7 %."""
     encoder = layers * (12 * hidden + 13) * hidden
     others = (vocab_size + 514 + 2 * hidden + 6) * hidden + vocab_size
     return int(0.93 * 4 * (encoder + others))
@@ -316,7 +316,7 @@ _NAMED_MINIATURES = {
 
 def _miniature(layers: int, hidden: int) -> Entry:
     archive = f"uncased_L-{layers}_H-{hidden}_A-{hidden // 64}"
-    # This size was released in 2018 too, with better weights, and keeps the plain name.
+    # A better model of this size was released in 2018; that one has the plain name.
     folder = f"{archive}-2020" if (layers, hidden) == (12, 768) else archive
     name = _NAMED_MINIATURES.get((layers, hidden))
     aliases = (f"{name}-uncased",) if name else ()
@@ -346,12 +346,12 @@ _MODELS = (
 # fmt: on
 
 ENTRIES: tuple[Entry, ...] = (*_DATA, *_MODELS, *_MINIATURES)
-"""Everything that can be fetched, in the order in which it is listed."""
+"""All entries, in the order in which they are listed."""
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "squad": ("squad-v1.1", "squad-v2.0"),
     "glue": tuple(entry.name for entry in _DATA if entry.folder.startswith("glue/")),
-    # Google has these also as one archive of archives; one by one, an interruption costs less.
+    # Google also has one archive of all; single ones lose less when a download is interrupted.
     "all_bert_models": tuple(entry.name for entry in _MINIATURES),
 }
 """Names that stand for several entries."""
@@ -369,13 +369,13 @@ def find_entries(names: Sequence[str]) -> tuple[Entry, ...]:
     """Look up names, aliases and groups, in any case, with dashes or underscores.
 
     Args:
-        names: as a user writes them.
+        names: names as the user writes them.
 
     Returns:
         Each entry once, in the order of the names.
 
     Raises:
-        InputError: no such name.
+        InputError: a name is unknown.
     """
     found: dict[str, Entry] = {}
     for name in names:
@@ -385,7 +385,8 @@ def find_entries(names: Sequence[str]) -> tuple[Entry, ...]:
                 close = difflib.get_close_matches(_key(name), (*_BY_KEY, *_GROUPS_BY_KEY), n=1)
                 likely = f"did you mean {close[0]}? " if close else ""
                 raise InputError(
-                    f"nothing is known as {name!r}", hint=f"{likely}`bertbench fetch` lists names"
+                    f"no data set or model is called {name!r}",
+                    hint=f"{likely}`bertbench fetch` lists names",
                 )
             found[entry.name] = entry
     return tuple(found.values())

@@ -1,8 +1,9 @@
-"""Files over HTTP: continued where they broke off, verified before they take their name.
+"""Downloads over HTTP that continue after an interruption, and are verified.
 
-pooch downloads, checks and renames, but starts again from the first byte; the downloader given to
-it here keeps what has arrived in `NAME.part`, and in `NAME.part.json` what the server said about
-the file, so that the rest of a file that changed in between is never appended.
+pooch downloads a file, verifies it and gives it its name, but it always starts at the first byte.
+The downloader that is passed to it here keeps the bytes that have arrived in `NAME.part`. It keeps
+what the server said about the file in `NAME.part.json`, so that no rest of another version of the
+file is appended.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from finetune.storage.files import write_atomically
 from finetune.storage.json_files import build, json_text, load_object
 
 Checked = Literal["SHA-256", "server's MD5", "length", "nothing"]
-"""What a file was compared with."""
+"""What a downloaded file was compared with."""
 
 _TIMEOUT_SECONDS = 30.0
 _PAUSES_SECONDS = (1.0, 5.0, 15.0)
@@ -46,11 +47,11 @@ _CHUNK_BYTES = 1 << 18
 
 @dataclasses.dataclass(frozen=True)
 class Download:
-    """A file that has arrived.
+    """A downloaded file.
 
     Attributes:
         sha256: its checksum.
-        checked: what it was compared with.
+        checked: what the file was compared with.
     """
 
     sha256: str
@@ -59,13 +60,13 @@ class Download:
 
 @dataclasses.dataclass(frozen=True)
 class _Remote:
-    """What a server said about a file.
+    """A file as its server describes it.
 
     Attributes:
-        url: where it is.
-        total_bytes: its size; None if the server did not say.
-        validator: the strong ETag or else the date that tells this version from another.
-        md5: in hexadecimal, if the server has it.
+        url: its address.
+        total_bytes: its size; None if the server does not send it.
+        validator: the strong ETag, or else the date, that identifies this version of the file.
+        md5: its MD5 in hexadecimal, if the server sends it.
     """
 
     url: str
@@ -75,7 +76,7 @@ class _Remote:
 
 
 class _CutError(Exception):
-    """The network failed; what has arrived is kept."""
+    """The connection failed; the bytes that have arrived are kept."""
 
 
 def download(
@@ -86,19 +87,20 @@ def download(
     named_by: str = "is published",
     mirror: str | None = None,
 ) -> Download:
-    """Download a file, or the rest of it, under its name.
+    """Download a file, or the rest of it.
 
     Args:
-        url: where it is.
-        path: where it goes; a file that is there is replaced, once the new one is verified.
+        url: its address.
+        path: where to put it; an existing file is replaced once the new one is verified.
         workspace: an empty folder on the same file system.
-        sha256: what it must be; None to go by the server's own MD5 and by the length.
+        sha256: its checksum; None compares the file with the server's MD5 and length instead.
         named_by: where that checksum comes from, as the end of a sentence.
-        mirror: an address under which the server's files lie as `HOST/PATH`.
+        mirror: an address that has the files of all servers under `HOST/PATH`.
 
     Raises:
-        WorkError: the server cannot be reached or the connection was cut (what has arrived is
-            kept), the server refuses, or the file is not what it must be (nothing is kept).
+        WorkError: the server cannot be reached or the connection fails (the bytes that have
+            arrived are kept), the server refuses, or the file has another checksum (nothing is
+            kept).
     """
     location = url if mirror is None else f"{mirror.rstrip('/')}/{url.partition('://')[2]}"
     part = path.with_name(f"{path.name}.part")
@@ -111,7 +113,7 @@ def download(
             found = pooch.file_hash(str(part), alg="md5")
             if found != remote.md5:
                 raise ValueError(f"MD5 {found}, not the {remote.md5} that the server names")
-        # A second name instead of a move: an interrupted verification must not lose the file.
+        # A link instead of a move, so that an interrupted verification does not lose the file.
         os.unlink(temporary)
         try:
             os.link(part, temporary)
@@ -149,7 +151,7 @@ def download(
 
 
 def _complete(url: str, part: Path, by_hand: str) -> _Remote:
-    """Bring a partial file to its full length, through cuts as long as each try brings more."""
+    """Complete a partial file; try again after a failure, as long as more bytes arrive."""
     host = urllib.parse.urlsplit(url).netloc
     for pause_seconds in (*_PAUSES_SECONDS, None):
         before = _size(part)
@@ -168,8 +170,8 @@ def _complete(url: str, part: Path, by_hand: str) -> _Remote:
                 continue
             if arrived:
                 raise WorkError(
-                    f"{host} broke off ({error}); {arrived:,} bytes of {part.name} are kept, "
-                    f"the same command continues, or {by_hand}"
+                    f"the connection to {host} failed ({error}); {arrived:,} bytes of {part.name} "
+                    f"are kept, the same command continues, or {by_hand}"
                 ) from error
             raise WorkError(
                 f"cannot reach {host} ({error}); {by_hand} and run the same command again"
@@ -178,7 +180,7 @@ def _complete(url: str, part: Path, by_hand: str) -> _Remote:
 
 
 def _receive(url: str, part: Path) -> _Remote:
-    """Request what is missing of a partial file, and append it."""
+    """Request the missing bytes of a partial file, and append them."""
     remote = _read_state(part, url)
     offset = 0 if remote is None or remote.validator is None else _size(part)
     if remote is not None and remote.total_bytes is not None:
@@ -198,7 +200,7 @@ def _receive(url: str, part: Path) -> _Remote:
         return _receive(url, part)
     with contextlib.closing(response):
         if response.status == HTTPStatus.PARTIAL_CONTENT:
-            # Some servers send a range of another version, against If-Range.
+            # Some servers ignore If-Range, and send a range of another version.
             if remote is None or not _is_continuation(response.headers, remote, offset):
                 _discard(part)
                 return _receive(url, part)
@@ -254,7 +256,7 @@ def _open(url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
 
 def _describe(url: str, headers: Message) -> _Remote:
     etag = headers.get("ETag")
-    # A weak ETag promises the same meaning, not the same bytes.
+    # A weak ETag stands for the same content, but not for the same bytes.
     validator = headers.get("Last-Modified") if etag is None or etag.startswith("W/") else etag
     length = headers.get("Content-Length")
     md5 = None
@@ -267,7 +269,7 @@ def _describe(url: str, headers: Message) -> _Remote:
 
 
 def _size_or_none(text: str | None) -> int | None:
-    """A number of bytes in a header; None for what cannot be one."""
+    """Read a number of bytes from a header; None if it is not one."""
     return int(text) if text and text.isdecimal() and len(text) < 19 else None
 
 

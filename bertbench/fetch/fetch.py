@@ -1,7 +1,7 @@
-"""Fetches entries of the catalogue into a folder: download, verify, unpack, and only then rename.
+"""Fetch entries of the catalogue into a folder: download, verify and unpack them.
 
-What is there already and is what it should be is left alone, and needs no network; what is there
-and is something else is replaced only when asked.
+A folder gets its name only when all its files are verified. An entry that is in place already is
+verified and left as it is, without network. Other files in its place are replaced only on request.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _WORKSPACE = ".fetching"
 
 @dataclass(frozen=True)
 class FetchedFile:
-    """A file that was used.
+    """A file that an entry was made from.
 
     Attributes:
-        path: where it is or was; archives that were downloaded are deleted once unpacked.
-        url: where it comes from.
+        path: where it is; a downloaded archive is deleted after unpacking.
+        url: the address that it comes from.
         sha256: its checksum.
         checked: what it was compared with.
         downloaded: whether it was downloaded now.
@@ -57,7 +57,7 @@ class FetchedFile:
     downloaded: bool
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """Values for JSON."""
         return {
             "path": str(self.path),
             "url": self.url,
@@ -72,10 +72,10 @@ class Fetched:
     """An entry that is in place.
 
     Attributes:
-        entry: what it is.
+        entry: its row of the catalogue.
         folder: where it is.
-        was_there: whether there was nothing to do.
-        files: the files that it was made from; none if its folder was there.
+        was_there: whether it was in place before.
+        files: the files that it was made from; empty if its folder existed before.
         members_checked: whether the files in its folder have their published checksums.
     """
 
@@ -86,7 +86,7 @@ class Fetched:
     members_checked: bool
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """Values for JSON."""
         return {
             "name": self.entry.name,
             "folder": str(self.folder),
@@ -97,17 +97,18 @@ class Fetched:
 
 
 def fetch(entry: Entry, root: Path, mirror: str | None = None, force: bool = False) -> Fetched:
-    """Bring an entry into a folder, and see that it is what it should be.
+    """Fetch an entry into a folder, and verify it.
 
     Args:
         entry: a row of the catalogue.
-        root: the folder; made if it is not there.
-        mirror: an address under which the servers' files lie as `HOST/PATH`.
-        force: replace what is there and is something else.
+        root: the folder for all entries; it is made if it is missing.
+        mirror: an address that has the files of all servers under `HOST/PATH`.
+        force: replace other files that are in the entry's place.
 
     Raises:
-        InputError: something else is there, or a file put there by hand is not what it must be.
-        WorkError: download or unpacking failed; what was there is as it was.
+        InputError: there are other files in the entry's place, or a file that the user put there
+            has another checksum.
+        WorkError: the download or the unpacking failed; existing files have not changed.
     """
     try:
         found = _find(entry, root, force)
@@ -133,7 +134,7 @@ def fetch(entry: Entry, root: Path, mirror: str | None = None, force: bool = Fal
 
 
 def _find(entry: Entry, root: Path, force: bool) -> Fetched | None:
-    """The entry, if it is in place; None if there is room for it."""
+    """Return the entry if it is in place; None if its place is free."""
     folder = root / entry.folder
     if entry.preparation == "none":
         files = []
@@ -162,7 +163,7 @@ def _find(entry: Entry, root: Path, force: bool) -> Fetched | None:
 def _obtain(
     source: Source, root: Path, workspace: Path, mirror: str | None, force: bool
 ) -> FetchedFile:
-    """Take the file that is there, or download it."""
+    """Return the existing file if its checksum is right, or else download it."""
     path = root / source.path
     wanted, named_by = source.sha256, "is published"
     origin: Comparison = "published SHA-256"
@@ -181,7 +182,7 @@ def _obtain(
                 hint="delete the file, or --force replaces it",
             )
     if source.sha256 is None:
-        # The server may have a new version, which only the user can accept.
+        # The server may have a new version, which only the user may accept.
         wanted, named_by = None if force else wanted, f"{named_by} (--force accepts another)"
     arrived = download(source.url, path, workspace, wanted, named_by, mirror)
     _remember(root, source.path, arrived.sha256)
@@ -190,7 +191,7 @@ def _obtain(
 
 
 def _remember(root: Path, name: str, sha256: str | None) -> None:
-    """Note a checksum for later fetches, or forget it."""
+    """Record a file's checksum for later fetches; None deletes the record."""
     sums = read_sums(root / SUMS_FILE)
     changed = {key: value for key, value in sums.items() if key != name}
     if sha256 is not None:
@@ -200,7 +201,7 @@ def _remember(root: Path, name: str, sha256: str | None) -> None:
 
 
 def _build(entry: Entry, root: Path, workspace: Path, files: tuple[FetchedFile, ...]) -> None:
-    """Make the entry's folder from its files, and put it in its place."""
+    """Make the entry's folder from its files, and move it to its place."""
     built = workspace / "folder"
     if entry.preparation == "mrpc":
         train, test, dev_ids = (file.path for file in files)
@@ -216,7 +217,7 @@ def _build(entry: Entry, root: Path, workspace: Path, files: tuple[FetchedFile, 
             raise _refused(files[-1], f"does not hold {entry.name}: {problem}", root)
     sums = format_sums(hash_folder(built))
     (built / SUMS_FILE).write_bytes(sums.encode("utf-8", "surrogateescape"))
-    # A power cut after the renaming must find the content on the disk.
+    # The content must be on the disk before the name, in case of a power failure.
     os.sync()
     target = root / entry.folder
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -227,8 +228,8 @@ def _build(entry: Entry, root: Path, workspace: Path, files: tuple[FetchedFile, 
 
 def _refused(file: FetchedFile, problem: str, root: Path) -> Exception:
     if not file.downloaded:
-        return InputError(problem, path=file.path, hint="delete the file, and it is downloaded")
-    # It is complete and as the server has it: kept, it would be refused again for ever.
+        return InputError(problem, path=file.path, hint="delete the file, so that it is downloaded")
+    # The server has this very file. If it were kept, it would be refused each time.
     file.path.unlink()
     _remember(root, file.path.relative_to(root).as_posix(), None)
     return WorkError(f"{file.path.name} from {file.url} {problem}; it was not kept")
@@ -236,7 +237,7 @@ def _refused(file: FetchedFile, problem: str, root: Path) -> Exception:
 
 @contextlib.contextmanager
 def _workspace(root: Path) -> Iterator[Path]:
-    """An empty hidden folder that no other fetch uses, deleted afterwards."""
+    """Make an empty hidden folder that no other fetch uses; delete it afterwards."""
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

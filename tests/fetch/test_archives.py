@@ -100,7 +100,7 @@ def test_names_outside_of_the_folder_are_refused(tmp_path: Path, name: str, kind
     (tmp_path / "work").mkdir()
     with pytest.raises(ArchiveError) as failure:
         unpack(archive, tmp_path / "work" / "out")
-    assert f"holds {name!r}, which would leave the folder" in str(failure.value)
+    assert f"holds {name!r}, a path outside of the folder" in str(failure.value)
     assert list(tmp_path.rglob("evil")) == []
     assert not (tmp_path / "work" / "out").exists()
 
@@ -242,7 +242,7 @@ def test_an_archive_of_far_more_than_its_size_is_refused(
     for archive in (fits, tar):
         with pytest.raises(ArchiveError, match="more than 100 times its own size"):
             unpack(archive, tmp_path / "out")
-    monkeypatch.setattr("bertbench.fetch.archives._MOST_TIMES", 10)
+    monkeypatch.setattr("bertbench.fetch.archives._MOST_RATIO", 10)
     names = make_tar(tmp_path / "y.tar.gz", *(member(str(n)) for n in range(9000)), text=b"")
     with pytest.raises(ArchiveError, match="more than 10 times its own size"):
         unpack(names, tmp_path / "out2")
@@ -252,7 +252,7 @@ def test_a_header_of_any_size_is_not_read(tmp_path: Path) -> None:
     header = tarfile.TarInfo("a")
     header.type, header.size = tarfile.XHDTYPE, 200_000_000
     (tmp_path / "x.tar").write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + bytes(9000))
-    with pytest.raises(ArchiveError, match=r"has a header of 200,000,\d+ bytes"):
+    with pytest.raises(ArchiveError, match=r"asks for 200,000,\d+ bytes"):
         unpack(tmp_path / "x.tar", tmp_path / "out")
 
 
