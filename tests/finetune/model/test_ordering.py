@@ -18,7 +18,7 @@ from bertbench.devices.discover import resolve_device
 from bertbench.devices.device import make_budget
 from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
 from bertbench.trials.worker import build_trainer, random_batch
-from bertbench.core.workload import Levers, published_workload
+from bertbench.core.workload import Levers, Setup, published_workload
 from finetune.spec.checkpointing import parse_checkpointing
 
 device = start_tensorflow(make_budget(resolve_device("cpu"), 512 << 20))
