@@ -1,4 +1,4 @@
-"""The command line: one module per verb, loaded only when the verb is used."""
+"""The command line: a module for each verb, which is imported only when the verb is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from bertbench.cli.options.common import CONTEXT, GO_ON_VARIABLE
+from bertbench.cli.options.common import CONTEXT, CONTINUE_VARIABLE
 from bertbench.core.errors import (
     SteppedDownError,
     StoppedEarlyError,
@@ -39,7 +39,7 @@ _VERBS = {
 
 
 class _LazyGroup(click.Group):
-    """A group that knows its verbs' names and imports a verb when it is called."""
+    """A click group that imports the module of a verb only when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_VERBS)
@@ -53,10 +53,10 @@ class _LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a verb; of an unknown one say which may have been meant."""
+        """Find a verb; for an unknown one suggest a similar name."""
         name = args[0] if args else ""
         unknown = name and not name.startswith("-") and name not in _VERBS
-        if unknown and not ctx.resilient_parsing:  # as while a shell completes
+        if unknown and not ctx.resilient_parsing:  # as during completion in a shell
             near = difflib.get_close_matches(name, _VERBS, n=1)
             meant = f"did you mean {near[0]}? " if near else ""
             raise click.UsageError(
@@ -88,12 +88,12 @@ def main(arguments: list[str] | None = None) -> Any:
     Exits with code 0 on success, 2 for wrong input, 1 for work that failed, 130 when interrupted.
 
     Args:
-        arguments: None takes those of the process, which is there for this command alone: its
-            streams and signals are set up, and it is replaced by a fresh one where a run has to go
-            on in one.
+        arguments: arguments after the program's name. None takes those of the process, and means
+            that the process runs this command only: its streams and signals are set up, and a run
+            that must continue in a fresh process replaces it.
     """
     code = EXIT_CODE
-    # It may come before the command begins, or while its end is told.
+    # It may be raised before the command begins, or while its result is printed.
     with contextlib.suppress(KeyboardInterrupt):
         clean_warnings()
         if arguments is None:
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> Any:
 
 
 def _run(arguments: list[str] | None, environment: dict[str, str]) -> int:
-    """Run the command and say how it ended; return the exit code."""
+    """Run the command and print its error, if there is one; return the exit code."""
     try:
         if arguments is None:
             limit_library_threads()
@@ -122,8 +122,8 @@ def _run(arguments: list[str] | None, environment: dict[str, str]) -> int:
         return _fail(str(error), 2)
     except SteppedDownError as error:
         if arguments is not None or not _is_own_process():
-            return _fail(f"{error}: the same command goes on", 1)
-        return _go_on(error, environment)
+            return _fail(f"{error}: the same command continues", 1)
+        return _restart(error, environment)
     except StoppedEarlyError as error:
         return _fail(str(error), EXIT_CODE)
     except WorkError as error:
@@ -131,13 +131,13 @@ def _run(arguments: list[str] | None, environment: dict[str, str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", EXIT_CODE)
     except BrokenPipeError:
-        # The reader of a pipe has gone, as in `bertbench plan | head`.
+        # The reader of a pipe has ended, as in `bertbench plan | head`.
         give_up_stdout()
         return 1
     except OSError as error:
         return _fail(describe_system_error(error), 1)
     except Exception as error:
-        if was_interrupted():  # whatever the interruption became on its way through a library
+        if was_interrupted():  # a library may have turned the KeyboardInterrupt into another error
             return _fail("interrupted", EXIT_CODE)
         if not isinstance(error, MemoryError) and "can't start new thread" not in str(error):
             raise
@@ -146,7 +146,7 @@ def _run(arguments: list[str] | None, environment: dict[str, str]) -> int:
 
 
 def _flush(code: int) -> int:
-    """Write what is left to write; say if that fails, and nothing else has."""
+    """Flush standard output; print an error if that fails and the command succeeded."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -158,20 +158,20 @@ def _flush(code: int) -> int:
 
 
 def _is_own_process() -> bool:
-    """Whether the process was started for this command, and not for a notebook that runs it."""
+    """Whether the process was started for this command, and not for a notebook that calls it."""
     own = sys.argv[1:]
     return bool(own) and sys.orig_argv[-len(own) :] == own
 
 
-def _go_on(error: SteppedDownError, environment: dict[str, str]) -> int:
-    """Become a fresh process that runs the same command, in the same output folder."""
+def _restart(error: SteppedDownError, environment: dict[str, str]) -> int:
+    """Replace the process by a fresh one that continues the run in the same output folder."""
     say(f"bertbench: {error}")
     sys.stdout.flush()
-    environment[GO_ON_VARIABLE] = str(error.output_dir)
+    environment[CONTINUE_VARIABLE] = str(error.output_dir)
     try:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     except OSError as failure:
-        return _fail(f"cannot begin again ({failure.strerror}): the same command goes on", 1)
+        return _fail(f"cannot start again ({failure.strerror}): the same command continues", 1)
 
 
 def _fail(message: str, code: int) -> int:

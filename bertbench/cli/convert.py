@@ -1,4 +1,4 @@
-"""`bertbench convert`: other data sets in the formats that `run` reads."""
+"""`bertbench convert`: other data sets in a format that `bertbench run` reads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 @click.group(context_settings=CONTEXT)
 def command() -> None:
-    """Bring other data sets into a format that `bertbench run` reads.
+    """Convert other data sets to a format that `bertbench run` reads.
 
     \b
     Example:
@@ -43,16 +43,18 @@ def command() -> None:
     "--triviaqa_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     required=True,
-    help="Questions, as in qa/wikipedia-train.json.",
+    help="File of questions, as qa/wikipedia-train.json.",
 )
-@click.option("--data_dir", type=_FOLDER, help="Evidence: has the folders wikipedia and web.")
+@click.option(
+    "--data_dir", type=_FOLDER, help="Evidence folder, which has the folders wikipedia and web."
+)
 @click.option("--wikipedia_dir", type=_FOLDER, help="Default: wikipedia in --data_dir.")
 @click.option("--web_dir", type=_FOLDER, help="Default: web in --data_dir.")
 @click.option(
     "--squad_file",
     type=click.Path(dir_okay=False, path_type=Path),
     required=True,
-    help="Where to write SQuAD's JSON.",
+    help="File to write, in SQuAD's format.",
 )
 @click.option("--force", is_flag=True, help="Overwrite --squad_file.")
 @click.option(
@@ -62,7 +64,7 @@ def command() -> None:
     type=Whole(1),
     default=MAX_WORDS,
     show_default=True,
-    help="Words to keep of the beginning of a document.",
+    help="Words to keep from the beginning of each document.",
 )
 @click.option(
     "--version_2_with_negative",
@@ -70,26 +72,26 @@ def command() -> None:
     is_flag=False,
     flag_value="true",
     default=False,
-    help="Keep questions whose answer is not in the context, as impossible (SQuAD 2.0).",
+    help="Keep questions whose answer is not in the context, as unanswerable (SQuAD 2.0).",
 )
 @click.option(
     "--max_questions",
     "--sample_size",
     "max_questions",
     type=Whole(1),
-    help="Take a random sample. Default: 80000 of a web training file, else all.",
+    help="Take a random sample of this size. Default: 80000 of a web training file, else all.",
 )
 @click.option(
     "--seed",
     type=Whole(-MOST_SEED, MOST_SEED),
     default=SEED,
     show_default=True,
-    help="For order and sample.",
+    help="Seed for the order and the sample.",
 )
 @click.option(
     "--split",
     type=click.Choice(["train", "dev", "test"]),
-    help="Default: what --triviaqa_file says.",
+    help="Split of the questions. Default: the one that --triviaqa_file names.",
 )
 @json_option
 def triviaqa(
@@ -106,7 +108,7 @@ def triviaqa(
     split: str | None,
     json_file: Path | None,
 ) -> None:
-    """TriviaQA to SQuAD's format, to fine-tune on before SQuAD or to answer.
+    """Convert TriviaQA to SQuAD's format, for training or for prediction.
 
     Each question gets a paragraph for each of its documents, with the offset of the first answer in
     it. A training question whose answer is not found is left out.
@@ -195,12 +197,14 @@ def _check_outputs(
             )
         if not force:
             raise InputError(
-                "the file is there already", path=squad_file, hint="--force overwrites it"
+                "the file exists already", path=squad_file, hint="--force overwrites it"
             )
     for flag, path in (("--squad_file", squad_file), ("--json", json_file)):
         if path is not None and str(path) != "-" and not path.parent.is_dir():
             raise InputError(
-                f"the folder of {flag} is missing", path=path, hint="make it, or give another file"
+                f"the folder of {flag} does not exist",
+                path=path,
+                hint="make it, or give another file",
             )
 
 

@@ -1,4 +1,4 @@
-"""`bertbench devices`: what is attached."""
+"""`bertbench devices`: the devices of this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.errors import InputError
 @click.command(context_settings=CONTEXT)
 @json_option
 def command(json_file: Path | None) -> None:
-    """What is attached, how much memory it has, and who holds it.
+    """Show the devices of this machine, their memory, and the processes that hold it.
 
     `a trial may use` is the default of --memory.
 

@@ -45,10 +45,10 @@ def command() -> None:
 @click.option(
     "--na_prob_thresh",
     type=Number(infinite=True),
-    help="Leave questions with greater odds unanswered (2.0). Default: 1, as in the official "
-    "script; inf keeps what is answered.",
+    help="Leave questions with greater null odds unanswered (2.0). Default: 1, as in the official "
+    "script; inf keeps all answers.",
 )
-@click.option("--out_file", type=_FILE, help="Write the scores as JSON here.")
+@click.option("--out_file", type=_FILE, help="Also write the scores as JSON to this file.")
 @click.option("--out_image_dir", type=click.Path(file_okay=False, path_type=Path),
               help="Draw precision-recall curves and histograms (2.0).")  # fmt: skip
 @json_option
@@ -111,7 +111,7 @@ def _refuse(**flags: Any) -> None:
     for name, value in flags.items():
         if value is not None:
             raise InputError(
-                f"--{name} belongs to SQuAD 2.0, and every question of the data has an answer",
+                f"--{name} is for SQuAD 2.0, but every question of the data has an answer",
                 hint="give --version 2.0 to use its metrics",
             )
 
@@ -121,7 +121,7 @@ def _score_v1(examples: SquadExamples, answers: dict[str, str]) -> dict[str, flo
 
     missing = sum(example.qas_id not in answers for example in examples)
     if missing:
-        say(f"{missing} questions without prediction count as wrong")
+        say(f"{missing} questions without a prediction count as wrong")
     return evaluate_v1(examples, answers)
 
 
@@ -172,15 +172,17 @@ def _threshold(scores: QuestionScores, given: float | None) -> float:
     left_out = scores.is_answered & (scores.no_answer_odds > _SCRIPT_THRESHOLD)
     if left_out.any():
         say(
-            f"{int(left_out.sum()):,} of the answers count as none, as in the official script: "
-            f"their null odds are above {_SCRIPT_THRESHOLD:g}; --na_prob_thresh inf keeps them"
+            f"{int(left_out.sum()):,} answers count as no answer, as in the official script: their "
+            f"null odds are above {_SCRIPT_THRESHOLD:g}; --na_prob_thresh inf keeps them"
         )
     return _SCRIPT_THRESHOLD
 
 
 def _read_values(path: Path, kind: type) -> dict[str, Any]:
     """Read a JSON object whose values are texts or numbers."""
-    values = load_json(path, what="the file", hint="give what `bertbench run squad` has written")
+    values = load_json(
+        path, what="the file", hint="give a file that `bertbench run squad` has written"
+    )
     kinds = (int, float) if kind is float else (kind,)
     what = "a number" if kind is float else "a text"
     if not isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""`bertbench export`: fine-tuned weights for other tools."""
+"""`bertbench export`: fine-tuned weights in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     "kind",
     type=click.Choice(["huggingface", "checkpoint", "savedmodel"]),
     required=True,
-    help="For transformers, for the original code and run, or for serving.",
+    help="For transformers; for the original code and `bertbench run`; or for serving.",
 )
 @click.option(
     "--checkpoint",
-    help="Which weights: a step, as 1200, or a checkpoint's name. Default: the newest.",
+    help="Weights to export: a step, as 1200, or a checkpoint's name. Default: the newest.",
 )
-@click.option("--bert_config_file", type=_FILE, help="Where MODEL_DIR has none.")
-@click.option("--vocab_file", type=_FILE, help="Where MODEL_DIR has none.")
+@click.option("--bert_config_file", type=_FILE, help="File to use if MODEL_DIR has none.")
+@click.option("--vocab_file", type=_FILE, help="File to use if MODEL_DIR has none.")
 @click.option(
     "--do_lower_case",
     type=bool,
     is_flag=False,
     flag_value="true",
-    help="For an uncased model. Default: as the run was, or as the model's files say.",
+    help="The model is uncased. Default: as in the run, or as the model's files say.",
 )
-@click.option("--force", is_flag=True, help="Replace an earlier export_weights.")
+@click.option("--force", is_flag=True, help="Replace an earlier export.")
 @json_option
 def command(
     model_dir: Path,
@@ -64,10 +64,10 @@ def command(
     force: bool,
     json_file: Path | None,
 ) -> None:
-    """Write the weights in MODEL_DIR for other tools.
+    """Export the weights in MODEL_DIR for other tools.
 
-    MODEL_DIR is what `bertbench run` left in --output_dir, or any folder that its
-    --model takes. The task's head is exported if the weights have one.
+    MODEL_DIR is an --output_dir of `bertbench run`, or any folder that its --model
+    accepts. The task's head is exported if the weights have one.
 
     \b
     Example:
@@ -85,7 +85,7 @@ def command(
     sources = [files.config_file, files.vocab_file, model.checkpoint]
     _write(model, tokenizer, _Output(folder, kind, force), sources)
     if model.left_out:
-        say(f"left out, as the model has no place for them: {', '.join(model.left_out)}")
+        say(f"left out, as the model does not have these variables: {', '.join(model.left_out)}")
     if json_file is not None:
         write_json(json_file, _results(model, folder, kind))
     if str(json_file) != "-":
@@ -154,7 +154,7 @@ def _labels_of(model: StoredModel) -> tuple[str, ...] | None:
     trained = read_trained_head(model.checkpoint.parent)
     if trained.why_other:
         raise InputError(
-            f"its head is no classifier of texts into one class each ({trained.why_other})",
+            f"its head does not put each text into one class ({trained.why_other})",
             path=model.checkpoint.parent,
         )
     return trained.labels
@@ -189,7 +189,7 @@ def _find_weights(model_dir: Path, checkpoint: str | None) -> Path:
         raise InputError(
             f"there is no checkpoint of step {checkpoint}",
             path=model_dir,
-            hint=f"there are those of {there}" if there else "give a checkpoint's name",
+            hint=f"there are checkpoints of steps {there}" if there else "give a checkpoint's name",
         )
     inside = model_dir / checkpoint
     return inside if inside.is_file() or Path(f"{inside}.index").is_file() else Path(checkpoint)

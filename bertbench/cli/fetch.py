@@ -21,12 +21,13 @@ from finetune.tasks.glue import find_task
 
 _COMPARED: dict[Comparison, str] = {
     "published SHA-256": "as published",
-    "SHA-256 seen before": "as seen before",
-    "SHA-256": "as it must be",
-    "server's MD5": "nobody published it; MD5 and length as the server says",
-    "length": "nobody published it; length as the server says",
-    "nothing": "nobody published it",
+    "SHA-256 seen before": "as in an earlier download",
+    "SHA-256": "as expected",
+    "server's MD5": "none is published; MD5 and length are as the server says",
+    "length": "none is published; the length is as the server says",
+    "nothing": "none is published",
 }
+"""What is printed about a file's checksum."""
 
 
 @click.command(context_settings=CONTEXT)
@@ -36,14 +37,19 @@ _COMPARED: dict[Comparison, str] = {
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("bert-data"),
     show_default=True,
-    help="Folder to put everything in.",
+    help="Folder for all files.",
 )
-@click.option("--list", "only_list", is_flag=True, help="Show where NAME... would come from.")
-@click.option("--force", is_flag=True, help="Replace what is there and is something else.")
+@click.option(
+    "--list",
+    "only_list",
+    is_flag=True,
+    help="Show addresses and checksums of NAME..., and fetch nothing.",
+)
+@click.option("--force", is_flag=True, help="Replace other files that are in the way.")
 @click.option(
     "--mirror",
     envvar="BERTBENCH_MIRROR",
-    help="Address with the same files as HOST/PATH, instead of the servers themselves "
+    help="Address that has the files of all servers under HOST/PATH, to use instead of them "
     "[env: BERTBENCH_MIRROR].",
 )
 @json_option
@@ -57,9 +63,8 @@ def command(
 ) -> None:  # fmt: skip
     """Data sets and Google's BERT releases, by name.
 
-    Without NAME it lists what there is. A download that broke off continues, what
-    is there already is verified and left alone, and a file that was put in place
-    by hand is verified and used.
+    Without NAME it lists all names. An interrupted download continues. A file that
+    exists already is verified and kept, also one that you have put there by hand.
 
     \b
     Example:
@@ -83,7 +88,7 @@ def command(
                 _show_result(results[-1], to)
     except KeyboardInterrupt as error:
         raise StoppedEarlyError(
-            "interrupted; what has arrived is kept, the same command continues"
+            "interrupted; the bytes that have arrived are kept, the same command continues"
         ) from error
     finally:
         if json_file is not None:
@@ -92,7 +97,7 @@ def command(
 
 
 def _usage(entry: Entry, root: Path) -> str | None:
-    """The command line that uses an entry, as far as it is known; None if no verb does."""
+    """Return a command line that uses an entry; None if no verb does."""
     if not entry.verb:
         return None
     if "--task_name" in entry.flags:

@@ -1,4 +1,4 @@
-"""`bertbench ledger`: what was measured, as a list, for other tools, and less of it."""
+"""`bertbench ledger`: list, export or prune the record of all trials."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from finetune.errors import InputError
 
 @click.group(context_settings=CONTEXT)
 def command() -> None:
-    """The record of all trials: list it, export it, take away what is not wanted.
+    """The record of all trials: list it, export it, delete trials from it.
 
     \b
     Example:
@@ -47,10 +47,10 @@ def command() -> None:
 
 @command.command("list", context_settings=CONTEXT)
 @ledger_option
-@click.option("--trials", "each", is_flag=True, help="Every trial, not one line for each limit.")
+@click.option("--trials", "each", is_flag=True, help="List every trial instead of the limits.")
 @json_option
 def list_(ledger_file: Path | None, each: bool, json_file: Path | None) -> None:
-    """What was measured: for every model, length, lever setting and budget the limit found so far.
+    """List the limit found so far for each model, length, levers and budget.
 
     \b
     Example:
@@ -112,11 +112,11 @@ def _limits_table(limits: Sequence[dict[str, Any]], with_head: bool) -> Table:
 @command.command("export", context_settings=CONTEXT)
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @ledger_option
-@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 def export_(file: Path, ledger_file: Path | None, force: bool) -> None:
-    """Write all trials to FILE: .csv, .parquet or .json, a row for each.
+    """Write all trials to FILE (.csv, .parquet or .json), one row each.
 
-    In CSV, a text that a spreadsheet would take for a formula begins with an apostrophe.
+    In CSV, a text that a spreadsheet would read as a formula gets an apostrophe in front.
 
     \b
     Example:
@@ -131,16 +131,20 @@ def export_(file: Path, ledger_file: Path | None, force: bool) -> None:
 
 @command.command("prune", context_settings=CONTEXT)
 @ledger_option
-@click.option("--older-than", type=click.IntRange(0, 36_500), metavar="DAYS", help="Older ones.")
-@click.option("--failed", is_flag=True, help="Those that failed for another reason than memory.")
+@click.option(
+    "--older-than", type=click.IntRange(0, 36_500), metavar="DAYS", help="Trials older than this."
+)
+@click.option("--failed", is_flag=True, help="Trials that failed for another reason than memory.")
 @click.option(
     "--other-versions",
     is_flag=True,
-    help="Those of other versions of TensorFlow, Python or bertbench than these.",
+    help="Trials of other versions of TensorFlow, Python or bertbench than the installed ones.",
 )
-@click.option("--damaged", is_flag=True, help="Those that cannot be read.")
-@click.option("--all", "everything", is_flag=True, help="All.")
-@click.option("--yes", is_flag=True, help="Do it; without this only the number is said.")
+@click.option("--damaged", is_flag=True, help="Trials that cannot be read.")
+@click.option("--all", "everything", is_flag=True, help="All trials.")
+@click.option(
+    "--yes", is_flag=True, help="Delete them. Without this flag only their number is shown."
+)
 def prune_(
     ledger_file: Path | None,
     older_than: int | None,
@@ -150,7 +154,7 @@ def prune_(
     everything: bool,
     yes: bool,
 ) -> None:
-    """Take trials away. With several flags those that all of them name.
+    """Delete trials: those that match all the given flags.
 
     \b
     Example:
@@ -158,7 +162,7 @@ def prune_(
     """
     if not (older_than is not None or failed or other_versions or damaged or everything):
         raise InputError(
-            "no flag says which trials to take away",
+            "no flag says which trials to delete",
             hint="give --older-than DAYS, --failed, --other-versions, --damaged or --all",
         )
     path = ledger_file or default_ledger_path()
@@ -174,10 +178,10 @@ def prune_(
         )
         if not yes:
             count = count_prunable(ledger, which)
-            echo(f"{path}: would take {count} trials away; add --yes to do it")
+            echo(f"{path}: {count} trials match; add --yes to delete them")
             return
         count = prune(ledger, which)
-    echo(f"{path}: took {count} trials away")
+    echo(f"{path}: deleted {count} trials")
 
 
 def _read(ledger_file: Path | None) -> tuple[Path, list[LedgerRow]]:
@@ -193,7 +197,7 @@ def _exists(path: Path) -> None:
 
 
 def _limits(rows: list[LedgerRow]) -> list[dict[str, Any]]:
-    """One line for each question: the largest batch that fits, and the smallest that does not."""
+    """Return the limit of each question, as values for JSON."""
     by_question: dict[QuestionKey, list[LedgerRow]] = {}
     for row in rows:
         if not row.trial.of_run:

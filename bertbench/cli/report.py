@@ -42,16 +42,16 @@ _PAGE = ".html"
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="A page (.html), the limits (.md, .csv, .tex, .json), or a folder for all of it and the "
-    "pictures (PNG and SVG).",
+    help="Write the report as a page (.html), the limits as a table (.md, .csv, .tex, .json), or "
+    "everything with the pictures (PNG and SVG) into a folder.",
 )
-@click.option("--text", is_flag=True, help="Show it here, even with --out.")
+@click.option("--text", is_flag=True, help="Show the report in the terminal, even with --out.")
 @click.option(
     "--compare",
     nargs=2,
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="A B",
-    help="Two ledgers, or files of `bertbench probe --json`: how B compares with A.",
+    help="Compare B with A; each is a ledger, or a file of `bertbench probe --json`.",
 )
 @click.option(
     "--target-batch",
@@ -63,7 +63,7 @@ _PAGE = ".html"
 @click.option(
     "--force",
     is_flag=True,
-    help="Replace a file at --out, or a report in a folder, whose other files stay.",
+    help="Replace the file at --out, or the report in that folder; other files stay.",
 )
 @json_option
 @click.pass_context
@@ -78,7 +78,7 @@ def command(
     force: bool,
     json_file: Path | None,
 ) -> None:
-    """What was measured, beside the published table: here, as a page, or as tables and pictures.
+    """Show what was measured, beside the published table: in the terminal, or as files.
 
     \b
     Example:
@@ -137,7 +137,7 @@ def _read(ledger_file: Path | None, run_dirs: Sequence[Path], target_batch: int)
 
 
 def _nothing_else(context: click.Context) -> None:
-    """Refuse flags that a comparison has no use for."""
+    """Refuse flags that a comparison does not use."""
     for flag in given_flags(context, ("compare", "json_file")):
         raise InputError(
             f"--compare does not go with {flag}",
@@ -146,10 +146,10 @@ def _nothing_else(context: click.Context) -> None:
 
 
 def _check_out(out: Path, force: bool) -> str:
-    """The kind of `--out`, a suffix or "" for a folder.
+    """Check where the report is to be written; return the suffix, "" for a folder.
 
     Raises:
-        InputError: it is there, or is of no known kind.
+        InputError: the file exists already, or its suffix is unknown.
     """
     from reports.tables import FORMATS
 
@@ -162,7 +162,7 @@ def _check_out(out: Path, force: bool) -> str:
         )
     occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if occupied and not force:
-        raise InputError("is there already", path=out, hint="choose another name, or use --force")
+        raise InputError("exists already", path=out, hint="choose another name, or use --force")
     if not suffix and out.exists() and not out.is_dir():
         raise InputError("is a file", path=out, hint="choose another name")
     return suffix

@@ -15,7 +15,7 @@ import click
 from bertbench.cli.options.common import (
     BATCH,
     CONTEXT,
-    GO_ON_VARIABLE,
+    CONTINUE_VARIABLE,
     MOST_SEED,
     REPLICAS,
     FiniteFloat,
@@ -161,7 +161,7 @@ def _go_on(flags: dict[str, Any]) -> bool:
     Then it is to take what is in the output folder, whatever the flags say, and to make do with
     what is free.
     """
-    folder = os.environ.pop(GO_ON_VARIABLE, None)
+    folder = os.environ.pop(CONTINUE_VARIABLE, None)
     if folder is None:
         return False
     asked = flags["output_dir"]

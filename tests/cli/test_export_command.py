@@ -124,7 +124,7 @@ def test_command_takes_the_checkpoint_that_it_is_told(
         run_folder, "--to", tmp_path / "x", "--format", "checkpoint", "--checkpoint", "7"
     )
     assert code == 2
-    assert "no checkpoint of step 7; there are those of 5, 10" in errors
+    assert "no checkpoint of step 7; there are checkpoints of steps 5, 10" in errors
 
 
 def test_command_reads_case_and_labels_where_they_are(
@@ -201,7 +201,7 @@ def test_command_on_its_own_hugging_face_export(
     (first / "config.json").write_text(json.dumps(config))
     code, _, errors = export_here(first, "--to", tmp_path / "x", "--format", "savedmodel")
     assert code == 2
-    assert "no classifier of texts into one class each (it is of a BertForTokenClass" in errors
+    assert "its head does not put each text into one class (it is of a BertForTokenClass" in errors
 
 
 def test_command_refuses_in_one_line(

@@ -73,7 +73,7 @@ def test_the_verb_fetches_and_says_how_to_use_it(server: FileServer, tmp_path: P
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "my data" / TINY_ZIP.removesuffix(".zip")
     digest = sha256(zipped(MODEL))
-    assert f"SHA-256 {digest} (nobody published it; MD5 and length" in result.stdout
+    assert f"SHA-256 {digest} (none is published; MD5 and length" in result.stdout
     assert f"use: bertbench run squad --model '{folder}'\n" in result.stdout
     (fetched,) = json.loads((tmp_path / "result.json").read_text())["fetched"]
     assert fetched["files"][0]["sha256"] == digest
@@ -134,7 +134,7 @@ def test_ctrl_c_keeps_what_arrived_and_the_same_command_continues(
     stalled.stalls.set()
     assert process.returncode == 130
     assert errors.splitlines()[-1] == (
-        "bertbench: interrupted; what has arrived is kept, the same command continues"
+        "bertbench: interrupted; the bytes that have arrived are kept, the same command continues"
     )
     kept = part.stat().st_size
     assert kept > 1_000_000

@@ -544,11 +544,11 @@ def test_the_ledger_is_listed_exported_and_pruned(tmp_path: Path, limits: dict[i
     assert isinstance(ledger(tmp_path, "prune").exception, InputError)
     for days in ("1000000", "nan", "-1"):
         assert ledger(tmp_path, "prune", "--older-than", days).exit_code == 2
-    assert "would take 0 trials" in ledger(tmp_path, "prune", "--failed").output
-    assert "took 0" in ledger(tmp_path, "prune", "--older-than", "1", "--yes").output
-    assert "took 0" in ledger(tmp_path, "prune", "--other-versions", "--yes").output
-    assert f"would take {len(rows)} trials" in ledger(tmp_path, "prune", "--all").output
-    assert f"took {len(rows)} trials" in ledger(tmp_path, "prune", "--all", "--yes").output
+    assert ": 0 trials match" in ledger(tmp_path, "prune", "--failed").output
+    assert "deleted 0 trials" in ledger(tmp_path, "prune", "--older-than", "1", "--yes").output
+    assert "deleted 0 trials" in ledger(tmp_path, "prune", "--other-versions", "--yes").output
+    assert f": {len(rows)} trials match" in ledger(tmp_path, "prune", "--all").output
+    assert f"deleted {len(rows)} trials" in ledger(tmp_path, "prune", "--all", "--yes").output
     with open_ledger(tmp_path / "l.sqlite") as open_:
         assert read_rows(open_) == []
 

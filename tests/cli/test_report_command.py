@@ -81,7 +81,7 @@ def test_files(ledger: Path, tmp_path: Path, name: str, begins: str) -> None:
     output = report("--ledger", ledger, "--out", path)
     assert path.read_text().startswith(begins)
     assert "303*" not in output
-    with pytest.raises(InputError, match=r"is there already.*--force"):
+    with pytest.raises(InputError, match=r"exists already.*--force"):
         report("--ledger", ledger, "--out", path)
     assert "303*" in report("--ledger", ledger, "--out", path, "--force", "--text")
 
@@ -94,7 +94,7 @@ def test_a_folder_has_all_of_it(ledger: Path, tmp_path: Path) -> None:
     pictures = {name.rpartition(".")[0] for name in names if name.endswith(".png")}
     assert pictures == {name.rpartition(".")[0] for name in names if name.endswith(".svg")}
     assert "limits-squad" in pictures
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         report("--ledger", ledger, "--out", folder)
     (folder / "notes.txt").write_text("mine")
     again = report("--ledger", ledger, "--out", folder, "--force")

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import finetune.train.step
 from bertbench.cli import main
-from bertbench.cli.options.common import GO_ON_VARIABLE
+from bertbench.cli.options.common import CONTINUE_VARIABLE
 from finetune.train.batches import Batch
 from finetune.train.step import StepResult, Trainer
 
@@ -27,6 +27,6 @@ def short_of_memory(*arguments: Any, **options: Any) -> Trainer:
     return Trainer(trainer.variables, trainer.state, step)
 
 
-if GO_ON_VARIABLE not in os.environ:
+if CONTINUE_VARIABLE not in os.environ:
     finetune.train.step.make_trainer = short_of_memory
 main()

@@ -329,4 +329,4 @@ def test_in_another_program_nothing_is_replaced(
     with pytest.raises(SystemExit) as ended:
         main(["run", "squad", "--demo"])
     assert ended.value.code == 1
-    assert "with less: the same command goes on" in capsys.readouterr().err
+    assert "with less: the same command continues" in capsys.readouterr().err

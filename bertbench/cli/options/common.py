@@ -27,34 +27,35 @@ CONTEXT = {
     "max_content_width": 80,
 }
 
-GO_ON_VARIABLE = "BERTBENCH_GO_ON_IN"
-"""Set for a process that goes on with an interrupted run; names the run's output folder."""
+CONTINUE_VARIABLE = "BERTBENCH_CONTINUE_IN"
+"""Environment variable for a process that continues a run: the run's output folder."""
 
 MOST_COUNT = 2**31 - 1
-"""Largest number of steps, tokens or examples that a flag may name."""
+"""Largest number of steps, tokens or examples that a flag accepts."""
 
 MOST_SECONDS = 1e7
-"""Longest time that a flag may name: four months."""
+"""Longest time that a flag accepts: four months."""
 
 MOST_SEED = 2**63 - 1
+"""Largest seed that a flag accepts."""
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 class MemorySize(click.ParamType):
-    """A memory size such as 12GiB, as bytes."""
+    """A memory size such as 12GiB; its value is in bytes."""
 
     name = "size"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> int | None:
-        """Parse text; the error names the flag through `InputError`."""
+        """Parse the text."""
         return value if isinstance(value, int) else parse_bytes(str(value))
 
 
 class Whole(click.IntRange):
-    """An integer within bounds; help shows only the lower one, as no work comes near the other."""
+    """An integer within bounds; help shows only the lower one, because the upper one is huge."""
 
     def __init__(self, least: int, most: int = MOST_COUNT) -> None:
         super().__init__(least)
@@ -69,10 +70,7 @@ class Whole(click.IntRange):
 
 
 class Number(click.types.FloatParamType):
-    """A number without bounds.
-
-    NaN, which compares with nothing, is refused, and unless `infinite` says so what is not finite.
-    """
+    """A number without bounds; not NaN, and finite unless `infinite` is set."""
 
     def __init__(self, *, infinite: bool = False) -> None:
         self.infinite = infinite
@@ -88,7 +86,7 @@ class Number(click.types.FloatParamType):
 
 
 class FiniteFloat(click.FloatRange):
-    """A number in a range, neither infinite nor not a number."""
+    """A finite number in a range."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -101,10 +99,10 @@ class FiniteFloat(click.FloatRange):
 
 
 BATCH = Whole(1, MOST_BATCH)
-"""Examples of an effective batch, or of what is computed at once."""
+"""Type of flags for a number of examples."""
 
 REPLICAS = Whole(1, 4096)
-"""Devices that share an effective batch; a pod of TPU v3 has 2,048 cores."""
+"""Type of flags for a number of devices that share a batch; a TPU v3 pod has 2,048 cores."""
 
 
 def device_options(command: _Command) -> _Command:
@@ -112,7 +110,7 @@ def device_options(command: _Command) -> _Command:
     command = click.option(
         "--memory",
         type=MemorySize(),
-        help="Bytes the allocator may use, as in 12GiB. Default: what is free.",
+        help="Memory that the allocator may use, as in 12GiB. Default: what is free.",
     )(command)
     return click.option(
         "--device",
@@ -128,7 +126,7 @@ def json_option(command: _Command) -> _Command:
         "--json",
         "json_file",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Write the result here too (- for standard output instead).",
+        help="Also write the result as JSON to this file; - prints only the JSON.",
     )(command)
 
 
@@ -138,24 +136,24 @@ def ledger_option(command: _Command) -> _Command:
         "--ledger",
         "ledger_file",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Record of all trials. Default: the user's.",
+        help="File with the record of all trials. Default: the user's ledger.",
     )(command)
 
 
 def lever_options(command: _Command) -> _Command:
     """Add `--precision`, `--optimizer`, `--placement` and `--allow`; see `allowed_levers`."""
     options = [
-        click.option("--precision", type=click.Choice(PRECISIONS), help="Insist on a precision."),
-        click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Insist on an optimizer."),
+        click.option("--precision", type=click.Choice(PRECISIONS), help="Use this precision only."),
+        click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Use this optimizer only."),
         click.option(
             "--placement",
             type=click.Choice(PLACEMENTS),
-            help="Insist on where the optimizer's state is. Default: the device, and the host's "
-            "memory for a GPU that nothing else fits on.",
+            help="Keep the optimizer's state here only. Default: on the device, and in the host's "
+            "memory (offload) for a GPU on which nothing else fits.",
         ),
         click.option(
             "--allow",
-            help="Levers that change the update and that a plan may use where it gains by them: "
+            help="Levers that change the update, and that a plan may use where they are faster: "
             f"{', '.join(_INEXACT)}.",
         ),
     ]
@@ -164,35 +162,39 @@ def lever_options(command: _Command) -> _Command:
     return command
 
 
-# Of both, the first is the published recipe's.
+# The first precision and the first optimizer are those of the published recipe.
 _INEXACT = (*PRECISIONS[1:], *OPTIMIZERS[1:])
 
 
 def allowed_levers(
     precision: str | None, optimizer: str | None, placement: str | None, allow: str | None
 ) -> tuple[Levers, ...]:
-    """Combinations of precision and optimizer that a plan may choose from, exact ones first.
+    """Return the levers that a plan may choose from, exact ones first.
+
+    Args:
+        precision: value of `--precision`.
+        optimizer: value of `--optimizer`.
+        placement: value of `--placement`.
+        allow: value of `--allow`: names of inexact precisions and optimizers, with commas.
 
     Raises:
-        InputError: `--allow` names something else, or what is insisted on.
+        InputError: `--allow` names no such lever, or does not go with another flag.
     """
     names = [item.strip().lower() for item in (allow or "").split(",") if item.strip()]
 
-    def choices(flag: str, known: tuple[str, ...], insisted: str | None) -> list[str]:
+    def choices(flag: str, known: tuple[str, ...], only: str | None) -> list[str]:
         allowed = [name for name in names if name in known[1:]]
-        if insisted is not None and allowed:
+        if only is not None and allowed:
             raise InputError(
                 f"{flag} and --allow {allowed[0]} do not go together", hint="give one of them"
             )
-        return [insisted or known[0], *allowed]
+        return [only or known[0], *allowed]
 
     precisions = choices("--precision", PRECISIONS, precision)
     optimizers = choices("--optimizer", OPTIMIZERS, optimizer)
     for name in names:
         if name not in _INEXACT:
-            raise InputError(
-                f"--allow {name}: no such lever", hint=f"it takes {', '.join(_INEXACT)}"
-            )
+            raise InputError(f"--allow {name}: no such lever", hint=f"use {', '.join(_INEXACT)}")
     return tuple(
         Levers(precision=p, optimizer=o, placement=placement or PLACEMENTS[0])
         for p in precisions
@@ -201,7 +203,7 @@ def allowed_levers(
 
 
 def given_flags(context: click.Context, but: Collection[str]) -> Iterator[str]:
-    """Flags on the command line, but for those of some parameters."""
+    """Yield the flags that were given on the command line, without those of some parameters."""
     for parameter in context.command.params:
         name = parameter.name or ""
         given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
@@ -210,10 +212,11 @@ def given_flags(context: click.Context, but: Collection[str]) -> Iterator[str]:
 
 
 def resolve_budget(device: str, memory: int | None) -> Budget:
-    """Device, or GPUs that share a batch, and bytes of each that the options name.
+    """Return the budget that `--device` and `--memory` name; several GPUs share a batch.
 
     Raises:
-        InputError: no such device, or more than it has; or a TPU, which is named otherwise.
+        InputError: there is no such device, it has less memory, or it is a TPU, which other flags
+            name.
     """
     resolved = resolve_devices(device)
     if resolved.tpu is not None:
@@ -225,7 +228,7 @@ def resolve_budget(device: str, memory: int | None) -> Budget:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a result file, or standard output for `-`."""
+    """Write values as JSON to a file, or to standard output for `-`."""
     text = json_text(values, indent=1) + "\n"
     if str(path) == "-":
         echo(text, nl=False)

@@ -216,7 +216,7 @@ def test_ties_are_taken_in_the_order_of_the_odds_file(tmp_path: Path) -> None:
 def test_the_threshold_is_1_unless_given(tmp_path: Path) -> None:
     result = evaluate(tmp_path, CASE)
     assert json.loads(result.stdout)["exact"] == pytest.approx(200 / 3)
-    assert "1 of the answers count as none" in result.stderr
+    assert "1 answers count as no answer" in result.stderr
     for more, exact in (
         (["--na_prob_thresh", "inf"], 100 / 3),
         (["--na_prob_thresh", "0"], 100 / 3),
