@@ -1,4 +1,4 @@
-"""The side of `bertbench.trials.fork_server` that calls: one server, started when needed."""
+"""Starts trials through a `bertbench.trials.fork_server`, which is itself started when needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import IO
 
 from bertbench.core.errors import WorkError
 from bertbench.core.terminal import say
-from bertbench.trials.fork_server import NUMBER, READY, Descriptors, Request
+from bertbench.trials.fork_server import NUMBER, READY, Descriptors, ProcessRequest
 from finetune.storage.json_files import json_text
 
 START_SECONDS = 600.0
@@ -29,8 +29,8 @@ REPLY_SECONDS = 60.0
 _END_SECONDS = 5.0
 
 PRELOAD = "tensorflow" if sys.platform == "linux" else ""
-"""What a server imports before it forks. On macOS a fork after loading system frameworks is unsafe,
-so that each trial imports for itself."""
+"""What a server imports before it forks. On macOS a fork is unsafe once system frameworks are
+loaded, so each trial imports TensorFlow itself."""
 
 # TensorFlow's log level is fixed when it is imported; trials log their warnings.
 _VARIABLES = {"TF_CPP_MIN_LOG_LEVEL": "1"}
@@ -40,7 +40,7 @@ _server: _Server | None = None
 
 
 class _SilentError(Exception):
-    """A server is there and does not answer."""
+    """A server runs and does not answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +54,14 @@ class _Server:
 
 
 @dataclasses.dataclass(frozen=True)
-class Started:
-    """A trial's process.
+class StartedProcess:
+    """A trial's process that has been started.
 
     Attributes:
         pid: its number.
         messages: file descriptor to read its messages from.
         status: file descriptor to read its exit code from, see `read_number`.
-        life: file descriptor that holds it; when it is closed, the trial is ended.
+        life: file descriptor that keeps the process alive; it is killed when this is closed.
     """
 
     pid: int
@@ -75,12 +75,12 @@ class Started:
             os.close(number)
 
 
-def start(request: Request, log: int) -> Started:
-    """Have a trial started, by a new server if the one that is there is dead or silent.
+def start(request: ProcessRequest, log: int) -> StartedProcess:
+    """Start a trial, by a new server if the present one is dead or does not answer.
 
     Args:
-        request: what is to run.
-        log: file descriptor for what it prints.
+        request: what to run.
+        log: file descriptor for what the trial prints.
 
     Raises:
         WorkError: a second server fails too, or the system allows no more processes.
@@ -111,10 +111,10 @@ def start(request: Request, log: int) -> Started:
 
 
 def read_number(descriptor: int, seconds: float) -> int | None:
-    """Read what a keeper wrote; None if nothing comes in time.
+    """Read a number that a supervisor wrote; None if nothing comes in time.
 
     Raises:
-        EOFError: the writer is gone.
+        EOFError: the supervisor is gone.
     """
     poll = select.poll()  # takes numbers above 1023 too, unlike `select.select`
     poll.register(descriptor, select.POLLIN)
@@ -153,27 +153,27 @@ def _wait_until_ready(server: _Server) -> None:
         raise EOFError
 
 
-def _ask(server: _Server, request: int, log: int) -> Started:
-    with contextlib.ExitStack() as kept, contextlib.ExitStack() as given:
-        # New pipes for every try: should a trial have begun in one that failed, it ends.
-        messages, there_messages = _pipe(kept, given)
-        there_caller, life = _pipe(given, kept)
-        status, there_status = _pipe(kept, given)
-        crossing = Descriptors(request, there_messages, log, there_caller, there_status)
-        late = _SilentError(f"did not answer within {REPLY_SECONDS:g} s")
+def _ask(server: _Server, request: int, log: int) -> StartedProcess:
+    with contextlib.ExitStack() as own, contextlib.ExitStack() as sent:
+        # New pipes for every attempt: a trial that an attempt left behind ends with its pipes.
+        messages, far_messages = _pipe(own, sent)
+        far_caller, life = _pipe(sent, own)
+        status, far_status = _pipe(own, sent)
+        descriptors = Descriptors(request, far_messages, log, far_caller, far_status)
+        no_answer = _SilentError(f"did not answer within {REPLY_SECONDS:g} s")
         server.control.settimeout(REPLY_SECONDS)
         try:
-            socket.send_fds(server.control, [b"t"], dataclasses.astuple(crossing))
+            socket.send_fds(server.control, [b"t"], dataclasses.astuple(descriptors))
         except TimeoutError as error:
-            raise late from error
-        given.close()
+            raise no_answer from error
+        sent.close()
         pid = read_number(status, REPLY_SECONDS)
         if pid is None:
-            raise late
+            raise no_answer
         if pid < 0:
             raise OSError(-pid, os.strerror(-pid))
-        kept.pop_all()
-        return Started(pid, messages, status, life)
+        own.pop_all()
+        return StartedProcess(pid, messages, status, life)
 
 
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:

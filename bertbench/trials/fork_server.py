@@ -1,15 +1,16 @@
 """The processes that start a trial and wait for its end; `bertbench.trials.isolation` asks them to.
 
-    caller -- a request --> server -- fork --> keeper -- fork --> trial
+    caller -- a request --> server -- fork --> supervisor -- fork --> trial
 
-The server has TensorFlow imported and has never run an op, which would fix the allocator: so a fork
-of it starts in a fraction of a second, and the trial's environment variables still decide how
-TensorFlow allocates. A keeper
-belongs to one trial: it tells the caller how the trial ended, and ends it when the caller is gone.
-So neither a server that is stopped nor one that is killed changes what is known of a trial.
+The server has TensorFlow imported, so that a fork of it starts in a fraction of a second. It never
+runs an operation of TensorFlow: the first one would fix the allocator's settings, which the
+environment variables of the trial are to decide.
 
-They are reached through file descriptors that they inherit. There is no address in the file
-system, whose length is limited and which would stay behind.
+Each trial has a supervisor of its own. It tells the caller how the trial ended, and kills the trial
+when the caller is gone. So a server that is stopped or killed loses nothing about a trial.
+
+Processes reach each other through file descriptors that they inherit. An address in the file system
+would be limited in its length, and would stay behind.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from finetune.storage.json_files import json_text
 Message = dict[str, Any]
 
 OWN_KEY = "isolation"
-"""Messages of this module's own, which the caller's callers do not see, have this key."""
+"""The key of this module's own messages, which `run_isolated` does not pass on."""
 
 NUMBER = struct.Struct("q")
-"""What a keeper writes: first the trial's process number, or a negative error number; at the end
-the trial's exit code."""
+"""What a supervisor writes: first the trial's process number, or a negative error number if the
+trial could not be started; at the end the trial's exit code."""
 
 READY = b"r"
 
@@ -48,8 +49,8 @@ _ERROR_TEXT_LIMIT = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """What is to run, and where; it crosses as JSON.
+class ProcessRequest:
+    """What a process is to run, and where; it is passed on as JSON.
 
     Attributes:
         target: `module:function`.
@@ -66,14 +67,14 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Descriptors:
-    """File descriptors of a trial, in the order in which they cross.
+    """File descriptors of a trial, in the order in which they are sent to the server.
 
     Attributes:
-        request: a file with the `Request`.
+        request: a file with the `ProcessRequest`.
         messages: where messages go, one JSON value a line.
         log: a file for what is printed.
-        caller: becomes readable when the caller is gone.
-        status: where `NUMBER`s go.
+        caller: a pipe that ends when the caller is gone.
+        status: where the supervisor writes each `NUMBER`.
     """
 
     request: int
@@ -91,12 +92,12 @@ def serve(control: int, preload: str) -> None:
 
     Args:
         control: a socket.
-        preload: module that trials, forks of this process, are to have imported. Without one each
-            trial is a fresh process.
+        preload: module to import before trials are forked. If it is empty, each trial is a new
+            Python process instead of a fork.
     """
     if preload:
         importlib.import_module(preload)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for supervisors
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     with socket.socket(fileno=control) as connection:
         connection.send(READY)
@@ -106,19 +107,19 @@ def serve(control: int, preload: str) -> None:
                 return
             descriptors = Descriptors(*numbers)
             try:
-                keeper = os.fork()
+                supervisor = os.fork()
             except OSError as error:
                 _tell(descriptors.status, -(error.errno or 1))
             else:
-                if not keeper:
+                if not supervisor:
                     connection.close()
-                    _become(_keep, descriptors, bool(preload))
+                    _become(_supervise, descriptors, bool(preload))
             for number in numbers:
                 os.close(number)
 
 
 def _become(part: Callable[..., None], *arguments: Any) -> NoReturn:
-    """Let a process that was forked do its part, and nothing of what its parent does."""
+    """Run a function in a forked process and end it, so that it does not go on as its parent."""
     try:
         part(*arguments)
     except Exception:  # noqa: BLE001 -- it must not go on as a second server
@@ -127,8 +128,8 @@ def _become(part: Callable[..., None], *arguments: Any) -> NoReturn:
         os._exit(1)
 
 
-def _keep(descriptors: Descriptors, forks: bool) -> None:
-    """Start a trial, wait for its end and tell it; end the trial when the caller is gone."""
+def _supervise(descriptors: Descriptors, forks: bool) -> None:
+    """Start a trial, wait for its end and tell the caller; kill it when the caller is gone."""
     read_wake, write_wake = os.pipe()
     os.set_blocking(write_wake, False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
@@ -172,9 +173,9 @@ def _tell(status: int, number: int) -> None:
         os.write(status, NUMBER.pack(number))
 
 
-def _read(request: int) -> Request:
+def _read(request: int) -> ProcessRequest:
     size = os.fstat(request).st_size
-    return Request(**json.loads(os.pread(request, size, 0)))
+    return ProcessRequest(**json.loads(os.pread(request, size, 0)))
 
 
 def _run_in_fresh_process(descriptors: Descriptors) -> None:
@@ -187,7 +188,7 @@ def _run_in_fresh_process(descriptors: Descriptors) -> None:
 
 
 def run_trial(request_file: int, messages: int, log: int) -> NoReturn:
-    """Be the trial: set up everything that must precede the target's first line, and run it."""
+    """Run the target of a request in this process, the trial's, after setting the process up."""
     os.setsid()
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -229,7 +230,7 @@ def _shorten(text: str) -> str:
 
 
 def _yield_to_others() -> None:
-    """Leave no core file, and be the process that the kernel kills when host memory runs out."""
+    """Leave no core file, and let the kernel kill this process first when host memory runs out."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

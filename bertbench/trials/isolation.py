@@ -1,8 +1,8 @@
 """Run a function in a fresh process that cannot harm this one, and learn how it ended.
 
-`bertbench.trials.fork_server` starts it, with TensorFlow imported. What it sends is kept even when
-it crashes later, nothing of it stays, neither process nor file, and no wait for it is without end.
-Windows is not supported.
+`bertbench.trials.fork_server` starts the process, with TensorFlow imported. What the process has
+sent counts even if it crashes later. It leaves neither a process nor a file behind, and every wait
+for it has an end. Windows is not supported.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import psutil
 
 from bertbench.core.errors import WorkError
 from bertbench.devices.host import oom_kill_counts
-from bertbench.trials.fork_client import Started, read_number, start
-from bertbench.trials.fork_server import OWN_KEY, Message, Request
+from bertbench.trials.fork_client import StartedProcess, read_number, start
+from bertbench.trials.fork_server import OWN_KEY, Message, ProcessRequest
 from bertbench.trials.temporary_folders import temporary_folder
 
 # A message is a line of JSON; the largest carries what a large model asked of its allocator.
@@ -51,9 +51,9 @@ class ProcessEnd:
     Attributes:
         exit_code: its exit code; the negative number of the signal that ended it; None if it
             could not be ended.
-        timed_out: it was silent for too long, and was killed for that.
-        stopped: why it was killed by request, see `run_isolated`, or why its end is not known;
-            else empty.
+        timed_out: it was killed because it sent nothing for too long.
+        stopped: why `stop` of `run_isolated` had it killed, or why its end is not known; else
+            empty.
         garbage: what it sent that is no message, for which it was killed; else empty.
         error: type name and text of the exception that left the function.
         printed: the end of what it printed.
@@ -79,7 +79,7 @@ class ProcessEnd:
         """The last lines that it printed; of a crash, the innermost calls."""
         lines = [line.strip() for line in self.printed.splitlines() if line.strip()]
         for index, line in enumerate(lines):
-            # The stack, innermost call first, is followed by a list of all extension modules.
+            # After the stack, innermost call first, comes a list of all extension modules.
             if line.startswith("Fatal Python error"):
                 stack = [found for found in lines[index:] if found.startswith(("Fatal", "File"))]
                 return "\n".join([*lines[max(index - 2, 0) : index], *stack[:_TAIL_LINES]])
@@ -97,9 +97,9 @@ def run_isolated(
 ) -> ProcessEnd:
     """Run `target(payload, send)` in a fresh process and wait for its end.
 
-    The process has its own session, so a Ctrl-C on the terminal does not reach it; it is killed,
-    with whatever it has started, when this function is left for any reason, and dies on its own
-    when this process dies. It is the kernel's first choice when host memory runs out.
+    The process has its own session, so a Ctrl-C on the terminal does not reach it. It is killed,
+    with whatever it has started, when this function is left for any reason, and when this process
+    dies. The kernel kills it before others when host memory runs out.
 
     Args:
         target: `module:function`, importable here and there. It takes the payload and a function
@@ -121,7 +121,7 @@ def run_isolated(
     # killed does not take them away.
     with tempfile.TemporaryFile() as log, temporary_folder() as folder:
         variables = {**os.environ, **environment, "TMPDIR": str(folder)}
-        trial = start(Request(target, payload, variables, sys.path), log.fileno())
+        trial = start(ProcessRequest(target, payload, variables, sys.path), log.fileno())
         try:
             inbox = _receive(trial, timeout_seconds, on_message, stop)
         finally:
@@ -154,7 +154,7 @@ class _Inbox:
 
 
 def _receive(
-    trial: Started,
+    trial: StartedProcess,
     timeout_seconds: float,
     on_message: Callable[[Message], None],
     stop: Callable[[], str] | None,
@@ -186,15 +186,15 @@ def _receive(
             chunk = os.read(trial.messages, 1 << 16)
             if not chunk:
                 sources.unregister(trial.messages)
-                has_ended = True  # and its keeper is about to tell how
+                has_ended = True  # and its supervisor is about to tell how
                 deadline = min(deadline, time.monotonic() + KILL_SECONDS)
             elif _take(inbox, chunk, on_message):
                 deadline = time.monotonic() + timeout_seconds
             if inbox.garbage:
                 return inbox
         else:
-            # It has ended. What it sent before was readable before its end was, so nothing is
-            # left; a process that it started may still hold the pipe open.
+            # It has ended. What it had sent was readable before its end was, so nothing is left
+            # to read; a process that it started may still hold the pipe open.
             inbox.stopped = "" if ready[trial.status] & select.POLLIN else _NOT_KNOWN
             return inbox
 
@@ -221,12 +221,12 @@ def _take(inbox: _Inbox, chunk: bytes, on_message: Callable[[Message], None]) ->
     return bool(lines)
 
 
-def _end(trial: Started) -> int | None:
+def _end(trial: StartedProcess) -> int | None:
     """Kill what is left of a process and its descendants; return its exit code."""
     with contextlib.suppress(EOFError):
         exit_code = read_number(trial.status, 0)
         if exit_code is not None:
-            return exit_code  # and its keeper has ended its descendants
+            return exit_code  # and its supervisor has ended its descendants
     for kill in (os.kill, os.killpg):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(trial.pid, signal.SIGKILL)
@@ -234,7 +234,7 @@ def _end(trial: Started) -> int | None:
         exit_code = read_number(trial.status, KILL_SECONDS)
         if exit_code is not None:
             return exit_code
-    # Whoever should tell does not; the process may be dead all the same.
+    # The supervisor does not tell; the process may be dead all the same.
     deadline = time.monotonic() + KILL_SECONDS
     while _is_running(trial.pid):
         if time.monotonic() > deadline:

@@ -1,9 +1,8 @@
 """What a trial's end means: out of memory, or failed for another reason.
 
 Every device has an allocator with a limit, and only that allocator can say that a batch does not
-fit. Host memory that ran out says something about the machine and what else runs there. So the
-recognisers ask for the kind of the error as well as for its words; everything they do not know is
-`failed`.
+fit. When host memory runs out, that says something about the machine and not about the batch. So
+an error counts as out of memory by its type together with its text. Everything else is `failed`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _EXHAUSTED_TYPES = ("ResourceExhaustedError", "XlaRuntimeError", "JaxRuntimeErro
 # Errors that TensorFlow raises for any trouble of a device or library.
 _DEVICE_TYPES = ("InternalError", "UnknownError", "AbortedError", "UnavailableError")
 
-# The same kind stands for limits that no smaller batch would meet.
+# Those types also stand for other limits, which a smaller batch would exceed too.
 _OTHER_RESOURCE = re.compile(
     r"(received|sent|send) message larger than|too many open files|no space left on device"
     r"|quota exceeded|exceeds? quota|can't start new thread|MemoryError"
@@ -71,8 +70,8 @@ _MEMORY_RE = re.compile(
     re.IGNORECASE,
 )
 
-# What TensorFlow's allocator itself logs once it has given up, see `classify_exit`. An operation
-# that can do with less asks too, and goes on.
+# What TensorFlow's allocator itself logs once it has given up, see `classify_exit`. It logs the
+# same with `_NO_FAILURE` for an operation that can do with less memory and goes on.
 _ALLOCATOR_FAILED_RE = re.compile(
     r"^[WE]\d{4} .* bfc_allocator\.cc:\d+\] (Allocator \(\S+\) ran out of memory trying to "
     r"allocate [^\n]*)",
@@ -109,7 +108,7 @@ def classify_error(type_name: str, message: str) -> Outcome:
 def memory_ran_out(type_name: str, message: str) -> bool:
     """Whether an exception means that memory ran out, be it the device's or the host's.
 
-    Less of either may do for a run; it is no evidence of a limit.
+    A run may go on with a plan that needs less of either. It is no evidence of a limit.
     """
     if type_name in _EXHAUSTED_TYPES:
         return bool(_MEMORY_RE.search(message)) and not _OTHER_RESOURCE.search(message)
@@ -117,7 +116,7 @@ def memory_ran_out(type_name: str, message: str) -> bool:
 
 
 def summarise_error(type_name: str, message: str) -> str:
-    """Return one line that says what happened: the telling line of the message, with the type."""
+    """Return one line that says what happened: the line of the message that tells, and the type."""
     lines = [line.strip() for line in message.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("[[", "[Op:", "Hint:"))]
     telling = [line for line in lines if _MEMORY_RE.search(line)]
@@ -142,10 +141,10 @@ def classify_exit(
 
     Some kernels do not check whether their memory could be allocated and crash instead: oneDNN's
     batched matrix product, for instance, aborts with a failed check of its scratch tensor's type
-    (seen in TensorFlow 2.21). A crash right after TensorFlow's allocator has logged that it
-    gave up is therefore out of memory; the same words from anybody else, or another end, are not.
-    Neither is a kill by the kernel when the host's memory runs out: whoever filled it, it is not
-    the budget that was full.
+    (seen in TensorFlow 2.21). So a crash is out of memory if TensorFlow's allocator has logged just
+    before that it gave up. The same text from another source, or another kind of end, is not.
+    Neither is a kill by the kernel when the host's memory runs out: it was not the budget that was
+    full.
 
     Args:
         exit_code: of the process; the negative number of the signal that ended it; None when it
@@ -202,7 +201,7 @@ def _explain_kill(before: Mapping[str, int], after: Mapping[str, int]) -> str:
 
 
 def _last_failure(printed: str) -> str:
-    """What the allocator logged last when it gave up, if no want of host memory followed."""
+    """Return what the allocator logged last when it gave up, if the host did not run out later."""
     failures = [
         found for found in _ALLOCATOR_FAILED_RE.finditer(printed) if _NO_FAILURE not in found[1]
     ]

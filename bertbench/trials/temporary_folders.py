@@ -1,4 +1,4 @@
-"""Temporary folders that go also when their process is killed: the next start removes them."""
+"""Temporary folders that do not stay when their process is killed: a later one removes them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "bertbench-work-"
-"""Begins the name of such a folder, and of nothing else: what is left of it is deleted."""
+"""How the name of such a folder begins, and nothing else's: abandoned ones are deleted."""
 
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Make a folder in the place for temporary files; it is removed with the block.
 
-    The folder is locked, and the lock ends with the process, however it ends. So a folder that is
-    not locked was left behind. A process number would not tell that: containers that share the
-    place count their processes each for itself.
+    The folder is locked as long as its process lives, so a folder that is not locked was left
+    behind. A process number would not tell that: containers that share the place number their
+    processes independently.
 
     Raises:
         OSError: there is no place for temporary files, or no room in it.
@@ -45,7 +45,7 @@ def remove_abandoned(parent: str) -> None:
         return
     for name in names:
         path = os.path.join(parent, name)
-        # An error: it is in use, of another user, no folder, or on a file system without locks.
+        # An error means: it is in use, another user's, no folder, or the file system has no locks.
         with contextlib.suppress(OSError):
             descriptor = _open(path)
             try:

@@ -62,9 +62,9 @@ def leave_file(payload: Payload, send: Send) -> None:
 
 def start_grandchild(payload: Payload, send: Send) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    send({"pids": [os.getpid(), child.pid], "keeper": os.getppid()})
-    if "to_keeper" in payload:
-        os.kill(os.getppid(), getattr(signal, payload["to_keeper"]))
+    send({"pids": [os.getpid(), child.pid], "supervisor": os.getppid()})
+    if "to_supervisor" in payload:
+        os.kill(os.getppid(), getattr(signal, payload["to_supervisor"]))
     if payload["then"] == "hang":
         time.sleep(600)
 

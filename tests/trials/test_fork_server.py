@@ -71,11 +71,11 @@ def test_a_trial_does_not_need_its_server_any_more(how: str) -> None:
 def test_a_trial_whose_end_nobody_tells(how: str, then: str) -> None:
     """It is ended, in a bounded time, and it means nothing."""
     pids: list[int] = []
-    payload = {"then": then, "to_keeper": how}
+    payload = {"then": then, "to_supervisor": how}
     _, ending = run(
         "start_grandchild",
         payload,
-        on_message=lambda message: pids.extend([*message["pids"], message["keeper"]]),
+        on_message=lambda message: pids.extend([*message["pids"], message["supervisor"]]),
         timeout_seconds=3.0,
     )
     assert (ending.timed_out, "not known" in ending.stopped) in [(True, False), (False, True)]
@@ -123,7 +123,7 @@ def test_a_system_that_allows_no_more_processes(monkeypatch: pytest.MonkeyPatch)
 def test_no_trial_beside_one_that_cannot_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     pids: list[int] = []
 
-    def stop_keeper(message: dict[str, Any]) -> None:
+    def stop_supervisor(message: dict[str, Any]) -> None:
         pids.extend(message["pids"])
         pids.append(psutil.Process(pids[0]).ppid())
         os.kill(pids[-1], signal.SIGSTOP)
@@ -131,7 +131,7 @@ def test_no_trial_beside_one_that_cannot_be_ended(monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(isolation, "_is_running", lambda pid: True)  # as a driver may hold it
         _, ending = run(
-            "start_grandchild", {"then": "hang"}, on_message=stop_keeper, timeout_seconds=1.0
+            "start_grandchild", {"then": "hang"}, on_message=stop_supervisor, timeout_seconds=1.0
         )
         assert (ending.exit_code, ending.timed_out) == (None, True)
         with pytest.raises(WorkError, match=f"process {pids[0]} of an earlier trial cannot be"):
