@@ -1,21 +1,24 @@
 """Record what steps of small models ask of the allocator, and make the package's step traces.
 
-    python benchmarks/record_step_traces.py [--quick] [--patterns TEXT ...] [--out FILE]
+    python benchmarks/record_step_traces.py --out FILE [--quick] [--patterns TEXT ...]
+    python benchmarks/record_step_traces.py --confirm
 
-One to four minutes for each of 32 patterns (two heads, eight combinations of policies, one
-micro-batch or several), with AdamW; the traces of the other optimizers are made out of these, see
-`bertbench.memory.traces.build.variants`. A regressor has the classifier's trace, exact GELU that
-of the one by tanh. To be run again when `finetune` or TensorFlow changes what a step does: `pytest
--m slow tests/test_step_traces.py` tells whether the traces still say what a real step asks for.
-`--quick` makes one.
+The first form takes one to four minutes for each of 32 patterns: two heads, eight combinations of
+policies, one micro-batch or several. All are recorded with AdamW; the traces of the other
+optimizers are made out of these. The second form takes a minute. It compares the package's traces
+with a few real steps and writes the hash of today's sources into the manifest. See
+`docs/recording-traces.md`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import itertools
 import time
+from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,22 @@ from bertbench.core.workload import Levers, Setup, TrainingStep, Workload, publi
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.memory.allocator.recording import Recording
+from bertbench.memory.traces.archive import (
+    FORMAT,
+    Manifest,
+    archive_path,
+    other_tensorflow,
+    read_archive,
+    write_archive,
+)
 from bertbench.memory.traces.build.building import build_trace
-from bertbench.memory.traces.build.moments import find_moments, keep_highest
+from bertbench.memory.traces.build.comparison import first_difference
+from bertbench.memory.traces.build.peaks import find_peaks, keep_highest
 from bertbench.memory.traces.build.samples import Sample
+from bertbench.memory.traces.build.sources import sources_hash
 from bertbench.memory.traces.build.variants import with_optimizer
 from bertbench.memory.traces.step import pattern_of
-from bertbench.memory.traces.trace import LAYERS, OTHER_LAYERS, traces_from_bytes, traces_to_bytes
+from bertbench.memory.traces.trace import LAYERS, OTHER_LAYERS, StepTrace
 from bertbench.trials.measure import TrialListener, TrialSettings, measure_step
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import PRESETS, BertConfig, preset
@@ -39,13 +52,13 @@ _POLICIES = ("none", "selective", "full", "nested")
 _MIXED = (("selective", "none"), ("full", "none"), ("nested", "none"), ("nested", "selective"))
 _SEQ_LENS = (64, 128, 256, 384, 512)
 _LAYERS = 5
-# More than 64 examples, so that what is a number for each of them is not small. Blocks of the same
-# number of examples, and as many of them at the other length. Lengths are multiples of 16, for of
-# others TensorFlow cannot take some rows without copying them.
+# More than 64 examples, so that a number for each of them takes more than 256 bytes. Both sequence
+# lengths give the same number of chunks. They are multiples of 16, because with other lengths
+# TensorFlow copies some rows.
 _EXAMPLES = 66
 _SEQ_LEN = 128
 
-# Each another value of one dimension, with the same number of chunks.
+# Another value of each dimension, with the same number of chunks.
 _VARIED = {
     "n": 65,
     "s": 112,
@@ -57,59 +70,129 @@ _VARIED = {
     "t": 3,
     "l": 3,
 }
+_CONFIG_FIELDS = {
+    "h": "hidden_size",
+    "a": "num_attention_heads",
+    "f": "intermediate_size",
+    "v": "vocab_size",
+    "p": "max_position_embeddings",
+    "t": "type_vocab_size",
+}
+
+# Head, checkpointing, micro-batches and examples of the steps that are compared with the traces.
+# Together they run every policy, both heads, with and without accumulation.
+_CONFIRMED = (
+    ("squad", "none", 1, 7),
+    ("squad", "full:2", 2, 9),
+    ("classifier", "selective", 2, 70),
+    ("classifier", "nested:2+selective", 1, 33),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one pattern")
+    parser.add_argument("--out", type=Path, help="archive to write; other traces in it stay")
+    parser.add_argument("--quick", action="store_true", help="record one pattern alone")
     parser.add_argument("--patterns", nargs="+", help="only those that contain one of the texts")
-    parser.add_argument("--out", type=Path, help="file of traces; others in it stay")
+    parser.add_argument(
+        "--confirm", action="store_true", help="compare the package's traces with a few real steps"
+    )
     arguments = parser.parse_args()
-    traces = {}
-    if arguments.out and arguments.out.exists():
-        traces = traces_from_bytes(arguments.out.read_bytes())
+    if arguments.confirm:
+        _confirm()
+    else:
+        setups = [setup for setup in _setups() if _named(setup, arguments.patterns)]
+        partial = bool(arguments.quick or arguments.patterns)
+        _record_all(setups[:1] if arguments.quick else setups, arguments.out, partial)
+
+
+def _confirm() -> None:
+    """Compare the package's traces with real steps, and write today's hash into the manifest."""
+    installed = other_tensorflow()
+    if installed is not None:
+        raise SystemExit(f"the traces are not of TensorFlow {installed}: record them again")
+    budget = make_budget(resolve_device("cpu"), GIB_BYTES)
+    for head, policy, micro_batches, examples in _CONFIRMED:
+        levers = Levers(parse_checkpointing(policy), micro_batches)
+        setup = Setup(published_workload("bert-mini", 64, head), levers)
+        difference = first_difference(_record(budget, setup.step(examples)))
+        if difference is not None:
+            raise SystemExit(f"{pattern_of(setup)}: {difference}; record the traces again")
+        print(f"{pattern_of(setup)}: as in the trace", flush=True)
+    path = archive_path()
+    traces, manifest = read_archive(path.read_bytes())
+    confirmed = dataclasses.replace(manifest, confirmed=_today(), sources=sources_hash())
+    path.write_bytes(write_archive(traces, confirmed))
+
+
+def _record_all(setups: Sequence[Setup], out: Path | None, partial: bool) -> None:
+    """Record traces one by one, and write the archive after each of them."""
+    version = metadata.version("tensorflow")
+    manifest = Manifest(FORMAT, version, _today(), _today(), sources_hash())
+    traces: dict[str, StepTrace] = {}
+    if out is not None and out.exists():
+        there, its_manifest = read_archive(out.read_bytes())
+        if (its_manifest.tensorflow, its_manifest.sources) == (version, manifest.sources):
+            traces = there
+        elif partial:
+            raise SystemExit(
+                f"{out} has traces of other sources or of another TensorFlow: record all patterns, "
+                "or name another file"
+            )
     budget = make_budget(resolve_device("cpu"), 3 * GIB_BYTES)
+    for setup in setups:
+        began = time.monotonic()
+        traces |= _record_pattern(budget, setup)
+        data = write_archive(traces, manifest)
+        if out is not None:
+            out.write_bytes(data)
+        trace = traces[pattern_of(setup)]
+        print(
+            f"{pattern_of(setup)}: {len(trace.items)} items, {len(trace.sizes)} sizes; "
+            f"{len(data):,} bytes in all; {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+
+
+def _setups() -> Iterator[Setup]:
+    """Setups of the base samples, one for each pattern."""
     for head, policies, accumulation in itertools.product(
         ("squad", "classifier"), (*((policy,) for policy in _POLICIES), *_MIXED), (1, 2)
     ):
         text = policies[0] if len(policies) == 1 else f"{policies[0]}:{_LAYERS}"
         text += "" if policies[-1] in (policies[0], "none") else f"+{policies[-1]}"
-        levers = Levers(parse_checkpointing(text), accumulation)
         workload = Workload("sample", _config(_LAYERS * len(policies)), head, _SEQ_LEN)
-        setup = Setup(workload, levers)
-        pattern = pattern_of(setup)
-        if arguments.patterns and not any(text in pattern for text in arguments.patterns):
-            continue
-        began = time.monotonic()
-        base = _record(budget, setup.step(_EXAMPLES))
-        more = {LAYERS: _one_more(budget, base, len(policies) > 1)}
-        if len(policies) > 1:
-            larger = dataclasses.replace(workload, config=_config(2 * _LAYERS + 1))
-            more[OTHER_LAYERS] = _record(budget, Setup(larger, levers).step(_EXAMPLES))
-        varied = {
-            name: _another(budget, base, name, value)
-            for name, value in _VARIED.items()
-            # SQuAD's head has two outputs always.
-            if name != "l" or head == "classifier"
-        }
-        published = [published_workload(m, s, head) for m in PRESETS for s in _SEQ_LENS]
-        trace = build_trace(base, more, varied)
-        traces[pattern] = keep_highest(trace, published)
-        for optimizer in OPTIMIZERS[1:]:
-            variant = with_optimizer(trace, optimizer)
-            variant = dataclasses.replace(variant, moments=find_moments(variant))
-            name = pattern_of(Setup(workload, dataclasses.replace(levers, optimizer=optimizer)))
-            traces[name] = keep_highest(variant, published)
-        data = traces_to_bytes(traces)
-        if arguments.out:
-            arguments.out.write_bytes(data)
-        print(
-            f"{pattern}: {len(traces[pattern].items)} items, {len(traces[pattern].sizes)} sizes; "
-            f"{len(data):,} bytes in all; {time.monotonic() - began:.0f} s",
-            flush=True,
-        )
-        if arguments.quick:
-            break
+        yield Setup(workload, Levers(parse_checkpointing(text), accumulation))
+
+
+def _named(setup: Setup, texts: Sequence[str] | None) -> bool:
+    return not texts or any(text in pattern_of(setup) for text in texts)
+
+
+def _record_pattern(budget: Budget, setup: Setup) -> dict[str, StepTrace]:
+    """Record the samples of a pattern, and make its trace for every optimizer."""
+    workload, levers = setup.workload, setup.levers
+    base = _record(budget, setup.step(_EXAMPLES))
+    mixed = levers.checkpointing.layers is not None
+    more = {LAYERS: _one_more(budget, base, mixed)}
+    if mixed:
+        larger = dataclasses.replace(workload, config=_config(2 * _LAYERS + 1))
+        more[OTHER_LAYERS] = _record(budget, Setup(larger, levers).step(_EXAMPLES))
+    varied = {
+        name: _another(budget, base, name, value)
+        for name, value in _VARIED.items()
+        # SQuAD's head always has two outputs.
+        if name != "l" or workload.head == "classifier"
+    }
+    published = [published_workload(m, s, workload.head) for m in PRESETS for s in _SEQ_LENS]
+    trace = build_trace(base, more, varied)
+    traces = {pattern_of(setup): keep_highest(trace, published)}
+    for optimizer in OPTIMIZERS[1:]:
+        variant = with_optimizer(trace, optimizer)
+        variant = dataclasses.replace(variant, peaks=find_peaks(variant))
+        other = Setup(workload, dataclasses.replace(levers, optimizer=optimizer))
+        traces[pattern_of(other)] = keep_highest(variant, published)
+    return traces
 
 
 def _config(layers: int) -> BertConfig:
@@ -124,7 +207,7 @@ def _config(layers: int) -> BertConfig:
 
 
 def _one_more(budget: Budget, base: Sample, mixed: bool) -> Sample:
-    """One layer more with the first policy, and as many with the other."""
+    """Record one more layer with the first policy, and the same number with the other."""
     workload, levers = base.step.workload, base.step.levers
     workload = dataclasses.replace(workload, config=_config(workload.config.num_hidden_layers + 1))
     if mixed:
@@ -134,15 +217,8 @@ def _one_more(budget: Budget, base: Sample, mixed: bool) -> Sample:
 
 
 def _another(budget: Budget, base: Sample, name: str, value: int) -> Sample:
+    """Record another value of a dimension."""
     workload, examples = base.step.workload, base.step.micro_batch
-    fields: dict[str, str] = {
-        "h": "hidden_size",
-        "a": "num_attention_heads",
-        "f": "intermediate_size",
-        "v": "vocab_size",
-        "p": "max_position_embeddings",
-        "t": "type_vocab_size",
-    }
     if name == "n":
         examples = value
     elif name == "l":
@@ -150,7 +226,7 @@ def _another(budget: Budget, base: Sample, name: str, value: int) -> Sample:
     elif name == "s":
         workload = dataclasses.replace(workload, seq_len=value)
     else:
-        values: dict[str, Any] = {fields[name]: value}
+        values: dict[str, Any] = {_CONFIG_FIELDS[name]: value}
         config = dataclasses.replace(workload.config, **values)
         workload = dataclasses.replace(workload, config=config)
     return _record(budget, Setup(workload, base.step.levers).step(examples))
@@ -163,6 +239,10 @@ def _record(budget: Budget, step: TrainingStep) -> Sample:
     if trial.outcome != "fits" or not recordings:
         raise SystemExit(f"{pattern_of(step.setup)}: {trial.message or 'no recording'}")
     return Sample(step, recordings[0])
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
 if __name__ == "__main__":

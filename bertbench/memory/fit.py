@@ -24,12 +24,8 @@ from bertbench.memory.footprint import (
     predict_footprint,
 )
 from bertbench.memory.traced_footprint import traced_footprint
-from bertbench.memory.traces.step import (
-    left_out_bytes,
-    replay_step,
-    trace_of,
-    traced_peak_bytes,
-)
+from bertbench.memory.traces.peaks import traced_peak_bytes
+from bertbench.memory.traces.step import left_out_bytes, replay_step, trace_of
 
 _RECORDED_MULTIPLES, _OTHER_LENGTHS_MARGIN = 16, 0.005
 """Traces were recorded of sequence lengths that are multiples of 16. Of others TensorFlow copies

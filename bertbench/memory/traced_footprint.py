@@ -21,14 +21,12 @@ import math
 from bertbench.core.workload import TrainingStep, Workload
 from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES, Memory
 from bertbench.memory.footprint import Footprint
+from bertbench.memory.traces.peaks import candidate_peaks, highest_peak, term_bytes
 from bertbench.memory.traces.step import (
     allocated_bytes,
-    highest,
     layers_of,
-    moment_bytes,
     replay_step,
     state_requests,
-    term_values,
     trace_of,
 )
 from bertbench.memory.traces.trace import LAYERS, OTHER_LAYERS, UPDATE, StepTrace, Term
@@ -55,9 +53,9 @@ def traced_footprint(
     if trace is None:
         return None
     layers = layers_of(step.setup)
-    _, number = highest(moment_bytes(trace, step), layers)
-    moment = trace.moments[number]
-    value_of = term_values(trace, step)
+    _, number = highest_peak(candidate_peaks(trace, step), layers)
+    peak = trace.peaks[number]
+    value_of = term_bytes(trace, step)
     parts: collections.Counter[str] = collections.Counter(
         dict.fromkeys(
             ("weights", "optimizer_state", "accumulators", "gradients", "saved_activations",
@@ -66,9 +64,9 @@ def traced_footprint(
         )
     )  # fmt: skip
     parts.update(_state(workload, step.levers.optimizer))
-    for term in moment.terms:
-        one, all_ = value_of(moment, term)
-        constant, *each = (alone * one + per_block * all_ for alone, per_block in term.counts)
+    for term in peak.terms:
+        one, all_ = value_of(peak, term)
+        constant, *each = (alone * one + per_chunk * all_ for alone, per_chunk in term.counts)
         of_layers = each[0] * layers[LAYERS] + each[1] * layers[OTHER_LAYERS]
         if constant < 0:
             # The layer in flight has given back what it had kept.
@@ -81,7 +79,7 @@ def traced_footprint(
         # They are in the place of gradients from the first micro-batch on.
         parts["accumulators"] = parts["gradients"] - beyond
         parts["gradients"] = beyond
-    elif moment.phase == UPDATE:
+    elif peak.phase == UPDATE:
         parts["gradients"] -= beyond
         parts["working_set"] += beyond
     small = _SMALL_TENSORS * len(workload.parameters) * MIN_ALLOCATION_BYTES
@@ -92,7 +90,7 @@ def traced_footprint(
             return None
         known = sum(parts.values()) - parts["small_tensors"] + memory.held_bytes
         parts["allocator"] = ending.peak_bytes - known
-    return Footprint(dict(parts), moment.phase)
+    return Footprint(dict(parts), peak.phase)
 
 
 def _parts_of(trace: StepTrace, term: Term) -> tuple[str, str]:

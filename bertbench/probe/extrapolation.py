@@ -29,10 +29,10 @@ from bertbench.memory.allocator.recording import Recording
 from bertbench.memory.traces.loops import (
     SMALL_BYTES,
     Loop,
-    Place,
+    Origin,
     Recorded,
-    examples_of_block,
-    loops_and_places,
+    examples_of_chunk,
+    loops_and_origins,
 )
 
 _EXACT_BYTES = 64
@@ -82,7 +82,7 @@ class Extrapolation:
     Attributes:
         recording: what was recorded, of which the sizes are replaced.
         batch: about as many tokens of the sequence length as were recorded.
-        places: of its allocations.
+        origins: of its allocations.
         sizes: of its allocations, for any batch.
         examples_per_chunk: most examples of a chunk, for every policy in use that has chunks.
         largest: batch above which nothing is known; None if there is none.
@@ -90,7 +90,7 @@ class Extrapolation:
 
     recording: Recording
     batch: int
-    places: tuple[Place, ...]
+    origins: tuple[Origin, ...]
     sizes: tuple[_Size, ...]
     examples_per_chunk: tuple[int, ...]
     largest: int | None
@@ -105,19 +105,19 @@ class Extrapolation:
         sizes: list[int] = []
         # What is alive of each stream, oldest first.
         alive: dict[tuple[str, int, int], collections.deque[int]] = {
-            place.stream: collections.deque() for place in self.places
+            origin.stream: collections.deque() for origin in self.origins
         }
-        ends = collections.Counter(self.places[~e].stream for e in self.recording.events if e < 0)
+        ends = collections.Counter(self.origins[~e].stream for e in self.recording.events if e < 0)
 
         def allocate(event: int, chunks_before: int) -> None:
-            place = self.places[event]
+            origin = self.origins[event]
             examples = batch
-            if place.loop is not None:
-                chunks = self._chunks(place.loop, batch)
-                examples = examples_of_block(
-                    batch, chunks, min(place.block + chunks_before, chunks - 1)
+            if origin.loop is not None:
+                chunks = self._chunks(origin.loop, batch)
+                examples = examples_of_chunk(
+                    batch, chunks, min(origin.chunk + chunks_before, chunks - 1)
                 )
-            alive[place.stream].append(len(sizes))
+            alive[origin.stream].append(len(sizes))
             events.append(len(sizes))
             sizes.append(self.sizes[event].size_bytes(examples))
 
@@ -129,14 +129,14 @@ class Extrapolation:
                     for again in chunk:
                         if again >= 0:
                             allocate(again, time)
-                        elif alive[self.places[~again].stream]:
-                            events.append(~alive[self.places[~again].stream].popleft())
+                        elif alive[self.origins[~again].stream]:
+                            events.append(~alive[self.origins[~again].stream].popleft())
             if event >= 0:
-                place = self.places[event]
-                later = place.loop is not None and place.block >= place.loop.repeated[place.run]
-                allocate(event, self._added(place.loop, batch) if later else 0)
+                origin = self.origins[event]
+                later = origin.loop is not None and origin.chunk >= origin.loop.repeated[origin.run]
+                allocate(event, self._added(origin.loop, batch) if later else 0)
                 continue
-            stream = self.places[~event].stream
+            stream = self.origins[~event].stream
             ends[stream] -= 1
             # What was never let go of by a chunk ends with the last of its stream.
             while alive[stream]:
@@ -149,12 +149,12 @@ class Extrapolation:
         return -(-batch // self.examples_per_chunk[loop.policy])
 
     def _added(self, loop: Loop | None, batch: int) -> int:
-        return max(self._chunks(loop, batch) - loop.blocks, 0) if loop else 0
+        return max(self._chunks(loop, batch) - loop.chunks, 0) if loop else 0
 
     def _additions(self, batch: int) -> dict[int, tuple[tuple[int, ...], int]]:
         """Events of the chunk to repeat, and how often, by the position that they go before."""
         events = self.recording.events
-        loops = {id(place.loop): place.loop for place in self.places if place.loop}
+        loops = {id(origin.loop): origin.loop for origin in self.origins if origin.loop}
         return {
             starts[number]: (events[starts[number] : starts[number + 1]], added)
             for loop in loops.values()
@@ -196,17 +196,17 @@ def extrapolate(
     elif len(full) < 2:
         return None
     recorded = [one for one in recorded if one.seq_len in full]
-    found = loops_and_places(recorded, [examples_per_chunk(one.seq_len) for one in recorded])
+    found = loops_and_origins(recorded, [examples_per_chunk(one.seq_len) for one in recorded])
 
     def preference(number: int) -> tuple[int, int, int]:
         # A single chunk cannot be repeated, and of many the most usual one can be chosen; but none
         # are taken away.
-        chunks = min((loop.blocks for loop in found[number][0].values()), default=_ENOUGH_CHUNKS)
+        chunks = min((loop.chunks for loop in found[number][0].values()), default=_ENOUGH_CHUNKS)
         rank = 2 if chunks < 2 else 1 if (chunks < _ENOUGH_CHUNKS) is not few_chunks else 0
         return rank, abs(recorded[number].seq_len - seq_len), recorded[number].batch
 
     base = min(range(len(recorded)), key=preference)
-    places = found[base][1]
+    origins = found[base][1]
     points = [_bytes_by_examples(one, its) for one, (_, its) in zip(recorded, found, strict=True)]
     sizes: dict[tuple[str, int], _Size] = {}
     for key in {key for its in points for key in its}:
@@ -222,12 +222,12 @@ def extrapolate(
         sizes[key] = size
     tokens = recorded[base].batch * recorded[base].seq_len
     most = tuple(examples_per_chunk(seq_len))
-    single = [most[loop.policy] for loop in found[base][0].values() if loop.blocks < 2]
+    single = [most[loop.policy] for loop in found[base][0].values() if loop.chunks < 2]
     return Extrapolation(
         recorded[base].recording,
         max(tokens // seq_len, 1),
-        places,
-        tuple(sizes[place.key] for place in places),
+        origins,
+        tuple(sizes[origin.key] for origin in origins),
         most,
         min(single, default=None),
     )
@@ -320,15 +320,15 @@ def _last_that_fits(fits: Callable[[int], bool], low: int, high: int, guess: int
 
 
 def _bytes_by_examples(
-    recorded: Recorded, places: Sequence[Place]
+    recorded: Recorded, origins: Sequence[Origin]
 ) -> dict[tuple[str, int], dict[tuple[int, int], int]]:
     """Bytes of the allocations of each key, by (examples of the batch or chunk, length)."""
     result: dict[tuple[str, int], dict[tuple[int, int], int]] = collections.defaultdict(dict)
-    for place, size_bytes in zip(places, recorded.recording.sizes, strict=True):
+    for origin, size_bytes in zip(origins, recorded.recording.sizes, strict=True):
         examples = recorded.batch
-        if place.loop is not None:
-            examples = examples_of_block(recorded.batch, place.loop.blocks, place.block)
-        result[place.key][examples, recorded.seq_len] = size_bytes
+        if origin.loop is not None:
+            examples = examples_of_chunk(recorded.batch, origin.loop.chunks, origin.chunk)
+        result[origin.key][examples, recorded.seq_len] = size_bytes
     return result
 
 

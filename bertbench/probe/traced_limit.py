@@ -9,7 +9,8 @@ from bertbench.core.bisection import largest_passing
 from bertbench.core.workload import Levers, Setup, TrainingStep, Workload
 from bertbench.ledger.limit import verdicts
 from bertbench.memory.allocator.bfc import Memory, Replay
-from bertbench.memory.traces.step import replay_step, step_requests, traced_peak_bytes
+from bertbench.memory.traces.peaks import traced_peak_bytes
+from bertbench.memory.traces.step import replay_step, step_requests
 from bertbench.probe.extrapolation import largest_batch
 from bertbench.probe.search import LARGEST_BATCH
 from bertbench.trials.trial import Trial

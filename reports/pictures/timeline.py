@@ -13,14 +13,14 @@ import numpy.typing as npt
 from bertbench.core.workload import Levers, Setup, TrainingStep, Workload
 from bertbench.memory.traces.step import (
     allocated_bytes,
-    blocks_of,
+    chunks_of,
     layers_of,
     sizes_of,
     state_bytes,
     trace_of,
 )
-from bertbench.memory.traces.trace import Repeated, StepTrace
-from bertbench.memory.traces.unroll import Written
+from bertbench.memory.traces.trace import PerLayer, StepTrace
+from bertbench.memory.traces.unroll import Unrolled
 
 FORWARD, BACKWARD, UPDATE = "forward pass", "backward pass", "update"
 BOTH_PASSES = "forward and backward pass"
@@ -153,14 +153,14 @@ def _written(
 ) -> tuple[StepTrace, _Bytes, _Bytes, _Runs]:
     """Bytes of gradients and of activations after every event, and where layers are repeated."""
     sizes = sizes_of(trace, step)
-    blocks = blocks_of(trace.policies, step.workload.seq_len, step.micro_batch)
+    chunks = chunks_of(trace.policies, step.workload.seq_len, step.micro_batch)
     grows = [size.of_examples for size in trace.sizes]
-    written = Written(
+    written = Unrolled(
         trace,
         layers,
-        {policy: len(its) for policy, its in blocks.items()},
+        {policy: len(its) for policy, its in chunks.items()},
         lambda policy, block: list(
-            zip(sizes(blocks[policy][block] if policy else 0), grows, strict=True)
+            zip(sizes(chunks[policy][block] if policy else 0), grows, strict=True)
         ),
     )
     changes = np.zeros((2, len(written.events)), np.int64)
@@ -171,7 +171,7 @@ def _written(
     ends = [section.event for section in written.sections[1:]] + [len(written.events)]
     runs: _Runs = {}
     for section, end in zip(written.sections, ends, strict=True):
-        if isinstance(trace.items[section.item], Repeated):
+        if isinstance(trace.items[section.item], PerLayer):
             runs[section.item] = (runs.get(section.item, (section.event, 0))[0], end)
     return trace, gradients, activations, runs
 

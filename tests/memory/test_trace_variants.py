@@ -13,10 +13,11 @@ from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.memory.fit import Room, footprint_in
+from bertbench.memory.traces.archive import read_trace
 from bertbench.memory.traces.build.samples import UnlikeError
 from bertbench.memory.traces.build.variants import with_optimizer
-from bertbench.memory.traces.step import trace_of, write_out
-from bertbench.memory.traces.trace import StepTrace, read_trace
+from bertbench.memory.traces.step import trace_of, unroll_step
+from bertbench.memory.traces.trace import StepTrace
 from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.optimizers import OPTIMIZERS
@@ -52,7 +53,7 @@ def test_every_variable_has_the_update_of_the_optimizer(
         setup = Setup(workload, levers)
         trace = trace_of(setup)
         assert trace is not None
-        written = write_out(trace, setup.step(70))
+        written = unroll_step(trace, setup.step(70))
         requests.append(collections.Counter(written.sizes))
         ended = {~event for event in written.events if event < 0}
         left.append(len(written.sizes) - len(ended))
@@ -71,7 +72,7 @@ def test_every_variable_has_the_update_of_the_optimizer(
 def test_a_trace_without_an_update_is_refused() -> None:
     trace = read_trace("squad none at once")
     assert trace is not None
-    half = StepTrace(trace.sizes, trace.ends, trace.items[: len(trace.items) // 3])
+    half = StepTrace(trace.sizes, trace.free_order, trace.items[: len(trace.items) // 3])
     with pytest.raises(UnlikeError, match="0 updates in two steps"):
         with_optimizer(half, "lion")
 
@@ -81,7 +82,7 @@ def test_the_archive_has_what_is_made_of_its_traces() -> None:
     assert trace is not None
     assert lion is not None
     made = with_optimizer(trace, "lion")
-    assert dataclasses.replace(lion, moments=()) == made
+    assert dataclasses.replace(lion, peaks=()) == made
 
 
 @pytest.mark.slow

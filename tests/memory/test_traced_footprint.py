@@ -11,7 +11,8 @@ from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.memory.allocator.bfc import Memory
 from bertbench.memory.allocator.limit import memory_of
 from bertbench.memory.traced_footprint import traced_footprint
-from bertbench.memory.traces.step import replay_step, traced_peak_bytes
+from bertbench.memory.traces.peaks import traced_peak_bytes
+from bertbench.memory.traces.step import replay_step
 from bertbench.memory.traces.trace import UPDATE
 from finetune.spec.checkpointing import parse_checkpointing
 

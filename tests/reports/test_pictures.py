@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices.device import Device, TpuSettings
-from bertbench.memory.traces.step import traced_peak_bytes
-from bertbench.memory.traces.trace import read_trace
+from bertbench.memory.traces.archive import read_trace
+from bertbench.memory.traces.peaks import traced_peak_bytes
 from bertbench.plan.planner import Plan
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from helpers.ledger_rows import fits, oom, rows_of

@@ -1,7 +1,7 @@
-"""Loops over blocks of examples, found in recordings of what a step asks its allocator for.
+"""Loops over chunks of examples, found in recordings of what a step asks its allocator for.
 
-`finetune.model.chunks` runs some layers a block of examples at a time, and their requests come
-back for every block. To tell what more blocks would ask for, one has to know where each of them
+`finetune.model.chunks` runs some layers a chunk of examples at a time, and their requests come
+back for every chunk. To tell what more chunks would ask for, one has to know where each of them
 begins.
 """
 
@@ -39,13 +39,13 @@ class Recorded:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A loop over blocks of examples, as recorded.
+    """A loop over chunks of examples, as recorded.
 
     Attributes:
-        policy: index of the most examples of a block among those of all policies.
-        starts: for each run of the loop, the positions among the events at which its blocks begin,
+        policy: index of the most examples of a chunk among those of all policies.
+        starts: for each run of the loop, the positions among the events at which its chunks begin,
             and at which the last one ends.
-        repeated: for each run, the block that stands for more of them.
+        repeated: for each run, the chunk that stands for more of them.
     """
 
     policy: int
@@ -53,32 +53,32 @@ class Loop:
     repeated: tuple[int, ...]
 
     @property
-    def blocks(self) -> int:
-        """Blocks that were recorded in each run."""
+    def chunks(self) -> int:
+        """PerChunk that were recorded in each run."""
         return len(self.starts[0]) - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Origin:
     """Where an allocation was made.
 
     Attributes:
         operation: that asked for it.
-        run: which run of its loop; 0 outside of loops over blocks.
-        time: which of those that the operation makes for a block, or in all outside of loops.
-        block: number of the block among those of the run; 0 outside of loops.
+        run: which run of its loop; 0 outside of loops over chunks.
+        time: which of those that the operation makes for a chunk, or in all outside of loops.
+        chunk: number of the chunk among those of the run; 0 outside of loops.
         loop: the loop; None outside.
     """
 
     operation: str
     run: int
     time: int
-    block: int = 0
+    chunk: int = 0
     loop: Loop | None = None
 
     @property
     def stream(self) -> tuple[str, int, int]:
-        """The same for all blocks of a run, which let go of what they have in common in order."""
+        """The same for all chunks of a run, which let go of what they have in common in order."""
         return self.operation, self.run, self.time
 
     @property
@@ -87,18 +87,18 @@ class Place:
         return self.operation, self.time
 
 
-def loops_and_places(
+def loops_and_origins(
     recorded: Sequence[Recorded], examples_per_chunk: Sequence[Sequence[int]]
-) -> list[tuple[dict[str, Loop], tuple[Place, ...]]]:
-    """Find the loops over blocks that all recordings have, and where each allocation was made.
+) -> list[tuple[dict[str, Loop], tuple[Origin, ...]]]:
+    """Find the loops over chunks that all recordings have, and where each allocation was made.
 
     Args:
         recorded: of one model and one lever setting.
-        examples_per_chunk: for each recording the most examples of a block, for every policy in
-            use that has blocks.
+        examples_per_chunk: for each recording the most examples of a chunk, for every policy in
+            use that has chunks.
 
     Returns:
-        For each recording its loops by name, and the places of its allocations.
+        For each recording its loops by name, and the origins of its allocations.
     """
     loop_names = {
         name: (match[1], match[2])
@@ -112,14 +112,14 @@ def loops_and_places(
         ]
     )
     return [
-        (found, _places(one.recording, found, loop_names))
+        (found, _origins(one.recording, found, loop_names))
         for one, found in zip(recorded, loops, strict=True)
     ]
 
 
-def examples_of_block(batch: int, blocks: int, block: int) -> int:
-    """Examples of a block, as `finetune.model.chunks` shares them out."""
-    return (block + 1) * batch // blocks - block * batch // blocks
+def examples_of_chunk(batch: int, chunks: int, chunk: int) -> int:
+    """Examples of a chunk, as `finetune.model.chunks` shares them out."""
+    return (chunk + 1) * batch // chunks - chunk * batch // chunks
 
 
 def _find_loops(
@@ -127,9 +127,9 @@ def _find_loops(
     loop_names: Mapping[str, tuple[str, str]],
     examples_per_chunk: Sequence[int],
 ) -> dict[tuple[str, int, int], Loop]:
-    """Find loops whose body allocates as often as there are blocks, by their operations' names.
+    """Find loops whose body allocates as often as there are chunks, by their operations' names.
 
-    A block begins where the loop's condition has been asked.
+    A chunk begins where the loop's condition has been asked.
 
     Returns:
         Loops by name, policy and number of runs; one that may be of several policies several times.
@@ -150,10 +150,10 @@ def _find_loops(
     for loop, counts in bodies.items():
         asked = max(conditions[loop].values(), key=len, default=[])
         for policy, most in enumerate(examples_per_chunk):
-            blocks = -(-recorded.batch // most)
-            runs, rest = divmod(min(counts.values()), blocks)
-            if runs and not rest and len(asked) == runs * (blocks + 1):
-                by_run = [asked[n : n + blocks + 1] for n in range(0, len(asked), blocks + 1)]
+            chunks = -(-recorded.batch // most)
+            runs, rest = divmod(min(counts.values()), chunks)
+            if runs and not rest and len(asked) == runs * (chunks + 1):
+                by_run = [asked[n : n + chunks + 1] for n in range(0, len(asked), chunks + 1)]
                 repeated = tuple(_most_usual(recording, starts) for starts in by_run)
                 loops[loop, policy, runs] = Loop(policy, tuple(map(tuple, by_run)), repeated)
     return loops
@@ -169,13 +169,13 @@ def _common(found: Sequence[dict[tuple[str, int, int], Loop]]) -> list[dict[str,
 
 
 def _most_usual(recording: Recording, starts: Sequence[int]) -> int:
-    """Find the block after the first that is most like the others.
+    """Find the chunk after the first that is most like the others.
 
-    Now and then a loop's counter is let go of only when the next block has begun. A block that is
+    Now and then a loop's counter is let go of only when the next chunk has begun. A chunk that is
     repeated with that, or without it, would leave counters behind.
     """
     later = range(1, len(starts) - 1)
-    blocks = {
+    chunks = {
         number: [
             (event >= 0, recording.operations[max(event, ~event)])
             for event in recording.events[starts[number] : starts[number + 1]]
@@ -185,35 +185,35 @@ def _most_usual(recording: Recording, starts: Sequence[int]) -> int:
 
     def left_over(number: int) -> int:
         more: collections.Counter[str] = collections.Counter()
-        for begins, name in blocks[number]:
+        for begins, name in chunks[number]:
             more[name] += 1 if begins else -1
         return sum(map(abs, more.values()))
 
     def like_it(number: int) -> int:
-        return sum(block == blocks[number] for block in blocks.values())
+        return sum(chunk == chunks[number] for chunk in chunks.values())
 
     return min(later, key=lambda number: (left_over(number), -like_it(number)), default=0)
 
 
-def _places(
+def _origins(
     recording: Recording,
     loops: Mapping[str, Loop],
     loop_names: Mapping[str, tuple[str, str]],
-) -> tuple[Place, ...]:
-    """Places of all allocations."""
+) -> tuple[Origin, ...]:
+    """Origins of all allocations."""
     made: dict[tuple[str, int, int], int] = collections.Counter()
-    result: list[Place] = []
+    result: list[Origin] = []
     for position, number in enumerate(recording.events):
         if number < 0:
             continue
         name = recording.operations[number]
         loop = loops.get(loop_names[name][0]) if name in loop_names else None
-        run = block = 0
+        run = chunk = 0
         if loop is not None:
             run = bisect.bisect_right(loop.starts, position, key=lambda starts: starts[0])
             run = max(run - 1, 0)
             starts = loop.starts[run]
-            block = max(bisect.bisect_right(starts, position, hi=loop.blocks) - 1, 0)
-        result.append(Place(name, run, made[name, run, block], block, loop))
-        made[name, run, block] += 1
+            chunk = max(bisect.bisect_right(starts, position, hi=loop.chunks) - 1, 0)
+        result.append(Origin(name, run, made[name, run, chunk], chunk, loop))
+        made[name, run, chunk] += 1
     return tuple(result)

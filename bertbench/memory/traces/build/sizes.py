@@ -1,4 +1,4 @@
-"""Find the symbols of recorded sizes: products of a model's and a batch's dimensions."""
+"""Find the formulas of recorded sizes: products of the dimensions of a model and a batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from bertbench.memory.traces.build.samples import Sample, StepItem, Steps, UnlikeError
-from bertbench.memory.traces.loops import examples_of_block
+from bertbench.memory.traces.loops import examples_of_chunk
 from bertbench.memory.traces.step import dimensions_of
 from bertbench.memory.traces.trace import Size
 
@@ -16,21 +16,30 @@ from bertbench.memory.traces.trace import Size
 def find_sizes(
     base: Sample, steps: Steps, items: Sequence[StepItem], varied: Mapping[str, Sample]
 ) -> tuple[tuple[Size, ...], list[int]]:
-    """Find the symbols of all allocations' sizes.
+    """Find the formulas of all allocations' sizes.
+
+    Args:
+        base: a sample.
+        steps: its events.
+        items: the same as items.
+        varied: by dimension, a sample with another value of it.
 
     Returns:
-        The different ones, and which one each allocation has.
+        The different formulas, and the number of the formula of each allocation.
+
+    Raises:
+        UnlikeError: the operations of the samples differ.
     """
     others = {name: Steps(sample) for name, sample in varied.items()}
     for name, other in others.items():
         if other.operations[-len(steps.made_at) :] != steps.operations[-len(steps.made_at) :]:
             raise UnlikeError(f"another {name} makes other operations")
-    block_of: dict[int, tuple[int, int]] = {}
+    chunk_of: dict[int, tuple[int, int]] = {}
     for item in items:
         if item.policy is not None:
-            for place in item.places:
-                blocks = len(item.places) // item.length
-                block_of[steps.events[place]] = (place - item.places[0]) // item.length, blocks
+            for index in item.events:
+                chunks = len(item.events) // item.length
+                chunk_of[steps.events[index]] = (index - item.events[0]) // item.length, chunks
     words = {name: [_words(sample)[name] for sample in (base, *varied.values())] for name in "uw"}
     numbers: dict[Size, int] = {}
     size_of = [-1] * len(steps.sizes)
@@ -41,7 +50,7 @@ def find_sizes(
             its,
             base,
             varied,
-            block_of.get(allocation),
+            chunk_of.get(allocation),
             in_loop="while" in steps.operations[allocation],
         )
         size_of[allocation] = numbers.setdefault(found, len(numbers))
@@ -49,7 +58,7 @@ def find_sizes(
 
 
 def _words(sample: Sample) -> dict[str, int]:
-    """Different words of the first two micro-batches, as a trial draws them."""
+    """Numbers of different words in the first two micro-batches, as a trial draws them."""
     workload, batch = sample.step.workload, sample.step.micro_batch
     shape = (batch * sample.step.levers.accumulation_steps, workload.seq_len)
     generator = np.random.default_rng(0)
@@ -66,7 +75,7 @@ def _of_words(
     base: Sample,
     varied: Mapping[str, Sample],
 ) -> Size | None:
-    """Sizes of a number, or of an embedding, for each different word."""
+    """Formula of sizes that have a number, or a whole embedding, for each different word."""
     hidden = [sample.step.workload.config.hidden_size for sample in (base, *varied.values())]
     for name, counts in words.items():
         for power in (0, 1):
@@ -81,14 +90,14 @@ def _size(
     others: Mapping[str, int],
     base: Sample,
     varied: Mapping[str, Sample],
-    block: tuple[int, int] | None,
+    chunk: tuple[int, int] | None,
     *,
     in_loop: bool,
 ) -> Size:
     def dimensions(sample: Sample) -> dict[str, int]:
         values = dimensions_of(sample.step)
-        if block is not None:
-            values["e"] = examples_of_block(sample.step.micro_batch, block[1], block[0])
+        if chunk is not None:
+            values["e"] = examples_of_chunk(sample.step.micro_batch, chunk[1], chunk[0])
         return values
 
     here = dimensions(base)
@@ -96,8 +105,8 @@ def _size(
     regular = True
     for name, other_bytes in others.items():
         there = dimensions(varied[name])
-        if name == "n" and block is not None and other_bytes != size_bytes:
-            # Of the block, or of all examples: the blocks are of unequal sizes there.
+        if name == "n" and chunk is not None and other_bytes != size_bytes:
+            # Of the chunk, or of all examples: the chunks are of unequal sizes there.
             name = "e" if other_bytes * here["e"] == size_bytes * there["e"] else "n"
         power = _power(other_bytes / size_bytes, there[name] / here[name])
         regular = regular and power is not None

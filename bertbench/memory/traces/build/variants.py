@@ -13,7 +13,16 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from bertbench.memory.traces.build.samples import UnlikeError
-from bertbench.memory.traces.trace import LAST, Ask, Blocks, End, Item, Repeated, Size, StepTrace
+from bertbench.memory.traces.trace import (
+    NEWEST,
+    Allocate,
+    Free,
+    Item,
+    PerChunk,
+    PerLayer,
+    Size,
+    StepTrace,
+)
 
 _OF_MATRIX, _OF_VECTOR = 0, 1
 _UPDATES = {
@@ -35,7 +44,7 @@ def with_optimizer(trace: StepTrace, optimizer: str) -> StepTrace:
         optimizer: `lion` or `adafactor`.
 
     Returns:
-        A trace without moments.
+        A trace without peaks.
 
     Raises:
         UnlikeError: the trace has no update that is understood.
@@ -48,7 +57,7 @@ def with_optimizer(trace: StepTrace, optimizer: str) -> StepTrace:
         items += update.rewritten(_begin_with_requests(part)) if inside else part
     if found != 2:
         raise UnlikeError(f"{found} updates in two steps")
-    return StepTrace(tuple(update.sizes), tuple(update.ends), tuple(items))
+    return StepTrace(tuple(update.sizes), tuple(update.free_order), tuple(items))
 
 
 def _parts(trace: StepTrace) -> Iterator[tuple[bool, list[Item]]]:
@@ -67,18 +76,18 @@ def _parts(trace: StepTrace) -> Iterator[tuple[bool, list[Item]]]:
 
 def _of_update(trace: StepTrace, item: Item) -> bool:
     """Whether an update may have it: an end, or a request that no example makes larger."""
-    if isinstance(item, Repeated):
+    if isinstance(item, PerLayer):
         return all(_of_update(trace, inner) for inner in item.body)
-    if isinstance(item, Ask):
+    if isinstance(item, Allocate):
         return not _EXAMPLES & dict(trace.sizes[item.size].powers).keys()
-    return isinstance(item, End)
+    return isinstance(item, Free)
 
 
 def _updates_words(trace: StepTrace, part: Sequence[Item]) -> bool:
     """Whether the weight decay of the word embeddings is made, and let go of at once."""
     return any(
-        isinstance(item, Ask)
-        and following == End(item.role)
+        isinstance(item, Allocate)
+        and following == Free(item.site)
         and "v" in dict(trace.sizes[item.size].powers)
         for item, following in itertools.pairwise(part)
     )
@@ -88,11 +97,11 @@ def _begin_with_requests(part: Sequence[Item]) -> list[Item]:
     """Let no layer's part of the update begin with the end of the gradient before it."""
     result: list[Item] = []
     for item in part:
-        if isinstance(item, Repeated) and any(isinstance(one, Ask) for one in item.body):
-            count = next(n for n, one in enumerate(item.body) if isinstance(one, Ask))
+        if isinstance(item, PerLayer) and any(isinstance(one, Allocate) for one in item.body):
+            count = next(n for n, one in enumerate(item.body) if isinstance(one, Allocate))
             first, rest = item.body[:count], item.body[count:]
-            again = Repeated(item.over, item.more - bool(count), (*rest, *first))
-            # Of what an update asks for nothing is in blocks.
+            again = PerLayer(item.kind, item.extra - bool(count), (*rest, *first))
+            # Of what an update asks for nothing is in chunks.
             result += [*first, again, *(rest if count else ())]
         else:
             result.append(item)
@@ -108,10 +117,10 @@ class _Update:
     """
 
     def __init__(self, trace: StepTrace, updates: tuple[str, str]) -> None:
-        self.sizes, self.ends = list(trace.sizes), list(trace.ends)
+        self.sizes, self.free_order = list(trace.sizes), list(trace.free_order)
         self._updates = updates
-        self._size_of = dict(_sizes_of_roles(trace.items))
-        self._roles: dict[tuple[str, int], int] = {}
+        self._size_of = dict(_sizes_of_sites(trace.items))
+        self._sites: dict[tuple[str, int], int] = {}
 
     def rewritten(self, part: Sequence[Item]) -> list[Item]:
         """Put the update of a variable after its weight decay, where its gradient ended."""
@@ -119,29 +128,29 @@ class _Update:
         place = 0
         while place < len(part):
             item = part[place]
-            if isinstance(item, Repeated):
+            if isinstance(item, PerLayer):
                 body = tuple(self.rewritten(item.body))
                 result.append(dataclasses.replace(item, body=body))  # type: ignore[arg-type]
             else:
                 result.append(item)
             place += 1
-            if isinstance(item, Ask) and self._is_decay(item, part[place]):
-                ends = itertools.takewhile(lambda one: isinstance(one, End), part[place:])
-                decay, *ended = (one for one in ends if isinstance(one, End))
+            if isinstance(item, Allocate) and self._is_decay(item, part[place]):
+                ends = itertools.takewhile(lambda one: isinstance(one, Free), part[place:])
+                decay, *ended = (one for one in ends if isinstance(one, Free))
                 result += [decay, *self._variables(self.sizes[item.size], ended)]
                 place += 1 + len(ended)
         return result
 
-    def _is_decay(self, ask: Ask, following: Item) -> bool:
+    def _is_decay(self, ask: Allocate, following: Item) -> bool:
         """Whether it is of a matrix, and let go of at once."""
         sides = sum(power for _, power in self.sizes[ask.size].powers)
-        return sides >= 2 and following == End(ask.role)
+        return sides >= 2 and following == Free(ask.site)
 
-    def _variables(self, decayed: Size, ended: Sequence[End]) -> Iterator[Ask | End]:
+    def _variables(self, decayed: Size, ended: Sequence[Free]) -> Iterator[Allocate | Free]:
         """The update of the matrix whose decay has been made, and of the vectors after it."""
 
-        def size_of(end: End) -> Size:
-            return self.sizes[self._size_of[end.role]]
+        def size_of(end: Free) -> Size:
+            return self.sizes[self._size_of[end.site]]
 
         gradients = [end for end in ended if not _EXAMPLES & dict(size_of(end).powers).keys()]
         matrix = next((end for end in gradients if size_of(end) == decayed), None)
@@ -161,8 +170,8 @@ class _Update:
                     yield end
                     continue
                 size = self._number(sizes[one[0]])
-                role = self._role(one[0], size)
-                yield Ask(role, size) if one[1] == "+" else End(role)
+                site = self._site(one[0], size)
+                yield Allocate(site, size) if one[1] == "+" else Free(site)
         yield from (end for end in ended if end not in gradients)
 
     def _number(self, size: Size) -> int:
@@ -170,11 +179,11 @@ class _Update:
             self.sizes.append(size)
         return self.sizes.index(size)
 
-    def _role(self, what: str, size: int) -> int:
-        if (what, size) not in self._roles:
-            self._roles[what, size] = len(self.ends)
-            self.ends.append(LAST)
-        return self._roles[what, size]
+    def _site(self, what: str, size: int) -> int:
+        if (what, size) not in self._sites:
+            self._sites[what, size] = len(self.free_order)
+            self.free_order.append(NEWEST)
+        return self._sites[what, size]
 
 
 def _sizes_for(variable: Size) -> dict[str, Size]:
@@ -184,9 +193,9 @@ def _sizes_for(variable: Size) -> dict[str, Size]:
     return {"a": variable, "b": variable, "r": sides[0], "c": sides[-1]}
 
 
-def _sizes_of_roles(items: Sequence[Item]) -> Iterator[tuple[int, int]]:
+def _sizes_of_sites(items: Sequence[Item]) -> Iterator[tuple[int, int]]:
     for item in items:
-        if isinstance(item, Ask):
-            yield item.role, item.size
-        elif isinstance(item, Blocks | Repeated):
-            yield from _sizes_of_roles(item.body)
+        if isinstance(item, Allocate):
+            yield item.site, item.size
+        elif isinstance(item, PerChunk | PerLayer):
+            yield from _sizes_of_sites(item.body)
