@@ -13,6 +13,7 @@ from bertbench.devices.step_time import device_rates
 from bertbench.plan.calibration import Experience, experience_of
 from bertbench.plan.plan_file import read_plan
 from bertbench.plan.planner import Plan, describe_entry, make_plan
+from bertbench.run.output.steps_down import apply_steps_down
 from bertbench.run.settings import RunRequest, RunSettings
 from finetune.errors import InputError
 from finetune.spec.checkpointing import Checkpointing
@@ -23,10 +24,22 @@ from finetune.spec.precisions import EXACT_PRECISION
 def choose_step(request: RunRequest, workload: Workload) -> TrainingStep:
     """Take the training step from the plan file, from the flags, or from a plan made now.
 
+    If this run has run out of memory with it, or with a step that needs less, the smaller step
+    that the run has continued with takes its place.
+
+    Args:
+        request: what is asked for, and the device.
+        workload: what is trained.
+
     Raises:
         InputError: the device or the model cannot train with what the flags allow, the plan file
-            is unusable or for another batch, or nothing fits.
+            is unusable or for another batch, nothing fits, or the run's record cannot be read.
     """
+    return apply_steps_down(request, _first_choice(request, workload))
+
+
+def _first_choice(request: RunRequest, workload: Workload) -> TrainingStep:
+    """The training step of the plan file, of the flags, or of a plan made now."""
     settings = request.settings
     for levers in settings.allowed:
         _check_levers(request, levers)

@@ -17,7 +17,7 @@ from bertbench.memory.fit import inference_batch
 from bertbench.run.choose_plan import choose_step
 from bertbench.run.device import open_device
 from bertbench.run.model import Model, create_model, load_initial_weights, random_head_names
-from bertbench.run.oom_recovery import apply_steps_down, step_down
+from bertbench.run.oom_recovery import step_down
 from bertbench.run.output.run_folder import OutputFolder, open_output, write_model_files
 from bertbench.run.output.run_record import RunDescription, describe_file, hash_arrays
 from bertbench.run.predict import Predict, Scoring, make_predict
@@ -126,7 +126,7 @@ def fine_tune(job: Job) -> Iterator[FineTuned]:
 def _train(job: Job, data: TrainingData, held: contextlib.ExitStack) -> FineTuned:
     request, settings = job.request, job.request.settings
     num_train_steps = _count_steps(data, settings)
-    step = apply_steps_down(request, choose_step(request, job.workload))
+    step = choose_step(request, job.workload)
     model = create_model(job.workload, settings.seed, open_device(request.budget))
     if request.files.init_checkpoint is not None:
         load_initial_weights(model, request.files.init_checkpoint, job.labels, trains=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 from bertbench.core.errors import WorkError
 from bertbench.core.progress import Advance
 from bertbench.core.terminal import say
 from bertbench.run.output.cloud_storage import RemoteFolder
+from bertbench.run.settings import RunSettings
 from finetune.train.evaluation import EvalRecord
 from finetune.train.tensorboard import ScalarWriter
 from finetune.train.training import Listener, StepRecord
@@ -55,17 +55,21 @@ class ProgressListener:
 
 
 @contextlib.contextmanager
-def event_files(folder: Path, effective_batch: int, *, evaluates: bool) -> Iterator[Listener]:
-    """Write TensorBoard's event files in the block.
+def event_files(settings: RunSettings, *, evaluates: bool) -> Iterator[Listener]:
+    """Write TensorBoard's event files in the block, if the settings ask for them.
 
     Args:
-        folder: of the training's events; those of evaluations go to its folder `eval`.
-        effective_batch: examples of a step.
+        settings: name the folder of the training's events; those of evaluations go to its folder
+            `eval`.
         evaluates: whether there are evaluations.
 
     Yields:
         The listener that writes them.
     """
+    if not settings.tensorboard:
+        yield Listener()
+        return
+    folder = settings.output_dir
     with contextlib.ExitStack() as stack:
         train_events = stack.enter_context(contextlib.closing(ScalarWriter(folder)))
 
@@ -74,7 +78,7 @@ def event_files(folder: Path, effective_batch: int, *, evaluates: bool) -> Itera
                 "loss": record.loss,
                 "learning_rate": record.learning_rate,
                 "gradient_norm": record.gradient_norm,
-                "examples_per_second": effective_batch / record.seconds,
+                "examples_per_second": settings.train_batch_size / record.seconds,
             }
             train_events.write(record.step, scalars)
 
@@ -88,13 +92,15 @@ def event_files(folder: Path, effective_batch: int, *, evaluates: bool) -> Itera
         )
 
 
-def cloud_copy(remote: RemoteFolder) -> Listener:
-    """Copy the output folder to cloud storage after every checkpoint.
+def cloud_copy(remote: RemoteFolder | None) -> Listener:
+    """Copy the output folder to cloud storage after every checkpoint, if it has a place there.
 
     A copy that fails is no reason to end the training: the next one copies all that is missing.
     """
 
     def on_save() -> None:
+        if remote is None:
+            return
         try:
             remote.push()
         except WorkError as error:

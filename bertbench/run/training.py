@@ -84,15 +84,17 @@ def train_model(model: Model, training: Training, predict: Predict) -> dict[str,
         FolderLostError: the output folder is not there any more.
     """
     trainer, first = _make_trainer(model, training)
-    last, batch = training.num_train_steps, training.settings.train_batch_size
+    last = training.num_train_steps
     if first:
         say(f"continuing at step {first} of {last}")
     with (
         interruptible() as should_stop,
-        _other_listeners(training, should_stop) as others,
+        event_files(training.settings, evaluates=training.scoring is not None) as event_writer,
         progress("train", last, "steps", first) as advance,
     ):
-        shown = ProgressListener(advance, first, batch)
+        shown = ProgressListener(advance, first, training.settings.train_batch_size)
+        copier = cloud_copy(training.settings.remote)
+        stopper = Listener(should_stop=should_stop)
         evaluation = _make_evaluation(training, predict, shown)
         with _errors_explained(training, shown, should_stop):
             ending = train(
@@ -101,7 +103,7 @@ def train_model(model: Model, training: Training, predict: Predict) -> dict[str,
                 _make_schedule(training, model.replicas),
                 training.folder,
                 evaluation=evaluation,
-                listener=join_listeners(shown.listener(), others),
+                listener=join_listeners(shown.listener(), event_writer, copier, stopper),
             )
     done = int(trainer.state.step.numpy())
     if ending is Ending.ASKED:
@@ -171,21 +173,6 @@ def _make_evaluation(
         patience=settings.early_stopping_patience,
         keep_best=settings.keep_best,
     )
-
-
-@contextlib.contextmanager
-def _other_listeners(training: Training, should_stop: Callable[[], bool]) -> Iterator[Listener]:
-    """All listeners but the progress on the terminal."""
-    settings = training.settings
-    listeners = [Listener(should_stop=should_stop)]
-    if settings.remote is not None:
-        listeners.append(cloud_copy(settings.remote))
-    if not settings.tensorboard:
-        yield join_listeners(*listeners)
-        return
-    evaluates = training.scoring is not None
-    with event_files(training.folder, settings.train_batch_size, evaluates=evaluates) as events:
-        yield join_listeners(*listeners, events)
 
 
 @contextlib.contextmanager

@@ -36,8 +36,8 @@ from bertbench.memory.allocator.recording import Recording, recording_from_text,
 from bertbench.plan.plan_file import read_plan
 from bertbench.plan.planner import make_plan
 from bertbench.probe.recheck import read_claims
-from bertbench.run.oom_recovery import step_down_from_json
 from bertbench.run.output.run_record import recorded_steps_down
+from bertbench.run.output.steps_down import step_down_from_json
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import preferred_checkpoints
 from finetune.model_files.head_labels import read_trained_head

@@ -31,7 +31,8 @@ from bertbench.plan.calibration import note_out_of_memory
 from bertbench.plan.candidates import all_settings, cuts
 from bertbench.plan.planner import make_plan
 from bertbench.run.choose_plan import choose_step
-from bertbench.run.oom_recovery import apply_steps_down, step_down
+from bertbench.run.oom_recovery import step_down
+from bertbench.run.output.steps_down import apply_steps_down
 from bertbench.run.settings import RunRequest, RunSettings
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
