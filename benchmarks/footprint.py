@@ -25,9 +25,8 @@ from typing import Any
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.memory.fit import Room, footprint_in
 from bertbench.memory.footprint import predict_footprint
-from bertbench.memory.traces.step import trace_of
+from bertbench.memory.prediction import predict_memory, room_of
 from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import ACTIVATIONS
@@ -121,14 +120,12 @@ def _measure(
 ) -> dict[str, Any]:
     step = Setup(workload, levers).step(micro_batch)
     trial = measure_step(step, budget, TrialSettings(steps=2))
-    room = Room(budget.device.kind, budget.budget_bytes)
-    predicted: dict[str, int] = {
-        "formula": predict_footprint(Setup(workload, levers).step(micro_batch)).peak_bytes
-    }
-    traced = trace_of(Setup(workload, levers)) is not None
+    predicted: dict[str, int] = {"formula": predict_footprint(step).peak_bytes}
+    prediction = predict_memory(step.setup, room_of(budget))
+    traced = prediction.source == "trace"
     if traced:
         for kind, replayed in (("exact", True), ("parts", False)):
-            footprint = footprint_in(workload, levers, micro_batch, room, replayed=replayed)
+            footprint = prediction.footprint(micro_batch, replayed=replayed)
             predicted[kind] = footprint.peak_bytes
     measured = trial.peak_bytes
     return {

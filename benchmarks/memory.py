@@ -39,11 +39,9 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.memory.allocator.limit import empty_memory
-from bertbench.memory.fit import Room, footprint_in
-from bertbench.memory.footprint import max_micro_batch, predict_footprint
+from bertbench.memory.footprint import predict_footprint
+from bertbench.memory.prediction import FormulaPrediction, TracePrediction, predict_memory, room_of
 from bertbench.probe.cell import is_traced
-from bertbench.probe.traced_limit import TracedStep
 from bertbench.trials.measure import TrialSettings, measure_batches, measure_step
 from bertbench.trials.trial import Trial
 from finetune.spec.checkpointing import POLICIES, Checkpointing
@@ -275,10 +273,10 @@ def maximum(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
 
 
 def _predicted_limit(workload: Workload, levers: Levers, budget: Budget) -> int:
-    found = None
-    if is_traced(budget, workload, levers):
-        found = TracedStep(workload, levers, empty_memory(budget)).limit()
-    return found or max_micro_batch(Setup(workload, levers), budget.budget_bytes)
+    setup, room, found = Setup(workload, levers), room_of(budget), 0
+    if is_traced(budget, setup):
+        found = TracePrediction(setup, room).max_micro_batch()
+    return found or FormulaPrediction(setup, room).max_micro_batch()
 
 
 def smallest(scale: Scale, budget: Budget) -> list[dict[str, Any]]:
@@ -391,8 +389,8 @@ def _peak(trial: Trial) -> int:
 
 
 def _row(workload: Workload, levers: Levers, trial: Trial, budget: Budget) -> dict[str, Any]:
-    room = Room(budget.device.kind, budget.budget_bytes)
-    predicted = footprint_in(workload, levers, trial.batch, room, replayed=True).peak_bytes
+    prediction = predict_memory(Setup(workload, levers), room_of(budget))
+    predicted = prediction.footprint(trial.batch).peak_bytes
     peak = f"{trial.peak_bytes / MIB_BYTES:,.0f} MiB" if trial.peak_bytes else trial.message[:40]
     print(
         f"{workload.model} {workload.seq_len} {levers.checkpointing}"

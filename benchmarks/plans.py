@@ -25,8 +25,8 @@ from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
-from bertbench.memory.fit import Room, least_peak_bytes, margin_for
-from bertbench.plan.min_memory import find_least_memory
+from bertbench.memory.prediction import Room, predict_memory
+from bertbench.plan.min_memory import find_min_memory
 from bertbench.plan.planner import make_plan
 from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.spec.config import HEADS
@@ -121,12 +121,11 @@ def _of_kind(workload: Workload, kind: str) -> tuple[Workload, Levers]:
 
 def _range_mib(workload: Workload, levers: Levers, target: int) -> tuple[float, float]:
     """The smallest budget for a target, and one in which no lever is needed."""
-    least = find_least_memory(workload, target, None, [levers], "cpu", looked_at=4)
-    least_bytes = least.budget_bytes
-    room = Room("cpu", 1 << 40)
-    most_bytes = least_peak_bytes(workload, levers, target, room)
-    most_bytes = round(most_bytes * (1.02 + margin_for(workload, levers, room)))
-    return least_bytes / MIB_BYTES, max(most_bytes, least_bytes) / MIB_BYTES
+    smallest = find_min_memory(workload, target, None, [levers], "cpu", looked_at=4)
+    predicted = predict_memory(Setup(workload, levers), Room("cpu", 1 << 40))
+    plenty_bytes = round(predicted.peak_bytes(target) * (1.02 + predicted.margin))
+    min_bytes = smallest.budget_bytes
+    return min_bytes / MIB_BYTES, max(plenty_bytes, min_bytes) / MIB_BYTES
 
 
 def _show(row: dict[str, Any]) -> None:

@@ -37,9 +37,9 @@ from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
 from bertbench.memory.allocator.limit import child_environment
-from bertbench.memory.fit import Room, footprint_in, least_peak_bytes
+from bertbench.memory.prediction import Room, predict_memory
 from bertbench.plan.candidates import all_policies, cuts
-from bertbench.plan.min_memory import find_least_memory
+from bertbench.plan.min_memory import find_min_memory
 from bertbench.plan.planner import make_plan
 from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.storage.json_files import json_text
@@ -80,12 +80,15 @@ def main() -> None:
         rows = _sweep(device, case, workload, target, swept, arguments.sweep)
         if arguments.sweep_only:
             continue
-        least = find_least_memory(workload, target, None, [Levers()], "cpu", looked_at=4)
-        most_bytes = least_peak_bytes(workload, Levers(), target, Room("cpu", 1 << 40))
+        min_bytes = find_min_memory(
+            workload, target, None, [Levers()], "cpu", looked_at=4
+        ).budget_bytes
+        plenty = Room("cpu", 1 << 40)
+        most_bytes = predict_memory(Setup(workload), plenty).peak_bytes(target)
         for number in range(_BUDGETS):
             # One in each quarter of the range, so that all of it is asked for.
             share = (number + generator.random()) / _BUDGETS
-            budget_bytes = least.budget_bytes + share * (most_bytes - least.budget_bytes)
+            budget_bytes = min_bytes + share * (most_bytes - min_bytes)
             budget_mib = round(budget_bytes / MIB_BYTES)
             requests.append(_settle(device, case, workload, target, budget_mib, rows))
             if arguments.json:
@@ -170,7 +173,7 @@ def _steps_in_turn(
 
 def _predicted_peak(device: Device, workload: Workload, levers: Levers, micro_batch: int) -> int:
     room = Room(device.kind, make_budget(device).budget_bytes)
-    return footprint_in(workload, levers, micro_batch, room, replayed=True).peak_bytes
+    return predict_memory(Setup(workload, levers), room).footprint(micro_batch).peak_bytes
 
 
 def _settle(

@@ -6,7 +6,8 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from bertbench.memory.fit import Room, footprint_in, has_trace
+from bertbench.core.workload import Setup
+from bertbench.memory.prediction import Room, predict_memory
 from reports.measured_cells import MeasuredCell
 
 _MOST = 200
@@ -48,9 +49,9 @@ def predict_peaks(cells: Sequence[MeasuredCell]) -> list[PeakPrediction]:
         if workload is None or levers is None or peak_bytes is None:
             continue
         room = Room(cell.environment.kind, row.budget_bytes)
-        predicted = footprint_in(workload, levers, row.trial.batch, room, replayed=True)
-        traced = has_trace(workload, levers, cell.environment.kind)
-        found.append(PeakPrediction(peak_bytes, predicted.peak_bytes, traced))
+        predicted = predict_memory(Setup(workload, levers), room)
+        predicted_bytes = predicted.footprint(row.trial.batch).peak_bytes
+        found.append(PeakPrediction(peak_bytes, predicted_bytes, predicted.source == "trace"))
     return found
 
 

@@ -20,12 +20,11 @@ from bertbench.ledger.database import Ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import find
 from bertbench.memory.allocator.limit import empty_memory
-from bertbench.memory.fit import Room, least_peak_bytes
+from bertbench.memory.prediction import Room, TracePrediction, predict_memory
 from bertbench.memory.traced_footprint import traced_footprint
 from bertbench.memory.traces.step import trace_of
 from bertbench.plan.planner import Plan, make_plan
-from bertbench.probe.search import SearchResult, find_max_batch
-from bertbench.probe.traced_limit import TracedStep
+from bertbench.probe.search import LARGEST_BATCH, SearchResult, find_max_batch
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import POLICIES, Checkpointing
@@ -127,9 +126,11 @@ def limit_on_capped_cpu(budget: Budget, workload: Workload, levers: Levers) -> i
 
     What is left is the device's own: other kernels with other workspaces.
     """
-    if trace_of(Setup(workload, levers)) is None:
+    setup = Setup(workload, levers)
+    if trace_of(setup) is None:
         return None
-    return TracedStep(workload, levers, empty_memory(budget)).limit()
+    room = Room(budget.device.kind, budget.budget_bytes)
+    return TracePrediction(setup, room).max_micro_batch(LARGEST_BATCH)
 
 
 def peak_on_capped_cpu(
@@ -199,12 +200,10 @@ def _timing(
     except InputError:
         return None
     room = Room(device.kind, int(budget.budget_bytes * _NEAR_THE_LIMIT))
-    held = [
-        batch
-        for batch in batches
-        if least_peak_bytes(workload, levers, batch, room) <= room.budget_bytes
-    ]
-    return Timing(Setup(workload, levers), budget, tuple(held)) if held else None
+    setup = Setup(workload, levers)
+    predicted = predict_memory(setup, room)
+    held = [batch for batch in batches if predicted.peak_bytes(batch) <= room.budget_bytes]
+    return Timing(setup, budget, tuple(held)) if held else None
 
 
 def plan_for(workload: Workload, target: int, budget: Budget) -> Plan | None:

@@ -30,7 +30,7 @@ from bertbench.cli.plan_view import (
     show_cards,
     show_catalogue,
     show_grid,
-    show_least,
+    show_min_memory,
     show_plan,
 )
 from bertbench.core.progress import progress
@@ -44,7 +44,7 @@ from bertbench.devices.discover import resolve_devices
 from bertbench.devices.step_time import Rates, device_rates, gpu_rates
 from bertbench.ledger.database import default_ledger_path, open_ledger
 from bertbench.plan.calibration import experience_of
-from bertbench.plan.min_memory import LeastMemory, find_least_memory
+from bertbench.plan.min_memory import MinMemory, find_min_memory
 from bertbench.plan.planner import Plan, describe_entry, make_plan
 from bertbench.plan.verify import verify_plan
 from bertbench.trials.trial import Trial
@@ -166,12 +166,12 @@ def command(
         resolved = resolve_devices(device)
         kind = "gpu" if every_card else resolved.kind
         shared_by = replicas or (1 if every_card else resolved.replicas)
-        found: list[LeastMemory] = []
+        found: list[MinMemory] = []
         shown = progress("smallest memory", len(workloads), "workloads")
         # One alone takes a second or two.
         with shown if not single else contextlib.nullcontext(lambda done, note: None) as advance:
             for workload in workloads:
-                least = find_least_memory(
+                least = find_min_memory(
                     workload, target_batch, policies, allowed, kind, replicas=shared_by
                 )
                 found.append(least)
@@ -180,7 +180,7 @@ def command(
         _write_or_show(
             json_file,
             {"target_batch": target_batch, "device_kind": kind, "workloads": values},
-            lambda: show_least(target_batch, found),
+            lambda: show_min_memory(target_batch, found),
         )
         return
 
@@ -286,7 +286,7 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
     return {"model": workload.model, "seq_len": workload.seq_len, "chosen": None, "why": why}
 
 
-def _names(least: LeastMemory) -> list[str]:
+def _names(least: MinMemory) -> list[str]:
     return [card.name for card in cards_of(least.on_gpu_bytes)]
 
 

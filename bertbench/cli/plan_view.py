@@ -10,7 +10,7 @@ from bertbench.core.terminal import terminal
 from bertbench.core.units import GIB_BYTES, format_bytes
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.accelerators import ACCELERATORS, Accelerator
-from bertbench.plan.min_memory import LeastMemory
+from bertbench.plan.min_memory import MinMemory
 from bertbench.plan.planner import Plan, PlanEntry, describe_cut
 from bertbench.trials.trial import Trial
 from finetune.spec.recipes import find_recipe, train_steps
@@ -226,7 +226,7 @@ def show_cards(title: str, cells: Sequence[tuple[Accelerator, Cell]]) -> None:
     console.print("Batch is the micro-batch. Peak and time, of an effective batch, are predicted.")
 
 
-def show_least(target_batch: int, found: Sequence[LeastMemory]) -> None:
+def show_min_memory(target_batch: int, found: Sequence[MinMemory]) -> None:
     """The smallest memory for a target, a workload a line, and the smallest card."""
     console = terminal()
     console.print(f"smallest memory for an effective batch of {target_batch}", soft_wrap=True)
@@ -234,15 +234,15 @@ def show_least(target_batch: int, found: Sequence[LeastMemory]) -> None:
     for title in ("model", "seq", "memory", "micro-batch", "steps", "checkpointing", "card"):
         left = title in ("model", "checkpointing", "card")
         table.add_column(title, justify="left" if left else "right", no_wrap=True)
-    for least in found:
-        cards = cards_of(least.on_gpu_bytes)
+    for smallest in found:
+        step, cards = smallest.step, cards_of(smallest.on_gpu_bytes)
         table.add_row(
-            least.workload.model,
-            str(least.workload.seq_len),
-            format_bytes(least.budget_bytes),
-            str(least.micro_batch),
-            str(least.levers.accumulation_steps),
-            str(least.levers.checkpointing),
+            step.workload.model,
+            str(step.workload.seq_len),
+            format_bytes(smallest.budget_bytes),
+            str(step.micro_batch),
+            str(step.levers.accumulation_steps),
+            str(step.levers.checkpointing),
             cards[0].name if cards else "none",
         )
     console.print(table)

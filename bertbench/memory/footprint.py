@@ -36,7 +36,6 @@ import functools
 import math
 from collections.abc import Mapping
 
-from bertbench.core.bisection import largest_passing
 from bertbench.core.workload import Setup, TrainingStep, Workload
 from finetune.spec.checkpointing import examples_per_chunk
 from finetune.spec.config import BertConfig
@@ -45,26 +44,6 @@ from finetune.spec.precisions import EXACT_PRECISION, compute_bytes
 
 _FLOAT_BYTES = 4
 _ALIGNMENT_BYTES = 256  # TensorFlow's BFC allocator hands out multiples of this.
-
-SAFETY_MARGIN = 0.08
-"""Part of a prediction by a trace to add on a device that no trace was recorded on."""
-
-FORMULA_MARGIN, COMPILED_MARGIN = 0.22, 0.16
-"""Part of a prediction by the formula to add before it is compared with a budget; the second for
-steps that XLA compiles, which get their memory in one piece. They make up for the largest errors
-that were measured. Of the peak, where memory is plenty (`benchmarks/footprint.py`):
-
-| kind | settings | error |
-| --- | --- | --- |
-| float32, GELU | 156, BERT-Tiny to BERT-Large | -13.3 % to +8.7 % |
-| `bf16` | 9, BERT-Tiny and BERT-Mini | -8.0 % to -0.2 % |
-| `fp16` | the same 9 | -7.3 % to -0.1 % |
-| ReLU | the same 9 | -9.9 % to +8.8 % |
-
-The smallest budget in which a step fits is larger, because the last memory is in pieces: of 471
-random settings of BERT-Tiny to BERT-Base with a trace by up to 20.2 % than the formula (BERT-Tiny,
-seq 96, `none`, 8 examples), of three of BERT-Tiny with `bf16`, by trials, by up to 21.2 %.
-"""
 
 # finetune.model.modeling, a layer with policy `none`.
 _KEPT_HIDDEN = 8
@@ -196,16 +175,6 @@ def inference_bytes(setup: Setup, examples: int) -> int:
         sizes.hidden + 2 * sizes.intermediate,
     )
     return state.weights + slots + of_layer
-
-
-def max_micro_batch(setup: Setup, budget_bytes: int, *, device_kind: str = "cpu") -> int:
-    """Find the largest micro-batch whose predicted peak is within a budget; 0 if there is none."""
-
-    def fits(micro_batch: int) -> bool:
-        predicted = predict_footprint(setup.step(micro_batch), device_kind=device_kind)
-        return predicted.peak_bytes <= budget_bytes
-
-    return largest_passing(fits)
 
 
 @dataclasses.dataclass(frozen=True)

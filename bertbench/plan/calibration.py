@@ -22,7 +22,7 @@ from bertbench.ledger.database import (
 from bertbench.ledger.limit import verdicts
 from bertbench.ledger.question import Question, versions_key
 from bertbench.ledger.records import LedgerRow, read_device_rows, record
-from bertbench.memory.fit import Room, has_trace, least_peak_bytes
+from bertbench.memory.prediction import Room, predict_memory
 from bertbench.trials.trial import Trial, out_of_memory_in_run
 from finetune.errors import InputError
 
@@ -186,13 +186,14 @@ def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: 
         except (InputError, KeyError, TypeError, ValueError):
             continue  # As of another version.
         if trial.step_seconds is not None:
-            predicted = predict_step_seconds(Setup(tried, levers).step(trial.batch), rates)
-            factors.append(trial.step_seconds / predicted)
+            step = Setup(tried, levers).step(trial.batch)
+            factors.append(trial.step_seconds / predict_step_seconds(step, rates))
             if tried.key() == workload.key():
                 of_workload.append((trial.batch, factors[-1]))
-        if trial.peak_bytes is not None and has_trace(tried, levers, device_kind):
-            room = Room(device_kind, row.budget_bytes)
-            errors.append(trial.peak_bytes / least_peak_bytes(tried, levers, trial.batch, room) - 1)
+        if trial.peak_bytes is not None:
+            predicted = predict_memory(Setup(tried, levers), Room(device_kind, row.budget_bytes))
+            if predicted.source == "trace":
+                errors.append(trial.peak_bytes / predicted.peak_bytes(trial.batch) - 1)
         if (trial.fresh or trial.of_run) and tried.key() == workload.key():
             # For a plan a run's step is worth as much as a trial: the newer of them counts.
             alike = dataclasses.replace(trial, fresh=True, message="")

@@ -11,20 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from bertbench.core.units import format_bytes
-from bertbench.core.workload import Levers, Setup, Workload
+from bertbench.core.workload import Levers, Setup, TrainingStep, Workload
 from bertbench.devices.step_time import Rates, predict_step_seconds
-from bertbench.memory.fit import (
-    Room,
-    fits,
-    footprint_in,
-    least_peak_bytes,
-    margin_for,
-    usable_bytes,
-)
 from bertbench.memory.footprint import Footprint
+from bertbench.memory.prediction import MemoryPrediction, Room, predict_memory
 from bertbench.plan.calibration import Experience
 from bertbench.plan.candidates import all_settings, cuts
-from bertbench.plan.min_memory import LeastMemory, find_least_memory
+from bertbench.plan.min_memory import MinMemory, find_min_memory
 from finetune.errors import InputError
 from finetune.spec.checkpointing import Checkpointing
 from finetune.spec.optimizers import OPTIMIZERS
@@ -147,7 +140,7 @@ def make_plan(
     """Choose the fastest setting that is predicted to fit.
 
     All settings are put in order of their predicted seconds, and the first that fits is taken, see
-    `bertbench.memory.fit.fits`.
+    `bertbench.memory.prediction.MemoryPrediction.fits`.
 
     Args:
         workload: what is trained.
@@ -210,13 +203,17 @@ def make_plan(
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A lever setting with its predicted seconds and the least that it needs."""
+    """A training step with what is predicted of it."""
 
-    workload: Workload
-    levers: Levers
-    micro_batch: int
+    step: TrainingStep
+    memory: MemoryPrediction
     seconds: float
     peak_bytes: int
+
+    @property
+    def missing_bytes(self) -> int:
+        """By how much the peak is too large; not above 0 if it is not."""
+        return self.peak_bytes - self.memory.usable_bytes
 
 
 def _candidates(
@@ -232,22 +229,14 @@ def _candidates(
     Of equal seconds first what gives the published update, then what needs fewer bytes.
     """
     candidates = []
-    for setting in settings:
-        for micro_batch, steps in cuts(share):
-            levers = dataclasses.replace(setting, accumulation_steps=steps)
-            predicted_seconds = predict_step_seconds(
-                Setup(workload, levers).step(micro_batch), rates, replicas=room.replicas
-            )
-            candidates.append(
-                _Candidate(
-                    workload,
-                    levers,
-                    micro_batch,
-                    experience.seconds(predicted_seconds, micro_batch),
-                    least_peak_bytes(workload, levers, micro_batch, room),
-                )
-            )
-    return sorted(candidates, key=lambda c: (c.seconds, not c.levers.exact, c.peak_bytes))
+    for levers in settings:
+        for micro_batch, count in cuts(share):
+            setup = Setup(workload, dataclasses.replace(levers, accumulation_steps=count))
+            step, memory = setup.step(micro_batch), predict_memory(setup, room)
+            seconds = predict_step_seconds(step, rates, replicas=room.replicas)
+            seconds = experience.seconds(seconds, micro_batch)
+            candidates.append(_Candidate(step, memory, seconds, memory.peak_bytes(micro_batch)))
+    return sorted(candidates, key=lambda c: (c.seconds, not c.step.levers.exact, c.peak_bytes))
 
 
 _Found = tuple[_Candidate, list[_Candidate], list[Rejection]]
@@ -258,58 +247,56 @@ def _choose(candidates: Sequence[_Candidate], room: Room, experience: Experience
 
     Returns:
         It, the slower ones that need clearly less than any faster one, and of the faster ones
-        those that miss least; None if nothing fits.
+        those whose peak is too large by the fewest bytes; None if nothing fits.
     """
     rejected: list[tuple[int, Rejection]] = []
     for number, candidate in enumerate(candidates):
-        missing_bytes = candidate.peak_bytes - usable_bytes(
-            candidate.workload, candidate.levers, room
-        )
-        # With other replicas there is more to hold than a trial has shown.
-        known = None
-        if room.replicas == 1:
-            known = experience.fits(
-                candidate.levers, candidate.micro_batch, room.budget_bytes - room.spare_bytes
-            )
-        if known or (
-            known is None
-            and missing_bytes <= 0
-            and fits(candidate.workload, candidate.levers, candidate.micro_batch, room)
-        ):
+        step = candidate.step
+        known = _known_to_fit(step, room, experience)
+        fits = known
+        if known is None:
+            fits = candidate.memory.fits(step.micro_batch)
+        if fits:
             rejected.sort(key=lambda pair: pair[0])
             nearest = [rejection for _, rejection in rejected[:_MOST_REJECTIONS]]
             return candidate, _front(candidates[number:]), nearest
-        margin = margin_for(candidate.workload, candidate.levers, room)
-        with_margin = f" with a margin of {margin:.0%}" if margin else ""
-        why = f"needs {format_bytes(candidate.peak_bytes)}, "
-        if known is False:
-            why = "ran out of memory before"
-        elif missing_bytes > 0:
-            why += f"{format_bytes(missing_bytes)} too much{with_margin}"
-        else:
-            why += f"and what is free is in pieces that are too small{with_margin}"
-        rejected.append((missing_bytes, Rejection(candidate.micro_batch, candidate.levers, why)))
+        why = "ran out of memory before" if known is False else _why_too_large(candidate)
+        rejection = Rejection(step.micro_batch, step.levers, why)
+        rejected.append((candidate.missing_bytes, rejection))
     return None
+
+
+def _known_to_fit(step: TrainingStep, room: Room, experience: Experience) -> bool | None:
+    """What trials have shown; None if nothing."""
+    if room.replicas > 1:
+        return None  # There is more to hold than a trial on one device has shown.
+    return experience.fits(step.levers, step.micro_batch, room.budget_bytes - room.spare_bytes)
+
+
+def _why_too_large(candidate: _Candidate) -> str:
+    margin, missing_bytes = candidate.memory.margin, candidate.missing_bytes
+    with_margin = f" with a margin of {margin:.0%}" if margin else ""
+    what = "and what is free is in pieces that are too small"
+    if missing_bytes > 0:
+        what = f"{format_bytes(missing_bytes)} too much"
+    return f"needs {format_bytes(candidate.peak_bytes)}, {what}{with_margin}"
 
 
 def _front(candidates: Sequence[_Candidate]) -> list[_Candidate]:
     """Settings that need clearly fewer bytes than any faster one, from the first on."""
     front = []
-    least_bytes = candidates[0].peak_bytes
+    smallest_bytes = candidates[0].peak_bytes
     for candidate in candidates[1:]:
-        if candidate.peak_bytes < 0.9 * least_bytes:
-            least_bytes = candidate.peak_bytes
+        if candidate.peak_bytes < 0.9 * smallest_bytes:
+            smallest_bytes = candidate.peak_bytes
             front.append(candidate)
     return front
 
 
 def _entry(candidate: _Candidate, room: Room, *, replayed: bool) -> PlanEntry:
-    footprint = footprint_in(
-        candidate.workload, candidate.levers, candidate.micro_batch, room, replayed=replayed
-    )
-    return PlanEntry(
-        candidate.micro_batch, candidate.levers, footprint, candidate.seconds, room.replicas
-    )
+    step = candidate.step
+    footprint = candidate.memory.footprint(step.micro_batch, replayed=replayed)
+    return PlanEntry(step.micro_batch, step.levers, footprint, candidate.seconds, room.replicas)
 
 
 def _nothing_fits(
@@ -319,8 +306,8 @@ def _nothing_fits(
     allowed: Sequence[Levers],
     room: Room,
 ) -> InputError:
-    def least_needed(allowed: Sequence[Levers], replicas: int, share: int = share) -> LeastMemory:
-        return find_least_memory(
+    def least_needed(allowed: Sequence[Levers], replicas: int, share: int = share) -> MinMemory:
+        return find_min_memory(
             workload,
             share * replicas,
             policies,
@@ -349,7 +336,7 @@ def _nothing_fits(
         )
     return InputError(
         f"{workload.model} at sequence length {workload.seq_len} does not fit in "
-        f"{format_bytes(available)}: even micro-batch {least.micro_batch} needs "
+        f"{format_bytes(available)}: even micro-batch {least.step.micro_batch} needs "
         f"{format_bytes(needed)}, {format_bytes(needed - available)} more",
         hint=hint,
     )

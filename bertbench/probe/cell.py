@@ -16,12 +16,12 @@ from bertbench.ledger.question import Question
 from bertbench.ledger.records import find, find_allocations, record, record_allocations
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.allocator.recording import Recording
-from bertbench.memory.fit import has_trace
-from bertbench.memory.footprint import max_micro_batch, predict_footprint
+from bertbench.memory.limit_search import largest_batch
+from bertbench.memory.prediction import FormulaPrediction, Room, TracePrediction, has_trace
 from bertbench.memory.traces.loops import Recorded
-from bertbench.probe.extrapolation import extrapolate, largest_batch
+from bertbench.probe.extrapolation import extrapolate
 from bertbench.probe.search import LARGEST_BATCH, SearchResult, find_max_batch
-from bertbench.probe.traced_limit import TracedStep
+from bertbench.probe.traced_limit import fits_again, refuted, runs_out_below
 from bertbench.trials.measure import (
     TIMEOUT_SECONDS,
     TrialListener,
@@ -168,10 +168,11 @@ def probe_cell(
             TrialListener(keep, on_recording, check),
         )
 
-    memory = empty_memory(budget)
-    traced = None
-    if is_traced(budget, workload, levers):
-        traced = TracedStep(workload, levers, memory, check)
+    setup, memory = Setup(workload, levers), empty_memory(budget)
+    room = Room(budget.device.kind, budget.budget_bytes)
+    formula, traced = FormulaPrediction(setup, room), None
+    if is_traced(budget, setup):
+        traced = TracePrediction(setup, room, before_replay=check)
 
     @functools.lru_cache(maxsize=1)
     def extrapolated(number_recorded: int, fitting: int) -> int | None:
@@ -197,18 +198,14 @@ def probe_cell(
         return limit
 
     def locate(fitting: int) -> int | None:
-        if traced is not None and not traced.refuted_by(measured):
-            return traced.limit(max_batch or LARGEST_BATCH, fitting)
+        if traced is not None and not refuted(traced, measured):
+            return traced.max_micro_batch(max_batch or LARGEST_BATCH, fitting)
         return extrapolated(len(recorded()), fitting)
 
     result = find_max_batch(
         measure,
         known=known,
-        predict_peak_bytes=lambda batch: (
-            predict_footprint(
-                Setup(workload, levers).step(batch), device_kind=budget.device.kind
-            ).peak_bytes
-        ),
+        predict_peak_bytes=formula.peak_bytes,
         locate=locate,
         examples_per_chunk=max(_examples_per_chunk(workload, levers, workload.seq_len), default=1),
         budget_bytes=budget.budget_bytes,
@@ -218,36 +215,35 @@ def probe_cell(
     again: tuple[int, ...] = ()
     below: tuple[int, ...] = ()
     # A trace that was wrong about a trial is not asked about what was not tried.
-    if traced is not None and not traced.refuted_by(measured):
+    if traced is not None and not refuted(traced, measured):
         if result.stopped_by == "oom":
-            again = traced.fits_again(result.max_batch)
+            again = fits_again(traced, result.max_batch)
         if result.max_batch:
             tried = {trial.batch for trial in measured}
-            below = traced.runs_out_below(result.max_batch, tried)
+            below = runs_out_below(setup, traced, result.max_batch, tried)
     seconds = time.monotonic() - began
     return Cell(workload, levers, result, seconds, budget.device.replicas, again, below)
 
 
-def is_traced(budget: Budget, workload: Workload, levers: Levers) -> bool:
+def is_traced(budget: Budget, setup: Setup) -> bool:
     """Whether the step's trace is exact; another device's kernels have other workspaces."""
     kind = budget.device.kind
-    return kind == "cpu" and has_trace(workload, levers, kind)
+    return kind == "cpu" and has_trace(setup, kind)
 
 
 def predict_cell_seconds(
     budget: Budget, workload: Workload, levers: Levers, steps: int = 3
 ) -> float:
     """Guess how long a cell takes: the limit, and one that does not fit; two small ones before."""
-    limit = max_micro_batch(
-        Setup(workload, levers), budget.budget_bytes, device_kind=budget.device.kind
-    )
+    setup, room = Setup(workload, levers), Room(budget.device.kind, budget.budget_bytes)
+    limit = FormulaPrediction(setup, room).max_micro_batch()
     rates = device_rates(budget.device)
     seconds = _ALLOCATOR_WAITS_SECONDS
     batches = [(limit, steps), (limit + 1, 1)]
-    if not is_traced(budget, workload, levers):
+    if not is_traced(budget, setup):
         batches += [(limit // 8, steps + 2), (limit // 3, steps + 2)]
     for batch, its_steps in batches:
-        step_seconds = predict_step_seconds(Setup(workload, levers).step(max(batch, 1)), rates)
+        step_seconds = predict_step_seconds(setup.step(max(batch, 1)), rates)
         seconds += _START_SECONDS + its_steps * step_seconds
     return seconds
 

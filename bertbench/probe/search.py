@@ -1,7 +1,7 @@
 """Find the largest batch that fits with few trials, and certify it. Pure: it starts nothing.
 
 Where the limit should be is known before the first trial, by a trace of the step
-(`bertbench.probe.traced_limit`); or two small batches tell it, by a replay of what they asked of
+(`bertbench.memory.prediction`); or two small batches tell it, by a replay of what they asked of
 the allocator (`bertbench.memory.allocator.bfc`) or, where there is none, because the peak is close
 to affine in the batch once activations outweigh the optimizer's temporaries. A trial there and one
 beside it are usually all that is left. The cost to keep low is that of trials that do not fit:

@@ -13,7 +13,7 @@ import numpy as np
 from bertbench.core.errors import OutOfMemoryError, WorkError
 from bertbench.core.terminal import say
 from bertbench.core.workload import TrainingStep, Workload
-from bertbench.memory.fit import inference_batch
+from bertbench.memory.prediction import inference_batch
 from bertbench.run.choose_plan import choose_step
 from bertbench.run.device import open_device
 from bertbench.run.model import Model, create_model, load_initial_weights, random_head_names
@@ -76,7 +76,7 @@ class FineTuned:
 
     Attributes:
         predict: predicts with it, no more examples at a time than fit, see
-            `bertbench.memory.fit.inference_batch`.
+            `bertbench.memory.prediction.inference_batch`.
         results: for `--json`; `weights_step` says how many optimizer steps its weights have seen,
             where that is known.
         output: the output folder, which no other run can write to.

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from bertbench.core.units import MIB_BYTES
-from bertbench.memory.fit import has_trace
+from bertbench.core.workload import Setup
+from bertbench.memory.prediction import has_trace
 from bertbench.plan.planner import Plan, PlanEntry, describe_setting
 from reports.environments import Environment
 from reports.pictures.figures import INK, Picture, add_legend, look_of, panels
@@ -183,7 +184,7 @@ def timeline_picture(recommendation: Recommendation, where: str) -> Picture | No
     if not isinstance(plan, Plan):
         return None
     levers, kind = plan.chosen.levers, recommendation.environment.kind
-    if not has_trace(recommendation.workload, levers, kind):
+    if not has_trace(Setup(recommendation.workload, levers), kind):
         return None
     timeline = step_timeline(recommendation.workload, levers, plan.chosen.micro_batch)
     if timeline is None:

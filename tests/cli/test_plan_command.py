@@ -11,11 +11,11 @@ from click.testing import CliRunner
 
 from bertbench.cli.plan import command
 from bertbench.cli.plan_view import cards_of
-from bertbench.core.workload import levers_from_json, published_workload
+from bertbench.core.workload import Setup, levers_from_json, published_workload
 from bertbench.devices import discover
 from bertbench.devices.accelerators import ACCELERATORS
 from bertbench.devices.device import GPU_CONTEXT_RESERVE_BYTES, Device
-from bertbench.memory.fit import Room, fits
+from bertbench.memory.prediction import Room, predict_memory
 from finetune.errors import InputError
 
 BASE = ["--model", "bert-base", "--seq-len", "384", "--target-batch", "24"]
@@ -51,8 +51,9 @@ def test_the_smallest_memory_and_its_cards() -> None:
     workload, levers = published_workload("bert-base", 384), levers_from_json(least)
     needed = least["min_memory_bytes"]
     assert least["micro_batch"] * levers.accumulation_steps >= 24
-    assert fits(workload, levers, least["micro_batch"], Room("cpu", needed))
-    assert not fits(workload, levers, least["micro_batch"], Room("cpu", needed - (1 << 20)))
+    setup = Setup(workload, levers)
+    assert predict_memory(setup, Room("cpu", needed)).fits(least["micro_batch"])
+    assert not predict_memory(setup, Room("cpu", needed - (1 << 20))).fits(least["micro_batch"])
     assert least["cards"] == [card.name for card in cards_of(int(1.08 * needed) + 1)]
     text = plan(*BASE, "--device", "cpu", "--min-memory")
     assert f"{needed / (1 << 20):,.0f} MiB" in text

@@ -37,11 +37,11 @@ from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import read_rows, record
 from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.limit_search import largest_batch
 from bertbench.memory.traces.step import replay_step
 from bertbench.probe import cell as probe_cell_module
 from bertbench.probe import recheck
 from bertbench.probe.cell import Cell, plenty_seconds, predict_cell_seconds, probe_cell
-from bertbench.probe.extrapolation import largest_batch
 from bertbench.probe.search import Certificate, SearchResult
 from bertbench.probe.workers import share_out
 from bertbench.trials.measure import TIMEOUT_SECONDS, TrialListener, TrialSettings

@@ -10,19 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
-from bertbench.memory.fit import (
+from bertbench.memory.footprint import Footprint, inference_bytes, predict_footprint
+from bertbench.memory.prediction import (
+    FORMULA_MARGIN,
+    FormulaPrediction,
     Room,
     inference_batch,
-    least_budget_bytes,
-    margin_for,
-    usable_bytes,
-)
-from bertbench.memory.footprint import (
-    FORMULA_MARGIN,
-    Footprint,
-    inference_bytes,
-    max_micro_batch,
-    predict_footprint,
+    min_budget_bytes,
+    predict_memory,
 )
 from finetune.spec.checkpointing import parse_checkpointing
 
@@ -115,14 +110,18 @@ def test_checkpointing_more_layers_takes_less() -> None:
 @pytest.mark.parametrize("policy", ["none", "nested"])
 def test_max_micro_batch_is_the_last_that_fits(policy: str) -> None:
     workload = published_workload("bert-base", 384)
-    levers = Levers(parse_checkpointing(policy))
+    setup = Setup(workload, Levers(parse_checkpointing(policy)))
+
+    def max_micro_batch(budget_bytes: int) -> int:
+        return FormulaPrediction(setup, Room("cpu", budget_bytes)).max_micro_batch()
+
     budget_bytes = 12 << 30
-    largest = max_micro_batch(Setup(workload, levers), budget_bytes)
+    largest = max_micro_batch(budget_bytes)
     assert predict(workload, policy, largest).peak_bytes <= budget_bytes
     assert predict(workload, policy, largest + 1).peak_bytes > budget_bytes
     exact = predict(workload, policy, 5).peak_bytes
-    assert max_micro_batch(Setup(workload, levers), exact) >= 5
-    assert max_micro_batch(Setup(workload, levers), 1 << 30) == 0
+    assert max_micro_batch(exact) >= 5
+    assert max_micro_batch(1 << 30) == 0
 
 
 @pytest.mark.parametrize("case", MEASURED, ids=lambda case: "-".join(map(str, case[:6])))
@@ -153,20 +152,20 @@ def test_the_margin_makes_up_for_the_largest_known_errors(
     """What a step needs by its trace, the pieces that memory is in included."""
     workload = published_workload(model, seq_len, head)
     levers = Levers(parse_checkpointing(policy), accumulation)
-    needed_bytes = least_budget_bytes(workload, levers, micro_batch, "cpu")
+    needed_bytes = min_budget_bytes(Setup(workload, levers).step(micro_batch), "cpu")
     predicted_bytes = predict_footprint(Setup(workload, levers).step(micro_batch)).peak_bytes
     assert 1.14 * predicted_bytes < needed_bytes <= (1 + FORMULA_MARGIN) * predicted_bytes
-    unknown = dataclasses.replace(levers, precision="bf16")
-    room = Room("cpu", needed_bytes)
-    assert margin_for(workload, unknown, room) == FORMULA_MARGIN
-    assert usable_bytes(workload, unknown, room) == int(needed_bytes / (1 + FORMULA_MARGIN))
+    unknown = Setup(workload, dataclasses.replace(levers, precision="bf16"))
+    predicted = predict_memory(unknown, Room("cpu", needed_bytes))
+    assert predicted.margin == FORMULA_MARGIN
+    assert predicted.usable_bytes == int(needed_bytes / (1 + FORMULA_MARGIN))
 
 
 def test_a_prediction_takes_no_more_examples_than_fit() -> None:
     """With `nested` a micro-batch of 500 fits where the attention of 500 examples does not."""
     workload = published_workload("bert-mini", 512)
     levers = Levers(parse_checkpointing("nested"))
-    budget_bytes = least_budget_bytes(workload, levers, 128, "cpu")
+    budget_bytes = min_budget_bytes(Setup(workload, levers).step(128), "cpu")
     found = inference_batch(Setup(workload, levers), budget_bytes, 128)
     assert 1 < found < 128
     assert inference_bytes(Setup(workload, levers), found) < budget_bytes

@@ -12,7 +12,7 @@ from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.memory.fit import Room, footprint_in
+from bertbench.memory.prediction import Room, predict_memory
 from bertbench.memory.traces.archive import read_trace
 from bertbench.memory.traces.build.samples import UnlikeError
 from bertbench.memory.traces.build.variants import with_optimizer
@@ -97,5 +97,5 @@ def test_a_real_step_has_the_peak_that_is_predicted(
     budget = make_budget(resolve_device("cpu"), GIB_BYTES)
     trial = measure_step(Setup(workload, levers).step(70), budget, TrialSettings(steps=2))
     room = Room("cpu", budget.budget_bytes)
-    predicted = footprint_in(workload, levers, 70, room, replayed=True)
+    predicted = predict_memory(Setup(workload, levers), room).footprint(70)
     assert trial.peak_bytes == pytest.approx(predicted.peak_bytes, rel=1e-3)

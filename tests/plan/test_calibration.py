@@ -18,7 +18,7 @@ from bertbench.devices.step_time import device_rates, predict_step_seconds
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question, versions_key
 from bertbench.ledger.records import read_device_rows, record
-from bertbench.memory.fit import Room, least_peak_bytes
+from bertbench.memory.prediction import Room, predict_memory
 from bertbench.plan.calibration import Experience, Outcomes, experience_of, learn
 from bertbench.plan.planner import make_plan
 from bertbench.trials.trial import Trial
@@ -33,12 +33,16 @@ OTHER = published_workload("bert-tiny", 128, "classifier")
 MIB = 400
 
 
+def peak_on(device_kind: str, setup: Setup, batch: int) -> int:
+    return predict_memory(setup, Room(device_kind, MIB * MIB_BYTES)).peak_bytes(batch)
+
+
 def trial_of(
     workload: Workload, levers: Levers, batch: int, *, slower: float = 1.0, more: float = 1.0
 ) -> Trial:
     """A trial that fits, with a step so much slower, and a peak so much larger, than predicted."""
     seconds = slower * predict_step_seconds(Setup(workload, levers).step(batch), RATES)
-    peak_bytes = more * least_peak_bytes(workload, levers, batch, Room("gpu", MIB * MIB_BYTES))
+    peak_bytes = more * peak_on("gpu", Setup(workload, levers), batch)
     return Trial(batch, "fits", int(peak_bytes), seconds, fresh=True)
 
 
@@ -172,7 +176,7 @@ def test_a_plan_believes_trials_before_predictions() -> None:
     ).rejected
     assert "ran out of memory before" in [rejection.why for rejection in rejected]
     # Too much by the prediction, but it has been seen to fit.
-    assert least_peak_bytes(WORKLOAD, Levers(), 32, Room("cpu", 1 << 40)) > MIB * MIB_BYTES
+    assert peak_on("cpu", Setup(WORKLOAD), 32) > MIB * MIB_BYTES
     seen = Experience(outcomes={(Levers(), 32): Outcomes(frozenset({MIB * MIB_BYTES}))})
     assert plan(seen) == (32, Levers())
     # One alone says nothing of replicas that add up their gradients.
@@ -195,7 +199,7 @@ def test_the_margin_of_a_gpu_is_its_measured_error(tmp_path: Path) -> None:
     write(tmp_path / "less.sqlite", *less, device=GPU)
     assert experience_of(GPU, WORKLOAD, RATES, tmp_path / "less.sqlite").margin == 0.01
 
-    peak_bytes = least_peak_bytes(WORKLOAD, Levers(), 32, Room("gpu", 0))
+    peak_bytes = predict_memory(Setup(WORKLOAD), Room("gpu", 0)).peak_bytes(32)
 
     def chosen(margin: float | None) -> int:
         return make_plan(

@@ -22,9 +22,9 @@ from bertbench.devices.accelerators import (
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import gpu_rates, predict_step_seconds
-from bertbench.memory.fit import Room, fits, has_trace, least_peak_bytes, usable_bytes
+from bertbench.memory.prediction import Room, predict_memory
 from bertbench.plan.candidates import cuts
-from bertbench.plan.min_memory import find_least_memory
+from bertbench.plan.min_memory import find_min_memory
 from bertbench.plan.plan_file import PlannedSetting, read_plan
 from bertbench.plan.planner import (
     Plan,
@@ -58,6 +58,10 @@ def test_nothing_that_fits_is_faster(
 ) -> None:
     """Asked of every setting there is, one by one."""
     workload, room = published_workload(model, seq_len), Room("cpu", budget_mib * MIB_BYTES)
+
+    def fits(levers: Levers, micro_batch: int) -> bool:
+        return predict_memory(Setup(workload, levers), room).fits(micro_batch)
+
     policies = ["none", "selective", "full", "nested", "full:1", "nested:1+selective"]
     everything = [
         (micro_batch, Levers(parse_checkpointing(policy), steps))
@@ -70,35 +74,39 @@ def test_nothing_that_fits_is_faster(
             policies=[parse_checkpointing(policy) for policy in policies],
         )  # fmt: skip
     except InputError:
-        assert not any(fits(workload, levers, size, room) for size, levers in everything)
+        assert not any(fits(levers, size) for size, levers in everything)
         return
     chosen = plan.chosen
-    assert fits(workload, chosen.levers, chosen.micro_batch, room)
+    assert fits(chosen.levers, chosen.micro_batch)
     assert chosen.footprint.peak_bytes <= room.budget_bytes
     assert target <= chosen.rows < target + chosen.micro_batch
     for micro_batch, levers in everything:
         seconds = predict_step_seconds(Setup(workload, levers).step(micro_batch), RATES)
         if seconds < chosen.predicted_step_seconds:
-            assert not fits(workload, levers, micro_batch, room)
+            assert not fits(levers, micro_batch)
     for entry in plan.alternatives:
         assert entry.predicted_step_seconds >= chosen.predicted_step_seconds
         assert entry.footprint.peak_bytes < chosen.footprint.peak_bytes
     for rejection in plan.rejected:
-        assert not fits(workload, rejection.levers, rejection.micro_batch, room)
+        assert not predict_memory(Setup(workload, rejection.levers), room).fits(
+            rejection.micro_batch
+        )
 
 
 def test_a_step_needs_memory_in_one_piece() -> None:
     """What is alive at once, 7 examples' activations, would fit; the pieces are too small."""
-    workload, room = published_workload("bert-small", 128), Room("cpu", 512 * MIB_BYTES)
-    assert least_peak_bytes(workload, Levers(), 7, room) < room.budget_bytes
-    assert fits(workload, Levers(), 6, room)
-    assert not fits(workload, Levers(), 7, room)
+    setup, room = Setup(published_workload("bert-small", 128)), Room("cpu", 512 * MIB_BYTES)
+    predicted = predict_memory(setup, room)
+    assert predicted.peak_bytes(7) < room.budget_bytes
+    assert predicted.fits(6)
+    assert not predicted.fits(7)
+    assert predicted.max_micro_batch() == 6
     # Without a trace, and on a GPU, a margin takes its place.
-    unknown = Levers(precision="bf16")
-    assert usable_bytes(workload, unknown, room) < usable_bytes(workload, Levers(), room)
-    on_gpu = Room("gpu", room.budget_bytes)
-    assert usable_bytes(workload, Levers(), on_gpu) == int(room.budget_bytes / 1.08)
-    assert usable_bytes(workload, Levers(), room) == room.budget_bytes
+    assert predicted.usable_bytes == room.budget_bytes
+    unknown = dataclasses.replace(setup, levers=Levers(precision="bf16"))
+    assert predict_memory(unknown, room).usable_bytes < room.budget_bytes
+    on_gpu = predict_memory(setup, Room("gpu", room.budget_bytes))
+    assert on_gpu.usable_bytes == int(room.budget_bytes / 1.08)
 
 
 @given(st.integers(1, 300))
@@ -133,8 +141,9 @@ def test_more_memory_is_never_worse_with_exact_gelu(optimizer: str) -> None:
         chosen = make_plan(
             workload, 8, room.budget_bytes, RATES, device="test", allowed=[levers]
         ).chosen
-        assert has_trace(workload, chosen.levers, "cpu")
-        assert fits(workload, chosen.levers, chosen.micro_batch, room)
+        predicted = predict_memory(Setup(workload, chosen.levers), room)
+        assert predicted.source == "trace"
+        assert predicted.fits(chosen.micro_batch)
         seconds.append(chosen.predicted_step_seconds)
     assert seconds == sorted(seconds, reverse=True)
 
@@ -142,11 +151,11 @@ def test_more_memory_is_never_worse_with_exact_gelu(optimizer: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("head", HEADS)
-def test_plans_near_the_least_budget_run(optimizer: str, head: str) -> None:
+def test_plans_near_the_smallest_budget_run(optimizer: str, head: str) -> None:
     """BERT-Mini's shape with exact GELU once ran out of memory at 206 MiB, where another fitted."""
     workload, levers = exact_gelu("bert-mini", 128, head), Levers(optimizer=optimizer)
-    least = find_least_memory(workload, 8, None, [levers], "cpu").budget_bytes
-    for budget_bytes in {least, least + MIB_BYTES, max(least, 206 * MIB_BYTES)}:
+    smallest = find_min_memory(workload, 8, None, [levers], "cpu").budget_bytes
+    for budget_bytes in {smallest, smallest + MIB_BYTES, max(smallest, 206 * MIB_BYTES)}:
         budget = make_budget(resolve_device("cpu"), budget_bytes)
         plan = make_plan(workload, 8, budget_bytes, RATES, device="test", allowed=[levers])
         step = Setup(workload, plan.chosen.levers).step(plan.chosen.micro_batch)
@@ -174,23 +183,24 @@ def test_an_insisted_policy_is_kept() -> None:
 
 
 @pytest.mark.parametrize(("model", "target"), [("bert-base", 24), ("bert-mini", 1)])
-def test_the_least_memory_is_enough_and_no_less_is(model: str, target: int) -> None:
+def test_the_smallest_memory_is_enough_and_no_less_is(model: str, target: int) -> None:
     workload = published_workload(model, 384)
     policies = [parse_checkpointing(policy) for policy in ("none", "full", "nested")]
-    least = find_least_memory(workload, target, policies, [Levers()], "cpu")
+    smallest = find_min_memory(workload, target, policies, [Levers()], "cpu")
 
     def fits_in(budget_bytes: int) -> bool:
-        return fits(workload, least.levers, least.micro_batch, Room("cpu", budget_bytes))
+        predicted = predict_memory(smallest.step.setup, Room("cpu", budget_bytes))
+        return predicted.fits(smallest.step.micro_batch)
 
-    assert fits_in(least.budget_bytes)
-    assert not fits_in(least.budget_bytes - MIB_BYTES)
+    assert fits_in(smallest.budget_bytes)
+    assert not fits_in(smallest.budget_bytes - MIB_BYTES)
 
     def plan(budget_bytes: int) -> Plan:
         return make_plan(workload, target, budget_bytes, RATES, device="test", policies=policies)
 
-    assert plan(least.budget_bytes).chosen.micro_batch <= target
+    assert plan(smallest.budget_bytes).chosen.micro_batch <= target
     with pytest.raises(InputError, match="does not fit"):
-        plan(least.budget_bytes - 16 * MIB_BYTES)
+        plan(smallest.budget_bytes - 16 * MIB_BYTES)
 
 
 def test_missing_bytes_are_named() -> None:
@@ -409,8 +419,8 @@ def test_gradients_are_added_up_over_replicas(kind: str) -> None:
     with pytest.raises(InputError, match="train on one device"):
         plan(8, 4, needed)
     assert plan(2, 1, needed).chosen.footprint.peak_bytes < needed * GIB_BYTES
-    least = find_least_memory(workload, 8, None, [Levers()], kind, replicas=4)
-    alone = find_least_memory(workload, 2, None, [Levers()], kind)
+    least = find_min_memory(workload, 8, None, [Levers()], kind, replicas=4)
+    alone = find_min_memory(workload, 2, None, [Levers()], kind)
     assert alone.budget_bytes < least.budget_bytes
 
 

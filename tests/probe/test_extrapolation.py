@@ -16,12 +16,11 @@ from bertbench.devices.discover import resolve_device
 from bertbench.memory.allocator.bfc import Memory, Replay, replay
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.allocator.recording import Recording
+from bertbench.memory.limit_search import _last_that_fits, largest_batch
 from bertbench.memory.traces.loops import Recorded
 from bertbench.probe.extrapolation import (
     Extrapolation,
-    _last_that_fits,
     extrapolate,
-    largest_batch,
 )
 from bertbench.trials.measure import (
     TrialListener,

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, published_workload
-from bertbench.memory.allocator.limit import memory_of
-from bertbench.probe.traced_limit import TracedStep
+from bertbench.core.workload import Levers, Setup, published_workload
+from bertbench.memory.prediction import Room, TracePrediction
+from bertbench.memory.traces.step import replay_step
 from finetune.spec.checkpointing import parse_checkpointing
 
 
@@ -23,11 +23,15 @@ from finetune.spec.checkpointing import parse_checkpointing
 def test_the_limit_is_the_last_of_several_that_fit(
     mebibytes: int, seq_len: int, policy: str, kind: str, at_most: int | None
 ) -> None:
-    workload = published_workload("bert-tiny", seq_len)
-    levers = Levers(parse_checkpointing(policy))
-    step = TracedStep(workload, levers, memory_of(kind, mebibytes * MIB_BYTES))
-    limit = step.limit() if at_most is None else step.limit(at_most)
-    assert all(step.replayed(batch).fits for batch in range(max(limit - 3, 1), limit + 1))
+    setup = Setup(published_workload("bert-tiny", seq_len), Levers(parse_checkpointing(policy)))
+    room = Room(kind, mebibytes * MIB_BYTES)
+    predicted = TracePrediction(setup, room)
+    limit = predicted.max_micro_batch() if at_most is None else predicted.max_micro_batch(at_most)
+
+    def fits(batch: int) -> bool:
+        return replay_step(setup.step(batch), room.memory()).fits
+
+    assert all(fits(batch) for batch in range(max(limit - 3, 1), limit + 1))
     if limit != at_most:
-        assert not step.replayed(limit + 1).fits
+        assert not fits(limit + 1)
     assert at_most is None or limit <= at_most

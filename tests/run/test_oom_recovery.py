@@ -26,7 +26,7 @@ from bertbench.ledger.database import open_ledger
 from bertbench.ledger.limit import AT_LEAST, find_limit
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import find, read_rows, record
-from bertbench.memory.fit import Room, least_peak_bytes
+from bertbench.memory.prediction import Room, predict_memory
 from bertbench.plan.calibration import note_out_of_memory
 from bertbench.plan.candidates import all_settings, cuts
 from bertbench.plan.planner import make_plan
@@ -87,7 +87,7 @@ def step(micro_batch: int, levers: Levers | None = None) -> TrainingStep:
 
 def peak_bytes_of(chosen: TrainingStep) -> int:
     room = Room("cpu", BUDGET.budget_bytes)
-    return least_peak_bytes(WORKLOAD, chosen.levers, chosen.micro_batch, room)
+    return predict_memory(Setup(WORKLOAD, chosen.levers), room).peak_bytes(chosen.micro_batch)
 
 
 def after(asked: RunSettings, failed: TrainingStep) -> TrainingStep:

@@ -3,7 +3,7 @@
 The archive is a ZIP file with a JSON file for each trace, so that one is read without the others,
 and with `manifest.json`. The manifest says under which TensorFlow the traces were recorded, and of
 which sources. The minor version of TensorFlow decides whether a prediction needs a margin, see
-`bertbench.memory.fit.margin_for`.
+`bertbench.memory.prediction.predict_memory`.
 """
 
 from __future__ import annotations

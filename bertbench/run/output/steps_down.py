@@ -9,7 +9,7 @@ from typing import Any
 from bertbench.core.terminal import say
 from bertbench.core.workload import MOST_BATCH, Setup, TrainingStep, Workload, levers_from_json
 from bertbench.devices.device import Budget
-from bertbench.memory.fit import Room, least_peak_bytes
+from bertbench.memory.prediction import predict_memory, room_of
 from bertbench.plan.planner import describe_setting
 from bertbench.run.output.run_record import recorded_steps_down
 from bertbench.run.settings import RunRequest, RunSettings
@@ -150,5 +150,4 @@ def read_steps_down(settings: RunSettings, workload: Workload) -> list[StepDown]
 
 def predicted_peak_bytes(step: TrainingStep, budget: Budget) -> int:
     """Predicted peak of a training step on one of the run's devices."""
-    room = Room(budget.device.kind, budget.budget_bytes, replicas=budget.device.replicas)
-    return least_peak_bytes(step.workload, step.levers, step.micro_batch, room)
+    return predict_memory(step.setup, room_of(budget)).peak_bytes(step.micro_batch)

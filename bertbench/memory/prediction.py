@@ -1,0 +1,320 @@
+"""What is predicted of a step's memory: the same questions, whatever answers them.
+
+A replay of the step's trace is exact on a CPU, down to the pieces that free memory is in; on a
+device that no trace was recorded on, a margin covers what is different there. Where there is no
+trace, the formula of `bertbench.memory.footprint` answers, with a margin as large as the largest
+error that was measured of it. `predict_memory` chooses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import ClassVar, Protocol
+
+from bertbench.core.bisection import largest_passing
+from bertbench.core.units import MIB_BYTES
+from bertbench.core.workload import Setup, TrainingStep
+from bertbench.devices.device import Budget
+from bertbench.memory.allocator.bfc import Memory, Replay
+from bertbench.memory.allocator.limit import memory_of
+from bertbench.memory.footprint import (
+    Footprint,
+    all_reduce_footprint,
+    inference_bytes,
+    predict_footprint,
+)
+from bertbench.memory.limit_search import largest_batch
+from bertbench.memory.traced_footprint import traced_footprint
+from bertbench.memory.traces.peaks import traced_peak_bytes
+from bertbench.memory.traces.step import left_out_bytes, replay_step, trace_of
+
+SAFETY_MARGIN = 0.08
+"""Part of a prediction by a trace to add on a device that no trace was recorded on."""
+
+_RECORDED_MULTIPLES, _OTHER_LENGTHS_MARGIN = 16, 0.005
+"""Traces were recorded of sequence lengths that are multiples of 16. Of others TensorFlow copies
+some rows, and matrix products take more workspace: the largest error that was measured of lengths
+50 and 100, one policy with chunks and one without, was 0.13 %."""
+
+FORMULA_MARGIN, COMPILED_MARGIN = 0.22, 0.16
+"""Part of a prediction by the formula to add before it is compared with a budget; the second for
+steps that XLA compiles, which get their memory in one piece. They make up for the largest errors
+that were measured. Of the peak, where memory is plenty (`benchmarks/footprint.py`):
+
+| kind | settings | error |
+| --- | --- | --- |
+| float32, GELU | 156, BERT-Tiny to BERT-Large | -13.3 % to +8.7 % |
+| `bf16` | 9, BERT-Tiny and BERT-Mini | -8.0 % to -0.2 % |
+| `fp16` | the same 9 | -7.3 % to -0.1 % |
+| ReLU | the same 9 | -9.9 % to +8.8 % |
+
+The smallest budget in which a step fits is larger, because the last memory is in pieces: of 471
+random settings of BERT-Tiny to BERT-Base with a trace by up to 20.2 % than the formula (BERT-Tiny,
+seq 96, `none`, 8 examples), of three of BERT-Tiny with `bf16`, by trials, by up to 21.2 %.
+"""
+
+_BEGIN_SHARE = 0.98
+"""The first micro-batch to replay, in the largest whose live bytes are within the memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What a step has to fit in.
+
+    Attributes:
+        device_kind: `cpu`, `gpu` or `tpu`.
+        budget_bytes: what the allocator of one device may use.
+        spare_bytes: what is to be left free of it.
+        replicas: devices that share the effective batch, and so add up their gradients.
+        margin: part of a prediction by a trace to add on a GPU, as trials have shown; None takes
+            `SAFETY_MARGIN`.
+    """
+
+    device_kind: str
+    budget_bytes: int
+    spare_bytes: int = 0
+    replicas: int = 1
+    margin: float | None = None
+
+    def memory(self) -> Memory:
+        """The allocator's memory."""
+        return memory_of(self.device_kind, self.usable_bytes())
+
+    def usable_bytes(self, margin: float = 0.0) -> int:
+        """What a prediction may reach to which a margin is added."""
+        return int((self.budget_bytes - self.spare_bytes) / (1 + margin))
+
+
+def room_of(budget: Budget) -> Room:
+    """The room that a device has under a budget, for its replicas' steps."""
+    return Room(budget.device.kind, budget.budget_bytes, replicas=budget.device.replicas)
+
+
+class MemoryPrediction(Protocol):
+    """Predicted memory of the steps of one setup in one room.
+
+    A step is named by its micro-batch, the examples of one forward and backward pass.
+    """
+
+    @property
+    def source(self) -> str:
+        """What answers: `trace` or `formula`."""
+
+    @property
+    def margin(self) -> float:
+        """Part of a peak to add before it is compared with the budget."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a peak may reach, so that the step fits with the margin."""
+
+    def peak_bytes(self, micro_batch: int) -> int:
+        """Most bytes alive at once in a step; no less for a larger micro-batch.
+
+        It takes a fraction of a millisecond and is a lower bound: what the allocator loses between
+        the pieces of free memory, and in chunks that it hands out whole, is not in it.
+        """
+
+    def footprint(self, micro_batch: int, *, replayed: bool = True) -> Footprint:
+        """The peak part by part; with `replayed` also what the allocator loses, if it is known."""
+
+    def fits(self, micro_batch: int) -> bool:
+        """Whether a step fits, as far as can be told without running it; up to a second."""
+
+    def max_micro_batch(self, at_most: int = sys.maxsize, fitting: int = 0) -> int:
+        """The largest micro-batch that fits, as do all between `fitting` and it.
+
+        Args:
+            at_most: largest micro-batch of interest.
+            fitting: a micro-batch that fits, as a trial has said; smaller ones are not asked about.
+
+        Returns:
+            `fitting` if no larger one fits.
+        """
+
+
+def predict_memory(setup: Setup, room: Room) -> MemoryPrediction:
+    """Choose what predicts the memory of a setup's steps: their trace or the formula."""
+    if not has_trace(setup, room.device_kind):
+        compiled = setup.levers.xla or room.device_kind == "tpu"
+        return FormulaPrediction(setup, room, COMPILED_MARGIN if compiled else FORMULA_MARGIN)
+    margin = SAFETY_MARGIN if room.margin is None else room.margin
+    if room.device_kind == "cpu":
+        recorded = setup.workload.seq_len % _RECORDED_MULTIPLES == 0
+        margin = 0.0 if recorded else _OTHER_LENGTHS_MARGIN
+    return TracePrediction(setup, room, margin, left_out_bytes(setup))
+
+
+def has_trace(setup: Setup, device_kind: str) -> bool:
+    """Whether a step's requests are known; those of XLA, as for a TPU, are in another order."""
+    return device_kind != "tpu" and trace_of(setup) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class FormulaPrediction:
+    """A `MemoryPrediction` by the formula.
+
+    Attributes:
+        setup: workload and levers.
+        room: what the steps have to fit in.
+        margin: part of a peak to add before it is compared with the budget.
+    """
+
+    source: ClassVar[str] = "formula"
+
+    setup: Setup
+    room: Room
+    margin: float = 0.0
+
+    @property
+    def usable_bytes(self) -> int:
+        """See `MemoryPrediction`."""
+        return self.room.usable_bytes(self.margin)
+
+    def peak_bytes(self, micro_batch: int) -> int:
+        """See `MemoryPrediction`."""
+        return self.footprint(micro_batch).peak_bytes
+
+    def footprint(self, micro_batch: int, *, replayed: bool = True) -> Footprint:
+        """See `MemoryPrediction`; the formula does not know what the allocator loses."""
+        step = self.setup.step(micro_batch)
+        footprint = predict_footprint(step, device_kind=self.room.device_kind)
+        return _or_all_reduce(footprint, step, self.room)
+
+    def fits(self, micro_batch: int) -> bool:
+        """See `MemoryPrediction`."""
+        return self.peak_bytes(micro_batch) <= self.usable_bytes
+
+    def max_micro_batch(self, at_most: int = sys.maxsize, fitting: int = 0) -> int:
+        """See `MemoryPrediction`."""
+        return largest_passing(self.fits, fitting, at_most)
+
+
+@dataclasses.dataclass(frozen=True)
+class TracePrediction:
+    """A `MemoryPrediction` by replays of the trace of the setup's steps, which there must be.
+
+    Attributes:
+        setup: workload and levers.
+        room: what the steps have to fit in.
+        margin: part of a peak to add before it is compared with the budget.
+        left_out_bytes: what a step may hold that its trace does not have.
+        before_replay: called before each replay; what it raises ends the search and is raised on.
+    """
+
+    source: ClassVar[str] = "trace"
+
+    setup: Setup
+    room: Room
+    margin: float = 0.0
+    left_out_bytes: int = 0
+    before_replay: Callable[[], None] = lambda: None
+
+    @property
+    def usable_bytes(self) -> int:
+        """See `MemoryPrediction`."""
+        return self.room.usable_bytes(self.margin) - self.left_out_bytes
+
+    def peak_bytes(self, micro_batch: int) -> int:
+        """See `MemoryPrediction`."""
+        step = self.setup.step(micro_batch)
+        live_bytes = traced_peak_bytes(step)
+        assert live_bytes is not None
+        peak_bytes = live_bytes + self.room.memory().held_bytes
+        if self.room.replicas == 1:
+            return peak_bytes
+        return max(peak_bytes, _all_reduce(step, self.room).peak_bytes)
+
+    def footprint(self, micro_batch: int, *, replayed: bool = True) -> Footprint:
+        """See `MemoryPrediction`; by the formula if the replay runs out of memory."""
+        step = self.setup.step(micro_batch)
+        footprint = traced_footprint(step, self._memory(), replayed=replayed)
+        if footprint is None:
+            footprint = predict_footprint(step, device_kind=self.room.device_kind)
+        return _or_all_reduce(footprint, step, self.room)
+
+    def fits(self, micro_batch: int) -> bool:
+        """See `MemoryPrediction`."""
+        if self.peak_bytes(micro_batch) > self.usable_bytes:
+            return False
+        return self._replay(micro_batch).fits
+
+    def max_micro_batch(self, at_most: int = sys.maxsize, fitting: int = 0) -> int:
+        """See `MemoryPrediction`."""
+        # A replay takes up to a second, the live bytes take a fraction of a millisecond.
+        bound = largest_passing(lambda n: self.peak_bytes(n) <= self.usable_bytes, fitting, at_most)
+        if bound <= fitting:
+            return fitting
+        largest = largest_batch(
+            self._replay,
+            self._memory().total_bytes,
+            begin=int(_BEGIN_SHARE * bound),
+            at_most=bound,
+            fitting=fitting,
+        )
+        assert largest is not None
+        return largest
+
+    def _replay(self, micro_batch: int) -> Replay:
+        self.before_replay()
+        return replay_step(self.setup.step(micro_batch), self._memory())
+
+    def _memory(self) -> Memory:
+        """What the allocator has for what the trace knows of."""
+        return memory_of(self.room.device_kind, max(self.usable_bytes, 0))
+
+
+def _all_reduce(step: TrainingStep, room: Room) -> Footprint:
+    return all_reduce_footprint(step, device_kind=room.device_kind)
+
+
+def _or_all_reduce(footprint: Footprint, step: TrainingStep, room: Room) -> Footprint:
+    """The larger of a step's footprint and, with several replicas, that of their sum."""
+    if room.replicas == 1:
+        return footprint
+    return max(footprint, _all_reduce(step, room), key=lambda one: one.peak_bytes)
+
+
+def min_budget_bytes(step: TrainingStep, device_kind: str, *, replicas: int = 1) -> int:
+    """The smallest budget, in whole MiB, in which a step fits.
+
+    In a little more memory it may not fit again, as free memory may be in pieces that are too
+    small. No budget below this one is enough; from here to 10 % above it not every budget has been
+    looked at.
+    """
+
+    def predict(mebibytes: int) -> MemoryPrediction:
+        room = Room(device_kind, mebibytes * MIB_BYTES, replicas=replicas)
+        return predict_memory(step.setup, room)
+
+    low = predict(1).peak_bytes(step.micro_batch) // MIB_BYTES - 1
+    width = 1
+    while not predict(low + width).fits(step.micro_batch):
+        low, width = low + width, 2 * width
+    high = low + width
+    while high - low > 1:
+        middle = (low + high) // 2
+        if predict(middle).fits(step.micro_batch):
+            high = middle
+        else:
+            low = middle
+    return high * MIB_BYTES
+
+
+def inference_batch(setup: Setup, budget_bytes: int, at_most: int) -> int:
+    """How many examples a model can answer at a time while it is trained, at least 1.
+
+    It may be fewer than a micro-batch that fits: with `nested` a training step computes a layer for
+    a few examples at a time, inference for all of them.
+
+    Args:
+        setup: of the training.
+        budget_bytes: what the allocator of one device may use.
+        at_most: examples.
+    """
+    usable_bytes = int(budget_bytes / (1 + FORMULA_MARGIN))
+    return largest_passing(
+        lambda examples: inference_bytes(setup, examples) <= usable_bytes, low=1, at_most=at_most
+    )
