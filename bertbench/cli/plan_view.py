@@ -1,26 +1,25 @@
-"""What `bertbench plan` shows."""
+"""Tables and notes that `bertbench plan` prints."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from rich.console import Console
 from rich.table import Table
 
 from bertbench.core.terminal import terminal
 from bertbench.core.units import GIB_BYTES, format_bytes
 from bertbench.core.workload import Levers, Workload
-from bertbench.devices.accelerators import ACCELERATORS, Accelerator
+from bertbench.devices.accelerators import Accelerator, gpus_with
 from bertbench.plan.min_memory import MinMemory
 from bertbench.plan.planner import Plan, PlanEntry, describe_cut
+from bertbench.plan.requests import NoPlan, PlannedDevice
 from bertbench.trials.trial import Trial
 from finetune.spec.recipes import find_recipe, train_steps
 
-Cell = Plan | tuple[Workload, str]
-"""A plan, or what there is none for, and why."""
-
 
 class _Marks:
-    """Stars for settings that change the update, and the notes below the table that explain."""
+    """Stars for settings that change the update, and notes below the table that explain them."""
 
     def __init__(self) -> None:
         self._stars: dict[tuple[str, ...], str] = {}
@@ -37,15 +36,15 @@ class _Marks:
         ]
 
 
-def describe_place(budget_bytes: int, replicas: int, device: str) -> str:
+def _describe_budget(budget_bytes: int, replicas: int, device: str) -> str:
     """Write `4,096 MiB on t4`, or `4,096 MiB on each of 2 replicas on t4`."""
     each = f"each of {replicas} replicas on " if replicas > 1 else ""
     return f"{format_bytes(budget_bytes)} on {each}{device}"
 
 
-def _unmeasured(cells: Sequence[Cell]) -> list[str]:
-    """What a reader should know of plans that nothing has been measured for."""
-    if any(isinstance(cell, Plan) and cell.device_kind == "tpu" for cell in cells):
+def _unmeasured(plans: Iterable[Plan]) -> list[str]:
+    """Notes on plans whose predictions no measurement has confirmed."""
+    if any(plan.device_kind == "tpu" for plan in plans):
         return ["tpu: predicted from XLA on a CPU; it multiplies in bfloat16"]
     return []
 
@@ -77,12 +76,18 @@ def _table(*first: str) -> Table:
 
 
 def show_plan(plan: Plan, *, explain: bool = False, trials: Sequence[Trial] = ()) -> None:
-    """A plan: what is chosen, what needs less, what would be faster."""
+    """Show a plan: the chosen setting, those that need less memory, those that would be faster.
+
+    Args:
+        plan: the plan.
+        explain: show what the memory is used for.
+        trials: trials of the plan, and of larger plans before it.
+    """
     console = terminal()
-    place = describe_place(plan.budget_bytes, plan.chosen.replicas, plan.device)
+    budget = _describe_budget(plan.budget_bytes, plan.chosen.replicas, plan.device)
     console.print(
         f"{plan.workload.model}, sequence length {plan.workload.seq_len}, effective batch "
-        f"{plan.target_batch}, {place}",
+        f"{plan.target_batch}, {budget}",
         soft_wrap=True,
     )
     table, marks = _table(""), _Marks()
@@ -117,7 +122,7 @@ def show_plan(plan: Plan, *, explain: bool = False, trials: Sequence[Trial] = ()
 
 
 def _measured(plan: Plan, trial: Trial) -> str:
-    """What a trial of a plan has shown; all but the last are of plans that did not fit."""
+    """Describe the result of a trial; all but the last are of plans that did not fit."""
     if trial.outcome == "oom":
         return f"measured: micro-batch {trial.batch} of a larger plan runs out of memory"
     assert trial.peak_bytes is not None
@@ -130,7 +135,7 @@ def _measured(plan: Plan, trial: Trial) -> str:
 
 
 def _recipe_lines(plan: Plan) -> list[str]:
-    """The recipe of the task, and how long it takes."""
+    """Describe the recipe of the task, and how long it takes."""
     recipe = find_recipe(plan.workload.head, plan.workload.model, plan.target_batch)
     rate = f"learning rate {recipe.learning_rate:g}"
     lines = [
@@ -156,7 +161,7 @@ _BAR_COLUMNS = 42
 
 
 def show_parts(entry: PlanEntry, budget_bytes: int) -> None:
-    """The footprint as a bar, one part under the other, from nothing to the budget."""
+    """Show the footprint as bars, a line for each part, from 0 bytes to the budget."""
     console = terminal()
     footprint = entry.footprint
     console.print(
@@ -179,55 +184,61 @@ def show_parts(entry: PlanEntry, budget_bytes: int) -> None:
             )
 
 
-def show_grid(title: str, cells: Sequence[Cell]) -> None:
-    """A plan a line."""
+def show_grid(target_batch: int, device: PlannedDevice, answers: Sequence[Plan | NoPlan]) -> None:
+    """Show plans for several workloads, a line for each."""
     console = terminal()
-    console.print(title, soft_wrap=True)
+    budget = _describe_budget(device.budget_bytes, device.replicas, device.name)
+    console.print(f"effective batch {target_batch}, {budget}", soft_wrap=True)
     table, marks = _table("model", "seq"), _Marks()
-    for cell in cells:
-        if isinstance(cell, Plan):
-            table.add_row(
-                cell.workload.model, str(cell.workload.seq_len), *_row(cell.chosen, marks)
-            )
+    for answer in answers:
+        first = answer.workload.model, str(answer.workload.seq_len)
+        if isinstance(answer, Plan):
+            table.add_row(*first, *_row(answer.chosen, marks))
         else:
-            workload = cell[0]
-            table.add_row(workload.model, str(workload.seq_len), "-", "-", "does not fit", "-", "-")
+            table.add_row(*first, "-", "-", "does not fit", "-", "-")
     console.print(table)
-    notes = marks.notes()
-    for note in (*notes, *_unmeasured(cells)):
-        console.print(note, soft_wrap=True)
-    if any(isinstance(cell, Plan) and _on_host(cell.chosen.levers) for cell in cells):
-        console.print("host: the optimizer's state is in the host's memory")
-    same = "every other" if notes else "every"
+    plans = [answer for answer in answers if isinstance(answer, Plan)]
+    _print_notes(console, marks, plans)
+    same = "every other" if marks.notes() else "every"
     console.print(f"Peak and time are predicted; {same} setting gives the same update.")
 
 
-def show_cards(title: str, cells: Sequence[tuple[Accelerator, Cell]]) -> None:
-    """A plan for every product of the catalogue that can do it, a line each."""
+def show_accelerators(
+    target_batch: int, workload: Workload, answers: Mapping[Accelerator, Plan | NoPlan]
+) -> None:
+    """Show the plans of one workload for many accelerators, a line for each."""
     console = terminal()
-    console.print(title, soft_wrap=True)
+    console.print(
+        f"{workload.model}, sequence length {workload.seq_len}, effective batch {target_batch}",
+        soft_wrap=True,
+    )
     table, marks = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0)), _Marks()
     for title in ("card", "memory", "batch", "steps", "checkpointing", "peak", "time"):
         left = title in ("card", "checkpointing")
         table.add_column(title, justify="left" if left else "right", no_wrap=True)
-    for product, cell in cells:
-        if isinstance(cell, Plan):
-            memory = f"{product.memory_bytes // GIB_BYTES} GiB"
-            many = f"{cell.chosen.replicas} x " if cell.chosen.replicas > 1 else ""
-            table.add_row(product.name, many + memory, *_row(cell.chosen, marks))
+    plans = {a: answer for a, answer in answers.items() if isinstance(answer, Plan)}
+    for accelerator, plan in plans.items():
+        memory = f"{accelerator.memory_bytes // GIB_BYTES} GiB"
+        many = f"{plan.chosen.replicas} x " if plan.chosen.replicas > 1 else ""
+        table.add_row(accelerator.name, many + memory, *_row(plan.chosen, marks))
     console.print(table)
-    none = [product.name for product, cell in cells if not isinstance(cell, Plan)]
+    none = [accelerator.name for accelerator in answers if accelerator not in plans]
     if none:
         console.print(f"no plan for {', '.join(none)}", soft_wrap=True)
-    for note in (*marks.notes(), *_unmeasured([cell for _, cell in cells])):
-        console.print(note, soft_wrap=True)
-    if any(isinstance(cell, Plan) and _on_host(cell.chosen.levers) for _, cell in cells):
-        console.print("host: the optimizer's state is in the host's memory")
+    _print_notes(console, marks, list(plans.values()))
     console.print("Batch is the micro-batch. Peak and time, of an effective batch, are predicted.")
 
 
+def _print_notes(console: Console, marks: _Marks, plans: Sequence[Plan]) -> None:
+    """Print what a reader must know of the plans in a table."""
+    for note in (*marks.notes(), *_unmeasured(plans)):
+        console.print(note, soft_wrap=True)
+    if any(_on_host(plan.chosen.levers) for plan in plans):
+        console.print("host: the optimizer's state is in the host's memory")
+
+
 def show_min_memory(target_batch: int, found: Sequence[MinMemory]) -> None:
-    """The smallest memory for a target, a workload a line, and the smallest card."""
+    """Show the smallest memory for a target and the smallest GPU with it, a workload a line."""
     console = terminal()
     console.print(f"smallest memory for an effective batch of {target_batch}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
@@ -235,7 +246,7 @@ def show_min_memory(target_batch: int, found: Sequence[MinMemory]) -> None:
         left = title in ("model", "checkpointing", "card")
         table.add_column(title, justify="left" if left else "right", no_wrap=True)
     for smallest in found:
-        step, cards = smallest.step, cards_of(smallest.on_gpu_bytes)
+        step, cards = smallest.step, gpus_with(smallest.on_gpu_bytes)
         table.add_row(
             step.workload.model,
             str(step.workload.seq_len),
@@ -248,15 +259,8 @@ def show_min_memory(target_batch: int, found: Sequence[MinMemory]) -> None:
     console.print(table)
 
 
-def cards_of(budget_bytes: int) -> list[Accelerator]:
-    """GPUs of the catalogue with so much usable memory, the smallest first."""
-    cards = [card for card in ACCELERATORS.values() if card.kind == "gpu"]
-    large = [card for card in cards if card.usable_bytes >= budget_bytes]
-    return sorted(large, key=lambda card: card.memory_bytes)
-
-
 def show_catalogue(products: Sequence[Accelerator]) -> None:
-    """The catalogue."""
+    """Show the accelerators of the catalogue, a line for each."""
     table = Table(box=None, pad_edge=False)
     for title in ("name", "devices", "memory", "usable", "float32", "bandwidth"):
         table.add_column(title, justify="left" if title == "name" else "right")

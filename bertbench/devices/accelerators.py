@@ -124,6 +124,12 @@ def find_accelerator(name: str) -> Accelerator:
     return ACCELERATORS[key]
 
 
+def gpus_with(usable_bytes: int) -> list[Accelerator]:
+    """Return the GPUs with at least so much usable memory, the smallest first."""
+    large = [a for a in ACCELERATORS.values() if a.kind == "gpu" and a.usable_bytes >= usable_bytes]
+    return sorted(large, key=lambda gpu: gpu.memory_bytes)
+
+
 def match_accelerator(product: str) -> Accelerator | None:
     """Find the accelerator of a driver's device name, such as `NVIDIA H100 80GB HBM3`."""
     key = product.lower().replace(" ", "-")

@@ -16,7 +16,6 @@ MOST_PARAMETERS = 7
 # Functions that are still too long, with their lines, and that take too much, with the number of
 # their parameters. None may grow, and one that has become small enough must go from the table.
 LONG_FUNCTIONS: Mapping[str, int] = {
-    "bertbench.cli.plan.command": 170,
     "bertbench.cli.probe.command": 135,
     "bertbench.probe.cell.probe_cell": 128,
 }

@@ -10,10 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from bertbench.cli.plan import command
-from bertbench.cli.plan_view import cards_of
 from bertbench.core.workload import Setup, levers_from_json, published_workload
 from bertbench.devices import discover
-from bertbench.devices.accelerators import ACCELERATORS
+from bertbench.devices.accelerators import ACCELERATORS, gpus_with
 from bertbench.devices.device import GPU_CONTEXT_RESERVE_BYTES, Device
 from bertbench.memory.prediction import Room, predict_memory
 from finetune.errors import InputError
@@ -54,7 +53,7 @@ def test_the_smallest_memory_and_its_cards() -> None:
     setup = Setup(workload, levers)
     assert predict_memory(setup, Room("cpu", needed)).fits(least["micro_batch"])
     assert not predict_memory(setup, Room("cpu", needed - (1 << 20))).fits(least["micro_batch"])
-    assert least["cards"] == [card.name for card in cards_of(int(1.08 * needed) + 1)]
+    assert least["cards"] == [card.name for card in gpus_with(int(1.08 * needed) + 1)]
     text = plan(*BASE, "--device", "cpu", "--min-memory")
     assert f"{needed / (1 << 20):,.0f} MiB" in text
     assert "gtx-1050-ti" in text
@@ -64,11 +63,11 @@ def test_the_smallest_memory_and_its_cards() -> None:
 
 
 def test_smallest_cards_first() -> None:
-    names = [card.name for card in cards_of(11 << 30)]
+    names = [card.name for card in gpus_with(11 << 30)]
     assert names[0] == "titan-x"
     assert "gtx-1080-ti" not in names
     assert names[-1] == "h200"
-    assert cards_of(1 << 50) == []
+    assert gpus_with(1 << 50) == []
 
 
 def test_what_memory_is_used_for(tmp_path: Path) -> None:
