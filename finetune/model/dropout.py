@@ -1,17 +1,20 @@
 """Dropout as a pure function of (seed, optimizer step, example row, site).
 
-Two promises of the package rest on this file. A recomputed layer draws the masks that it drew the
-first time, and a micro-batch draws the rows of the masks that the whole effective batch would
-have drawn, so that accumulating micro-batches equals one large batch with dropout on.
+Three promises of the package depend on this module:
 
-Both follow from Philox, a counter-based generator (Salmon et al. 2011, "Parallel random numbers:
-as easy as 1, 2, 3"): block c of a stream depends on the key and on c alone, and holds four
-32-bit numbers. An example row of n elements is given ceil(n / 4) blocks of its own.
+- A recomputed layer draws the same masks as the first time.
+- A micro-batch draws its rows of the masks that the whole effective batch would have drawn, so
+  that accumulation equals one large batch, with dropout on.
+- The masks are the same whether TensorFlow's kernels compute them, on any device, or a program
+  compiled by XLA.
 
-A third promise is that masks are the same whatever computes them: TensorFlow's kernels on any
-device, or a program compiled by XLA. TensorFlow documents that of Philox's integers alone
-(`tf.random.Generator`). A uniform float is made of an integer's low 23 bits by TensorFlow's kernels
-and of its high ones by XLA, so masks are made of the integers here.
+The first two follow from Philox, a counter-based generator (Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3"). Block c of its stream depends only on the key and on c, and holds
+four 32-bit numbers. Each example row of n elements has ceil(n / 4) blocks of its own.
+
+For the third, masks are made of Philox's integers. TensorFlow documents only for these that they
+are the same everywhere (`tf.random.Generator`). A uniform float is made of an integer's low 23 bits
+by TensorFlow's kernels, but of its high bits by XLA.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import tensorflow as tf
 _PHILOX = 1
 _SITES = 1 << 16
 _BITS = 23
-"""Low bits of a number that decide; as many as TensorFlow's kernels make a float32 of."""
+"""Number of low bits that decide; TensorFlow's kernels make a float32 of as many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +37,9 @@ class DropoutKey:
     """What a mask depends on, besides the site.
 
     Attributes:
-        seed: the run's seed; a Python integer, below 2**63.
-        step: optimizer steps done so far, int64 scalar.
-        first_row: index within the effective batch of the first row at hand, int64 scalar.
+        seed: seed of the run, a Python integer below 2**63.
+        step: number of finished optimizer steps, int64 scalar.
+        first_row: index within the effective batch of the first row, int64 scalar.
     """
 
     seed: int
@@ -47,14 +50,14 @@ class DropoutKey:
 def dropout(x: tf.Tensor, rate: float, key: DropoutKey | None, site: int) -> tf.Tensor:
     """Zero elements with probability `rate` and scale the others by 1 / (1 - rate).
 
-    The gradient keeps one byte an element (the mask), not the four of a scaled mask.
+    For the gradient it keeps the mask, one byte for each element; a scaled mask would be four.
 
     Args:
         x: `[rows, ...]`; the size of a row must be known when the graph is built.
-        rate: in [0, 1).
-        key: None turns dropout off.
-        site: number of this dropout within the model, in [0, 65536); sites draw independent
-            masks.
+        rate: dropout rate in [0, 1).
+        key: what the mask depends on; None for no dropout.
+        site: number of this dropout within the model, in [0, 65536). The masks of different sites
+            are independent.
 
     Returns:
         A tensor like `x`.
@@ -74,10 +77,10 @@ def draw_mask(
 
     Args:
         rows: number of examples, int32 scalar.
-        row_shape: of an example; all of it known when the graph is built.
-        rate: in [0, 1).
+        row_shape: shape of an example; all of it must be known when the graph is built.
+        rate: dropout rate in [0, 1).
         key: what the mask depends on.
-        site: likewise, see `dropout`.
+        site: number of this dropout within the model, see `dropout`.
 
     Returns:
         Bool `[rows, *row_shape]`.
@@ -92,7 +95,7 @@ def draw_mask(
         raise ValueError(f"dropout needs the size of a row to be known, got shape {row_shape}")
     blocks = math.ceil(row_elements / 4)
     counter = tf.bitcast(tf.stack([key.first_row * blocks, key.step * _SITES + site]), tf.uint64)
-    # Unsigned: GPUs have no kernels that compare int32 tensors, the host would do it for them.
+    # Unsigned: GPUs have no kernels that compare int32 tensors, so the host would do it.
     numbers = tf.raw_ops.StatelessRandomUniformFullIntV2(
         shape=tf.stack([rows, blocks * 4]),
         key=tf.constant([key.seed], tf.uint64),
@@ -100,7 +103,7 @@ def draw_mask(
         alg=_PHILOX,
         dtype=tf.uint32,
     )  # [rows, 4 * blocks]
-    # In place: a graph gives the numbers' memory to the result.
+    # In place: the result gets the memory of the numbers.
     numbers = tf.bitwise.bitwise_and(numbers, tf.constant((1 << _BITS) - 1, tf.uint32))
     mask = numbers >= tf.constant(_dropped_numbers(rate), tf.uint32)
     if row_elements != blocks * 4:
@@ -109,15 +112,15 @@ def draw_mask(
 
 
 def _dropped_numbers(rate: float) -> int:
-    """How many of the 2**23 numbers are dropped: those that, over 2**23, are below the rate."""
+    """Return how many of the 2**23 numbers n are dropped: those with n / 2**23 below the rate."""
     return math.ceil(float(np.float32(rate)) * (1 << _BITS))
 
 
 def apply_mask(x: tf.Tensor, mask: tf.Tensor, rate: float) -> tf.Tensor:
     """Zero `x` where `mask` is False and scale the rest by 1 / (1 - rate).
 
-    The gradient reads the mask alone. That of `tf.where` asks for the shape of `x`, and so would
-    have a recomputed layer compute `x` again for nothing, its last and largest matrix product.
+    The gradient reads only the mask. The gradient of `tf.where` asks for the shape of `x`, so a
+    recomputed layer would compute `x`, its last and largest matrix product, again only for that.
     """
 
     @tf.custom_gradient

@@ -1,11 +1,11 @@
-"""Arithmetic of BERT's sublayers, written for what it keeps in memory until the backward pass.
+"""Arithmetic of BERT's sublayers, written so that little is kept until the backward pass.
 
-Weights come in as tensors, not variables: the functions are pure, so that
+Weights are passed as tensors, not as variables. So the functions are pure, and
 `finetune.model.recomputation` may run them twice.
 
-The gradients wait for the gradient that comes in before they compute anything. Much of each
-depends on the forward pass alone: TensorFlow would compute it as soon as it can, in the forward
-pass, and keep it, three times the activation's own size for a GELU.
+Each gradient waits for the incoming gradient before it computes anything. Many of its parts depend
+on the forward pass alone. TensorFlow would compute them as soon as it can, in the forward pass, and
+keep them: for a GELU three times the bytes of the activation itself.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ def dense(
 ) -> tf.Tensor:
     """Multiply `x` `[n, inputs]` by `kernel` `[inputs, outputs]` and add `bias` `[outputs]`.
 
-    Kernel and bias are rounded to the type of `x`, and again in the gradient, so that no copy of
-    the weights in that type outlives the product.
+    Kernel and bias are rounded to the type of `x`, and rounded again in the gradient, so that no
+    copy of the weights in that type outlives the product.
 
     Args:
         x: `[n, inputs]`.
         kernel: `[inputs, outputs]`.
         bias: `[outputs]`.
-        gradient_name: of the operation that makes the gradient of `x`. TensorFlow sorts what it
-            adds up by name and makes the sum in the place of the first, so names that end in
-            `_99` and `_101` would have one layer's gradients lie elsewhere than all others'.
+        gradient_name: name of the operation that makes the gradient of `x`. TensorFlow sorts the
+            terms of a sum by name, and makes the sum in the memory of the first term. If the names
+            of two terms ended in `_99` and `_101`, their order, and so the memory of the sum, would
+            differ from that of all other layers.
     """
 
     @tf.custom_gradient
@@ -47,8 +48,8 @@ def dense(
                 d_bias = tf.raw_ops.BiasAddGrad(out_backprop=dy)
             else:
                 d_bias = tf.reduce_sum(tf.cast(dy, bias.dtype), axis=0)
-            # First what nothing waits for: `x` and `dy` would live until TensorFlow came back to
-            # it, through the backward pass of all that is below.
+            # First the gradients that nothing waits for. Otherwise TensorFlow would first run the
+            # backward pass of all layers below, and `x` and `dy` would live until then.
             with tf.control_dependencies([d_kernel, d_bias]):
                 wide = tf.cast(kernel, x.dtype)
                 d_x = tf.matmul(dy, wide, transpose_b=True, name=gradient_name)
@@ -66,8 +67,8 @@ def add(
 ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]]:
     """Add tensors of one shape.
 
-    The gradient of `+` asks for the shapes of both, so that a recomputed layer would compute its
-    last matrix product again for nothing but its shape.
+    The gradient of `+` asks for the shapes of both. A recomputed layer would then compute its last
+    matrix product again only for its shape.
     """
     return x + y, lambda dy: (dy, dy)
 
@@ -75,9 +76,9 @@ def add(
 def fresh_zeros(like: tf.Tensor | tf.Variable) -> tf.Tensor:
     """Make zeros of the shape and type of `like` each time a graph is run, to be added to in place.
 
-    `tf.zeros_like` of a weight is folded into a constant, and a constant stays in memory for as
-    long as its graph exists; `tf.fill` of the same values twice is one tensor. This op counts as
-    one with a state, so neither is done to it.
+    TensorFlow folds `tf.zeros_like` of a weight into a constant, and a constant stays in memory for
+    as long as its graph exists. It also merges two equal `tf.fill` into one tensor. It does neither
+    to the operation used here, because that counts as one with a state.
     """
     return tf.raw_ops.Empty(shape=like.shape, dtype=like.dtype, init=True)
 
@@ -91,15 +92,15 @@ def layer_norm(
 ) -> tf.Tensor:
     """Normalise `x` `[n, h]` over its last axis, then scale and shift.
 
-    Keeps `x` and two numbers a row for the gradient; the composition of TensorFlow's own ops
-    keeps about three times as much. Computes in the type of `gamma`.
+    For the gradient it keeps `x` and two numbers for each row. The same formula written with
+    TensorFlow's own operations keeps about three times as much. It computes in the type of `gamma`.
 
     Args:
         x: `[n, h]`.
         gamma: scale `[h]`.
         beta: shift `[h]`.
         epsilon: added to the variance.
-        output_type: of the result; that of `x` by default.
+        output_type: type of the result; by default that of `x`.
     """
 
     @tf.custom_gradient
@@ -141,17 +142,17 @@ def split_heads(x: tf.Tensor, batch: tf.Tensor, seq_len: int, heads: int) -> tf.
 def attention(
     scores: tf.Tensor, value: tf.Tensor, mask: tf.Tensor | None = None, rate: float = 0.0
 ) -> tf.Tensor:
-    """Softmax, dropout and the weighted sum of values.
+    """Compute softmax, dropout and the weighted sum of values.
 
-    Keeps one number an element of `scores` for the gradient: the probability, with the sign of
-    minus where dropout took it. TensorFlow's own ops keep the probabilities before and after
+    For the gradient it keeps one number for each element of `scores`: the probability, with a minus
+    sign where it was dropped. TensorFlow's own operations keep the probabilities before and after
     dropout, and the mask.
 
     Args:
         scores: `[b, a, s, s]`, padding already masked.
         value: `[b, a, s, d]`.
         mask: bool `[b, a, s, s]`, False where dropped; None for no dropout.
-        rate: of dropout.
+        rate: dropout rate.
 
     Returns:
         `[b * s, h]`.
@@ -179,10 +180,10 @@ def attention(
                 dy = split_heads(dy, batch, seq_len, heads)
                 again = dropped()
                 d_value = tf.matmul(again, dy, transpose_a=True)
-                # With q for the dropped probabilities, p for those before, d for the gradient of
-                # q: the gradient of the scores is q * d - p * sum(q * d). The sum could be had
-                # from the result and its gradient without reading an [s, s], but then a row with
-                # a single token would have rounding errors for a gradient that is 0.
+                # Let p be the probabilities before dropout, q those after it, and d the gradient
+                # of q. The gradient of the scores is q * d - p * sum(q * d). The sum could be
+                # computed from the result and its gradient without reading an [s, s], but then a
+                # row with a single token would get rounding errors instead of a gradient of 0.
                 product = again * tf.matmul(dy, value, transpose_b=True)
                 total = _row_sums(product)
                 return product - tf.abs(signed) * total, d_value
@@ -193,9 +194,9 @@ def attention(
 
 
 def _row_sums(x: tf.Tensor) -> tf.Tensor:
-    """Sum over the last axis, which stays with size 1.
+    """Sum over the last axis, which is kept with size 1.
 
-    A matrix product adds up in float32 whatever its type is, and needs no float32 copy of `x`.
+    A matrix product adds up in float32 whatever its type is, and it needs no float32 copy of `x`.
     """
     if x.dtype == tf.float32:
         return tf.reduce_sum(x, axis=-1, keepdims=True)
@@ -205,7 +206,7 @@ def _row_sums(x: tf.Tensor) -> tf.Tensor:
 @tf.custom_gradient
 def _gelu_tanh(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
     # Each factor is made in place, one after the other, and TanhGrad multiplies by 1 - tanh^2
-    # without making it first: two arrays of the size of x at a time, and `dy`, instead of four.
+    # without making it first. So two arrays of the size of x live at a time beside `dy`, not four.
     def tanh_of_inner() -> tf.Tensor:
         return tf.tanh(x * (_SQRT_2_OVER_PI + _GELU_CUBIC * tf.square(x)))
 
@@ -213,7 +214,7 @@ def _gelu_tanh(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor
         with tf.control_dependencies([dy]):
             tanh = tanh_of_inner()
         with tf.control_dependencies([tanh]):
-            # In float16 the cube is infinite beyond 107, and infinity times 1 - tanh^2 no number.
+            # In float16 the cube is infinite beyond 107, and infinity times 1 - tanh^2 is NaN.
             bounded = tf.clip_by_value(x, -20.0, 20.0) if x.dtype == tf.float16 else x
             slope = bounded * (0.5 * _SQRT_2_OVER_PI + 1.5 * _GELU_CUBIC * tf.square(bounded))
             slope = tf.raw_ops.TanhGrad(y=tanh, dy=slope)
@@ -225,9 +226,9 @@ def _gelu_tanh(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor
 
 @tf.custom_gradient
 def _gelu_erf(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
-    # Operation by operation as the GELU by tanh, down to a name: TensorFlow sorts the factors of a
-    # product by name and makes it in the place of the first. So a step asks for memory in the same
-    # order with both, and what is known of the one is known of the other.
+    # This has the same operations in the same order as the GELU by tanh. Even one name is the same:
+    # TensorFlow sorts the factors of a product by name, and makes it in the memory of the first.
+    # So a step allocates in the same order with both GELUs, and one step trace serves for both.
     def error_function() -> tf.Tensor:
         return tf.math.erf(x * math.sqrt(0.5))
 
@@ -245,10 +246,10 @@ def _gelu_erf(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]
 def activation(x: tf.Tensor, name: str) -> tf.Tensor:
     """Apply `gelu_tanh` (the original's `modeling.gelu`), `gelu_erf` or `relu`.
 
-    Both GELUs keep only `x` and compute the rest again in the gradient.
+    Both GELUs keep only `x`, and compute the rest again in the gradient.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: the name is unknown.
     """
     if name == "gelu_tanh":
         return _gelu_tanh(x)

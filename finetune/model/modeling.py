@@ -1,8 +1,8 @@
 """BERT's encoder and task heads (Devlin et al. 2019; the original's `modeling.py`).
 
-A model is a dictionary of variables under the names of the original's checkpoints, and functions
-over it. Nothing here holds state, so what a training step keeps in memory can be read off the
-code: see `finetune.spec.checkpointing` for the account.
+A model is a dictionary of variables, under the names of the original's checkpoints, and functions
+that take it. Nothing else holds state, so the code shows what a training step keeps in memory; see
+the table in `finetune.spec.checkpointing`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from finetune.spec.checkpointing import NO_CHECKPOINTING, Checkpointing, example
 from finetune.spec.config import INPUT_NAMES, BertConfig, is_trained, variable_shapes
 
 Variables = Mapping[str, tf.Variable]
-"""Variables by their name in the original's checkpoints."""
+"""Variables by their names in the original's checkpoints."""
 
 _MASK_ADDER = -10000.0
 
@@ -38,22 +38,28 @@ def create_variables(
     """Create a model's variables, initialised as in the original.
 
     Kernels and embeddings are drawn from a normal distribution of standard deviation
-    `initializer_range` cut at two standard deviations; LayerNorm scales are 1, the rest 0.
-    Values depend on the seed and the position of the variable alone.
+    `initializer_range`, cut at two standard deviations. The scales of LayerNorms are 1, all other
+    variables 0. A value depends only on the seed and on the position of its variable.
+
+    Example:
+        >>> variables = create_variables(preset("bert-tiny"), "squad")
+        >>> variables["bert/embeddings/word_embeddings"].shape
+        TensorShape([30522, 128])
 
     Args:
         config: the encoder.
         head: one of `finetune.spec.config.HEADS`.
-        num_labels: classes of the classifier.
+        num_labels: number of classes of the classifier.
         seed: any integer.
 
     Returns:
-        Float32 variables by name; those that never get a gradient are not trainable.
+        Float32 variables by name. Those that never get a gradient are not trainable.
     """
     shapes = variable_shapes(config, head, num_labels)
-    # The largest first, and all before the first random number is drawn. TensorFlow's allocator
-    # hands a hole of up to twice the size out whole: among the holes that the drawing leaves, the
-    # word embeddings and their moments would waste a byte and a half a parameter for good.
+    # Allocate the largest first, and all of them before the first random number is drawn.
+    # TensorFlow's allocator does not split a hole of up to twice the size that is asked for. In the
+    # holes that drawing leaves, the word embeddings and their moments would waste a byte and a half
+    # for each parameter, for as long as they live.
     variables = {
         name: tf.Variable(tf.zeros(shapes[name]), trainable=is_trained(name, head), name=name)
         for name in sorted(shapes, key=lambda name: -math.prod(shapes[name]))
@@ -62,7 +68,7 @@ def create_variables(
         if name.endswith("gamma"):
             variables[name].assign_add(tf.ones(shape))
         elif not name.endswith(("bias", "beta")):
-            # By the host: another device makes other floats of the same random integers.
+            # On the host: other devices make other floats of the same random integers.
             with tf.device("/device:CPU:0"):
                 value = tf.random.stateless_truncated_normal(
                     shape, [seed, position], stddev=config.initializer_range
@@ -167,10 +173,11 @@ def _run_layer(
 def _embed(
     variables: Variables, config: BertConfig, input_ids: tf.Tensor, segment_ids: tf.Tensor
 ) -> tf.Tensor:
-    """Sum word, segment and position embeddings; `[b * s, h]`."""
+    """Return the sums of word, segment and position embeddings, `[b * s, h]`."""
     prefix = "bert/embeddings/"
-    # From the value, not the variable: a gather from a variable makes TensorFlow copy the whole
-    # table at every later read and update (EnsureSparseVariableAccess, copy_on_read_mode).
+    # Gather from the value, not from the variable. A gather from a variable makes TensorFlow copy
+    # the whole table at every later read and update (EnsureSparseVariableAccess,
+    # copy_on_read_mode).
     words = tf.convert_to_tensor(variables[prefix + "word_embeddings"])
     segments = tf.convert_to_tensor(variables[prefix + "token_type_embeddings"])
     x = tf.gather(words, input_ids)  # [b, s, h]
@@ -180,14 +187,14 @@ def _embed(
 
 
 def squad_logits(variables: Variables, sequence_output: tf.Tensor) -> tf.Tensor:
-    """Score every token as start and as end of the answer (the original's `run_squad.py`).
+    """Score each token as start and as end of the answer (the original's `run_squad.py`).
 
     Args:
         variables: a model with the `squad` head.
-        sequence_output: `[b, s, h]`.
+        sequence_output: the encoder's output, `[b, s, h]`.
 
     Returns:
-        `[2, b, s]`: start scores, end scores.
+        Start scores and end scores, `[2, b, s]`.
     """
     batch, seq_len = tf.shape(sequence_output)[0], sequence_output.shape[1]
     flat = tf.reshape(sequence_output, [-1, sequence_output.shape[2]])
@@ -206,17 +213,18 @@ def classifier_logits(
 ) -> tf.Tensor:
     """Score the classes from the pooled first token (the original's `run_classifier.py`).
 
+    The original drops 10 % of the pooled output, whatever the other dropout rates are. Here the
+    rate is the configuration's `classifier_dropout`, or else `hidden_dropout_prob`, which is 0.1 in
+    every published model.
+
     Args:
-        variables: a model with the `classifier` head.
+        variables: a model with the `classifier` or `regressor` head.
         config: its configuration.
-        sequence_output: `[b, s, h]`.
-        dropout_key: None for no dropout; the original drops 10 % of the pooled output,
-            whatever the configuration says of the other rates. Here the configuration's
-            `classifier_dropout` decides, or else `hidden_dropout_prob`, which is 0.1 in every
-            published model.
+        sequence_output: the encoder's output, `[b, s, h]`.
+        dropout_key: None for no dropout.
 
     Returns:
-        `[b, labels]`.
+        `[b, labels]`; one label for a regressor.
     """
     pooled = tf.tanh(
         dense(

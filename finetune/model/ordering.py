@@ -1,8 +1,9 @@
-"""The order in which a graph's operations run: that in which they were written.
+"""Running a graph's operations in the order in which they were written.
 
-TensorFlow runs whatever is ready, in an order that depends on the addresses of its own data
-structures and on times that it measures. What is alive at the same moment, and with it the peak,
-then differs from process to process: for one batch of a small model by a tenth.
+By itself TensorFlow runs any operation that is ready. Its order depends on the addresses of its own
+data structures and on times that it measures. Then the tensors that are alive at the same moment,
+and with them the peak memory, differ from process to process: by a tenth for the same batch of a
+small model.
 """
 
 from __future__ import annotations
@@ -11,26 +12,27 @@ from collections.abc import Iterable
 
 import tensorflow as tf
 
-# Nothing is computed here, or not when the step runs.
+# These compute nothing when the step runs.
 _NOT_RUN = frozenset({"Const", "Placeholder", "NoOp"})
 
-# These ask for a shape only. A backward pass asks for those of the forward pass, and a tensor would
-# be held until then.
+# These read only the shape of a tensor. A backward pass reads shapes of the forward pass, and their
+# tensors would be held until then.
 _SHAPES = frozenset({"Shape", "Size", "Rank"})
 
 
 def run_in_order(results: Iterable[tf.Tensor], *, each_device: bool = False) -> None:
-    """Have the operations of the graph that is being made run in the order of their creation.
+    """Make the operations of the graph that is being built run in the order of their creation.
 
-    Only those that the results, or what changes variables, need: what nothing needs is left free to
-    be pruned. On a GPU only those of tensors with at least two dimensions: TensorFlow may move the
-    small ones to the host, and an order between two devices makes one wait for the other.
+    Operations are ordered only if the results need them, or operations that change variables.
+    TensorFlow may prune the others. On a GPU only operations on tensors with at least two
+    dimensions are ordered: TensorFlow may move smaller ones to the host, and an order between
+    two devices would make one wait for the other.
 
     Args:
         results: what the function that is being traced returns.
-        each_device: those of each device have an order of their own, so that replicas, which are
-            written one after the other, run at the same time. What has no device, as what takes a
-            batch apart, is left free.
+        each_device: give the operations of each device an order of their own, so that replicas,
+            which are written one after the other, run at the same time. Operations without a
+            device, such as those that cut up the batch, are not ordered.
     """
     if tf.executing_eagerly():
         return
@@ -60,7 +62,7 @@ def run_in_order(results: Iterable[tf.Tensor], *, each_device: bool = False) -> 
 
 
 def _with_shapes_first(operations: list[tf.Operation]) -> list[tf.Operation]:
-    """Move every question for a shape to where the shape is known."""
+    """Move every operation that reads a shape to just behind the one that makes the tensor."""
     early = [op for op in operations if op.type in _SHAPES and not op.control_inputs]
     asked: dict[tf.Operation, list[tf.Operation]] = {}
     for operation in early:
@@ -75,7 +77,7 @@ def _with_shapes_first(operations: list[tf.Operation]) -> list[tf.Operation]:
 
 
 def _is_large(operation: tf.Operation) -> bool:
-    """Tell whether an operation reads or makes something with at least two dimensions."""
+    """Return whether an operation reads or makes a tensor with at least two dimensions."""
     return any(
         tensor.dtype != tf.resource and (tensor.shape.rank is None or tensor.shape.rank >= 2)
         for tensor in (*operation.inputs, *operation.outputs)

@@ -1,14 +1,14 @@
-"""Regions whose backward pass runs their forward pass again, a few examples at a time.
+"""Regions of a graph whose backward pass runs their forward pass again, a few examples at a time.
 
-The recomputed forward pass must draw the dropout masks of the first one. `tf.recompute_grad`
-around a stateful random op does not: it draws new masks, and the gradient belongs to another
-function than the loss. Here every mask is a function of tensors that are passed in
-(`finetune.model.dropout`), so both passes agree by construction.
+The recomputed forward pass must draw the same dropout masks as the first one. With
+`tf.recompute_grad` around a stateful random operation it does not: it draws new masks, and the
+gradient is that of another function than the loss. Here every mask is a function of tensors that
+are passed in (`finetune.model.dropout`), so both passes have the same masks.
 
-A region that treats every example alike may be run in chunks of examples. What it holds in
-between is then that of one chunk, however large the micro-batch is; its inputs and outputs alone
-grow with the batch. Gradients of weights are added up over the chunks, so they differ from those
-of one chunk by the order of a float32 sum.
+A region that treats all examples alike may be run in chunks of examples. Then it holds the
+activations of one chunk, however large the micro-batch is; only its inputs and outputs grow with
+the micro-batch. The gradients of the weights are added up over the chunks, so they differ from
+those of a single chunk by the order of a float32 sum.
 
 A region may name results that are too costly to compute again. They are kept, chunk by chunk.
 """
@@ -36,7 +36,7 @@ Keep = Callable[..., tf.Tensor]
 class Region(Protocol):
     """What can be recomputed: a pure function of tensors.
 
-    What else it needs, as the step's dropout key, it may capture as long as no gradient is wanted.
+    It may also capture tensors that need no gradient, such as the dropout key of a step.
     """
 
     def __call__(
@@ -45,18 +45,18 @@ class Region(Protocol):
         """Compute the rows of some examples.
 
         Args:
-            first: index of their first example within the micro-batch, int32 scalar.
-            inputs: float tensors with their rows.
+            first: index of the first example within the micro-batch, int32 scalar.
+            inputs: float tensors with the rows of these examples.
             weights: float tensors that all examples share.
-            constants: tensors with their rows that no gradient is wanted for.
-            keep: to be called for results that need not be computed again, always the same
-                ones in the same order.
+            constants: likewise rows of these examples, but without a gradient.
+            keep: to be called for results that should not be computed again, for the same results
+                and in the same order each time.
         """
         ...
 
 
 def compute(function: Callable[..., tf.Tensor], *arguments: tf.Tensor) -> tf.Tensor:
-    """Call a function; the `Keep` that remembers nothing."""
+    """Call a function: the `Keep` that remembers nothing."""
     return function(*arguments)
 
 
@@ -106,8 +106,8 @@ def recompute(
             of_inputs, _, of_weights = in_chunks(
                 backward, [upstream, *again, *constants], kept, outputs, chunking
             )
-            # Nothing waits for a weight's gradient until the update, and TensorFlow prefers the
-            # operation that became ready last: without this the layers below would be recomputed
+            # Nothing waits for a weight's gradient until the update, and TensorFlow first runs the
+            # operation that became ready last. Without this it would recompute the layers below
             # first, and all their activations would live at once.
             with tf.control_dependencies(of_weights):
                 return [*(tf.identity(g) for g in of_inputs), *of_weights]
@@ -156,7 +156,7 @@ def _backward(region: Region, inputs: int, weights: Tensors, *, keeps: bool) -> 
 
 
 def _keep_in(kept: list[tf.Tensor]) -> Keep:
-    """Make the `Keep` that remembers results."""
+    """Make the `Keep` that puts results into a list."""
 
     def keep(function: Callable[..., tf.Tensor], *arguments: tf.Tensor) -> tf.Tensor:
         kept.append(function(*arguments))
@@ -166,7 +166,7 @@ def _keep_in(kept: list[tf.Tensor]) -> Keep:
 
 
 def _replay(kept: Tensors) -> Keep:
-    """Make the `Keep` that returns what was remembered, with the gradient of the function."""
+    """Make the `Keep` that returns remembered results, with the gradients of their functions."""
     remaining = iter(kept)
 
     def keep(function: Callable[..., tf.Tensor], *arguments: tf.Tensor) -> tf.Tensor:
@@ -177,7 +177,7 @@ def _replay(kept: Tensors) -> Keep:
         @tf.custom_gradient
         def known(*arguments: tf.Tensor) -> tuple[tf.Tensor, Callable[..., list[tf.Tensor]]]:
             def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
-                # The result itself is not asked for, so the graph does not compute it.
+                # Nothing reads the result itself, so the graph does not compute it.
                 with tf.GradientTape() as tape:
                     tape.watch(arguments)
                     result = function(*arguments)
@@ -191,9 +191,10 @@ def _replay(kept: Tensors) -> Keep:
 
 
 def _after(trigger: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """Return `x`, but not before `trigger` is known: `x` plus what is 0 unless `trigger` is NaN.
+    """Return `x`, but not before `trigger` is known.
 
-    A control dependency is not enough in a graph of one piece: its optimizer would see the same
+    The result is the sum of `x` and a number that is 0 unless `trigger` is NaN. A control
+    dependency is not enough outside of a loop: TensorFlow's graph optimizer would find the same
     computation twice and keep the activations of the first, and XLA would move the second one
     before the loss.
     """

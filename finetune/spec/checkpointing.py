@@ -1,8 +1,8 @@
 """Gradient checkpointing: which activations a layer keeps for its backward pass.
 
-Bytes per token that one layer keeps from its forward pass to its backward pass (float32),
-in terms of h (hidden), a (attention heads), s (sequence length), f (intermediate), with dropout
-on. A dropout mask is one byte an element.
+The last column counts the bytes that one layer keeps for each token from its forward pass to its
+backward pass, in float32 and with dropout. h is the hidden size, a the number of attention heads,
+s the sequence length, f the intermediate size. A dropout mask takes one byte for each element.
 
 | policy | stores | recomputes | kept bytes per token and layer |
 | --- | --- | --- | --- |
@@ -12,11 +12,11 @@ probabilities and their mask, GELU, LayerNorm | 22h + 4f |
 | `full` | the layer's input | the whole layer, for all examples at once | 4h |
 | `nested` | the layer's input | the whole layer, for some examples at a time | 4h |
 
-While a layer is being differentiated, `full` holds what `none` holds, for that layer alone.
-`selective` and `nested` hold it for one chunk of examples of that layer, so what grows with the
-micro-batch is hardly more than the last column.
+During the backward pass of a layer, `full` holds what `none` holds, for that layer alone.
+`selective` and `nested` hold it for one chunk of examples of that layer, so the bytes that grow
+with the micro-batch are hardly more than those of the last column.
 
-Every policy is exact: see `finetune.model.recomputation`. This module does not import TensorFlow.
+Every policy is exact: see `finetune.model.recomputation`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,27 @@ import dataclasses
 from finetune.errors import InputError
 
 POLICIES = ("none", "selective", "full", "nested")
-"""What may be done with a layer's activations, from most memory and least time to the reverse."""
+"""The policies, from the one with the most memory and the least time to the opposite."""
 
 CHUNK_TOKENS = {"selective": 1536, "nested": 768}
-"""Most tokens of a chunk, by the policies that work in chunks. The smaller, the less memory and
-the smaller the matrices: `nested` is for those who need the memory."""
+"""Most tokens of a chunk, for each policy that works in chunks. A smaller chunk needs less memory,
+but its matrices are smaller too, and so slower: `nested` is for those who need the memory."""
 
 
 def examples_per_chunk(policy: str, seq_len: int) -> int | None:
-    """Most examples of a chunk, at least 1; None if the policy takes all at once."""
+    """Return the most examples of a chunk, at least 1.
+
+    Example:
+        >>> examples_per_chunk("nested", 384)
+        2
+
+    Args:
+        policy: one of `POLICIES`.
+        seq_len: tokens of each example.
+
+    Returns:
+        None if the policy takes all examples at once.
+    """
     if policy not in CHUNK_TOKENS:
         return None
     return max(1, CHUNK_TOKENS[policy] // seq_len)
@@ -44,12 +56,12 @@ def examples_per_chunk(policy: str, seq_len: int) -> int | None:
 class Checkpointing:
     """A policy for the first layers, and one for the others.
 
-    The first layers are the ones to checkpoint more: their activations live longest, and the last
-    layer's are needed as soon as the backward pass begins.
+    It pays to checkpoint the first layers more: their activations live longest. Those of the last
+    layer are needed as soon as the backward pass begins.
 
     Attributes:
         policy: one of `POLICIES`.
-        layers: how many layers from the first; None means all.
+        layers: number of layers, from the first, that have this policy; None means all.
         others: policy of the other layers, one of `POLICIES`.
     """
 
@@ -58,25 +70,29 @@ class Checkpointing:
     others: str = "none"
 
     def __str__(self) -> str:
-        """Write it as the command line does: `full`, `full:18`, `nested:6+selective`."""
+        """Write it as on the command line: `full`, `full:18`, `nested:6+selective`."""
         text = self.policy if self.layers is None else f"{self.policy}:{self.layers}"
         return text if self.others == "none" else f"{text}+{self.others}"
 
     def of_layer(self, index: int) -> str:
-        """Policy of one layer, counted from 0 at the embeddings."""
+        """Return the policy of one layer; layer 0 is the one after the embeddings."""
         return self.policy if self.layers is None or index < self.layers else self.others
 
     def chunked_policies(self, num_layers: int) -> list[str]:
-        """Policies of a model's layers that work in chunks of examples, by name."""
+        """Return the policies that work in chunks of examples, of a model's layers; sorted."""
         return sorted({self.of_layer(index) for index in range(num_layers)} & CHUNK_TOKENS.keys())
 
 
 NO_CHECKPOINTING = Checkpointing()
-"""Every layer keeps what its backward pass reads."""
+"""Every layer keeps all that its backward pass reads."""
 
 
 def parse_checkpointing(text: str) -> Checkpointing:
     """Read `none`, `full`, `full:18` or `nested:6+selective`.
+
+    Example:
+        >>> parse_checkpointing("nested:6+selective").of_layer(6)
+        'selective'
 
     Raises:
         InputError: not a known policy, or not a number of layers.

@@ -1,4 +1,4 @@
-"""Shape of a BERT model: configuration files, published sizes, parameter counts. No TensorFlow."""
+"""Shape of a BERT model: configuration files, published sizes, parameter counts."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from finetune.storage.json_files import json_text, load_object
 _logger = logging.getLogger(__name__)
 
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu")
-"""Between the two products of a layer's intermediate sublayer."""
+"""Activation functions of a layer's feed-forward sublayer."""
 
 HEADS = ("squad", "classifier", "regressor")
-"""Task heads: `squad` scores each token as start and end, `classifier` scores the pooled output for
-each class, `regressor` makes one number of it."""
+"""Task heads. `squad` scores each token as start and as end of the answer, `classifier` scores each
+class from the pooled output, `regressor` computes one number from it."""
 
 INPUT_NAMES = ("input_ids", "input_mask", "segment_ids")
-"""Arrays `[examples, sequence length]` that every model is fed."""
+"""Names of the inputs of every model, arrays `[examples, sequence length]`."""
 
 TARGET_NAMES: Mapping[str, tuple[str, ...]] = {
     "squad": ("start_positions", "end_positions"),
     "classifier": ("label_ids",),
     "regressor": ("label_values",),
 }
-"""Arrays `[examples]` that a head is trained on, beside `INPUT_NAMES`; int32, but float32 for
-`label_values`."""
+"""Names of the targets of each head, arrays `[examples]`: int32, but `label_values` are float32."""
 
 
-# TensorFlow counts the rows of a matrix in 32 bits in many of its kernels.
+# Many of TensorFlow's kernels count the rows of a matrix in 32 bits.
 _MOST_SIZE = 2**31 - 1
 _MOST_LAYERS = 1000
 
@@ -52,7 +51,7 @@ class BertConfig:
             Configuration files say only `gelu`; which of the two is meant depends on who wrote
             the file, see `from_json_file`.
         layer_norm_eps: 1e-12 in the original and in Hugging Face's configurations of BERT.
-        classifier_dropout: rate of the pooled output that a classifier drops; None:
+        classifier_dropout: dropout rate of a classifier's pooled output; None means
             `hidden_dropout_prob`.
     """
 
@@ -71,7 +70,7 @@ class BertConfig:
     classifier_dropout: float | None = None
 
     def __post_init__(self) -> None:
-        """Check what a graph built from these numbers would otherwise fail on, obscurely."""
+        """Refuse numbers with which building the graph would fail, with a message hard to read."""
         for field in (
             "vocab_size",
             "hidden_size",
@@ -130,14 +129,14 @@ class BertConfig:
         )
 
     def values(self) -> dict[str, Any]:
-        """Fields by name for JSON, those left out that are not set."""
+        """Return the fields by name for JSON, without those that are None."""
         found = dataclasses.asdict(self)
         return {name: value for name, value in found.items() if value is not None}
 
 
 _SHAPE_KEYS = frozenset(field.name for field in dataclasses.fields(BertConfig))
 
-# Other names of the two functions in Hugging Face's code.
+# Other names of the two GELU functions in Hugging Face's code.
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -151,14 +150,12 @@ _ACTIVATIONS = {
 def from_json_file(path: str | Path) -> BertConfig:
     """Read a `bert_config.json` of the original release or a Hugging Face `config.json`.
 
-    The word `gelu` means the tanh approximation in the original's `modeling.py` and the exact
-    function in Hugging Face's; a file with a `model_type` or `architectures` key is theirs.
+    The word `gelu` means the tanh approximation in the original's `modeling.py`, but the exact
+    function in Hugging Face's code. A file with a `model_type` or `architectures` key is one of
+    Hugging Face's. Unknown keys are logged as a warning.
 
     Args:
         path: the file.
-
-    Returns:
-        The configuration; keys that are not known are warned about.
 
     Raises:
         InputError: the file is missing, not JSON, not of a BERT model, or inconsistent.
@@ -167,7 +164,7 @@ def from_json_file(path: str | Path) -> BertConfig:
         path,
         what="the model configuration",
         hint="give the bert_config.json that came with the checkpoint",
-        finite=False,  # What is no number is refused by the field's name.
+        finite=False,  # BertConfig refuses NaN, and its message names the field.
         large_integers="float",
     )
     try:
@@ -181,7 +178,7 @@ def from_json_file(path: str | Path) -> BertConfig:
 
 
 def from_mapping(raw: Mapping[str, Any]) -> BertConfig:
-    """Make a configuration from the parsed JSON of either family; see `from_json_file`."""
+    """Make a configuration from the parsed JSON of either kind of file, see `from_json_file`."""
     hugging_face = "model_type" in raw or "architectures" in raw
     unknown_keys(raw, _SHAPE_KEYS)
     if "vocab_size" not in raw:
@@ -196,13 +193,14 @@ def from_mapping(raw: Mapping[str, Any]) -> BertConfig:
 
 
 def to_original_json(config: BertConfig, more: Mapping[str, Any] = MappingProxyType({})) -> str:
-    """Render a configuration that `from_json_file` and the original code both read.
+    """Write a configuration as JSON that `from_json_file` and the original code both read.
 
-    The activation keeps its precise name where the original's `gelu` would mean another function.
+    `gelu_tanh` becomes `gelu`, which means the same function in the original. The other activations
+    keep their names.
 
     Args:
-        config: what to render.
-        more: further keys, which the original passes over.
+        config: the configuration.
+        more: further keys, which the original ignores.
     """
     values = {**config.values(), **more}
     if config.hidden_act == "gelu_tanh":
@@ -230,14 +228,18 @@ PRESETS: Mapping[str, BertConfig] = {
     "bert-large": _preset(24, 1024),
     "bert-large-cased": _preset(24, 1024, 28996),
 }
-"""Sizes published with the original release (its README); uncased vocabulary unless named cased."""
+"""Sizes from the README of the original release; uncased unless the name says cased."""
 
 
 def preset(name: str) -> BertConfig:
-    """Look up a published size by name; `-uncased` may be appended.
+    """Return a published size by name; `-uncased` may be appended.
+
+    Example:
+        >>> preset("bert-large-uncased").num_hidden_layers
+        24
 
     Raises:
-        InputError: no such size.
+        InputError: there is no such size.
     """
     key = name.lower().replace("_", "-").removesuffix("-uncased")
     if key not in PRESETS:
@@ -246,21 +248,22 @@ def preset(name: str) -> BertConfig:
 
 
 def variable_shapes(config: BertConfig, head: str, num_labels: int = 2) -> dict[str, list[int]]:
-    """Name and shape of every trained variable, in the original's order of creation.
+    """Return name and shape of every variable, in the original's order of creation.
 
     Names are those of the original's checkpoints (`modeling.py`, `run_classifier.py`,
-    `run_squad.py`), so a checkpoint and a model meet by name.
+    `run_squad.py`), so a checkpoint's tensors and a model's variables are matched by name.
 
     Args:
         config: the encoder.
         head: one of `HEADS`.
-        num_labels: classes of the classifier; the other heads have two rows and one.
+        num_labels: number of classes of the classifier. The head of SQuAD has two outputs, the
+            regressor one.
 
     Returns:
         Shapes by name; kernels are `[inputs, outputs]`.
 
     Raises:
-        InputError: unknown head.
+        InputError: the head is unknown.
     """
     h, f = config.hidden_size, config.intermediate_size
     shapes: dict[str, list[int]] = {
@@ -300,19 +303,21 @@ def variable_shapes(config: BertConfig, head: str, num_labels: int = 2) -> dict[
 
 
 def is_trained(name: str, head: str) -> bool:
-    """Whether a variable receives a gradient: under the SQuAD head the pooler does not.
+    """Return whether a variable is trained: with the SQuAD head the pooler is not.
 
-    The original leaves variables without gradient untouched: no moments, no weight decay.
+    The pooler then has no gradient. Like the original, training leaves a variable without gradient
+    as it is: no moments, no weight decay.
     """
     return head != "squad" or not name.startswith("bert/pooler/")
 
 
 def has_no_gradient(name: str, head: str, config: BertConfig) -> bool:
-    """Whether a variable's gradient is zero by algebra, whatever the batch.
+    """Return whether a variable's gradient is zero by algebra, whatever the batch.
 
-    What is computed for it is rounding noise. A key's bias adds the same to all scores of a query,
-    and under the SQuAD head the output bias and the last LayerNorm's shift add the same to all
-    positions: a softmax does not notice.
+    What is computed as its gradient is rounding noise. A softmax does not change when the same
+    number is added to all its inputs. That is what the bias of a key does to all scores of a
+    query, and what, with the SQuAD head, the output bias and the shift of the last LayerNorm do to
+    all positions.
     """
     last_shift = f"bert/encoder/layer_{config.num_hidden_layers - 1}/output/LayerNorm/beta"
     return name.endswith("attention/self/key/bias") or (
@@ -321,5 +326,5 @@ def has_no_gradient(name: str, head: str, config: BertConfig) -> bool:
 
 
 def parameter_count(config: BertConfig, head: str, num_labels: int = 2) -> int:
-    """Number of parameters, encoder and head together."""
+    """Return the number of parameters, encoder and head together."""
     return sum(math.prod(shape) for shape in variable_shapes(config, head, num_labels).values())

@@ -1,4 +1,4 @@
-"""Keys of a configuration file beside the encoder's shape: refused, harmless, or unknown."""
+"""Keys of a configuration file that are not the encoder's shape: refused, harmless or unknown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EXPECTED: Mapping[str, tuple[Any, ...]] = {
     "hidden_norm": ("post", None),
 }
 
-# Notes, what a program returns, and how a decoder generates text, which an encoder does not.
+# Notes, choices of what a program returns, and settings of a decoder that generates text.
 _HARMLESS_NAMES = """
 architectures bos_token_id chunk_size_feed_forward cross_attention_hidden_size
 decoder_start_token_id directionality dtype eos_token_id finetuning_task gradient_checkpointing
@@ -38,17 +38,17 @@ _HARMLESS = frozenset(_HARMLESS_NAMES.split())
 
 
 def unknown_keys(raw: Mapping[str, Any], shape: frozenset[str]) -> list[str]:
-    """Look through the keys that do not shape the encoder.
+    """Find the keys of a configuration that are not used.
 
     Args:
         raw: the parsed file.
-        shape: the keys that do.
+        shape: the keys that give the encoder's shape.
 
     Returns:
-        Keys that are neither known to change nothing nor looked at anywhere.
+        Keys that are not read anywhere, without those that are known to be harmless.
 
     Raises:
-        InputError: a key asks for something else than BERT's encoder.
+        InputError: a key asks for an encoder that is not BERT's.
     """
     if raw.get("model_type") not in ("bert", None):
         raise InputError(f"model_type is {raw['model_type']!r:.60}, not 'bert'")

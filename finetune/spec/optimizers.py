@@ -1,28 +1,26 @@
-"""The optimizers by name, and what each remembers of a variable.
+"""The optimizers by name, and the state that each keeps for a variable.
 
-Bytes a parameter, with float32 weights and gradients counted (4 + 4), for a model of matrices:
+The bytes include float32 weights and gradients (4 + 4), for a model that consists of matrices:
 
-| optimizer | remembers | bytes a parameter | update |
+| optimizer | state | bytes for each parameter | update |
 | --- | --- | --- | --- |
 | `adamw` | two moments | 16 | BERT's own: exact |
 | `lion` | one moment | 12 | another one |
-| `adafactor` | a number a row and a number a column | 8 | another one |
+| `adafactor` | a number for each row and one for each column | 8 | another one |
 
-Exact means that the weights are those of the published recipe. The others are optimizers in their
-own right, for those whom 16 bytes a parameter leave no room:
+Exact means that training gives the weights of the published recipe. The other optimizers are for
+models for which 16 bytes a parameter are too many:
 
 - `adafactor` (Shazeer and Stern 2018, "Adafactor: adaptive learning rates with sublinear memory
-  cost") factors the second moment and keeps no first one. Here it takes the schedule's learning
-  rate, not one relative to the weights, so a rate that suits AdamW is a fair start.
+  cost") factors the second moment and keeps no first moment. Here it uses the schedule's learning
+  rate, not one relative to the weights, so try a learning rate that suits AdamW first.
 - `lion` (Chen et al. 2023, "Symbolic discovery of optimization algorithms") moves every weight by
   the learning rate, up or down. Its authors advise a learning rate 3 to 10 times smaller than
   AdamW's and a weight decay that many times larger.
 
-Placement: what an optimizer remembers may be kept in the host's memory while the model is on a GPU.
-The update is the same one, made by the host: 4 bytes a parameter cross the bus in each direction,
-and AdamW takes 8 bytes a parameter of the device instead of 16.
-
-This module does not import TensorFlow.
+Offload: the optimizer's state may be kept in the host's memory while the model is on a GPU. The
+host then computes the same update: 4 bytes for each parameter cross the bus in each direction, and
+AdamW takes 8 bytes of the device for each parameter instead of 16.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 OPTIMIZERS = ("adamw", "lion", "adafactor")
-"""From most memory to least; the first is the published recipe's."""
+"""Names of the optimizers, from most memory to least; the published recipe has the first."""
 
 EXACT_OPTIMIZER = OPTIMIZERS[0]
 
@@ -39,11 +37,15 @@ PLACEMENTS = ("device", "host")
 
 
 def slot_shapes(optimizer: str, shape: Sequence[int]) -> dict[str, list[int]]:
-    """Shapes of what an optimizer remembers of a variable, by name.
+    """Return the shapes of the state that an optimizer keeps for a variable, by name.
+
+    Example:
+        >>> slot_shapes("adafactor", [768, 3072])
+        {'adafactor_row': [768], 'adafactor_column': [3072]}
 
     Args:
         optimizer: one of `OPTIMIZERS`.
-        shape: of the variable.
+        shape: shape of the variable.
 
     Raises:
         ValueError: unknown optimizer.

@@ -7,24 +7,22 @@
 | `bf16` | bfloat16 | bfloat16 | float32 |
 | `fp16` | float16 | float16 | float32 |
 
-Only `float32` is exact. TensorFlow multiplies in TensorFloat-32, with 10 bits of mantissa instead
-of 23, wherever a GPU can and nobody says otherwise; here it has to be asked for.
+Only `float32` is exact. By default TensorFlow multiplies in TensorFloat-32, with 10 bits of
+mantissa instead of 23, on every GPU that can. Here TensorFloat-32 must be asked for.
 
-With both half types the numbers that many others are added up to stay float32: means and
-variances of LayerNorm, the inner sums of attention's gradient, gradients of biases, and everything
-that lives longer than a layer's backward pass. Weights are rounded where they are used, and never
-kept so.
+Sums of many numbers stay float32 with `bf16` and `fp16` too: means and variances of LayerNorm, the
+inner sums of attention's gradient, and gradients of biases. So does everything that lives longer
+than a layer's backward pass. Weights are rounded to the smaller type where they are used, but they
+are never stored in it.
 
-float16 is for GPUs that have no bfloat16. Its numbers end at 65,504 and 6e-8, so that gradients
-need `finetune.train.loss_scaling`.
-
-This module does not import TensorFlow until it has to.
+`fp16` is for GPUs that have no bfloat16. The largest float16 number is 65,504, and the smallest is
+6e-8, so gradients need `finetune.train.loss_scaling`.
 """
 
 from __future__ import annotations
 
 PRECISIONS = ("float32", "tf32", "bf16", "fp16")
-"""The first is the published recipe's."""
+"""Names of the precisions; the published recipe has the first."""
 
 EXACT_PRECISION = PRECISIONS[0]
 
@@ -37,7 +35,7 @@ _COMPUTE_TYPES = {
 
 
 def compute_type(precision: str) -> str:
-    """Name of the type of activations.
+    """Return the name of the type of activations.
 
     Raises:
         ValueError: unknown precision.
@@ -48,12 +46,12 @@ def compute_type(precision: str) -> str:
 
 
 def compute_bytes(precision: str) -> int:
-    """Bytes of one number of an activation."""
+    """Return the bytes of one number of an activation."""
     return 4 if compute_type(precision) == "float32" else 2
 
 
 def scales_loss(precision: str) -> bool:
-    """Whether gradients would vanish without `finetune.train.loss_scaling`."""
+    """Return whether gradients would vanish without `finetune.train.loss_scaling`."""
     return compute_type(precision) == "float16"
 
 

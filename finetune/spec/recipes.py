@@ -1,4 +1,4 @@
-"""Published fine-tuning recipes: what to train with, and where that is written."""
+"""Published fine-tuning recipes: hyperparameters, and where they were published."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ class Recipe:
     """Hyperparameters of a published fine-tuning.
 
     Attributes:
-        task: what is fine-tuned, for people.
+        task: name of the task, to be shown to people.
         head: task head.
         batch_size: effective batch.
         learning_rate: peak of the schedule.
         epochs: passes over the examples.
-        source: where this is written.
-        examples: of the training set; 0 where there are several sets.
-        models: beginnings of the models' names that it is for; all by default.
+        source: where the recipe was published.
+        examples: number of examples of the training set; 0 where there are several sets.
+        models: first parts of the names of the models that it is for; by default it is for all.
     """
 
     task: str
@@ -46,17 +46,20 @@ RECIPES = (
     Recipe("GLUE", "classifier", 32, 5e-5, 3.0, f"{_PAPER}, section 4.1"),
     Recipe("GLUE", "classifier", 16, 5e-5, 3.0, f"{_PAPER}, appendix A.3"),
 )  # fmt: skip
-"""The paper's first, by head. The paper chose GLUE's learning rate on the dev set among 5e-5, 4e-5,
-3e-5 and 2e-5."""
+"""All recipes; for each head those of the paper come first. For GLUE the paper chose the learning
+rate on the dev set, among 5e-5, 4e-5, 3e-5 and 2e-5."""
 
 
 def find_recipe(head: str, model: str, batch_size: int) -> Recipe:
-    """Find the recipe with an effective batch; where there is none, the paper's first.
+    """Find the recipe for a model and an effective batch.
 
     Args:
-        head: task head; a regressor's is the classifier's.
+        head: task head; a regressor has the recipes of the classifier.
         model: name of the model.
         batch_size: effective batch.
+
+    Returns:
+        The paper's first recipe for the head if none has this effective batch.
     """
     of_head = [r for r in RECIPES if r.head == ("squad" if head == "squad" else "classifier")]
     fitting = [
@@ -66,8 +69,12 @@ def find_recipe(head: str, model: str, batch_size: int) -> Recipe:
 
 
 def train_steps(num_examples: int, batch_size: int, epochs: float) -> int:
-    """Optimizer steps of a training, as the original counts them.
+    """Return the optimizer steps of a training, as the original counts them.
 
     For SQuAD the examples are questions, not the windows that long contexts are cut into.
+
+    Example:
+        >>> train_steps(87_599, 32, 3.0)
+        8212
     """
     return int(num_examples / batch_size * epochs)

@@ -1,11 +1,12 @@
 """Training state on disk, in the format and under the names of the original's checkpoints.
 
 `model.ckpt-N` holds the weights, the optimizer's state (Adam's moments are `…/adam_m` and
-`…/adam_v`) and `global_step`, so the original's tools read it, and any output folder can be the
-`init_checkpoint` of a next stage.
-A checkpoint exists only once it is complete: the files are written under a temporary name,
-flushed, renamed, and then the `checkpoint` file is replaced.
-`finetune.model_files.checkpoint_files` says which of them are there.
+`…/adam_v`) and `global_step`. So the original's tools can read it, and any output folder can be the
+`init_checkpoint` of another training.
+
+A checkpoint exists only once it is complete: its files are written under a temporary name, flushed
+and renamed, and then the file `checkpoint` is replaced. `finetune.model_files.checkpoint_files`
+finds the checkpoints of a folder.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _named_loss_scale(state: OptimizerState) -> dict[str, tf.Variable]:
 
 
 def save_state(output_dir: Path, variables: Variables, state: OptimizerState) -> Path:
-    """Write a checkpoint of the current step and forget all but the newest few.
+    """Write a checkpoint of the current step and remove all but the newest `KEPT_CHECKPOINTS`.
 
     Args:
         output_dir: an existing folder.
@@ -72,8 +73,8 @@ def save_state(output_dir: Path, variables: Variables, state: OptimizerState) ->
         The checkpoint's prefix.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written to; the checkpoints that were
-            there are as they were.
+        OSError: the disk is full, or the folder cannot be written to; the checkpoints in it are as
+            before.
     """
     prefix = _write(output_dir, _named_state(variables, state), int(state.step.numpy()))
     others = [checkpoint for checkpoint in list_checkpoints(output_dir) if checkpoint != prefix]
@@ -83,13 +84,13 @@ def save_state(output_dir: Path, variables: Variables, state: OptimizerState) ->
 
 
 def save_weights(output_dir: Path, variables: Variables, step: int) -> Path:
-    """Write the weights alone, without optimizer state, in the place of those there.
+    """Write the weights alone, without optimizer state, and remove those of earlier steps.
 
     Args:
-        output_dir: a folder that holds nothing but one such checkpoint; it is made if it is
-            missing, but not the folders above it.
+        output_dir: a folder that holds nothing but one such checkpoint. A missing folder is
+            created, but not the folders above it.
         variables: the model.
-        step: optimizer step they belong to.
+        step: number of optimizer steps that the weights have had.
 
     Returns:
         The checkpoint's prefix.

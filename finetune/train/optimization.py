@@ -1,9 +1,9 @@
 """BERT's optimizer and learning-rate schedule (the original's `optimization.py`), and others.
 
-Adam without bias correction, epsilon 1e-6, with decoupled weight decay that is added to the
-update; none on LayerNorm and biases. Gradients are clipped by their global norm first. The
-optimizers that need less memory, see `finetune.spec.optimizers`, share schedule, decay and
-clipping.
+The original has Adam without bias correction, with epsilon 1e-6. Its weight decay is decoupled: it
+is added to the update, except for LayerNorm and biases. Gradients are clipped by their global norm
+first. The optimizers that need less memory, see `finetune.spec.optimizers`, have the same schedule,
+decay and clipping.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _HOST = "/device:CPU:0"
 
 _NO_DECAY = re.compile("LayerNorm|layer_norm|bias")
 
-# As published: Lion's two decays; Adafactor's exponent of a step's share in the averages, floor of
-# a squared gradient, and largest root mean square of an update.
+# The published constants: Lion's two decays. For Adafactor the exponent of a step's share in the
+# averages, the least squared gradient, and the largest root mean square of an update.
 _LION_BETAS = (0.9, 0.99)
 _ADAFACTOR_EXPONENT, _ADAFACTOR_FLOOR, _ADAFACTOR_CLIP = -0.8, 1e-30, 1.0
 
@@ -40,18 +40,18 @@ class OptimizerSettings:
 
     Attributes:
         learning_rate: peak of the schedule.
-        num_train_steps: optimizer steps in all; the rate reaches 0 there.
-        num_warmup_steps: steps of linear rise from 0.
-        weight_decay: the rate of decay per unit of learning rate.
+        num_train_steps: all optimizer steps of the training; after them the rate is 0.
+        num_warmup_steps: number of first steps in which the rate rises linearly from 0.
+        weight_decay: rate of decay, multiplied by the learning rate.
         beta_1: decay of the first moment.
         beta_2: decay of the second moment.
         epsilon: added to the root of the second moment.
         clip_norm: largest global norm of the gradient.
-        bias_correction: divide the moments by 1 - beta^t as Adam's paper does (Kingma and Ba 2015,
-            algorithm 1); the original does not, which makes its first few hundred updates 2 to 5
-            times larger.
-        optimizer: one of `finetune.spec.optimizers.OPTIMIZERS`. The betas, epsilon and
-            bias_correction are AdamW's; the others have the constants of their papers.
+        bias_correction: divide the moments by 1 - beta^t, as in Adam's paper (Kingma and Ba 2015,
+            algorithm 1). The original does not, so its first few hundred updates are 2 to 5 times
+            larger.
+        optimizer: one of `finetune.spec.optimizers.OPTIMIZERS`. Betas, epsilon and bias_correction
+            are for AdamW; the other optimizers have the constants of their papers.
     """
 
     learning_rate: float
@@ -66,7 +66,7 @@ class OptimizerSettings:
     optimizer: str = EXACT_OPTIMIZER
 
     def __post_init__(self) -> None:
-        """Refuse what would divide by zero or run backwards."""
+        """Refuse settings that no training can have."""
         if self.optimizer not in OPTIMIZERS:
             raise InputError(
                 f"unknown optimizer {self.optimizer!r}", hint=f"use one of {', '.join(OPTIMIZERS)}"
@@ -89,15 +89,15 @@ class OptimizerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerState:
-    """What the optimizer remembers.
+    """The state of an optimizer.
 
     Attributes:
-        step: optimizer steps done, int64 scalar.
-        slots: of each trained variable, in the variables' order, what is remembered by name, see
+        step: number of finished optimizer steps, int64 scalar.
+        slots: for each trained variable, in the variables' order, its state by name, see
             `finetune.spec.optimizers.slot_shapes`.
-        loss_scale: what the loss has been multiplied by, if it has.
-        change: a host variable of no fixed shape, in which the host makes the change of one
-            variable after the other; None if the slots are on the device.
+        loss_scale: what the loss is multiplied by; None if it is not.
+        change: a variable on the host without a fixed shape, in which the host computes the change
+            of one trained variable after the other; None if the slots are on the device.
     """
 
     step: tf.Variable
@@ -107,7 +107,7 @@ class OptimizerState:
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """All slots."""
+        """All slots, variable by variable."""
         return [variable for slots in self.slots for variable in slots.values()]
 
 
@@ -118,16 +118,16 @@ def create_state(
     scales_loss: bool = False,
     placement: str = PLACEMENTS[0],
 ) -> OptimizerState:
-    """Create slots of zeros for the trained variables.
+    """Create the state of an optimizer, with slots of zeros.
 
     Args:
-        trained: the variables.
+        trained: the trained variables.
         optimizer: one of `finetune.spec.optimizers.OPTIMIZERS`.
-        scales_loss: make a loss scale too.
-        placement: one of `finetune.spec.optimizers.PLACEMENTS`, for the slots.
+        scales_loss: create a loss scale too.
+        placement: where the slots are, one of `finetune.spec.optimizers.PLACEMENTS`.
 
     Raises:
-        ValueError: unknown optimizer or placement.
+        ValueError: optimizer or placement is unknown.
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"unknown placement {placement!r}")
@@ -150,18 +150,18 @@ def create_state(
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies to a variable; not to LayerNorm and biases."""
+    """Return whether weight decay applies to a variable: not to LayerNorm and biases."""
     return _NO_DECAY.search(name) is None
 
 
 def learning_rate(settings: OptimizerSettings, step: tf.Tensor) -> tf.Tensor:
-    """Learning rate of the step that follows `step` finished ones, float32.
+    """Return the learning rate of the step that follows `step` finished steps, float32.
 
-    Linear warm-up, then linear decay to 0, counted from step 0 and not from the end of the
-    warm-up, as in the original.
+    The rate rises linearly during the warm-up and then falls linearly to 0. As in the original,
+    the fall is counted from step 0, not from the end of the warm-up.
     """
-    # Counted in integers: near the end 1 - done / all would be the difference of float32 numbers
-    # that hardly differ.
+    # The steps that are left are counted in integers. Near the end 1 - done / all would be the
+    # difference of two float32 numbers that are nearly equal.
     left = settings.num_train_steps - tf.minimum(step, settings.num_train_steps)
     decayed = settings.learning_rate * (tf.cast(left, tf.float32) / settings.num_train_steps)
     if not settings.num_warmup_steps:
@@ -176,30 +176,30 @@ def apply_gradients(
     trained: Sequence[tf.Variable],
     gradients: Sequence[tf.Tensor],
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Clip, count the step, decay, and update all variables in place.
+    """Clip the gradients, count the step, decay and update all variables in place.
 
-    Every replica makes the same update of its own copy, so nothing but handles is used: what
-    assigns through a variable would be synchronised once more between replicas.
+    Every replica makes the same update to its own copy. So only handles are used: an assignment
+    through a variable would synchronise the replicas once more.
 
-    Variables are updated one after another, so that the temporaries of only one of them exist at
-    a time; the largest, the word embeddings, come last, when most gradients are gone. The step is
-    counted before any of them: as long as it is not counted, weights and slots are as they were,
-    whatever goes wrong.
+    The variables are updated one after the other, so that only the temporaries of one of them exist
+    at a time. The largest, the word embeddings, are last, when most gradients are freed. The step
+    is counted before the first update: as long as it is not counted, weights and slots are as they
+    were, whatever goes wrong.
 
-    The global norm is that of dense gradients: `tf.clip_by_global_norm` would take the un-merged
-    rows of a sparse gradient, and so depend on how a batch was cut.
+    The global norm is that of dense gradients. `tf.clip_by_global_norm` would use the rows of a
+    sparse gradient before equal rows are added up, and so depend on how the batch was cut.
 
     With a loss scale the gradients are those of the scaled loss. If they are not finite, nothing is
-    updated or counted, and the scale is made smaller.
+    updated or counted, and the scale becomes smaller.
 
     Args:
         settings: hyperparameters.
         state: slots, step and loss scale; changed.
-        trained: variables; changed.
-        gradients: dense, in the same order.
+        trained: the trained variables; changed.
+        gradients: dense gradients, in the order of the variables.
 
     Returns:
-        The learning rate used, and the global norm before clipping; float32 scalars.
+        The learning rate of the update, and the global norm before clipping; float32 scalars.
     """
     rate = learning_rate(settings, state.step)
     norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
@@ -228,7 +228,7 @@ def _update_all(
     norm: tf.Tensor,
     loss_scale: tf.Tensor | float,
 ) -> None:
-    # As tf.clip_by_global_norm: a norm that is not finite makes every gradient NaN.
+    # As with tf.clip_by_global_norm, a norm that is not finite makes every gradient NaN.
     scale = settings.clip_norm / tf.maximum(norm, settings.clip_norm)
     scale = tf.where(tf.math.is_finite(norm), scale, float("nan")) / loss_scale
     updates_done = tf.cast(state.step + 1, tf.float32)
@@ -240,8 +240,8 @@ def _update_all(
         list(zip(trained, state.slots, gradients, strict=True))
     ):
         if decays(variable.name):
-            # From the value before the update, as the original has it: the decay and the
-            # optimizer's term do not depend on each other, so they may be taken off in turn.
+            # The original computes the decay from the value before the update. Neither the decay
+            # nor the optimizer's term depends on the other, so they may be subtracted in turn.
             with tf.control_dependencies(before):
                 decay = variable * (rate * settings.weight_decay)
                 before = [_subtract(variable.handle, decay)]
@@ -266,9 +266,10 @@ def _on_host(
     variable: tf.Variable,
     gradient: tf.Tensor,
 ) -> tf.Operation:
-    """Make the change of one variable from 0, where its slots are, and add it on the device.
+    """Compute the change of one variable on the host, where its slots are; add it on the device.
 
-    0 - x is -x to the last bit, so the sum is what the host's update in place would have given.
+    The host updates a variable of zeros. 0 - x is -x to the last bit, so the sum is the same as
+    after an update in place.
     """
     with tf.device(_HOST):
         cleared = tf.raw_ops.AssignVariableOp(resource=change, value=fresh_zeros(variable))
@@ -300,7 +301,8 @@ def _adam(
         var=variable,
         m=handles["adam_m"],
         v=handles["adam_v"],
-        # Powers of 0 switch off the correction of TensorFlow's Adam, which leaves epsilon as it is.
+        # Powers of 0 switch off the bias correction of TensorFlow's Adam, which unlike the paper's
+        # does not correct epsilon.
         beta1_power=tf.zeros([]),
         beta2_power=tf.zeros([]),
         lr=rate,
@@ -313,7 +315,7 @@ def _adam(
 
 
 def _one_minus_power(base: float, exponent: tf.Tensor) -> tf.Tensor:
-    """1 - base^exponent in float32, of the base as float32 has it, without cancellation."""
+    """Return 1 - base^exponent in float32 without cancellation; the base is rounded to float32."""
     if base == 0:
         return tf.ones([])
     return -tf.math.expm1(exponent * math.log(float(np.float32(base))))
@@ -330,7 +332,7 @@ def _lion(
     """Update one variable (Chen et al. 2023, algorithm 2)."""
     of_update, of_moment = _LION_BETAS
     moment = tf.raw_ops.ReadVariableOp(resource=handles["lion_m"], dtype=gradient.dtype)
-    # Two averages of moment and gradient, each from what separates the two.
+    # Two averages of moment and gradient, both computed from their difference.
     gap = moment - gradient
     update = _subtract(variable, rate * tf.sign(gradient + of_update * gap))
     with tf.control_dependencies([update]):
@@ -351,8 +353,9 @@ def _adafactor(
 
     def average(slot: str, value: tf.Tensor) -> tf.Tensor:
         old = tf.raw_ops.ReadVariableOp(resource=handles[slot], dtype=value.dtype)
-        # Not by 1 - share, in which float32 has few digits of a small share left. And in place: a
-        # slot that moved with every step would leave the memory in pieces.
+        # Not old * (1 - share) + value * share: in float32 few digits of a small share are left in
+        # 1 - share. The update is in place, as a slot that moves with every step would fragment
+        # the memory.
         added = tf.raw_ops.AssignAddVariableOp(resource=handles[slot], value=share * (value - old))
         with tf.control_dependencies([added]):
             return tf.raw_ops.ReadVariableOp(resource=handles[slot], dtype=value.dtype)
