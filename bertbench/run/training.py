@@ -30,7 +30,7 @@ from finetune.train.optimization import OptimizerSettings
 from finetune.train.step import Trainer, make_trainer
 from finetune.train.training import (
     LOG_NAME,
-    Ending,
+    StopReason,
     Listener,
     Schedule,
     read_log,
@@ -106,13 +106,13 @@ def train_model(model: Model, training: Training, predict: Predict) -> dict[str,
                 listener=join_listeners(shown.listener(), event_writer, copier, stopper),
             )
     done = int(trainer.state.step.numpy())
-    if ending is Ending.ASKED:
+    if ending is StopReason.ASKED:
         raise StoppedEarlyError(
             f"stopped at step {done} of {last}; saved: the same command continues"
         )
     results = {**_logged_results(training.folder, done), "global_step": done, "weights_step": done}
     if evaluation is not None:
-        results["stopped_early"] = ending is Ending.NO_IMPROVEMENT
+        results["stopped_early"] = ending is StopReason.NO_IMPROVEMENT
         if results["stopped_early"]:
             say(f"stopped at step {done}: no better {evaluation.metric} for a while")
         results |= _choose_weights(model, evaluation, training.folder, done)

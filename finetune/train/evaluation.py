@@ -1,6 +1,6 @@
 """Evaluation during training: its log, the best weights, and when to stop early.
 
-All of it follows from `eval_log.jsonl`, so a run that was interrupted decides as one that was not.
+All decisions follow from `eval_log.jsonl`, so a resumed run decides as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Metrics = Mapping[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What to do between training steps.
+    """When and how a model is evaluated during its training.
 
     Attributes:
-        evaluate: scores the model as it is now.
+        evaluate: scores the model as it is when called.
         every_steps: optimizer steps between two evaluations; the last step is evaluated too.
-        metric: the score that decides which weights are best.
+        metric: name of the score that decides which weights are best.
         greater_is_better: False for a loss.
-        patience: stop after so many evaluations in a row without a new best; None never stops.
+        patience: stop after this many evaluations in a row without a new best one; None for never.
         keep_best: write the best weights to the folder `best`.
     """
 
@@ -57,7 +57,7 @@ class EvalRecord:
 
 
 def read_eval_log(output_dir: Path) -> list[EvalRecord]:
-    """Read a folder's evaluations; lines that are damaged or cut short are left out."""
+    """Read a folder's evaluations, without lines that are damaged or cut short."""
     try:
         return _read_log(output_dir)[0]
     except FileNotFoundError:
@@ -65,12 +65,12 @@ def read_eval_log(output_dir: Path) -> list[EvalRecord]:
 
 
 def _read_log(output_dir: Path) -> tuple[list[EvalRecord], int]:
-    """The evaluations, and the number of damaged lines between them."""
+    """Return the evaluations, and the number of damaged lines."""
     lines = load_json_lines(output_dir / EVAL_LOG_NAME)
     records = []
     for values in lines.values:
         step = values.pop("step", None)
-        # JSON has no word for what is not a number.
+        # JSON has no NaN, which is written as null.
         scores = {name: math.nan if value is None else value for name, value in values.items()}
         if type(step) is int and all(type(score) in (int, float) for score in scores.values()):
             records.append(EvalRecord(step, scores))
@@ -78,7 +78,7 @@ def _read_log(output_dir: Path) -> tuple[list[EvalRecord], int]:
 
 
 def truncate_eval_log(output_dir: Path, last_step: int) -> None:
-    """Forget the evaluations of steps that are about to be done again, and damaged lines."""
+    """Remove damaged lines, and the evaluations of steps after `last_step`, which come again."""
     try:
         records, damaged = _read_log(output_dir)
     except FileNotFoundError:
@@ -97,14 +97,14 @@ def evaluate_now(
 ) -> EvalRecord:
     """Score the model, log it, and keep its weights if they are the best so far.
 
-    The weights are written before the log names them the best.
+    The weights are written before the log says that they are the best.
 
     Args:
-        evaluation: what to do.
+        evaluation: how to score the model, and whether to keep its weights.
         variables: the model.
-        step: optimizer steps that it has seen.
+        step: number of optimizer steps that the weights have had.
         folder: where the log is.
-        earlier: the evaluations before; the log is written anew with them.
+        earlier: the earlier evaluations; the log is written again with them.
 
     Raises:
         FloatingPointError: a score is not finite.
@@ -126,7 +126,7 @@ def evaluate_now(
 
 
 def best_record(evaluation: Evaluation, records: list[EvalRecord]) -> EvalRecord | None:
-    """Find the best evaluation, the first of equals; one without a finite score never is.
+    """Find the best evaluation that has a finite score; of several equal ones the first.
 
     Returns:
         None if no evaluation has a finite score.
@@ -141,7 +141,7 @@ def best_record(evaluation: Evaluation, records: list[EvalRecord]) -> EvalRecord
 
 
 def out_of_patience(evaluation: Evaluation, records: list[EvalRecord]) -> bool:
-    """Whether the last `patience` evaluations brought no new best."""
+    """Return whether none of the last `patience` evaluations was a new best one."""
     if evaluation.patience is None or not records:
         return False
     best = best_record(evaluation, records)

@@ -1,4 +1,4 @@
-"""The training loop: data order, log, checkpoints, resumption."""
+"""The training loop: order of the examples, log, checkpoints, resumption."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import enum
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -38,14 +38,14 @@ LOG_NAME = "train_log.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How a training goes through its data.
+    """How a training goes through its examples.
 
     Attributes:
-        effective_batch: examples per optimizer step.
-        rows: rows per optimizer step, micro-batch times accumulation steps; those beyond the
-            effective batch are padding and weigh nothing.
-        num_train_steps: optimizer steps in all.
-        seed: of the order of the examples.
+        effective_batch: examples of an optimizer step.
+        rows: rows of an optimizer step: micro-batch times accumulation steps, on all replicas.
+            Those beyond the effective batch are padding with weight 0.
+        num_train_steps: all optimizer steps of the training.
+        seed: seed of the order of the examples.
         save_checkpoints_steps: most optimizer steps between two checkpoints.
         save_checkpoints_seconds: most seconds between two checkpoints.
     """
@@ -63,7 +63,7 @@ class StepRecord:
     """One line of the training log.
 
     Attributes:
-        step: optimizer steps done, this one included.
+        step: number of finished optimizer steps, this one included.
         loss: mean loss of the effective batch, before the update.
         learning_rate: rate of this update.
         gradient_norm: global norm before clipping.
@@ -78,15 +78,15 @@ class StepRecord:
 
 
 def example_order(num_examples: int, seed: int, first: int, count: int) -> np.ndarray:
-    """Choose the examples at some places of an endless, shuffled stream.
+    """Return which examples are at some places of an endless, shuffled stream.
 
-    The stream is one permutation of all examples after another, each drawn from (seed, epoch)
-    alone: any place can be computed without the ones before it, so that a resumed run sees the
-    data that an uninterrupted one would. As in the original, a batch may span two epochs.
+    The stream consists of one permutation of all examples after the other. Each permutation depends
+    only on (seed, epoch), so every place can be computed without those before it, and a resumed run
+    sees the same examples as an uninterrupted one. As in the original, a batch may span two epochs.
 
     Args:
-        num_examples: examples in an epoch, at least 1.
-        seed: at least 0.
+        num_examples: number of examples in an epoch, at least 1.
+        seed: seed of the order, at least 0.
         first: first place, at least 0.
         count: number of places.
 
@@ -105,13 +105,13 @@ def example_order(num_examples: int, seed: int, first: int, count: int) -> np.nd
 
 @dataclasses.dataclass(frozen=True)
 class Listener:
-    """What to tell while training; every function may be left out.
+    """Functions that are called during a training; each may be left out.
 
     Attributes:
         on_step: called after every step.
         on_evaluation: called after every evaluation.
         on_save: called after every checkpoint.
-        should_stop: asked after every step whether the user wants to stop.
+        should_stop: called before every step; returns True if the user wants to stop.
     """
 
     on_step: Callable[[StepRecord], None] = lambda record: None
@@ -120,8 +120,8 @@ class Listener:
     should_stop: Callable[[], bool] = lambda: False
 
 
-class Ending(enum.Enum):
-    """Why a training ended."""
+class StopReason(enum.Enum):
+    """Why a training stopped."""
 
     FINISHED = "finished"
     ASKED = "asked to stop"
@@ -131,18 +131,18 @@ class Ending(enum.Enum):
 def resume(trainer: Trainer, output_dir: Path) -> int:
     """Continue from the newest readable checkpoint of a folder, if there is one.
 
-    Log lines of later steps are removed, because those steps are about to be done again, and so
-    are damaged ones.
+    Lines of later steps are removed from the logs, because these steps will be done again. So are
+    damaged lines.
 
     Args:
-        trainer: changed.
-        output_dir: existing folder.
+        trainer: model and optimizer state; changed.
+        output_dir: an existing folder.
 
     Returns:
-        Optimizer steps done so far.
+        Number of optimizer steps that are done; 0 without a checkpoint.
 
     Raises:
-        InputError: the folder's checkpoint is of another model, or all are damaged.
+        InputError: the newest checkpoint is of another model, or all are damaged.
     """
     step = restore_state(output_dir, trainer.variables, trainer.state) or 0
     log_path = output_dir / LOG_NAME
@@ -164,115 +164,154 @@ def train(
     *,
     evaluation: Evaluation | None = None,
     listener: Listener | None = None,
-) -> Ending:
+) -> StopReason:
     """Train from the trainer's step (see `resume`) to the end of the schedule.
 
-    Every step appends a line to `train_log.jsonl`. A checkpoint is written at the set intervals,
-    at the end, and when asked to stop, so an interruption with notice loses nothing and a kill
-    loses the steps since the last checkpoint, which are then repeated identically. An operation
-    that fails, as when memory runs out, loses nothing either unless the update had begun, and
-    neither does an evaluation.
+    Every step appends a line to `train_log.jsonl`. A checkpoint is written at the set intervals, at
+    the end, and when the listener asks to stop. So a training that is asked to stop loses nothing.
+    One that is killed loses the steps since the last checkpoint, which are then repeated
+    identically. A checkpoint is also written if an evaluation fails, or an operation of a step, as
+    when memory runs out, unless the update had begun.
+
+    Example:
+        >>> schedule = Schedule(effective_batch=32, rows=32, num_train_steps=1000, seed=0)
+        >>> first = resume(trainer, output_dir)
+        >>> train(trainer, data, schedule, output_dir)
+        <StopReason.FINISHED: 'finished'>
 
     Args:
         trainer: model, optimizer and compiled step; changed.
-        data: arrays with one row an example.
+        data: arrays with one row for each example.
         schedule: batches, steps and intervals.
-        output_dir: existing folder for checkpoints and logs.
-        evaluation: what to do between steps.
-        listener: whom to tell.
+        output_dir: an existing folder, for checkpoints and logs.
+        evaluation: when and how the model is evaluated; None for never.
+        listener: functions to be called.
 
     Returns:
-        Why it ended; `trainer.state.step` says where.
+        Why it stopped; `trainer.state.step` says at which step.
 
     Raises:
-        InputError: there is no data.
-        FloatingPointError: the loss, the gradient or a score is not finite; the last checkpoint
-            stays.
+        InputError: there are no examples.
+        FloatingPointError: the loss, the gradient or a score is not finite; the last checkpoint is
+            kept.
         FolderLostError: the folder was deleted, renamed or replaced.
         OSError: a checkpoint or log could not be written.
         tensorflow.errors.OpError: an operation failed; `ResourceExhaustedError` if a step does not
-            fit in memory.
+            fit into memory.
     """
-    with held_folder(output_dir) as folder:
-        return _train(trainer, data, schedule, folder, evaluation, listener or Listener())
-
-
-def _train(
-    trainer: Trainer,
-    data: Mapping[str, np.ndarray],
-    schedule: Schedule,
-    folder: HeldFolder,
-    evaluation: Evaluation | None,
-    listener: Listener,
-) -> Ending:
-    output_dir = folder.path
     if not len(next(iter(data.values()))):
         raise InputError("there are no training examples")
-    step = saved_step = int(trainer.state.step.numpy())
-    saved_at = time.monotonic()
-    ending = None
-    # From here on they are in memory: a log that others delete or change is written anew.
-    evaluations = read_eval_log(output_dir)
-    tired = evaluation is not None and out_of_patience(evaluation, evaluations)
+    with held_folder(output_dir) as folder:
+        loop = _Loop(trainer, data, schedule, folder, evaluation, listener or Listener())
+        return loop.run()
 
-    def save_what_is_whole() -> None:
-        """Before an error is raised, which is to be known even if this goes wrong too."""
-        if step > saved_step and not _update_began(trainer, step):
-            with contextlib.suppress(tf.errors.OpError, OSError):
-                folder.check()
-                save_state(output_dir, trainer.variables, trainer.state)
-                listener.on_save()
 
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(_open_log(output_dir / LOG_NAME))
-        while True:
-            asked = listener.should_stop()
-            folder.check()
-            due = evaluation is not None and _evaluation_due(
-                evaluation, schedule, step, evaluations
-            )
-            if evaluation is not None and due and not asked:
-                # Before the checkpoint: a run killed in between does both again.
+class _Loop:
+    """A training while it runs."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        data: Mapping[str, np.ndarray],
+        schedule: Schedule,
+        folder: HeldFolder,
+        evaluation: Evaluation | None,
+        listener: Listener,
+    ) -> None:
+        self._trainer, self._data, self._schedule = trainer, data, schedule
+        self._folder, self._evaluation, self._listener = folder, evaluation, listener
+        self._step = self._saved_step = int(trainer.state.step.numpy())
+        self._saved_at = time.monotonic()
+        # From here on the evaluations are in memory: a log that somebody deletes or changes is
+        # written again.
+        self._evaluations = read_eval_log(folder.path)
+
+    def run(self) -> StopReason:
+        """See `train`."""
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(_open_log(self._folder.path / LOG_NAME))
+            while True:
+                asked = self._listener.should_stop()
+                self._folder.check()
+                due = self._evaluation_is_due()
+                if self._evaluation is not None and due and not asked:
+                    # Before the checkpoint: a run that is killed in between repeats both.
+                    self._evaluate(self._evaluation)
+                reason = self._stop_reason(asked=asked, due=due)
+                self._save_if_due(stops=reason is not None)
+                if reason is not None:
+                    return reason
                 try:
-                    evaluated = evaluate_now(
-                        evaluation, trainer.variables, step, folder, evaluations
-                    )
-                except FloatingPointError:  # Such weights must not be saved.
+                    record = _one_step(self._trainer, self._data, self._schedule, self._step)
+                    self._step = record.step
+                    self._folder.check()
+                    if not leads_to(self._folder.path / LOG_NAME, log.fileno()):
+                        log = stack.enter_context(_open_log(self._folder.path / LOG_NAME, log))
+                    log.write(json_text(dataclasses.asdict(record)) + "\n")
+                    self._listener.on_step(record)
+                except (tf.errors.OpError, OSError):
+                    self._save_before_error()
                     raise
-                except Exception:
-                    save_what_is_whole()
-                    raise
-                evaluations = [r for r in evaluations if r.step < step] + [evaluated]
-                listener.on_evaluation(evaluated)
-                tired = out_of_patience(evaluation, evaluations)
-            if asked and (due or step < schedule.num_train_steps):
-                ending = Ending.ASKED
-            elif step >= schedule.num_train_steps:
-                ending = Ending.FINISHED
-            elif tired:
-                ending = Ending.NO_IMPROVEMENT
-            if step > saved_step and (
-                ending is not None
-                or step - saved_step >= schedule.save_checkpoints_steps
-                or time.monotonic() - saved_at >= schedule.save_checkpoints_seconds
-            ):
-                folder.check()
-                save_state(output_dir, trainer.variables, trainer.state)
-                listener.on_save()
-                saved_at, saved_step = time.monotonic(), step
-            if ending is not None:
-                return ending
-            try:
-                record = _one_step(trainer, data, schedule, step)
-                step = record.step
-                folder.check()
-                if not leads_to(output_dir / LOG_NAME, log.fileno()):
-                    log = stack.enter_context(_open_log(output_dir / LOG_NAME, log))
-                log.write(json_text(dataclasses.asdict(record)) + "\n")
-                listener.on_step(record)
-            except (tf.errors.OpError, OSError):
-                save_what_is_whole()
-                raise
+
+    def _evaluation_is_due(self) -> bool:
+        """Return whether this step's evaluation is still to be made, also when resumed."""
+        if self._evaluation is None or not self._step:
+            return False
+        at_end = self._step == self._schedule.num_train_steps
+        if not at_end and self._step % self._evaluation.every_steps:
+            return False
+        return all(record.step != self._step for record in self._evaluations)
+
+    def _evaluate(self, evaluation: Evaluation) -> None:
+        try:
+            record = evaluate_now(
+                evaluation, self._trainer.variables, self._step, self._folder, self._evaluations
+            )
+        except FloatingPointError:  # Such weights must not be saved.
+            raise
+        except Exception:
+            self._save_before_error()
+            raise
+        self._evaluations = [r for r in self._evaluations if r.step < self._step] + [record]
+        self._listener.on_evaluation(record)
+
+    def _stop_reason(self, *, asked: bool, due: bool) -> StopReason | None:
+        """Return why to stop before the next step; None to go on.
+
+        Args:
+            asked: the user wants to stop.
+            due: an evaluation was due.
+        """
+        finished = self._step >= self._schedule.num_train_steps
+        if asked and (due or not finished):
+            return StopReason.ASKED
+        if finished:
+            return StopReason.FINISHED
+        if self._evaluation is not None and out_of_patience(self._evaluation, self._evaluations):
+            return StopReason.NO_IMPROVEMENT
+        return None
+
+    def _save_if_due(self, *, stops: bool) -> None:
+        done, schedule = self._step - self._saved_step, self._schedule
+        if done > 0 and (
+            stops
+            or done >= schedule.save_checkpoints_steps
+            or time.monotonic() - self._saved_at >= schedule.save_checkpoints_seconds
+        ):
+            self._folder.check()
+            self._save()
+            self._saved_at, self._saved_step = time.monotonic(), self._step
+
+    def _save_before_error(self) -> None:
+        """Save what the last whole step has left; the error is raised even if this fails too."""
+        if self._step > self._saved_step and not _update_began(self._trainer, self._step):
+            with contextlib.suppress(tf.errors.OpError, OSError):
+                self._folder.check()
+                self._save()
+
+    def _save(self) -> None:
+        save_state(self._folder.path, self._trainer.variables, self._trainer.state)
+        self._listener.on_save()
 
 
 def _open_log(path: Path, before: TextIO | None = None) -> TextIO:
@@ -280,8 +319,8 @@ def _open_log(path: Path, before: TextIO | None = None) -> TextIO:
 
     Args:
         path: the log.
-        before: the log as it was opened before somebody deleted or replaced it; None if nobody
-            did. What was deleted is written again.
+        before: the open log that somebody has deleted or replaced since; None if nobody has. A log
+            that was deleted is written again.
     """
     if before is not None:
         with before:
@@ -293,24 +332,14 @@ def _open_log(path: Path, before: TextIO | None = None) -> TextIO:
 
 
 def _update_began(trainer: Trainer, step: int) -> bool:
-    """Whether a step that failed may have changed the model."""
+    """Return whether a step that failed may have changed the model."""
     if isinstance(trainer.state.step, tf.distribute.DistributedValues):
-        # Another replica may be further than the one that is asked.
+        # Another replica may have done more than the one whose step is read.
         return True
     try:
         return int(trainer.state.step.numpy()) != step
-    except tf.errors.OpError:  # As of a device that is lost.
+    except tf.errors.OpError:  # For example, the device is lost.
         return True
-
-
-def _evaluation_due(
-    evaluation: Evaluation, schedule: Schedule, step: int, evaluations: Sequence[EvalRecord]
-) -> bool:
-    """Whether this step's evaluation is still to be made, also after an interruption."""
-    at_end = step == schedule.num_train_steps
-    if not step or not (at_end or step % evaluation.every_steps == 0):
-        return False
-    return all(record.step != step for record in evaluations)
 
 
 def _one_step(
@@ -332,7 +361,7 @@ def _one_step(
         float(result.gradient_norm),
         time.monotonic() - began,
     )
-    # With most precisions the update has been made already: such weights must not be saved.
+    # With most precisions the update is already done: such weights must not be saved.
     for what, value in (("loss", record.loss), ("gradient's norm", record.gradient_norm)):
         if not np.isfinite(value):
             raise FloatingPointError(
@@ -343,12 +372,12 @@ def _one_step(
 
 
 def read_log(path: Path) -> list[StepRecord]:
-    """Read a training log; lines that are damaged or cut short are left out."""
+    """Read a training log, without lines that are damaged or cut short."""
     return _read_log(path)[0]
 
 
 def _read_log(path: Path) -> tuple[list[StepRecord], int]:
-    """The steps, and the number of damaged lines between them."""
+    """Return the steps, and the number of damaged lines."""
     lines = load_json_lines(path)
     records = []
     for values in lines.values:

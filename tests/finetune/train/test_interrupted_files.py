@@ -19,7 +19,7 @@ from finetune.model.weights import find_checkpoint, load_weights
 from finetune.model_files.checkpoint_files import list_checkpoints, remove_half_written
 from finetune.train.evaluation import BEST_FOLDER, Evaluation, read_eval_log
 from finetune.train.step import Trainer
-from finetune.train.training import LOG_NAME, Ending, Schedule, read_log, resume, train
+from finetune.train.training import LOG_NAME, StopReason, Schedule, read_log, resume, train
 from helpers.tiny_models import eagerly, random_batch, tiny_trainer, values_of
 
 SEQ_LEN = 5
@@ -66,7 +66,7 @@ def new_trainer() -> Trainer:
     return tiny_trainer("squad", SEQ_LEN)
 
 
-def go_on(folder: Path, trainer: Trainer) -> Ending:
+def go_on(folder: Path, trainer: Trainer) -> StopReason:
     """What `bertbench run` does with a folder, as often as it is called."""
     scores = {2: 0.5, 4: 0.3}
     rule = Evaluation(
@@ -104,7 +104,7 @@ def check_what_is_left(folder: Path) -> None:
         assert find_checkpoint(folder) == whole[-1]
         load_weights(new_trainer().variables, folder)
     trainer = new_trainer()
-    assert go_on(folder, trainer) is Ending.FINISHED
+    assert go_on(folder, trainer) is StopReason.FINISHED
     losses, values = undisturbed()
     assert [record.loss for record in read_log(folder / LOG_NAME)] == losses
     assert [record.step for record in read_eval_log(folder)] == [2, 4]

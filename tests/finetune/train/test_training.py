@@ -27,7 +27,7 @@ from finetune.train.evaluation import (
 from finetune.train.step import StepResult, Trainer
 from finetune.train.training import (
     LOG_NAME,
-    Ending,
+    StopReason,
     Listener,
     Schedule,
     example_order,
@@ -82,16 +82,18 @@ def test_stopped_and_continued_is_as_undisturbed(
     undisturbed = tiny_trainer("squad", SEQ_LEN)
     assert train(
         undisturbed, data, SCHEDULE, whole, evaluation=evaluation(scores, keep_best=True)
-    ) is Ending.FINISHED  # fmt: skip
+    ) is StopReason.FINISHED  # fmt: skip
 
     first = tiny_trainer("squad", SEQ_LEN)
     stopping = Listener(should_stop=lambda: int(first.state.step.numpy()) == stop_at)
     before = evaluation(scores, keep_best=True)
-    assert train(first, data, SCHEDULE, cut, evaluation=before, listener=stopping) is Ending.ASKED
+    assert (
+        train(first, data, SCHEDULE, cut, evaluation=before, listener=stopping) is StopReason.ASKED
+    )
     second = tiny_trainer("squad", SEQ_LEN)
     assert resume(second, cut) == stop_at
     after = evaluation(scores[len(read_eval_log(cut)) :], keep_best=True)
-    assert train(second, data, SCHEDULE, cut, evaluation=after) is Ending.FINISHED
+    assert train(second, data, SCHEDULE, cut, evaluation=after) is StopReason.FINISHED
 
     for name, value in values_of(undisturbed).items():
         np.testing.assert_array_equal(values_of(second)[name], value)
@@ -118,14 +120,14 @@ def test_continued_with_xla_stays_on_the_curve(tmp_path: Path, data: dict[str, n
     whole.mkdir(), cut.mkdir()
     assert train(
         tiny_trainer("squad", SEQ_LEN, config=config), data, SCHEDULE, whole
-    ) is Ending.FINISHED  # fmt: skip
+    ) is StopReason.FINISHED  # fmt: skip
     first = tiny_trainer("squad", SEQ_LEN, config=config)
     stopping = Listener(should_stop=lambda: int(first.state.step.numpy()) == 3)
-    assert train(first, data, SCHEDULE, cut, listener=stopping) is Ending.ASKED
+    assert train(first, data, SCHEDULE, cut, listener=stopping) is StopReason.ASKED
     second = tiny_trainer("squad", SEQ_LEN, config=config, xla=True)
     assert resume(second, cut) == 3
     tf.config.run_functions_eagerly(False)
-    assert train(second, data, SCHEDULE, cut) is Ending.FINISHED
+    assert train(second, data, SCHEDULE, cut) is StopReason.FINISHED
     losses, expected = (
         [record.loss for record in read_log(folder / LOG_NAME)] for folder in (cut, whole)
     )
@@ -164,7 +166,7 @@ def test_early_stopping_keeps_the_best_and_stays_stopped(
     listener = Listener(on_step=lambda r: seen.append(r.step))
     impatient = evaluation([0.4, 0.4, 0.3, 0.9], patience=2, keep_best=True)
     ending = train(trainer, data, SCHEDULE, tmp_path, evaluation=impatient, listener=listener)
-    assert ending is Ending.NO_IMPROVEMENT
+    assert ending is StopReason.NO_IMPROVEMENT
     assert seen[-1] == 6
     assert list_checkpoints(tmp_path) == [tmp_path / "model.ckpt-6"]
     assert list_checkpoints(tmp_path / BEST_FOLDER) == [tmp_path / BEST_FOLDER / "model.ckpt-2"]
@@ -172,11 +174,11 @@ def test_early_stopping_keeps_the_best_and_stays_stopped(
     again = tiny_trainer("squad", SEQ_LEN)
     assert resume(again, tmp_path) == 6
     ending = train(again, data, SCHEDULE, tmp_path, evaluation=impatient, listener=listener)
-    assert ending is Ending.NO_IMPROVEMENT
+    assert ending is StopReason.NO_IMPROVEMENT
     assert seen[-1] == 6
     # With more patience it goes on.
     patient = evaluation([0.9], patience=3)
-    assert train(again, data, SCHEDULE, tmp_path, evaluation=patient) is Ending.FINISHED
+    assert train(again, data, SCHEDULE, tmp_path, evaluation=patient) is StopReason.FINISHED
 
 
 @pytest.mark.parametrize(
