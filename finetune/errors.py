@@ -1,4 +1,4 @@
-"""Errors that a user can mend: they become one line on the terminal and exit code 2."""
+"""Errors that a user can correct: one line on the terminal and exit code 2."""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ class InputError(ValueError):
 
 
 class DamagedFileError(InputError):
-    """A file that cannot be read although it is there, where an older one might serve."""
+    """A file exists but cannot be read; an older file may be used instead of it."""

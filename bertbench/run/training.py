@@ -30,9 +30,9 @@ from finetune.train.optimization import OptimizerSettings
 from finetune.train.step import Trainer, make_trainer
 from finetune.train.training import (
     LOG_NAME,
-    StopReason,
     Listener,
     Schedule,
+    StopReason,
     read_log,
     resume,
     train,

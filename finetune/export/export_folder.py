@@ -38,17 +38,17 @@ def new_folder(
     """Make a folder that appears complete or not at all.
 
     Args:
-        target: the folder; its parents are made too.
-        force: replace an earlier export there. A folder that holds anything else is refused all
-            the same, because replacing it would delete that.
-        sources: files that are read on the way, which must not lie in the folder.
+        target: the folder; its parents are created too.
+        force: replace an earlier export. A folder that holds anything else is refused even then,
+            because replacing it would delete that.
+        sources: files that are read meanwhile, which must not be in the folder.
 
     Yields:
-        A folder beside the target, to be filled; it takes the target's name at the end of the
-        block, or disappears if the block raises.
+        A folder beside the target, to be filled. At the end of the `with` statement it gets the
+        target's name; if the statement raises, it is removed.
 
     Raises:
-        InputError: the target cannot be made or may not be replaced.
+        InputError: the target cannot be created, or must not be replaced.
         OSError: the disk is full.
     """
     target = Path(target).resolve()
@@ -65,7 +65,7 @@ def new_folder(
     aside = temporary.with_suffix(".old")
     stack = contextlib.ExitStack()
     try:
-        # Tells other exports that this one is still at work; see `_clear_remains`.
+        # Tells other exports that this one is still running; see `_clear_remains`.
         try_lock(stack.enter_context(held_folder(temporary)).descriptor)
         temporary.chmod(0o777 & ~_umask())
         yield temporary
@@ -85,9 +85,9 @@ def new_folder(
 
 
 def _clear_remains(target: Path) -> None:
-    """Remove what killed exports to a folder have left, and put back what they had moved away."""
-    # With the number of a process, as of earlier versions, or the 8 characters of `mkdtemp`: what
-    # a user has named alike stays.
+    """Remove the files of killed exports to a folder, and put back what they had moved away."""
+    # The names end in the 8 characters of `mkdtemp`, or, in earlier versions, in the number of a
+    # process. A user's folder with another name is kept.
     name = re.compile(rf"\.{re.escape(target.name)}\.([0-9]+|[0-9a-z_]{{8}})\.(tmp|old)")
     for path in target.parent.iterdir():
         if name.fullmatch(path.name) is None or path.is_symlink() or not path.is_dir():

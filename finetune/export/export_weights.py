@@ -1,9 +1,9 @@
 """Weights for other tools: Hugging Face folders and TensorFlow checkpoints.
 
-`open_model` finds out what a checkpoint holds, from its tensors' names and shapes alone. Each
-`export_…` writes one format into an empty folder, which `finetune.export.export_folder` lets appear
-complete or not at all. No export holds more than one copy of the weights in memory. SavedModels
-are in `finetune.export.saved_model`.
+`open_model` finds out which model a checkpoint holds, from the names and shapes of its tensors.
+Each function `export_…` writes one format into an empty folder, which, with
+`finetune.export.export_folder`, appears complete or not at all. No export holds more than one copy
+of the weights in memory. `finetune.export.saved_model` exports SavedModels.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from finetune.text.tokenization import Tokenizer
 from finetune.text.tokenizer_files import write_tokenizer_files
 
 _POOLER_PREFIX = "bert/pooler/"
-# Beside what the optimizer keeps for each variable.
+# The state of a training that is not an optimizer's state of a variable.
 _TRAINING_STATE = frozenset({"global_step", "loss_scale", "loss_scale_updates"})
 _ARCHITECTURES = {
     "squad": "BertForQuestionAnswering",
     "classifier": "BertForSequenceClassification",
     None: "BertModel",
 }
-# Of their two names for the tanh approximation, gelu_new is known to every version and spells out
-# the original's formula; their gelu is the exact function.
+# Hugging Face has two names for the tanh approximation. Every version knows gelu_new, which has the
+# original's formula. Its gelu is the exact function.
 _HUGGING_FACE_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu_erf": "gelu", "relu": "relu"}
 _HUGGING_FACE_HEADS = {
     "output_weights": "classifier.weight",
@@ -56,17 +56,18 @@ _HUGGING_FACE_KINDS = {"kernel": "weight", "gamma": "weight", "beta": "bias"}
 
 @dataclasses.dataclass(frozen=True)
 class StoredModel:
-    """A model in a checkpoint, not yet read.
+    """A model in a checkpoint, whose weights are not read yet.
 
     Attributes:
-        checkpoint: where it lies.
-        config: its encoder.
+        checkpoint: the file or the prefix of the checkpoint.
+        config: configuration of the encoder.
         head: `squad`, `classifier`, or None for an encoder alone.
-        num_labels: classes of the classifier, 1 if it is a regression; 0 without one.
-        shapes: its variables by the original's names, in the original's order. The pooler may be
-            missing unless the head is the classifier.
-        left_out: the checkpoint's other tensors, as of another head; the optimizer's not counted.
-        read: gives one variable's value as float32, kernels `[inputs, outputs]`.
+        num_labels: number of classes of the classifier; 1 for a regression, 0 without classifier.
+        shapes: shapes of the variables by the original's names, in the original's order. The pooler
+            may be missing unless the head is the classifier.
+        left_out: names of the checkpoint's other tensors, such as those of another head, without
+            the optimizer's.
+        read: returns the value of a variable as float32, kernels as `[inputs, outputs]`.
     """
 
     checkpoint: Path
@@ -79,22 +80,22 @@ class StoredModel:
 
     @property
     def architecture(self) -> str:
-        """Hugging Face's class for it."""
+        """Hugging Face's class for this model."""
         return _ARCHITECTURES[self.head]
 
     @property
     def is_regression(self) -> bool:
-        """Whether the classifier has a single output, which is a number to predict."""
+        """Whether the classifier has a single output, which predicts a number."""
         return self.num_labels == 1
 
     @property
     def has_pooler(self) -> bool:
-        """Whether the pooler is there."""
+        """Whether the checkpoint has the pooler."""
         return f"{_POOLER_PREFIX}dense/kernel" in self.shapes
 
     @property
     def parameters(self) -> int:
-        """Number of parameters that are there."""
+        """Number of parameters in the checkpoint."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
@@ -103,11 +104,11 @@ def open_model(checkpoint: str | Path, config: BertConfig) -> StoredModel:
 
     Args:
         checkpoint: see `finetune.model.weights.find_checkpoint`.
-        config: the encoder that it should be.
+        config: configuration of the encoder.
 
     Raises:
-        InputError: no such checkpoint, it cannot be read, a variable is missing or has another
-            shape than the configuration says, or it has both heads.
+        InputError: there is no such checkpoint, it cannot be read, a variable is missing or has
+            another shape than the configuration says, or it has two heads.
     """
     source = find_checkpoint(checkpoint)
     there, read = open_weights(source)
@@ -165,14 +166,14 @@ def export_hugging_face(
     *,
     labels: Sequence[str] | None = None,
 ) -> None:
-    """Write what `from_pretrained` of `transformers` opens.
+    """Write a folder that `from_pretrained` of `transformers` opens.
 
-    The pooler goes with a SQuAD model although `BertForQuestionAnswering` has no use for it, so
-    that no weight is lost; `transformers` names it as unexpected and goes on.
+    A SQuAD model is written with its pooler, so that no weight is lost. `BertForQuestionAnswering`
+    does not use the pooler: `transformers` calls it unexpected, and loads the rest.
 
     Args:
         model: the model.
-        tokenizer: with which it was trained.
+        tokenizer: the tokenizer with which it was trained.
         folder: an empty folder.
         labels: the classifier's classes; None names them LABEL_0 and so on.
 
@@ -203,12 +204,12 @@ def export_hugging_face(
     # transformers refuses a file that does not say which framework's tensors it holds.
     with file_errors(folder):
         save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
-    # The library makes it readable for its owner alone.
+    # The library makes the file readable only for its owner.
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def _label_keys(model: StoredModel, labels: Sequence[str] | None) -> dict[str, Any]:
-    """What a configuration says of a classifier's labels; nothing for other heads."""
+    """Return a configuration's keys for the labels of a classifier; none for other heads."""
     if model.head != "classifier":
         return {}
     if labels is None:
@@ -225,13 +226,13 @@ def _label_keys(model: StoredModel, labels: Sequence[str] | None) -> dict[str, A
 
 
 def hugging_face_name(name: str, prefix: str = "bert.") -> str:
-    """Translate a variable's name into that of Hugging Face's parameter.
+    """Translate the name of a variable into that of Hugging Face's parameter.
 
     The inverse of `finetune.model_files.safetensors_files.original_name`.
 
     Args:
-        name: one of `finetune.spec.config.variable_shapes`.
-        prefix: before the encoder's parameters; empty in a `BertModel`, which is nothing else.
+        name: name of a variable, see `finetune.spec.config.variable_shapes`.
+        prefix: prefix of the encoder's parameters; empty for a `BertModel`.
     """
     if name in _HUGGING_FACE_HEADS:
         return _HUGGING_FACE_HEADS[name]
@@ -251,12 +252,12 @@ def _write_json(path: Path, values: object) -> None:
 def export_checkpoint(
     model: StoredModel, tokenizer: Tokenizer, folder: Path, labels: Sequence[str] | None = None
 ) -> None:
-    """Write a folder like those of the original release: weights alone, no optimizer state.
+    """Write a folder like those of the original release, with weights but no optimizer state.
 
     Args:
         model: the model.
-        tokenizer: with which it was trained.
-        folder: an empty folder; gets `bert_model.ckpt.*`, `bert_config.json`, `vocab.txt`, and
+        tokenizer: the tokenizer with which it was trained.
+        folder: an empty folder, for `bert_model.ckpt.*`, `bert_config.json`, `vocab.txt` and
             `tokenizer_config.json`, which the original does not read.
         labels: the classifier's classes.
 
@@ -270,7 +271,7 @@ def export_checkpoint(
             prefix=str(folder / "bert_model.ckpt"),
             tensor_names=list(model.shapes),
             shape_and_slices=[""] * len(model.shapes),
-            # Not tf.constant, which was measured to take twice the array's size.
+            # Not tf.constant: in a measurement it took twice the array's size.
             tensors=[tf.identity(model.read(name)) for name in model.shapes],
         )
 
@@ -278,7 +279,7 @@ def export_checkpoint(
 def write_original_files(
     model: StoredModel, tokenizer: Tokenizer, folder: Path, labels: Sequence[str] | None
 ) -> None:
-    """Write configuration and tokenizer as the original release has them, and a run reads them.
+    """Write configuration and tokenizer as in the original release; a run can read them.
 
     Raises:
         InputError: the number of labels differs.
@@ -292,7 +293,7 @@ def write_original_files(
 
 @contextlib.contextmanager
 def file_errors(folder: Path) -> Iterator[None]:
-    """Turn the errors in which libraries wrap those of the file system back into OSError."""
+    """Turn a library's errors for problems of the file system into OSError."""
     try:
         yield
     except SafetensorError as error:

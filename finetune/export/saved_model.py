@@ -22,11 +22,15 @@ def export_saved_model(
 
     Its signature `serving_default` takes `input_ids`, `input_mask` and `segment_ids`, int32
     `[batch, sequence]` of any batch and any sequence length that the model has positions for. It
-    returns float32: `start_logits` and `end_logits` `[batch, sequence]` for SQuAD, `logits` and
-    `probabilities` `[batch, labels]` for a classifier (`logits` alone, `[batch, 1]`, for a
-    regression), `sequence_output`
-    `[batch, sequence, hidden]` and, with a pooler, `pooled_output` `[batch, hidden]` for an
-    encoder alone. There is no dropout in it. Configuration and tokenizer lie in `assets.extra`.
+    returns float32:
+
+    - for SQuAD: `start_logits` and `end_logits`, `[batch, sequence]`;
+    - for a classifier: `logits` and `probabilities`, `[batch, labels]`;
+    - for a regression: `logits`, `[batch, 1]`;
+    - for an encoder alone: `sequence_output`, `[batch, sequence, hidden]`, and, with a pooler,
+      `pooled_output`, `[batch, hidden]`.
+
+    There is no dropout. The folder `assets.extra` holds configuration and tokenizer.
 
     Example:
         `tf.saved_model.load(folder).signatures["serving_default"](input_ids=…, input_mask=…,
@@ -34,7 +38,7 @@ def export_saved_model(
 
     Args:
         model: the model.
-        tokenizer: with which it was trained.
+        tokenizer: the tokenizer with which it was trained.
         folder: an empty folder.
         labels: the classifier's classes.
 
@@ -93,11 +97,11 @@ def _encode(
     input_mask: tf.Tensor,
     segment_ids: tf.Tensor,
 ) -> tf.Tensor:
-    """Run the encoder on `[b, s]` with both dimensions unknown; returns `[b, s, h]`.
+    """Run the encoder on `[b, s]`, with both dimensions unknown; return `[b, s, h]`.
 
-    `finetune.model.modeling.encode` is written for training: it needs the sequence length in the
-    graph, and its custom gradients, which a SavedModel cannot hold as they are, would make every
-    load warn.
+    `finetune.model.modeling.encode` is written for training. It needs the sequence length when the
+    graph is built. It also has custom gradients, which a SavedModel cannot hold as they are, so
+    that every load would log a warning.
     """
     batch, seq_len = tf.unstack(tf.shape(input_ids))
     heads, hidden = config.num_attention_heads, config.hidden_size

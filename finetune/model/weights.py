@@ -1,4 +1,4 @@
-"""Weights in and out: TensorFlow checkpoints of the original release, Hugging Face folders."""
+"""Reading weights: TensorFlow checkpoints of the original release, Hugging Face's folders."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HEAD_NAMES = frozenset(
 _POOLER_PREFIX = "bert/pooler/"
 _ENCODER_PREFIXES = ("bert/embeddings/", "bert/encoder/")
 NO_WEIGHTS = frozenset({"bert/embeddings/position_ids", "bert/embeddings/token_type_ids"})
-"""Constants that Hugging Face's folders store like weights: 0, 1, 2 and so on, and all 0."""
+"""Constants that Hugging Face's folders store beside the weights: 0, 1, 2 …, and zeros."""
 
 _CONFIG_HINT = "is its configuration file the one that belongs to it?"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -38,13 +38,14 @@ _OTHER_FORMATS = ("tf_model.h5", "flax_model.msgpack", "adapter_model.safetensor
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What happened to each name.
+    """Which weights were loaded, and which were not.
 
     Attributes:
         source: the checkpoint that was read.
-        loaded: variables that now have the checkpoint's value.
-        initialised: variables that the checkpoint does not have, left as they were.
-        unused: the checkpoint's tensors that the model has no place for.
+        loaded: names of the variables that were set from the checkpoint.
+        initialised: names of the variables that the checkpoint does not have, and that keep their
+            values.
+        unused: names of the checkpoint's tensors that the model does not have.
     """
 
     source: Path
@@ -54,21 +55,21 @@ class LoadReport:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Find the weights that a path means.
+    """Find the weights that a path stands for.
 
     Args:
         path: the prefix of a TensorFlow checkpoint (`bert_model.ckpt`), its `.index` file, a
-            `.safetensors` file or the index of several, or a folder that holds one of them. In a
-            folder that training left, the best weights come first if they were kept, then the
-            newest checkpoint, see `finetune.model_files.checkpoint_files`. One that is damaged is
-            passed over with a warning.
+            `.safetensors` file or the index of several, or a folder with one of these. In the
+            output folder of a training the best weights come first, if they were kept, and then the
+            newest checkpoint, see `finetune.model_files.checkpoint_files`. A damaged checkpoint is
+            skipped with a warning.
 
     Returns:
         A `.safetensors` file, the index of several, or the prefix of a TensorFlow checkpoint.
 
     Raises:
-        InputError: nothing is there, several checkpoints that are not steps of one training, or
-            only a format that is not read, such as pickles.
+        InputError: there are no weights, only weights in a format that is not read, such as
+            pickles, or several checkpoints that are not steps of one training.
         DamagedFileError: all checkpoints of the folder are damaged.
     """
     path = Path(path)
@@ -101,10 +102,10 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def _first_readable(prefixes: Iterable[Path]) -> Path | None:
-    """The first of several checkpoints whose weights can all be read; None if there are none.
+    """Return the first checkpoint whose weights can all be read; None without checkpoints.
 
     Raises:
-        DamagedFileError: of the first one, if none can be read.
+        DamagedFileError: no checkpoint can be read; the error is that of the first.
     """
     first_damage: DamagedFileError | None = None
     for prefix in prefixes:
@@ -139,21 +140,26 @@ def load_weights(
 ) -> LoadReport:
     """Set a model's variables from a checkpoint, one at a time.
 
-    The encoder must be there in full; the pooler and the task head may be missing and then keep
-    their values. A head of another shape (a different number of labels) counts as missing.
+    The checkpoint must have the whole encoder. Pooler and task head may be missing, and then keep
+    their values. A head of another shape (for another number of labels) counts as missing.
+
+    Example:
+        >>> variables = create_variables(config, "squad")
+        >>> load_weights(variables, "uncased_L-12_H-768_A-12").initialised
+        ('cls/squad/output_weights', 'cls/squad/output_bias')
 
     Args:
         variables: the model; changed.
         init_checkpoint: see `find_checkpoint`.
-        with_head: False leaves the task head's values.
+        with_head: load the task head too.
 
     Returns:
-        What was loaded and what was not.
+        Which weights were loaded, and which were not.
 
     Raises:
-        InputError: no such checkpoint, it cannot be read, an encoder variable is missing or has no
-            place in the model, or a shape differs (as when the configuration or vocabulary belongs
-            to another model).
+        InputError: there is no such checkpoint, it cannot be read, model or checkpoint has a
+            variable of the encoder that the other has not, or a shape differs (as if the
+            configuration or the vocabulary belongs to another model).
     """
     source = find_checkpoint(init_checkpoint)
     names, read = open_weights(source)
@@ -186,13 +192,13 @@ def load_weights(
 
 
 def open_weights(source: Path) -> Reader:
-    """Open what `find_checkpoint` has found.
+    """Open the weights that `find_checkpoint` has found.
 
     Returns:
-        Shapes by name, and a function from a name to its array.
+        Shapes by name, and a function that returns the array of a name.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the weights cannot be read.
     """
     if source.suffix in (".safetensors", ".json"):
         return open_safetensors(source)
@@ -200,15 +206,17 @@ def open_weights(source: Path) -> Reader:
 
 
 def check_encoder(source: Path, there: Collection[str], placed: Collection[str]) -> None:
-    """See that nothing of a checkpoint's encoder is left out: it would compute something else.
+    """Check that the model has all variables of a checkpoint's encoder.
+
+    Without them it would compute something else.
 
     Args:
         source: the checkpoint.
-        there: its names.
-        placed: names for which the model has a place.
+        there: names of the checkpoint's tensors.
+        placed: names of the model's variables.
 
     Raises:
-        InputError: something would be.
+        InputError: a variable of the checkpoint's encoder is not in the model.
     """
     for name in sorted(name for name in there if name.startswith(_ENCODER_PREFIXES)):
         known = name in placed or name in NO_WEIGHTS
@@ -221,17 +229,19 @@ def check_encoder(source: Path, there: Collection[str], placed: Collection[str])
 
 
 def is_optimizer_state(name: str, there: Collection[str]) -> bool:
-    """Whether a tensor is an optimizer's for a variable, after which it is named.
+    """Return whether a tensor is an optimizer's state of a variable.
+
+    The name of such a tensor begins with the name of the variable, as in `output_bias/adam_m`.
 
     Args:
-        name: the tensor's.
+        name: name of the tensor.
         there: all names of the checkpoint.
     """
     return name.rpartition("/")[0] in there
 
 
 def missing_weight(source: Path, name: str, there: Collection[str]) -> InputError:
-    """Say that a checkpoint lacks a weight, or all of BERT's."""
+    """Make the error for a checkpoint without a weight, or without any weight of BERT."""
     if not any(name.startswith(_ENCODER_PREFIXES) for name in there):
         found = ", ".join(sorted(there)[:2]) or "nothing"
         return InputError(f"there are no weights of BERT in it, but {found}", path=source)
@@ -242,21 +252,22 @@ def open_tf_checkpoint(prefix: Path, *, hint: str = "fetch or export it again") 
     """Open a TensorFlow checkpoint.
 
     Args:
-        prefix: its files' name without `.index`.
+        prefix: name of the checkpoint's files without `.index`.
         hint: what the user should do if it cannot be read.
 
     Returns:
-        Shapes by name of the tensors that hold numbers, and a function from a name to its array.
+        Shapes by name of the tensors that hold numbers, and a function that returns the array of a
+        name.
 
     Raises:
-        DamagedFileError: it cannot be read; the function raises it too.
+        DamagedFileError: the checkpoint cannot be read; the function raises it too.
     """
 
     def damaged(what: str, error: Exception) -> DamagedFileError:
         return DamagedFileError(f"cannot read {what} ({error})", path=prefix, hint=hint)
 
     numbers = check_index(prefix, hint=hint)
-    # TensorFlow's reader raises by the kind of damage: OpError, or Python's own exceptions.
+    # What TensorFlow's reader raises depends on the damage: OpError or Python's own exceptions.
     kinds = (tf.errors.OpError, RuntimeError, ValueError, LookupError)
     try:
         reader = tf.train.load_checkpoint(str(prefix))

@@ -1,12 +1,12 @@
-"""Which TensorFlow checkpoints a folder holds; every reader asks here.
+"""Which TensorFlow checkpoints a folder holds; every reader asks this module.
 
-A checkpoint is whole once its index and all of its data are there, because a training writes the
-index last. The newest whole one is what counts. The file `checkpoint` names one too, but it is
-replaced after the index, so a kill or a full disk in between leaves it behind, and in a folder that
-was copied it may name a path of another machine. So it decides only between checkpoints that have
-no step in their names, and nothing outside the folder is ever opened because of it.
+A checkpoint is complete once its index and all of its data are there, because a training writes the
+index last. The newest complete checkpoint counts.
 
-This module does not import TensorFlow.
+The file `checkpoint` names a checkpoint too. But it is replaced after the index is written, so it
+may name an older one after a kill or on a full disk. In a folder that was copied it may name a path
+of another machine. So it decides only between checkpoints without a step in their names, and
+nothing outside of the folder is opened because of it.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _MOST_SHOWN = 100
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Prefixes of the whole checkpoints that a training has left in a folder, oldest step first."""
+    """Return the prefixes of the complete checkpoints of a training, the oldest step first."""
     steps = {int(match[1]): name for name in _whole(folder) if (match := _OWN.fullmatch(name))}
     return [folder / steps[step] for step in sorted(steps)]
 
 
 def preferred_checkpoints(folder: Path) -> list[Path]:
-    """Prefixes of the checkpoints that a folder offers, in the order in which to try them.
+    """Return the prefixes of a folder's checkpoints, in the order in which to try them.
 
-    Those of a training come from the newest to the oldest; where there are none, it is the one that
-    the file `checkpoint` names. If that file names another one, there is a warning.
+    They are those of a training, from the newest to the oldest, or else the one that the file
+    `checkpoint` names. There is a warning if that file names another one than the first.
     """
     whole = _whole(folder)
     steps = list_checkpoints(folder)
@@ -59,10 +59,10 @@ def preferred_checkpoints(folder: Path) -> list[Path]:
 
 
 def other_checkpoints(folder: Path) -> list[Path]:
-    """Prefixes of checkpoints of other programs, newest first, where nothing names one of them.
+    """Return the prefixes of checkpoints of other programs, newest first.
 
     Raises:
-        InputError: they are not steps of one training, so that nothing tells which is meant.
+        InputError: they are not steps of one training, so it is unclear which one to use.
     """
     found = sorted(_whole(folder), key=lambda name: int(_number(name)[1] or 0), reverse=True)
     if len({_number(name)[0] for name in found}) > 1:
@@ -75,11 +75,11 @@ def other_checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_half_written(folder: Path) -> None:
-    """Remove what a save that failed, or that a kill cut short, has left: as large as a model.
+    """Remove the files of checkpoints whose writing failed or was killed; each is a model's size.
 
     Args:
-        folder: of a training, or where one keeps its best weights; it need not exist. The caller
-            sees to it that nobody else writes to it now.
+        folder: folder of a training, or of its best weights; it need not exist. Nobody else may
+            write to it now.
     """
     for path in folder.glob(f".tmp-{PREFIX}*"):
         path.unlink(missing_ok=True)
@@ -92,7 +92,7 @@ def remove_half_written(folder: Path) -> None:
 
 
 def _whole(folder: Path) -> set[str]:
-    """Names of the checkpoints of a folder whose index and data are all there."""
+    """Return the names of the complete checkpoints of a folder."""
     try:
         files = {path.name for path in folder.iterdir() if path.is_file()}
     except (FileNotFoundError, NotADirectoryError):
@@ -112,7 +112,7 @@ def _number(name: str) -> tuple[str, str]:
 
 
 def _read_state(folder: Path) -> str | None:
-    """What the file `checkpoint` names; "" if that cannot be told, None without the file."""
+    """Return what the file `checkpoint` names; "" if it cannot be read, None without the file."""
     path = folder / STATE_FILE
     if not path.is_file():
         return "" if os.path.lexists(path) else None
@@ -125,7 +125,7 @@ def _read_state(folder: Path) -> str | None:
 
 
 def _agrees(folder: Path, named: str, used: str) -> bool:
-    """Whether a state file needs no word: it names what is used, or an older step of it."""
+    """Return whether a state file names the checkpoint that is used, or an older step of it."""
     parent, _, name = named.rpartition("/")
     if parent and parent not in (os.path.abspath(folder), os.path.realpath(folder)):
         return False

@@ -1,8 +1,8 @@
 """The index of a TensorFlow checkpoint, checked before TensorFlow reads it.
 
-TensorFlow believes the index: one with a damaged offset or shape ends the process. The index is a
-table in LevelDB's format (`table_format.md` of LevelDB) whose values are the protocol buffers of
-TensorFlow's `tensor_bundle.proto`.
+TensorFlow trusts the index: a damaged offset or shape crashes the process. The index is a table in
+LevelDB's format (`table_format.md` of LevelDB). Its values are the protocol buffers of TensorFlow's
+`tensor_bundle.proto`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _TRAILER_BYTES = 5  # kind of compression, and the checksum
 _MOST_SHARDS = 10_000
 _MOST_DIMENSIONS = 254
 
-# By the numbers of TensorFlow's `types.proto`. A text has no fixed size.
+# Bytes of one number of each type, by the type's number in TensorFlow's `types.proto`. A text has
+# no fixed size.
 _TEXT = 7
 _NUMBER_BYTES = {1: 4, 2: 8, 3: 4, 4: 1, 5: 2, 6: 1, 8: 8, 9: 8, 10: 1, 14: 2, 17: 2, 18: 16,
                  19: 2, 22: 4, 23: 8}  # fmt: skip
@@ -31,7 +32,7 @@ _NUMBER_BYTES = {1: 4, 2: 8, 3: 4, 4: 1, 5: 2, 6: 1, 8: 8, 9: 8, 10: 1, 14: 2, 1
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """What an index says of a tensor."""
+    """What an index says about a tensor."""
 
     kind: int
     shape: tuple[int, ...]
@@ -41,21 +42,22 @@ class _Entry:
 
 
 class _DamageError(ValueError):
-    """What is wrong with an index."""
+    """An index is damaged; the message says how."""
 
 
 def check_index(prefix: Path, *, hint: str) -> frozenset[str]:
-    """Check a checkpoint's index: its checksums, and every tensor's place in the data files.
+    """Check a checkpoint's index: its checksums, and each tensor's place in the data files.
 
     Args:
-        prefix: the files' name without `.index`.
-        hint: what the user should do if it is damaged.
+        prefix: name of the checkpoint's files without `.index`.
+        hint: what the user should do if the index is damaged.
 
     Returns:
-        Names of the tensors of numbers; there may be others, of texts.
+        Names of the tensors of numbers, without those of texts.
 
     Raises:
-        DamagedFileError: it is damaged, cannot be read, or does not belong to the data files.
+        DamagedFileError: the index is damaged, cannot be read, or does not belong to the data
+            files.
     """
     path = Path(f"{prefix}.index")
     try:
@@ -102,7 +104,7 @@ def _data_size(prefix: Path, shard: int, shards: int) -> int:
 
 
 def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a table, in their order, which is checked."""
+    """Yield the keys and values of a table; check that the keys are in order."""
     footer = data[-_FOOTER_BYTES:]
     if len(footer) < _FOOTER_BYTES or int.from_bytes(footer[-8:], "little") != _MAGIC:
         raise _DamageError("the index has no end mark")
@@ -126,7 +128,7 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _block(data: bytes, end: int, offset: int, size: int) -> bytes:
-    """The content of a block whose checksum is right."""
+    """Return the content of a block of the table, after checking its checksum."""
     if offset + size + _TRAILER_BYTES > end:
         raise _DamageError("a block of the index lies beyond its end")
     stored = data[offset : offset + size + _TRAILER_BYTES]
@@ -139,7 +141,7 @@ def _block(data: bytes, end: int, offset: int, size: int) -> bytes:
 
 
 def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a block; of a key only what differs from the one before is stored."""
+    """Yield the keys and values of a block, which stores only how a key differs from the last."""
     if len(block) < 4:
         raise _DamageError("a block of the index is too short")
     (count,) = struct.unpack("<I", block[-4:])
@@ -159,13 +161,13 @@ def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
         key = key[:shared] + block[place : place + own]
         yield key, block[place + own : place + own + size]
         place += own + size
-    # An empty block has one all the same.
+    # An empty block has a restart point at 0.
     if restarts - {0}:
         raise _DamageError("a block of the index has wrong restart points")
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """An integer in groups of seven bits, and the place after it."""
+    """Return an integer stored in groups of seven bits, and the place after it."""
     value = 0
     for shift in range(0, 70, 7):
         if place >= len(data):
@@ -179,7 +181,7 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Numbers and values of a protocol buffer's fields."""
+    """Yield the numbers and values of a protocol buffer's fields."""
     place = 0
     while place < len(message):
         tag, place = _varint(message, place)
@@ -198,7 +200,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _shards(header: bytes) -> int:
-    """The number of data files, from `BundleHeaderProto`."""
+    """Return the number of data files, from `BundleHeaderProto`."""
     shards = 0
     for field, value in _fields(header):
         if field == 1:
@@ -211,7 +213,7 @@ def _shards(header: bytes) -> int:
 
 
 def _entry(message: bytes) -> _Entry:
-    """A tensor's `BundleEntryProto`."""
+    """Read a tensor's `BundleEntryProto`."""
     numbers = dict.fromkeys((1, 3, 4, 5), 0)
     shape: tuple[int, ...] = ()
     for field, value in _fields(message):
@@ -228,7 +230,7 @@ def _entry(message: bytes) -> _Entry:
 
 
 def _shape(message: int | bytes) -> tuple[int, ...]:
-    """A `TensorShapeProto`."""
+    """Read a `TensorShapeProto`."""
     sizes = []
     for field, value in _fields(_message(message)):
         if field == 3 and value:

@@ -13,18 +13,19 @@ from finetune.model_files.model_folder import read_config_values, run_record
 
 _HINT = "list the labels in the head's order with --labels, or mend the file"
 _PLACEHOLDER = re.compile(r"LABEL_\d+")
-# Their classifier scores each token, or each of several texts.
+# Models whose classifier scores each token, or each of several texts.
 _OTHER_HEADS = ("TokenClassification", "MultipleChoice")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedHead:
-    """What a folder says of the head among its weights.
+    """What a folder says about the task head among its weights.
 
     Attributes:
         folder: the folder.
-        labels: by row; None if it does not tell.
-        why_other: why it is no classifier of texts into one class each; "" if it may be one.
+        labels: the label of each row; None if the folder does not say.
+        why_other: why the head cannot be a classifier that gives each text one class; "" if it
+            may be one.
     """
 
     folder: Path
@@ -33,10 +34,10 @@ class TrainedHead:
 
 
 def read_trained_head(folder: Path) -> TrainedHead:
-    """Read what a folder says of its head: the record of its run, or else its configuration.
+    """Read what a folder says about its head, from the record of its run or its configuration.
 
     Args:
-        folder: the one that the weights lie in.
+        folder: the folder with the weights.
 
     Raises:
         InputError: a file cannot be read, or contradicts itself.
@@ -57,17 +58,17 @@ def read_trained_head(folder: Path) -> TrainedHead:
 
 
 def recorded_labels(folder: Path) -> tuple[str, ...] | None:
-    """Labels that the record of a folder's run names; None if there are none.
+    """Return the labels in the record of a folder's run; None without record or labels.
 
     Raises:
-        InputError: there is a record, and it cannot be read.
+        InputError: there is a record, but it cannot be read.
     """
     labels = run_record(folder).get("labels")
     return tuple(map(str, labels)) if isinstance(labels, list) and labels else None
 
 
 def labels_of_config(values: Mapping[str, Any], path: Path) -> tuple[str, ...] | None:
-    """Take a head's labels from a configuration of Hugging Face's.
+    """Read the labels of a head from a configuration of Hugging Face.
 
     Returns:
         Labels by row, or None if there are only placeholders, `LABEL_0` and so on.
@@ -110,18 +111,18 @@ def _by_row(named: Any, key: str, path: Path) -> tuple[str, ...] | None:
 def rows_of(labels: Sequence[str], head: TrainedHead) -> tuple[int, ...] | None:
     """Find the row of a trained head for each label of a task.
 
-    Labels are the same if they differ only in case, or in what separates their words.
+    Labels are the same if they differ only in case, or in the characters between their words.
 
     Args:
-        labels: of the task.
-        head: as many rows.
+        labels: the labels of the task.
+        head: a head with as many rows.
 
     Returns:
-        Rows in the task's order; None if the head's labels are all of other names, or unknown, so
-        that nothing tells its order.
+        Rows in the order of the task's labels; None if nothing tells their order, because the
+        head's labels are unknown or all have other names.
 
     Raises:
-        InputError: some labels are the same, and others are not.
+        InputError: some labels of task and head are the same, and others are not.
     """
     if head.labels is None:
         return None

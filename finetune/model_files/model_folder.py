@@ -1,7 +1,7 @@
-"""What a model's folder says beside its weights: its files, its tokenizer, and how it was trained.
+"""The files of a model's folder beside its weights, and its tokenizer.
 
-A folder is of the original release, of Hugging Face, or the output of a run, which leaves its
-record there. This module does not import TensorFlow.
+A folder is one of the original release, one of Hugging Face, or the output of a run, which leaves a
+record of itself there.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ CONFIG_NAMES = ("bert_config.json", "config.json")
 VOCABULARY_NAMES = ("vocab.txt", "tokenizer.json")
 RUN_FILE = "run.json"
 SETTINGS_FILES = (*TOKENIZER_FILES, *CONFIG_NAMES, RUN_FILE)
-"""What may lie beside weights and vocabulary, and tell how they were trained."""
+"""Files beside weights and vocabulary that say how the model was trained."""
 
-# Of a smaller vocabulary the letters tell nothing.
+# The letters of a smaller vocabulary say nothing about lower-casing.
 _TELLING_TOKENS = 1000
 _CAPITALS_SHARE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """Where a model comes from.
+    """The files that a model is made from.
 
     Attributes:
-        config_file: its shape.
-        vocab_file: its vocabulary, `vocab.txt` or a `tokenizer.json`.
-        init_checkpoint: its weights; None starts from random ones.
-        folder: the model's folder, if one was named.
+        config_file: the configuration.
+        vocab_file: the vocabulary, `vocab.txt` or a `tokenizer.json`.
+        init_checkpoint: the weights; None starts from random ones.
+        folder: the model's folder, if one was given.
     """
 
     config_file: Path
@@ -59,7 +59,7 @@ class ModelFiles:
 
     @property
     def weights_folder(self) -> Path | None:
-        """The folder that the weights lie in."""
+        """The folder with the weights."""
         if self.init_checkpoint is None or self.init_checkpoint.is_dir():
             return self.init_checkpoint
         return self.init_checkpoint.parent
@@ -71,10 +71,10 @@ def find_model_files(
     vocab_file: Path | None,
     init_checkpoint: Path | None,
 ) -> ModelFiles:
-    """Combine a model's folder with files that are named one by one, which come first.
+    """Combine a model's folder with files that are given one by one, which take precedence.
 
     Raises:
-        InputError: a file is neither named nor in the folder.
+        InputError: a file is neither given nor in the folder.
     """
 
     def locate(given: Path | None, names: tuple[str, ...], flag: str) -> Path:
@@ -106,7 +106,7 @@ def find_model_files(
 
 
 def _warn_of_two_configurations(folder: Path) -> None:
-    """Say so if a folder has one of each family, and they disagree."""
+    """Log a warning if a folder has both kinds of configuration file, and they disagree."""
 
     def shape_of(path: Path) -> BertConfig | None:
         try:
@@ -125,28 +125,28 @@ def _warn_of_two_configurations(folder: Path) -> None:
         return
     values, others = first.values(), second.values()
     differ = ", ".join(name for name in values | others if values.get(name) != others.get(name))
-    # The word "gelu" means another function in each.
+    # The word "gelu" means a different function in each.
     _logger.warning("%s and %s differ in %s: using the first", ours, theirs.name, differ)
 
 
 def run_record(folder: Path) -> Mapping[str, Any]:
-    """What a run has recorded about itself in its output folder; empty for any other folder.
+    """Return the record that a run has left in its output folder; empty for any other folder.
 
     Raises:
-        InputError: there is a record, and it cannot be read.
+        InputError: there is a record, but it cannot be read.
     """
     path = folder / RUN_FILE
     if not path.is_file() and folder.resolve().name == "best":
-        # A run keeps its best weights in a folder within its own.
+        # A run keeps its best weights in a folder inside of its own.
         path = folder.resolve().parent / RUN_FILE
     return _read_object(path, "the record of a run") if path.is_file() else {}
 
 
 def read_config_values(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
-    """A folder's configuration file and its values, as they are; none without such a file.
+    """Return a folder's configuration file and its values, unchecked; nothing without such a file.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     for name in CONFIG_NAMES:
         if (folder / name).is_file():
@@ -160,14 +160,14 @@ def _read_object(path: Path, what: str) -> Mapping[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class FoundTokenizer:
-    """A model's tokenizer, and what is to be said about it.
+    """A model's tokenizer, and what a user should know about it.
 
     Attributes:
         tokenizer: the tokenizer.
-        guess: what tells whether letters are lowered where no flag and no file says so, as in
-            `the name …`; "" if nothing tells; None if a flag or a file says so.
+        guess: from what it was guessed whether letters are lowered, such as `the name …`; "" if
+            nothing tells; None if there was no guess, because a flag or a file says it.
         remarks: contradictions between flags, files, names and the vocabulary.
-        model_max_length: tokens of a text that the model is said to be for, if a file says so.
+        model_max_length: most tokens of a text for this model, if a file says so.
     """
 
     tokenizer: Tokenizer
@@ -181,18 +181,18 @@ def find_tokenizer(
 ) -> FoundTokenizer:
     """Make the tokenizer with which a model was trained.
 
-    Whether letters are lowered, accents stripped and Chinese characters set apart is what the flags
-    say, else the record of the run that trained the weights, else `tokenizer_config.json`, else
-    `tokenizer.json`. If none of them tells, the names of the files decide, and then the vocabulary.
+    Several sources may say whether letters are lowered, accents stripped and Chinese characters set
+    apart. They are asked in this order: the flags, the record of the run that trained the weights,
+    `tokenizer_config.json`, `tokenizer.json`, the names of the files, the vocabulary.
 
     Args:
         files: the model.
-        asked: what flags say of `finetune.text.tokenizer_files.NORMALIZATION_KEYS`; None says
-            nothing.
-        trained_in: output folders of which a run's record counts before the weights' own.
+        asked: values of the flags, by `finetune.text.tokenizer_files.NORMALIZATION_KEYS`; None for
+            a flag that was not given.
+        trained_in: output folders whose records take precedence over that of the weights' folder.
 
     Raises:
-        InputError: a file cannot be read, or asks for tokens that cannot be made here.
+        InputError: a file cannot be read, or asks for a way to split text that is not supported.
     """
     folders = [folder for folder in (files.weights_folder, files.folder) if folder is not None]
     settings = read_tokenizer_settings(files.vocab_file, folders)
@@ -228,14 +228,14 @@ def _sources(
     folders: Sequence[Path],
     asked: Mapping[str, bool | None],
 ) -> list[tuple[str, Mapping[str, bool | None]]]:
-    """What flags and files say of the normalization, the most telling first."""
+    """Return what flags and files say about the normalization, in the order in which they count."""
     given = {key: value for key, value in asked.items() if value is not None}
     sources: list[tuple[str, Mapping[str, bool | None]]] = [("the flag", given)]
     vocab_file = files.vocab_file
     for folder in dict.fromkeys([*folders, vocab_file.parent, vocab_file.resolve().parent]):
         record = run_record(folder)
         if isinstance(record.get("do_lower_case"), bool):
-            # A record that lacks the others is of a version that knew only their defaults.
+            # A record without the other keys is of an earlier version, which had only the defaults.
             accents = record.get("strip_accents")
             trained = {
                 "do_lower_case": record["do_lower_case"],
@@ -257,14 +257,14 @@ def _contradictions(key: str, told: Sequence[tuple[str, bool | None]]) -> list[s
 
 
 def _guess(files: ModelFiles, folders: Iterable[Path]) -> tuple[bool, str]:
-    """Guess from names and vocabulary whether letters are to be lowered, and say why."""
+    """Guess from names and vocabulary whether letters are lowered; also return from what."""
     names = [
         str(path)
         for path in (files.init_checkpoint, files.config_file)
         if path is not None
         for path in (path, path.resolve())
     ]
-    # What a run of an earlier version has recorded.
+    # Earlier versions recorded only the name of the weights.
     names += [str(run_record(folder).get("init_checkpoint") or "") for folder in folders]
     for name in names:
         inferred = infer_do_lower_case(name)
@@ -277,7 +277,7 @@ def _guess(files: ModelFiles, folders: Iterable[Path]) -> tuple[bool, str]:
 
 
 def _doubts(do_lower_case: bool, files: ModelFiles, vocab: Mapping[str, int]) -> list[str]:
-    """What speaks against a choice that no run has recorded."""
+    """Return what contradicts a choice that no run has recorded."""
     name = str(files.init_checkpoint or files.config_file)
     inferred = infer_do_lower_case(name)
     if inferred is not None and inferred != do_lower_case:
@@ -295,7 +295,7 @@ def _kind(lowered: bool) -> str:
 
 
 def _looks_lowered(vocab: Mapping[str, int]) -> bool | None:
-    """Whether a vocabulary is of lowered text; None if that cannot be told."""
+    """Return whether a vocabulary is one of lowered text; None if nothing tells."""
     words = [token for token in vocab if not token.startswith("[")]
     if len(words) < _TELLING_TOKENS:
         return None
@@ -308,9 +308,13 @@ def _looks_lowered(vocab: Mapping[str, int]) -> bool | None:
 def infer_do_lower_case(name_or_path: str | os.PathLike[str]) -> bool | None:
     """Guess from a model's name whether it is an uncased one; None if the name does not tell.
 
-    Knows names that say `cased` or `uncased`, and Google's two lower-cased releases that do not:
-    `multilingual_L-12_H-768_A-12` and `chinese_L-12_H-768_A-12`. The part of a path nearest to the
-    file counts most.
+    A name may say `cased` or `uncased`. Two releases of Google are lower-cased and do not say so:
+    `multilingual_L-12_H-768_A-12` and `chinese_L-12_H-768_A-12`. The last part of a path that tells
+    decides.
+
+    Example:
+        >>> infer_do_lower_case("models/uncased_L-12_H-768_A-12/bert_model.ckpt")
+        True
     """
     for part in reversed(PurePath(name_or_path).parts):
         if re.search(r"(?<![a-z])uncased(?![a-z])", part, re.IGNORECASE):

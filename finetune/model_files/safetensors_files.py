@@ -1,7 +1,4 @@
-"""Safetensors files of Hugging Face's BERT, whole or in parts, under the original's names.
-
-This module does not import TensorFlow.
-"""
+"""Hugging Face's safetensors files of BERT, one or several, under the original's names."""
 
 from __future__ import annotations
 
@@ -22,12 +19,12 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 Reader = tuple[Mapping[str, tuple[int, ...]], Callable[[str], np.ndarray]]
-"""Shapes by name, and a function from a name to its array."""
+"""Shapes by name, and a function that returns the array of a name."""
 
 _HINT = "get the model's folder again"
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 _LAYER_NORM_NAMES = {"weight": "gamma", "bias": "beta"}
-# What programs put before all names when they save a model that is wrapped in another.
+# Prefixes of all names if the saved model was wrapped in another one.
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.|auto_model\.|0\.)+")
 _HEADS = {
     "classifier.weight": "output_weights",
@@ -44,11 +41,12 @@ def open_safetensors(path: Path) -> Reader:
         path: `….safetensors`, or `….safetensors.index.json` beside the files that it names.
 
     Returns:
-        Shapes by name, kernels as `[inputs, outputs]`, and a function from a name to its array.
+        Shapes by name, kernels as `[inputs, outputs]`, and a function that returns the array of a
+        name.
 
     Raises:
-        InputError: it cannot be read, or two tensors are the same weight; the function raises it
-            too.
+        InputError: the file cannot be read, or two tensors are the same weight; the function raises
+            it too.
     """
     parts: Mapping[Path, list[str] | None] = (
         dict(_parts(path)) if path.suffix == ".json" else {path: None}
@@ -82,7 +80,7 @@ def open_safetensors(path: Path) -> Reader:
 
 
 def _shapes(path: Path, wanted: Iterable[str] | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of a file's tensors, all or those wanted, by their own names."""
+    """Return the shapes of a file's tensors, all or the wanted ones, by their names in the file."""
     with _errors(path, "cannot read the safetensors file"), safe_open(path, "numpy") as file:
         there = set(file.keys())
         missing = sorted(set(wanted or ()) - there)
@@ -93,13 +91,13 @@ def _shapes(path: Path, wanted: Iterable[str] | None) -> dict[str, tuple[int, ..
 
 
 def _parts(index: Path) -> Mapping[Path, list[str]]:
-    """The files that an index names, each with the tensors that it is said to hold."""
+    """Return the files that an index names, with the names of their tensors."""
     named = load_object(index, hint=_HINT, what="the index of the weights").get("weight_map")
     if not isinstance(named, dict) or not named:
         raise InputError("there is no weight_map in it", path=index, hint=_HINT)
     parts: dict[Path, list[str]] = {}
     for name, file in named.items():
-        # Nothing outside the folder is opened because a file says so.
+        # The index must not name files outside of the folder.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith("safetensors"):
             raise InputError(f"{file!r:.60} is no file of the folder", path=index, hint=_HINT)
         if not (index.parent / file).is_file():
@@ -120,10 +118,14 @@ def _errors(path: Path, what: str) -> Iterator[None]:
 
 
 def original_name(hugging_face_name: str) -> str:
-    """Translate a parameter's name in Hugging Face's BERT into the original's.
+    """Translate the name of a parameter of Hugging Face's BERT into the original's.
 
-    Their linear layers hold `[outputs, inputs]`, the original's kernels the transpose; a name
-    that ends in `kernel` says that the value is to be transposed.
+    Hugging Face's linear layers are `[outputs, inputs]`, the original's kernels the transpose. So a
+    value must be transposed if the translated name ends in `kernel`.
+
+    Example:
+        >>> original_name("bert.encoder.layer.0.output.dense.weight")
+        'bert/encoder/layer_0/output/dense/kernel'
     """
     plain = _WRAPPERS.sub("", hugging_face_name)
     if plain in _HEADS:

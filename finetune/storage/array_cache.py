@@ -1,9 +1,9 @@
-"""Arrays that took time to make, kept on disk under a hash of what they were made from.
+"""A cache on disk for arrays that take time to make, under a hash of their sources.
 
-An entry is a folder with one file per array and `entry.json`. It appears whole or not at all, so
-processes may share a cache, and it is read through memory maps, so that an array larger than
-memory can be made (piece by piece) and used. What is read is compared with a SHA-256 of what was
-written, and made again where it differs: a wrong bit from a disk must not change a training.
+An entry is a folder with one file for each array and `entry.json`. An entry appears complete or not
+at all, so processes may share a cache. It is made piece by piece and read through memory maps, so
+an array may be larger than memory. Each array is compared with the SHA-256 of what was written, and
+made again if it differs: a wrong bit from a disk must not change a training.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """Arrays and what belongs to them.
+    """Arrays, and what was stored with them.
 
     Attributes:
-        arrays: by name; memory maps that cannot be written to, or arrays in memory if the cache
-            could not be used.
-        extra: whatever else was stored, as JSON.
-        was_there: whether nothing had to be made.
+        arrays: arrays by name: read-only memory maps, or arrays in memory if the cache could not
+            be used.
+        extra: further values, as JSON has them.
+        was_there: whether the entry was in the cache, so that nothing had to be made.
     """
 
     arrays: dict[str, np.ndarray] = field(repr=False)
@@ -55,15 +55,15 @@ class CacheEntry:
 
 
 def hash_key(**parts: Any) -> str:
-    """SHA-256 of JSON-able parts, as a cache key."""
+    """Return the SHA-256 of values that JSON can hold, as the key of an entry."""
     return hashlib.sha256(json_text(parts, sort_keys=True).encode()).hexdigest()
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's content.
+    """Return the SHA-256 of a file's content.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -79,17 +79,23 @@ def load_or_make(
     *,
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
 ) -> CacheEntry:
-    """Takes arrays from the cache, or makes and stores them.
+    """Take arrays from the cache, or make and store them.
 
-    A cache that cannot be written to (a full disk, a read-only home) costs a warning, nothing else.
+    If the cache cannot be written to (a full disk, a read-only home), there is a warning, and the
+    arrays are made in memory.
+
+    Example:
+        >>> key = hash_key(source=hash_file("train.tsv"), version=1)
+        >>> entry = load_or_make(folder, key, lambda: ([{"ids": ids}], {"examples": len(ids)}))
+        >>> entry.arrays["ids"]
 
     Args:
-        folder: of the cache; made if missing. None keeps everything in memory.
-        key: from `hash_key`: everything that the arrays depend on.
-        make: gives the arrays as pieces, one or more, to be joined along the first axis, and what
-            else to store, JSON-able.
-        limit_bytes: entries that were not used for longest are removed until the others need no
-            more than this.
+        folder: folder of the cache, created if missing. None keeps everything in memory.
+        key: result of `hash_key` for everything that the arrays depend on.
+        make: returns one or more pieces of the arrays, to be joined along the first axis, and
+            further values to be stored, which JSON can hold.
+        limit_bytes: most bytes of the cache. Entries that have not been used for the longest time
+            are removed until the others fit.
     """
     if folder is not None:
         found = _load(folder / key)
@@ -114,7 +120,7 @@ def load_or_make(
 
 
 def _load(entry: Path) -> CacheEntry | None:
-    """An entry as it was written; None if there is none, with a warning if it is damaged."""
+    """Return an entry; None if there is none or, with a warning, if it is damaged."""
     try:
         text = (entry / _ENTRY).read_bytes()
     except OSError:
@@ -122,7 +128,7 @@ def _load(entry: Path) -> CacheEntry | None:
     try:
         described = parse_json(text.decode("utf-8"), finite=False)
         if _DIGEST not in described:
-            return None  # Of an earlier version, which wrote none.
+            return None  # An earlier version wrote no digest.
         arrays, extra = described["arrays"], described["extra"]
         whole = described[_DIGEST] == hash_key(key=entry.name, arrays=arrays, extra=extra)
         whole = whole and all((entry / name).parent == entry for name in arrays)
@@ -132,20 +138,20 @@ def _load(entry: Path) -> CacheEntry | None:
     if not whole:
         _logger.warning("the cached arrays in %s are damaged: making them again", entry)
         return None
-    # The time of the last use, by which entries are removed.
+    # The folder's time is that of its last use, see `_evict`.
     with contextlib.suppress(OSError):
         os.utime(entry)
     return CacheEntry(found, extra, True)
 
 
 def _map(path: Path, dtype: str, shape: list[int], digest: str) -> np.ndarray:
-    """Map an array's file, having compared it with its digest.
+    """Map the file of an array, after comparing it with its digest.
 
     Raises:
-        OSError: it is not there.
-        ValueError: it is not what was written.
+        OSError: the file is missing.
+        ValueError: the file is not as it was written.
     """
-    # Objects would be taken for addresses in memory.
+    # The bytes of Python objects would be read as addresses in memory.
     if np.dtype(dtype).hasobject or min(shape) < 0:
         raise ValueError("no array of numbers")
     size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -180,7 +186,7 @@ def _store(folder: Path, key: str, pieces: Iterable[Arrays], extra: dict[str, An
         digest = hash_key(key=key, arrays=arrays, extra=extra)
         content = {"arrays": arrays, "extra": extra, _DIGEST: digest}
         (temporary / _ENTRY).write_text(json_text(content), encoding="utf-8")
-        # An entry that is there is damaged, or another process has just made the same.
+        # If the entry exists, it is damaged, or another process has just made the same.
         shutil.rmtree(folder / key, ignore_errors=True)
         os.replace(temporary, folder / key)
     finally:
@@ -188,12 +194,12 @@ def _store(folder: Path, key: str, pieces: Iterable[Arrays], extra: dict[str, An
 
 
 def _evict(folder: Path, newest: str, limit_bytes: int) -> None:
-    """Remove the entries not used for longest, and what processes that were killed have left."""
+    """Remove the entries not used for the longest time, and unfinished ones of killed processes."""
     used = 0
     for path in folder.glob(f"{_TEMPORARY}*"):
         if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
-    # Only what has the form of an entry: the user may keep other things in the folder.
+    # Only folders with the name of an entry: the user may keep other things here.
     described = [path.parent for path in folder.glob(f"*/{_ENTRY}")]
     entries = [entry for entry in described if _KEY.fullmatch(entry.name)]
     entries.sort(key=lambda path: (path.name == newest, path.stat().st_mtime), reverse=True)

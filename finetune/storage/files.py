@@ -15,12 +15,12 @@ from finetune.errors import InputError
 
 GIB_BYTES = 1 << 30
 DATA_LIMIT_BYTES = 4 * GIB_BYTES
-"""No file that is read as a whole may be larger, unless it says so."""
+"""Default of the largest file that is read as a whole."""
 
 _BLOCK_BYTES = 1 << 20
 
 _TEMPORARY = re.compile(r"\.(.+)\.(?:[0-9]+|[0-9a-f]{16})\.tmp")
-"""Names of the hidden files; those with a process's number are of earlier versions."""
+"""Names of the hidden files; earlier versions put the number of a process into them."""
 
 
 def read_bytes(path: str | os.PathLike[str], *, limit_bytes: int = DATA_LIMIT_BYTES) -> bytes:
@@ -28,11 +28,11 @@ def read_bytes(path: str | os.PathLike[str], *, limit_bytes: int = DATA_LIMIT_BY
 
     Args:
         path: the file.
-        limit_bytes: largest size that is read; an endless file such as `/dev/zero` ends there too.
+        limit_bytes: most bytes that are read, also of an endless file such as `/dev/zero`.
 
     Raises:
-        InputError: it is larger.
-        OSError: it cannot be read.
+        InputError: the file is larger.
+        OSError: the file cannot be read.
     """
     blocks, left = [], limit_bytes
     with open(path, "rb") as file:
@@ -47,15 +47,15 @@ def read_bytes(path: str | os.PathLike[str], *, limit_bytes: int = DATA_LIMIT_BY
 
 
 def decode_utf8(data: bytes, path: str | os.PathLike[str], *, hint: str) -> str:
-    """Decode what was read of a file.
+    """Decode the content of a file.
 
     Args:
         data: the content.
         path: the file, for the message.
-        hint: what to do if it is not UTF-8.
+        hint: what the user should do if the content is not UTF-8.
 
     Raises:
-        InputError: it is not; says in which line.
+        InputError: the content is not UTF-8; the message names the line.
     """
     try:
         return data.decode("utf-8")
@@ -67,21 +67,22 @@ def decode_utf8(data: bytes, path: str | os.PathLike[str], *, hint: str) -> str:
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a file so that a reader, or a power cut, meets the old content or the new.
+    """Write a file so that readers see the old content or the new, also after a power cut.
 
-    The content goes to a hidden file in the same folder, is flushed to the disk, and then takes the
-    name. Nobody can know the hidden file's name before, and no link is followed to it. A new file
-    gets the mode that the user's umask gives to new files, one that is replaced keeps its own.
+    The content is written to a hidden file in the same folder and flushed to the disk. Then the
+    hidden file gets the file's name. Nobody can know the hidden file's name in advance, and no link
+    is followed to it. A new file gets the mode that the user's umask gives to new files. A file
+    that is replaced keeps its mode.
 
     Args:
-        path: the file; one that is there is replaced. A symbolic link stays, and leads to the new
-            content; into what is no regular file, a pipe or a device, the content is written.
-        content: text is written as UTF-8, with line ends as they are, and half a surrogate pair, as
-            in a file name that is not UTF-8, as an escape.
+        path: the file; an existing one is replaced. A symbolic link is kept, and leads to the new
+            content. If the path is a pipe or a device, the content is written into it.
+        content: text is written as UTF-8, with its line ends unchanged. Half a surrogate pair, as
+            in a file name that is not UTF-8, is written as an escape.
 
     Raises:
-        OSError: the folder is missing or cannot be written to, or the disk is full. Then the old
-            file is as it was, and nothing else is left behind.
+        OSError: the folder is missing or cannot be written to, or the disk is full. The old file
+            is then unchanged, and no hidden file is left.
     """
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     target = Path(path)
@@ -91,7 +92,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
         return
     if target.is_symlink():
         target = target.resolve()
-    # A part of the name will do: a file system has a longest one.
+    # Only a part of the name, because file systems limit the length of names.
     temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
     made = False
     try:
@@ -106,30 +107,30 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
         if made:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename == str(temporary):
-            # The hidden file would mean nothing to the user.
+            # The user does not know the hidden file.
             error.filename = str(target)
         raise
 
 
 def _create(temporary: Path, target: Path) -> int:
-    """Make a file that was not there, with the mode of the one that it is to replace."""
+    """Create a file, with the mode of the one that it is to replace; refuse an existing one."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     if not target.exists():
         return os.open(temporary, flags, 0o666)
     mode = stat.S_IMODE(target.stat().st_mode) & 0o777
     descriptor = os.open(temporary, flags, mode)
-    # Some file systems know no modes; elsewhere the umask may have taken something away.
+    # The umask may have removed bits of the mode. Some file systems have no modes.
     with contextlib.suppress(OSError):
         os.fchmod(descriptor, mode)
     return descriptor
 
 
 def remove_temporaries(folder: Path, patterns: Collection[str]) -> None:
-    """Remove what killed processes have left of writing some files of a folder.
+    """Remove the hidden files that killed processes have left while they wrote some files.
 
     Args:
-        folder: it need not exist. The caller sees to it that nobody else writes to it now.
-        patterns: of the files' names.
+        folder: the folder, which need not exist. Nobody else may write to it now.
+        patterns: patterns of the names of the files that were to be written.
     """
     for path in folder.glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)

@@ -1,4 +1,4 @@
-"""A folder that is held while it is written to, so that no other is taken for it."""
+"""A folder that is held open while it is written to, so that no other folder is mistaken for it."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ class HeldFolder:
     """A folder that is kept open.
 
     Attributes:
-        path: where it was found.
-        descriptor: of the open folder.
+        path: path by which the folder was opened.
+        descriptor: file descriptor of the open folder.
     """
 
     path: Path
     descriptor: int
 
     def check(self) -> None:
-        """See that the path still leads to the folder.
+        """Check that the path still leads to the folder.
 
         Raises:
-            FolderLostError: it does not, so what is written to the path would be lost, or would
-                make another folder.
-            OSError: that cannot be told, as when a disk has failed.
+            FolderLostError: the path does not, so files written to it would be lost, or would
+                create another folder.
+            OSError: the path cannot be looked up, for example because the disk has failed.
         """
         if not leads_to(self.path, self.descriptor):
             what = "was replaced by another" if os.path.lexists(self.path) else "is gone"
             raise FolderLostError(f"the folder {self.path} {what}{self._moved_to()}")
 
     def _moved_to(self) -> str:
-        """Where the folder is, for the message, if the system tells."""
+        """Return where the folder is now, for the message, if the system tells."""
         try:
             name = os.readlink(f"/proc/self/fd/{self.descriptor}")
         except OSError:
@@ -52,10 +52,10 @@ class HeldFolder:
 
 @contextlib.contextmanager
 def held_folder(path: Path) -> Iterator[HeldFolder]:
-    """Hold a folder in the block.
+    """Hold a folder open during a `with` statement.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the folder cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -65,9 +65,10 @@ def held_folder(path: Path) -> Iterator[HeldFolder]:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock an open file or folder until it is closed; False if another process has locked it.
+    """Lock an open file or folder until it is closed; return False if another process holds it.
 
-    On a file system without locks, as some of a network are, it is as if nobody else were there.
+    A file system without locks, such as some network file systems, behaves as if nobody else had
+    locked it.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,10 +78,10 @@ def try_lock(descriptor: int) -> bool:
 
 
 def leads_to(path: Path, descriptor: int) -> bool:
-    """Whether a path leads to an open file or folder.
+    """Return whether a path leads to an open file or folder.
 
     Raises:
-        OSError: that cannot be told, as when a disk has failed.
+        OSError: the path cannot be looked up, for example because the disk has failed.
     """
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))

@@ -1,6 +1,7 @@
-"""JSON from files: read up to bounds, with errors that say where a file is wrong.
+"""JSON files: read within bounds, with errors that say where a file is wrong.
 
-Files of our own are read here too: a disk may have damaged them, or another program made them.
+The files that this package writes are read with the same care: a disk may have damaged them, or
+another program may have written them.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from finetune.errors import InputError
 from finetune.storage.files import DATA_LIMIT_BYTES, decode_utf8, read_bytes
 
 OWN_LIMIT_BYTES = 64 << 20
-"""Files of settings and results that are larger are none of ours."""
+"""Largest file of settings or results."""
 
 MOST_WHOLE = 2**63 - 1
-"""Largest integer that is read: what SQLite, NumPy and TensorFlow hold."""
+"""Largest integer that is read; SQLite, NumPy and TensorFlow hold no larger one."""
 
 LargeIntegers = Literal["refuse", "float", "keep"]
-"""What is done with an integer beyond that."""
+"""What to do with a larger integer."""
 
 _MOST_DEPTH = 100
 _MOST_DIGITS = 1000
@@ -43,11 +44,12 @@ def parse_json(text: str, *, finite: bool = True, large_integers: LargeIntegers 
     Args:
         text: the text.
         finite: refuse NaN, infinities and numbers that are too large for a float.
-        large_integers: what to do with integers beyond 64 bits. Also where they are kept, one of
-            more than 1,000 digits is refused.
+        large_integers: what to do with integers beyond 64 bits. An integer of more than 1,000
+            digits is refused even if large ones are kept.
 
     Raises:
-        ValueError: it is not such a text; `json.JSONDecodeError` where the place is known.
+        ValueError: the text is not JSON, or not within the bounds; `json.JSONDecodeError` where the
+            position is known.
     """
     odd: dict[str, Any] = {"parse_float": _finite, "parse_constant": _refuse} if finite else {}
     try:
@@ -59,7 +61,7 @@ def parse_json(text: str, *, finite: bool = True, large_integers: LargeIntegers 
 
 
 def _whole(digits: str) -> int:
-    # Python itself refuses more than 4,300 digits, and says so in words about itself.
+    # Python refuses more than 4,300 digits with a message about its own settings.
     if len(digits) > 20 or abs(number := int(digits)) > MOST_WHOLE:
         raise ValueError(f"the number {digits[:20]}... is beyond 64 bits")
     return number
@@ -90,7 +92,7 @@ def _refuse(name: str) -> NoReturn:
 
 
 def _check_depth(value: Any) -> None:
-    """Refuse what Python could read, but not always write or compare."""
+    """Refuse values nested so deeply that Python could not always write or compare them."""
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(_MOST_DEPTH):
         inner: list[Any] = []
@@ -111,18 +113,18 @@ def load_json(
     large_integers: LargeIntegers = "refuse",
     limit_bytes: int = DATA_LIMIT_BYTES,
 ) -> Any:
-    """Reads a JSON file, with or without a byte order mark.
+    """Read a JSON file, with or without a byte order mark.
 
     Args:
         path: the file.
-        hint: what to do if there is no such file.
-        what: what it holds, for that message.
+        hint: what the user should do if there is no such file.
+        what: what the file holds, for that message.
         finite: see `parse_json`.
-        large_integers: as there.
-        limit_bytes: largest file.
+        large_integers: see `parse_json`.
+        limit_bytes: largest file that is read.
 
     Raises:
-        InputError: it cannot be read or is not JSON in UTF-8.
+        InputError: the file cannot be read, or is not JSON in UTF-8.
     """
     try:
         data = read_bytes(path, limit_bytes=limit_bytes).removeprefix(_BYTE_ORDER_MARK)
@@ -151,17 +153,18 @@ def load_object(
     finite: bool = True,
     large_integers: LargeIntegers = "refuse",
 ) -> dict[str, Any]:
-    """Reads a file of settings or results: a JSON object of moderate size.
+    """Read a file of settings or results: a JSON object of moderate size.
 
     Args:
         path: the file.
-        what: what it holds, as in `the plan`.
-        hint: what to do if it is not that.
-        finite: see `parse_json`; False for what earlier versions may have written.
-        large_integers: as there; "float" for files of Hugging Face's, whose "no limit" is 10^30.
+        what: what the file holds, such as `the plan`.
+        hint: what the user should do if it holds something else.
+        finite: see `parse_json`; False for files that earlier versions may have written.
+        large_integers: see `parse_json`; "float" for Hugging Face's files, where 10^30 means "no
+            limit".
 
     Raises:
-        InputError: it cannot be read or is none.
+        InputError: the file cannot be read, or is not a JSON object.
     """
     values = load_json(
         path,
@@ -178,11 +181,12 @@ def load_object(
 
 @dataclasses.dataclass(frozen=True)
 class JsonLines:
-    """What is in a file of JSON lines.
+    """The content of a file of JSON lines.
 
     Attributes:
-        values: an object for each line that is one, in the file's order.
-        damaged: how many other lines there are, but for a last one that a kill has cut short.
+        values: the objects, in the file's order.
+        damaged: number of lines that are not a JSON object. A last line that was cut short by a
+            kill is not counted.
     """
 
     values: tuple[dict[str, Any], ...]
@@ -190,14 +194,14 @@ class JsonLines:
 
 
 def load_json_lines(path: str | os.PathLike[str]) -> JsonLines:
-    """Reads a log of JSON objects, one a line, and passes over lines that are none.
+    """Read a log with a JSON object on each line, and skip damaged lines.
 
     Raises:
-        InputError: it is far too large.
-        OSError: it cannot be read.
+        InputError: the file is far too large.
+        OSError: the file cannot be read.
     """
     lines = read_bytes(path).split(b"\n")
-    cut_short = lines.pop()  # Empty after a line that is whole.
+    cut_short = lines.pop()  # Empty if the last line is complete.
     found: list[dict[str, Any]] = []
     damaged = 0
     for number, line in enumerate([*lines, cut_short], 1):
@@ -213,24 +217,27 @@ def load_json_lines(path: str | os.PathLike[str]) -> JsonLines:
 
 
 def warn_of_damage(path: str | os.PathLike[str], damaged: int) -> None:
-    """Say in one line that lines of a log were passed over, if there were any."""
+    """Log a warning that damaged lines were skipped, if there were any."""
     if damaged:
         lines = "a damaged line" if damaged == 1 else f"{damaged:,} damaged lines"
         _logger.warning("%s: passed over %s", os.fspath(path), lines)
 
 
 def build(kind: type[_T], values: Mapping[str, Any]) -> _T:
-    """Makes a dataclass of an object's values; keys that it does not know are left out.
+    """Make a dataclass from the values of a JSON object; unknown keys are ignored.
 
-    Fields of plain types are checked: `int`, `float`, `str`, `bool`, or one of them or None, and
-    `Literal`.
+    The types of fields are checked if they are `int`, `float`, `str`, `bool`, a union of these and
+    None, or `Literal`.
+
+    Example:
+        >>> build(Schedule, {"effective_batch": 32, "rows": 32, "num_train_steps": 9, "seed": 0})
 
     Args:
         kind: the dataclass.
-        values: by the names of its fields.
+        values: values by the names of the fields.
 
     Raises:
-        InputError: a value is missing, has another type, or is a number out of all bounds.
+        InputError: a value is missing, has another type, or is an integer beyond 64 bits.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{_kind(values)} instead of an object")
@@ -244,11 +251,11 @@ def build(kind: type[_T], values: Mapping[str, Any]) -> _T:
     return kind(**{name: value for name, value in values.items() if name in fields})
 
 
-@functools.cache  # a ledger has a hundred thousand rows
+@functools.cache  # A ledger may have a hundred thousand rows.
 def _fields(kind: type) -> dict[str, tuple[tuple[Any, ...], bool]]:
-    """Of each field the plain types, or texts, that it may have, and whether it has a default.
+    """Return for each field its allowed types, or texts, and whether it has a default.
 
-    The types are empty if it is of another kind.
+    The types are empty if they are not checked, see `build`.
     """
     found = {}
     hints = typing.get_type_hints(kind)
@@ -282,10 +289,10 @@ def _fits(value: Any, wanted: tuple[Any, ...]) -> bool:
 def get_whole(
     node: Mapping[str, Any], key: str, least: int, most: int, default: int | None = None
 ) -> int:
-    """Returns `node[key]` if it is an integer within bounds, or `default` if there is none.
+    """Return `node[key]` if it is an integer within bounds, or `default` without such a key.
 
     Raises:
-        InputError: it is not.
+        InputError: the value is not such an integer.
     """
     value = node.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -308,19 +315,19 @@ def get_value(
     *,
     hint: str,
 ) -> _T:
-    """Returns `node[key]` if it is of the right kind, or `default` if there is no such key.
+    """Return `node[key]` if it has the right type, or `default` without such a key.
 
     Args:
         node: a part of the file.
-        key: what is wanted of it.
+        key: the key.
         kind: type that the value must have.
-        where: the part's place, for messages.
+        where: position of the part, for messages.
         path: the file, for messages.
-        default: None for a key that must be there.
-        hint: what to do if the file is wrong.
+        default: None if the key is required.
+        hint: what the user should do if the file is wrong.
 
     Raises:
-        InputError: the node is not an object, or the key is missing or of another kind.
+        InputError: the node is not an object, the key is missing, or the value has another type.
     """
     if not isinstance(node, dict):
         raise InputError(f"{where} is not an object", path=path, hint=hint)
@@ -344,15 +351,15 @@ def json_text(
     sort_keys: bool = False,
     separators: tuple[str, str] | None = None,
 ) -> str:
-    """Returns values as JSON, where a number that is not finite is null.
+    """Return values as JSON; numbers that are not finite become null.
 
-    JSON has no NaN and no infinity: most readers refuse a whole file for one of them.
+    JSON has no NaN and no infinity: most readers refuse a whole file because of one.
 
     Args:
-        values: as for `json.dumps`, whose further arguments have the same meaning here.
-        indent: as there.
-        sort_keys: as there.
-        separators: as there.
+        values: see `json.dumps`.
+        indent: see `json.dumps`.
+        sort_keys: see `json.dumps`.
+        separators: see `json.dumps`.
     """
     style: dict[str, Any] = {"indent": indent, "sort_keys": sort_keys, "separators": separators}
     try:

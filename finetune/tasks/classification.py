@@ -1,7 +1,7 @@
 """Sentence and sentence-pair classification: examples, model inputs, result files.
 
-Reproduces `convert_single_example` and the result files of `run_classifier.py` of
-google-research/bert. Where the examples come from is up to `glue` and `table_files`.
+It gives the model inputs of `convert_single_example` in the original's `run_classifier.py`, and the
+same result files. `finetune.tasks.glue` and `finetune.tasks.table_files` read the examples.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from finetune.text.tokenization import Tokenizer
 
 @dataclass(frozen=True)
 class ClassificationExamples:
-    """The examples of one split, column by column, in file order; n of them.
+    """The n examples of one split, column by column, in the order of the file.
 
     Attributes:
-        guids: `train-1` and so on; n strings.
-        texts_a: the (first) sentences; n strings.
+        guids: names of the examples, such as `train-1`; n strings.
+        texts_a: the first or only sentences; n strings.
         texts_b: the second sentences; n strings, or None for a task of single sentences.
         label_ids: int32 [n]; zeros if the split has no labels, as in the original.
         has_labels: False for a split without labels.
-        label_values: float32 [n], what a regression is to predict; None for classes.
-        skipped_lines: lines of the file, from 1, that were left out because they are malformed.
+        label_values: float32 [n], numbers that a regression should predict; None for classes.
+        skipped_lines: numbers of the malformed lines that were skipped, from 1.
     """
 
     guids: tuple[str, ...]
@@ -47,7 +47,7 @@ class ClassificationExamples:
 
 @dataclass(frozen=True)
 class ClassificationFeatures:
-    """What the model is fed: n examples of s tokens.
+    """Model inputs: n examples of s tokens.
 
     Attributes:
         input_ids: int32 [n, s], `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`, then padding.
@@ -64,7 +64,7 @@ class ClassificationFeatures:
     label_values: npt.NDArray[np.float32] | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns all arrays by name."""
+        """Return all arrays by name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -74,14 +74,14 @@ class ClassificationFeatures:
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """A task with the splits that were asked for.
+    """A task, with the examples of some splits.
 
     Attributes:
-        name: as users know it.
+        name: name of the task, for users.
         labels: the labels as the files spell them, in the order of their ids; empty for a
             regression.
-        metrics: what to report; the first is the one that counts.
-        splits: examples by `train`, `dev`, `test`, or `dev_…` and `test_…` for further ones.
+        metrics: metrics to report; the first is the most important.
+        splits: examples by the name of the split: `train`, `dev`, `test`, `dev_…` or `test_…`.
     """
 
     name: str
@@ -91,22 +91,22 @@ class ClassificationData:
 
     @property
     def is_regression(self) -> bool:
-        """Whether a number is predicted instead of a label."""
+        """Whether the task is to predict a number, not a label."""
         return not self.labels
 
 
 def featurize(
     examples: ClassificationExamples, tokenizer: Tokenizer, *, max_seq_length: int
 ) -> ClassificationFeatures:
-    """Turns examples into model inputs (`convert_single_example` of the original).
+    """Turn examples into model inputs (`convert_single_example` of the original).
 
-    A pair that is too long loses tokens from the end of whichever sentence is longer, one at a
-    time. A second sentence without tokens is left out, with its `[SEP]`.
+    A pair that is too long loses tokens one at a time, from the end of the sentence that is longer
+    at the moment. A second sentence without tokens is left out, together with its `[SEP]`.
 
     Args:
         examples: n examples.
-        tokenizer: of the model's vocabulary.
-        max_seq_length: s, number of tokens of every example, padding included; at least 3.
+        tokenizer: tokenizer of the model.
+        max_seq_length: number of tokens of every example (s), including padding; at least 3.
 
     Raises:
         InputError: `max_seq_length` is less than 3.
@@ -138,26 +138,26 @@ def featurize(
 
 
 def truncated_lengths(length_a: int, length_b: int, room: int) -> tuple[int, int]:
-    """Returns how many tokens of each sentence of a pair remain when both must fit in `room`.
+    """Return how many tokens of each sentence of a pair are kept so that both fit into `room`.
 
-    The same as taking a token from the end of the longer one, and of the second if they are
-    equally long, until they fit (`_truncate_seq_pair` of the original).
+    The original (`_truncate_seq_pair`) removes a token from the end of the longer sentence, or of
+    the second if they are equally long, until they fit. The result here is the same.
     """
     if length_a + length_b <= room:
         return length_a, length_b
-    # The longer one shrinks to what the shorter leaves; at half of the room they shrink in turn,
-    # the second first, so that the first is never the shorter of the two.
+    # The longer sentence gets the room that the shorter one leaves. If both are longer than half of
+    # the room, they shrink in turn, the second first, so the first is never the shorter one.
     keep_a = min(length_a, max(room - length_b, room - room // 2))
     return keep_a, room - keep_a
 
 
 def write_eval_results(path: str | os.PathLike[str], results: Mapping[str, object]) -> None:
-    """Writes `eval_results.txt` as the original does: sorted lines `key = value`.
+    """Write `eval_results.txt` as the original does: sorted lines `key = value`.
 
-    The original's keys are `eval_accuracy`, `eval_loss`, `global_step` and `loss`. The file
-    appears complete or not at all; one that was there is replaced.
+    The original's keys are `eval_accuracy`, `eval_loss`, `global_step` and `loss`. The file appears
+    complete or not at all, and replaces an existing one.
     """
-    # `str`, not formatting, which would print float32 values with 16 digits.
+    # With `str`: formatting would print float32 values with 16 digits.
     lines = (" = ".join((key, str(results[key]))) for key in sorted(results))
     write_atomically(path, "".join(line + "\n" for line in lines))
 
@@ -166,10 +166,10 @@ def write_test_results(
     path: str | os.PathLike[str],
     probabilities: npt.NDArray[np.floating] | Sequence[Sequence[float]],
 ) -> None:
-    """Writes `test_results.tsv` as the original does: an example a line, a column a label.
+    """Write `test_results.tsv` as the original does: an example on each line, a label per column.
 
     Args:
-        path: the file; it appears complete or not at all, and one that was there is replaced.
+        path: the file, which appears complete or not at all; an existing one is replaced.
         probabilities: [n, labels].
     """
     write_atomically(path, "".join("\t".join(map(str, row)) + "\n" for row in probabilities))

@@ -18,23 +18,23 @@ REGRESSION_METRICS: tuple[Metric, ...] = ("pearson", "spearman")
 def evaluate(
     metrics: Sequence[Metric], labels: npt.ArrayLike, predicted: npt.ArrayLike
 ) -> dict[str, float]:
-    """Compares predictions with labels.
+    """Compare predictions with labels.
 
     Args:
-        metrics: what to compute. `f1` is that of label id 1 against the rest, `matthews` the
-            Matthews correlation of any number of classes, `pearson` and `spearman` correlate
-            numbers.
-        labels: [n], n at least 1: ids for the first three, numbers for the others.
-        predicted: [n].
+        metrics: names of the metrics. `f1` is the F1 of label id 1 against all others, `matthews`
+            the Matthews correlation of any number of classes. `pearson` and `spearman` are
+            correlations of numbers.
+        labels: [n], n at least 1: numbers for `pearson` and `spearman`, else ids.
+        predicted: [n], likewise.
 
     Returns:
-        Values by name, as fractions. Where a denominator is zero, as when all predictions are the
-        same, F1 and correlations are 0.
+        Values by name, as fractions. F1 and correlations are 0 where a denominator is zero, for
+        example because all predictions are the same.
 
     Raises:
-        ValueError: the two differ in shape, are empty, or are not finite.
+        ValueError: labels and predictions differ in shape, are empty, or are not finite.
     """
-    # Slow to import, and only needed once there is something to compare.
+    # Imported here, because the import is slow.
     from scipy import stats
     from sklearn import metrics as sklearn_metrics
 
@@ -53,7 +53,7 @@ def evaluate(
     results: dict[str, float] = {}
     for metric in metrics:
         with warnings.catch_warnings():
-            # Of constant input, which is answered by 0 below, and of very few classes.
+            # Warnings of constant values, for which the result is 0, and of very few classes.
             warnings.simplefilter("ignore")
             constant = metric in REGRESSION_METRICS and (
                 len(true) < 2 or np.ptp(true) == 0 or np.ptp(guess) == 0

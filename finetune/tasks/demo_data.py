@@ -1,8 +1,8 @@
-"""The small data set that travels with the package, so that a first run needs no download.
+"""The small data set inside of the package, so that a first run needs no download.
 
-Texts, questions and sentence pairs were written for this package. They suffice to see every step
-work and the training loss fall; the scores mean nothing. The vocabulary is made of these texts, for
-uncased models; cased, too, it spells them without `[UNK]`, in more pieces.
+Its texts, questions and sentence pairs were written for this package. With them every step can be
+tried, and the training loss falls, but the scores mean nothing. The vocabulary is made from these
+texts, for uncased models. It also spells the cased texts without `[UNK]`, in more pieces.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from finetune.errors import InputError
 
 @dataclass(frozen=True)
 class DemoFiles:
-    """Paths of the demo.
+    """Paths of the demo's files.
 
     Attributes:
         squad_train: 40 questions about 8 paragraphs, in the format of SQuAD v1.1.
-        squad_dev: 13 questions about 3 other paragraphs, with three reference answers each.
-        mrpc_dir: folder with `train.tsv` (40 pairs), `dev.tsv` (12) and `test.tsv` (6), as MRPC.
+        squad_dev: 13 questions about 3 other paragraphs, each with three reference answers.
+        mrpc_dir: folder like MRPC's, with `train.tsv` (40 pairs), `dev.tsv` (12) and `test.tsv`
+            (6).
         vocab_file: WordPiece vocabulary of all these texts, for `do_lower_case=True`.
-        bert_config_file: a model of 2 layers, hidden size 64, for at most 128 tokens.
+        bert_config_file: configuration of a model of 2 layers, hidden size 64, at most 128 tokens.
     """
 
     squad_train: Path
@@ -34,13 +35,13 @@ class DemoFiles:
 
 
 def demo_file(name: str) -> Path:
-    """Returns the path of one file or folder of the demo.
+    """Return the path of one file or folder of the demo.
 
     Args:
-        name: relative to the demo's folder, such as `vocab.txt` or `MRPC/dev.tsv`.
+        name: path within the demo's folder, such as `vocab.txt` or `MRPC/dev.tsv`.
 
     Raises:
-        InputError: it is not there.
+        InputError: the file is missing.
     """
     path = Path(str(resources.files("finetune.tasks"))).joinpath("demo", name)
     if not path.exists():
@@ -51,10 +52,10 @@ def demo_file(name: str) -> Path:
 
 
 def demo_files() -> DemoFiles:
-    """Returns the paths of the whole demo.
+    """Return the paths of the whole demo.
 
     Raises:
-        InputError: a part of it is not there.
+        InputError: a file is missing.
     """
     return DemoFiles(
         squad_train=demo_file("squad-train.json"),

@@ -1,9 +1,9 @@
-"""The tasks of GLUE, and XNLI: how their files look, and reading them.
+"""The tasks of GLUE, and XNLI: the layout of their files, and reading them.
 
-Reproduces the processors of `run_classifier.py` of google-research/bert (MNLI, MRPC, CoLA, XNLI),
-and adds the other tasks of GLUE (Wang et al. 2019). A task is one row of `TASKS`; adding one needs
-no other code. Unlike the original, a file that does not look as its task says is refused, with the
-line that is wrong, instead of being read in some other way.
+It reads what the processors of the original's `run_classifier.py` read (MNLI, MRPC, CoLA, XNLI),
+and also the other tasks of GLUE (Wang et al. 2019). A task is one row of `TASKS`; a new task needs
+no other code. Unlike the original, a file with another layout than that of its task is refused,
+with the line that is wrong.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ class SplitFormat:
     """The layout of one tab-separated file; columns are counted from 0.
 
     Attributes:
-        file: name inside the task's folder.
-        columns: number of columns that every line has.
-        text_a: column of the (first) sentence.
+        file: name of the file in the task's folder.
+        columns: number of columns of every line.
+        text_a: column of the first or only sentence.
         text_b: column of the second sentence; None for single sentences.
         label: column of the label; None for a split without labels.
-        guid: column of the example's name; None: its line number from 0, as in the original.
+        guid: column of the example's name; None for the number of the line, from 0, as in the
+            original.
         has_header: whether the first line names the columns.
-        only: a column, and the value that it has in the lines to keep; None keeps all.
-        names: what the published header calls the sentences' columns, in lower case.
-        skips_malformed: lines with another number of columns are left out and counted. Only for
-            files that are published like that.
+        only: a column, and its value in the lines that are kept; None keeps all lines.
+        names: names of the sentences' columns in the published header, in lower case.
+        skips_malformed: skip and count lines with another number of columns. Only for files that
+            are published with such lines.
     """
 
     file: str
@@ -57,14 +58,14 @@ class GlueTask:
     """One classification task.
 
     Attributes:
-        name: its usual spelling; looked up without regard to case.
-        labels: the labels as the files spell them; a label's id is its place here. Empty for a
+        name: usual spelling of its name; it is found in lower case too.
+        labels: the labels as the files spell them; the id of a label is its place here. Empty for a
             regression, whose labels are numbers.
-        train: layout of the training split; `dev` and `test` likewise.
-        metrics: what GLUE reports; the first is the one that counts (the paper's table 1).
+        train: layout of the training split; `dev` and `test` are those of the other splits.
+        metrics: metrics that GLUE reports, the most important first (the paper's table 1).
         more: further splits to evaluate or predict, by names such as `dev_mismatched`; each is
-            used if its file is there.
-        other_labels: further spellings of labels.
+            used if its file exists.
+        other_labels: other spellings of labels, and the label of each.
     """
 
     name: str
@@ -84,12 +85,12 @@ class GlueTask:
 
     @property
     def splits(self) -> dict[str, SplitFormat]:
-        """All layouts by name."""
+        """The layouts of all splits by name."""
         return {"train": self.train, "dev": self.dev, "test": self.test, **self.more}
 
 
 _NLI_LABELS = ("contradiction", "entailment", "neutral")
-# A few questions of the published training file hold line ends.
+# A few questions in the published training file contain line ends.
 _QQP_NAMES = ("question1", "question2")
 _QQP_LABELLED = SplitFormat(
     "", 6, text_a=3, text_b=4, label=5, guid=0, names=_QQP_NAMES, skips_malformed=True
@@ -102,7 +103,7 @@ _ENTAILMENT = ("entailment", "not_entailment")
 def _pair_task(
     name: str, labels: tuple[str, ...], names: tuple[str, str] = _PAIR_NAMES
 ) -> GlueTask:
-    """A task whose files are `index, sentence, sentence, label`."""
+    """Make a task whose files have the columns `index, sentence, sentence, label`."""
     labelled = SplitFormat("train.tsv", columns=4, text_a=1, text_b=2, label=3, guid=0, names=names)
     return GlueTask(
         name,
@@ -203,14 +204,14 @@ TASKS: tuple[GlueTask, ...] = (
 
 
 def find_task(name: str, *, language: str = "zh") -> GlueTask:
-    """Returns the task called `name`, in any case.
+    """Find a task by its name, in upper or lower case.
 
     Args:
-        name: as in `MRPC`; `SST2` and `STSB` will do too.
-        language: which part of XNLI; the original has it fixed at Chinese.
+        name: name such as `MRPC`; `SST2` and `STSB` are accepted too.
+        language: language of XNLI; the original always takes Chinese.
 
     Raises:
-        InputError: there is none; lists those that there are.
+        InputError: there is no such task; the message lists all tasks.
     """
     wanted = name.lower().replace("-", "")
     for task in TASKS:
@@ -225,10 +226,10 @@ def find_task(name: str, *, language: str = "zh") -> GlueTask:
 def read_task(
     task: GlueTask, data_dir: str | os.PathLike[str], wanted: Collection[str]
 ) -> ClassificationData:
-    """Reads splits of a task, and with `dev` or `test` their further parts that are there.
+    """Read splits of a task; with `dev` or `test` also their further parts, if the files exist.
 
     Args:
-        task: a row of `TASKS`, or one's own.
+        task: a row of `TASKS`, or a task of the caller.
         data_dir: the folder that holds the task's files.
         wanted: some of `train`, `dev` and `test`.
 
@@ -246,13 +247,13 @@ def read_task(
 def read_examples(
     task: GlueTask, data_dir: str | os.PathLike[str], split: str
 ) -> ClassificationExamples:
-    """Reads one split of a task.
+    """Read one split of a task.
 
-    As in the original there is no quoting: a quotation mark is a character of the text. Lines end
-    with a line feed, or carriage return and line feed; no other character ends a line.
+    As in the original there is no quoting: a quotation mark is a character of the text. A line ends
+    with a line feed, or with carriage return and line feed; no other character ends a line.
 
     Args:
-        task: a row of `TASKS`, or one's own.
+        task: a row of `TASKS`, or a task of the caller.
         data_dir: the folder that holds the task's files.
         split: one of `task.splits`.
 
@@ -325,7 +326,7 @@ def read_examples(
 
 
 def _check_names(header: list[str], layout: SplitFormat, path: Path) -> None:
-    """Refuses a header that names the sentences' columns in another order than is published."""
+    """Refuse a header whose columns of sentences are in another order than the published one."""
     found = [name.strip().lower() for name in header]
     wanted = (layout.text_a, layout.text_b)
     for column, name in zip(wanted, layout.names, strict=False):
@@ -342,9 +343,9 @@ _FOLDER_HINT = "give the folder that holds the task's .tsv files"
 
 
 def _looks_like_data(cells: list[str], layout: SplitFormat, task: GlueTask) -> bool:
-    """Whether the line in the header's place would be lost as an example.
+    """Return whether the first line is not a header, but an example that would be lost.
 
-    GLUE's files with a header begin with a number in every line but that, or have a label column.
+    In GLUE's files with a header, every other line begins with a number or has a label.
     """
     has_label = layout.label is not None and cells[layout.label] in task.labels
     return has_label or cells[0].isdecimal()

@@ -1,8 +1,8 @@
 """SQuAD: turning questions into model inputs.
 
-Reproduces `convert_examples_to_features` of `run_squad.py` in google-research/bert. Long paragraphs
-are cut into overlapping windows; each window together with its question is one input row (a
-feature).
+It gives the features of `convert_examples_to_features` in the original's `run_squad.py`. Long
+paragraphs are cut into overlapping windows. Each window, together with its question, is one row of
+the model's inputs, called a feature.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ _NUM_SPECIAL_TOKENS = 3
 
 @dataclass(frozen=True)
 class SquadFeatures:
-    """Model inputs for windows of paragraphs; n features of s positions, padded with [PAD].
+    """Model inputs for windows of paragraphs: n features of s positions, padded with [PAD].
 
-    Features of one question are neighbours, in the order of their windows.
+    The features of a question are neighbours, in the order of their windows.
 
     Attributes:
         input_ids: int32 [n, s], `[CLS] question [SEP] window [SEP]`.
         input_mask: int32 [n, s], 1 for tokens, 0 for padding.
         segment_ids: int32 [n, s], 1 for the window and its [SEP].
-        start_positions: int32 [n], position of the answer's first token; 0 if the answer is not
-            wholly in the window, if there is none, or if not for training.
-        end_positions: int32 [n], the same for its last token.
-        is_impossible: bool [n]; False everywhere if not for training.
-        example_index: int32 [n], which question.
-        doc_span_index: int32 [n], which window of its paragraph, from 0.
-        token_to_orig: int32 [n, s], the paragraph's word at a position; -1 outside the window.
-        token_is_max_context: bool [n, s], the paragraph's token at this position has no window
-            where it stands further from both ends.
-        num_tokens: int32 [n], positions before the padding.
-        vocab_tokens: the vocabulary's token of each id.
+        start_positions: int32 [n], position of the answer's first token. It is 0 if the answer is
+            not wholly in the window, if there is none, or if the features are not for training.
+        end_positions: int32 [n], position of the answer's last token, likewise.
+        is_impossible: bool [n], the question has no answer; False if not for training.
+        example_index: int32 [n], number of the question.
+        doc_span_index: int32 [n], number of the window in its paragraph, from 0.
+        token_to_orig: int32 [n, s], number of the paragraph's word at a position; -1 outside the
+            window.
+        token_is_max_context: bool [n, s], no other window has more context on both sides of the
+            token at this position.
+        num_tokens: int32 [n], number of positions before the padding.
+        vocab_tokens: token of each id.
     """
 
     input_ids: NDArray[np.int32] = field(repr=False)
@@ -60,11 +61,11 @@ class SquadFeatures:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> SquadFeatures:
-        """Puts features together from what `arrays` gave."""
+        """Make features from the result of `arrays`."""
         return cls(**arrays, vocab_tokens=_vocab_tokens(tokenizer))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns all arrays by name, those with a row for each feature."""
+        """Return all arrays by name; each has a row for each feature."""
         names = [name.name for name in fields(self) if name.name != "vocab_tokens"]
         return {name: getattr(self, name) for name in names}
 
@@ -72,7 +73,7 @@ class SquadFeatures:
         return len(self.input_ids)
 
     def tokens(self, index: int) -> list[str]:
-        """Returns the tokens of one feature, without padding."""
+        """Return the tokens of one feature, without padding."""
         ids = self.input_ids[index, : self.num_tokens[index]].tolist()
         return [self.vocab_tokens[i] for i in ids]
 
@@ -86,16 +87,24 @@ def featurize(
     max_query_length: int,
     is_training: bool,
 ) -> SquadFeatures:
-    """Cuts every paragraph into windows and joins each with the question.
+    """Cut every paragraph into windows and join each window with the question.
+
+    Example:
+        >>> features = featurize(
+        ...     examples, tokenizer, max_seq_length=384, doc_stride=128, max_query_length=64,
+        ...     is_training=True,
+        ... )
+        >>> features.input_ids.shape
+        (88641, 384)
 
     Args:
-        examples: read with the same `is_training`.
-        tokenizer: of the model.
+        examples: questions, read with the same `is_training`.
+        tokenizer: tokenizer of the model.
         max_seq_length: positions of a feature (s), in tokens.
-        doc_stride: tokens from the start of a window to the start of the next; where fewer fit in a
-            window, the next one begins where it ends, so that no token is left out.
-        max_query_length: longer questions are cut to so many tokens.
-        is_training: fill in the answers' positions.
+        doc_stride: tokens from the start of a window to the start of the next. If fewer fit into a
+            window, the next window begins where it ends, so that no token is left out.
+        max_query_length: longer questions are cut to this number of tokens.
+        is_training: fill in the positions of the answers.
 
     Returns:
         The features; none for a question whose paragraph has no tokens.
@@ -125,15 +134,15 @@ def feature_parts(
     is_training: bool,
     rows: int | None = 2048,
 ) -> Iterator[SquadFeatures]:
-    """Does what `featurize` does, a part at a time, so that memory does not grow with the file.
+    """Make the features of `featurize` part by part, so that memory does not grow with the file.
 
     Args:
-        examples: as there.
-        tokenizer: as there.
-        max_seq_length: as there.
-        doc_stride: as there.
-        max_query_length: as there.
-        is_training: as there.
+        examples: see `featurize`.
+        tokenizer: see `featurize`.
+        max_seq_length: see `featurize`.
+        doc_stride: see `featurize`.
+        max_query_length: see `featurize`.
+        is_training: see `featurize`.
         rows: most features of a part; a single question may have more. None makes one part.
 
     Yields:
@@ -183,7 +192,7 @@ def feature_parts(
 def _fill(
     features: SquadFeatures, row: int, index: int, question: _Question, tokenizer: Tokenizer
 ) -> int:
-    """Writes the windows of question number `index` from a row on; returns the row after them."""
+    """Write the windows of question number `index` from a row on; return the row after them."""
     windows, answer, doc = question.windows, question.answer, question.doc
     prefix = np.array([tokenizer.cls_id, *question.query, tokenizer.sep_id], np.int32)
     offset = len(prefix)
@@ -218,7 +227,7 @@ class _TokenizedDoc:
 
 @dataclass(frozen=True)
 class _Windows:
-    """Windows over a paragraph, and for each token the window with the most context for it."""
+    """The windows of a paragraph, and for each token the window with the most context."""
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -237,7 +246,7 @@ class _Question:
 
 @lru_cache(maxsize=4096)
 def _doc_windows(num_tokens: int, room: int, doc_stride: int) -> _Windows:
-    """Places windows of `room` tokens, the last one shorter, on a paragraph."""
+    """Cut a paragraph into windows of `room` tokens; the last one may be shorter."""
     starts = [0] if num_tokens else []
     while starts and starts[-1] + room < num_tokens:
         starts.append(starts[-1] + min(room, doc_stride))
@@ -246,8 +255,9 @@ def _doc_windows(num_tokens: int, room: int, doc_stride: int) -> _Windows:
     best_score = np.full(num_tokens, -1.0)
     for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         inside = np.arange(length)
-        # Context is what there is on the poorer side; a longer window wins by a little. The first
-        # of equals wins. Kept in floating point, where some of the original's ties are decided.
+        # The context of a token is the smaller of its two sides, and a little more in a longer
+        # window. Of equal windows the first one counts. The score is a floating-point number, as in
+        # the original, whose rounding decides between some equal windows.
         score = np.minimum(inside, inside[::-1]) + 0.01 * length
         window = slice(start, start + length)
         better = score > best_score[window]
@@ -259,10 +269,10 @@ def _doc_windows(num_tokens: int, room: int, doc_stride: int) -> _Windows:
 def _answer_tokens(
     example: SquadExample, doc: _TokenizedDoc, answers: dict[str, list[int]]
 ) -> tuple[int, int]:
-    """Returns first and last token of the training answer in its paragraph.
+    """Return first and last token of the training answer in its paragraph.
 
-    The words around an answer often hold more than it ("(1895-1943)." for "1895"), so the first
-    run of tokens within them that spells the answer is taken, if there is one.
+    The answer's words often hold more than the answer ("(1895-1943)." for "1895"). So the first
+    sequence of their tokens that spells the answer is taken, if there is one.
     """
     if example.answer_words is None:
         raise ValueError(f"question {example.qas_id} was not read with is_training=True")
@@ -279,7 +289,7 @@ def _answer_tokens(
 
 
 def _tokenize_paragraphs(examples: SquadExamples, tokenizer: Tokenizer) -> dict[int, _TokenizedDoc]:
-    """Tokenizes each paragraph once and each distinct word once; keyed by `id(paragraph)`."""
+    """Tokenize each paragraph once and each distinct word once; keyed by `id(paragraph)`."""
     paragraphs = {id(example.paragraph): example.paragraph for example in examples}
     pieces = _encode_distinct(
         (word for paragraph in paragraphs.values() for word in paragraph.doc_tokens), tokenizer

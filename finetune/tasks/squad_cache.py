@@ -1,4 +1,4 @@
-"""SQuAD features from a file, cached under a hash of everything that they depend on."""
+"""SQuAD features of a file, cached under a hash of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune.tasks.squad import feature_parts
 from finetune.tasks.squad_examples import SquadExamples, read_squad
 from finetune.text.tokenization import Tokenizer
 
-# To be raised with every change that gives other features.
+# Raise it with every change that gives other features.
 _FEATURES_VERSION = 2
 
 
@@ -29,14 +29,14 @@ class SquadSource:
     """What features are made from.
 
     Attributes:
-        path: questions in SQuAD's format.
-        tokenizer: of the model.
-        max_seq_length: as for `finetune.tasks.squad.featurize`, like the next three.
-        doc_stride: as there.
-        max_query_length: as there.
-        is_training: as there.
-        version_2_with_negative: as for `read_squad`.
-        max_examples: only the first so many questions.
+        path: a file of questions in SQuAD's format.
+        tokenizer: tokenizer of the model.
+        max_seq_length: see `finetune.tasks.squad.featurize`.
+        doc_stride: see `finetune.tasks.squad.featurize`.
+        max_query_length: see `finetune.tasks.squad.featurize`.
+        is_training: see `finetune.tasks.squad.featurize`.
+        version_2_with_negative: see `finetune.tasks.squad_examples.read_squad`.
+        max_examples: number of questions to take from the file's beginning; None takes all.
     """
 
     path: Path
@@ -49,10 +49,10 @@ class SquadSource:
     max_examples: int | None = None
 
     def read(self) -> SquadExamples:
-        """Reads the questions.
+        """Read the questions.
 
         Raises:
-            InputError: see `read_squad`; or there are none.
+            InputError: see `read_squad`; or the file has no questions.
         """
         examples = read_squad(
             self.path,
@@ -92,16 +92,16 @@ class SquadSource:
 def load_squad_features(
     source: SquadSource, cache_dir: Path | None, examples: SquadExamples | None = None
 ) -> CacheEntry:
-    """Takes features from the cache, or makes them.
+    """Take features from the cache, or makes them.
 
     Args:
-        source: what to make them from.
-        cache_dir: None does not cache.
-        examples: what `source.read` gave, if that is known.
+        source: what they are made from.
+        cache_dir: folder of the cache; None does not cache.
+        examples: result of `source.read`, if the caller has it.
 
     Returns:
-        The arrays of `finetune.tasks.squad.SquadFeatures`, and as extra `num_examples` and the
-        numbers of `skipped` questions by reason.
+        The arrays of `finetune.tasks.squad.SquadFeatures`, and as `extra` the values `num_examples`
+        and `skipped`, the number of skipped questions by reason.
 
     Raises:
         InputError: see `SquadSource.read` and `featurize`; or no question has a window.
@@ -128,15 +128,15 @@ def load_squad_features(
 
 
 def default_cache_dir() -> Path | None:
-    """`features` in `$BERTBENCH_CACHE`, or in `bertbench` in the user's folder for caches.
+    """Return the folder `features` in `$BERTBENCH_CACHE` or in the user's cache of bertbench.
 
-    None for a user who has no home, as in some containers.
+    It is None for a user without a home folder, as in some containers.
     """
     chosen = os.environ.get("BERTBENCH_CACHE")
     if chosen:
         return Path(chosen) / "features"
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
+    # By the XDG specification a relative path is ignored.
     if sys.platform != "darwin" and os.path.isabs(cache):
         return Path(cache) / "bertbench" / "features"
     try:

@@ -1,6 +1,6 @@
 """SQuAD: reading the official JSON files.
 
-Reproduces `read_squad_examples` of `run_squad.py` in google-research/bert.
+It gives the examples of `read_squad_examples` in the original's `run_squad.py`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _HINT = "give a SQuAD JSON file"
 _get = functools.partial(get_value, hint=_HINT)
 _logger = logging.getLogger(__name__)
 
-# What separates words in a paragraph: fewer characters than `str.split` knows. Other white space
-# stays inside a word, and with it in the text of an answer.
+# Only these characters separate the words of a paragraph; `str.split` knows more. Other white space
+# stays inside of a word, and so in the text of an answer.
 _WORD = re.compile("[^ \\t\\r\\n\\u202f]+")
 
 
 @dataclass(frozen=True)
 class SquadParagraph:
-    """A paragraph and its words; all its questions share it.
+    """A paragraph and its words; all questions about it share it.
 
     Attributes:
-        context: the text as in the file.
-        doc_tokens: its words, split at white space.
+        context: text of the paragraph, as in the file.
+        doc_tokens: its words, which white space separates.
         word_starts: offset in `context` of each word's first character, ascending.
     """
 
@@ -42,13 +42,13 @@ class SquadParagraph:
 
     @classmethod
     def from_context(cls, context: str) -> SquadParagraph:
-        """Splits a text into words."""
+        """Split a text into words."""
         spans = [match.span() for match in _WORD.finditer(context)]
         words = tuple([context[start:end] for start, end in spans])
         return cls(context, words, tuple([start for start, _ in spans]))
 
     def word_at(self, offset: int) -> int:
-        """Returns the word that holds a character; for white space, the word before it, or -1."""
+        """Return the index of the word at an offset; in white space, of the word before, or -1."""
         return bisect_right(self.word_starts, offset) - 1
 
 
@@ -57,9 +57,9 @@ class SquadExample:
     """A question.
 
     Attributes:
-        qas_id: its id; several questions of a file may have the same.
-        question: its text.
-        paragraph: where the answer is to be found.
+        qas_id: id of the question; several questions of a file may have the same id.
+        question: text of the question.
+        paragraph: the paragraph with the answer.
         answer_text: the training answer; "" if impossible or not read for training.
         answer_words: first and last word of the training answer in `paragraph.doc_tokens`; None if
             impossible or not read for training.
@@ -86,14 +86,14 @@ class SquadExample:
         return self.paragraph.doc_tokens
 
 
-# Why an answer is left out, as it follows "an answer".
+# Why an answer is left out; the words follow "an answer" in a message.
 EMPTY = "that is empty"
 OUTSIDE = "whose offset is outside of the paragraph"
 ELSEWHERE = "that is not at its offset"
 BEFORE_WORDS = "that begins in the white space before the first word"
 WHITE_SPACE = "with white space that to the original is a part of a word, such as U+00A0"
 
-# What the original reads although it is odd.
+# Values that are not as they should be, but that the original reads too.
 _NUMBER_ID = "ids that are numbers"
 _SAME_ID = "ids that occur before, of which the last question's answer counts"
 _NO_ANSWERS = "questions whose answers are null or missing"
@@ -105,10 +105,10 @@ class SkippedAnswer:
     """A training question left out because its answer cannot be found, as in the original.
 
     Attributes:
-        qas_id: the question.
-        answer_text: the answer as in the file.
+        qas_id: id of the question.
+        answer_text: text of the answer, as in the file.
         found_text: the words at the answer's offset; "" if the offset is outside the paragraph.
-        reason: why, as in `ELSEWHERE`.
+        reason: why it is left out, such as `ELSEWHERE`.
     """
 
     qas_id: str
@@ -119,11 +119,11 @@ class SkippedAnswer:
 
 @dataclass(frozen=True)
 class SquadExamples:
-    """The questions of a file, in its order, and those left out.
+    """The questions of a file, in its order, and the skipped ones.
 
     Attributes:
-        items: the questions; ids may occur more than once.
-        skipped: training questions left out.
+        items: the questions; several may have the same id.
+        skipped: training questions that are left out.
     """
 
     items: tuple[SquadExample, ...] = field(repr=False)
@@ -140,7 +140,7 @@ class SquadExamples:
 
 
 def describe_skipped(reasons: Mapping[str, int]) -> str:
-    """Says in a line how many questions were left out, by reason."""
+    """Return one line that says how many questions were left out, by reason."""
     parts = (f"{count:,} with an answer {reason}" for reason, count in reasons.items())
     return f"left out {sum(reasons.values()):,} questions: {'; '.join(parts)}"
 
@@ -148,21 +148,26 @@ def describe_skipped(reasons: Mapping[str, int]) -> str:
 def read_squad(
     path: str | os.PathLike[str], *, is_training: bool, version_2_with_negative: bool
 ) -> SquadExamples:
-    """Reads a file in SQuAD's format.
+    """Read a file in SQuAD's format.
 
-    What the original's `read_squad_examples` takes is taken, with one line of warning that counts
-    what is odd: ids that are numbers or occur twice, answers of null, and an `is_impossible` that
-    is null or a number. Ids become texts, as in the files of predictions.
+    Every file that the original reads is read. One warning counts the values that are not as they
+    should be: ids that are numbers or occur twice, answers of null, and an `is_impossible` that is
+    null or a number. Ids become texts, as in the files of predictions.
+
+    Example:
+        >>> examples = read_squad("dev-v1.1.json", is_training=False, version_2_with_negative=False)
+        >>> len(examples)
+        10570
 
     Args:
         path: a JSON file of SQuAD 1.1 or 2.0.
-        is_training: answers are needed; a question whose answer is not found at its offset is left
-            out, with a warning.
+        is_training: read the answers too. A question whose answer is not at its offset is left out
+            with a warning.
         version_2_with_negative: questions may be impossible (SQuAD 2.0).
 
     Raises:
-        InputError: not a file in this format, or, for training, a possible question does not have
-            exactly one answer.
+        InputError: the file is not in this format, or, for training, a question that is not
+            impossible does not have exactly one answer.
     """
     root = load_json(path, hint=_HINT, finite=False, large_integers="keep")
     examples: list[SquadExample] = []
@@ -198,7 +203,7 @@ def read_squad(
 def _iter_questions(
     root: object, path: str | os.PathLike[str]
 ) -> Iterator[tuple[str, object, SquadParagraph]]:
-    """Yields place, raw question and paragraph."""
+    """Yield position, unchecked question and paragraph of each question."""
     for i, entry in enumerate(_get(root, "data", list, "the top level", path)):
         in_entry = f"data[{i}]"
         for j, raw in enumerate(_get(entry, "paragraphs", list, in_entry, path)):
@@ -218,12 +223,12 @@ def _read_question(
     version_2_with_negative: bool,
     odd: Counter[str],
 ) -> SquadExample | SkippedAnswer:
-    """Reads a question, and counts what is odd about it."""
+    """Read a question; count in `odd` the values that are not as they should be."""
     question = _get(qa, "question", str, where, path)
-    assert isinstance(qa, dict)  # What has a question is an object.
+    assert isinstance(qa, dict)  # It has a question.
     qas_id = _read_id(qa, where, path, odd)
     is_impossible = version_2_with_negative and _read_flag(qa, where, path, is_training, odd)
-    # An unlabelled file to predict on may leave out the answers.
+    # A file to predict on may have no answers.
     if qa.get("answers") is None and ("answers" in qa or not is_training):
         odd[_NO_ANSWERS] += 1
         answers: list[object] = []
@@ -266,7 +271,7 @@ def _read_flag(
     is_training: bool,
     odd: Counter[str],
 ) -> bool:
-    """Whether a question is impossible; a file to predict on need not say, as it is not asked."""
+    """Return whether a question is impossible; a file to predict on need not say it."""
     flag = qa.get("is_impossible", None if is_training else False)
     if isinstance(flag, bool):
         return flag
@@ -279,14 +284,15 @@ def _read_flag(
 def _find_answer(
     paragraph: SquadParagraph, text: str, offset: int
 ) -> tuple[str, tuple[int, int] | str]:
-    """Finds the words of an answer as the original does.
+    """Find the words of an answer as the original does.
 
-    Its offsets are Python's indices, so that one below 0 counts from the paragraph's end. Unlike
-    there, an empty answer is left out: the original would train on a span that ends before it
-    begins.
+    The original uses offsets as Python's indices, so an offset below 0 counts from the paragraph's
+    end. Unlike there, an empty answer is left out: the original would train on a span that ends
+    before it begins.
 
     Returns:
-        The words at the offset, and the first and last of them, or why it cannot be found.
+        The words at the offset; and the indices of the first and last of them, or the reason why
+        the answer is left out.
     """
     size, words = len(paragraph.context), paragraph.doc_tokens
     cleaned = " ".join(text.split())
@@ -298,7 +304,7 @@ def _find_answer(
     first, last = paragraph.word_at(offset % size), paragraph.word_at(last_offset % size)
     found = " ".join(words[first : last + 1])
     if cleaned in found:
-        # The original's first word is -1 where the only word has white space before it.
+        # The original's first word is -1 if white space comes before the paragraph's only word.
         return found, (first % len(words), last)
     if " ".join(paragraph.context[offset : last_offset + 1].split()) != cleaned:
         return found, ELSEWHERE

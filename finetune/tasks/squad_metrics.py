@@ -1,6 +1,6 @@
-"""SQuAD's official metrics: exact match and F1, and what version 2.0 adds.
+"""SQuAD's official metrics: exact match and F1, and those of version 2.0.
 
-Gives the numbers of `evaluate-v1.1.py` (Rajpurkar et al. 2016, section 6.1) and of
+They are the numbers of `evaluate-v1.1.py` (Rajpurkar et al. 2016, section 6.1) and of
 `evaluate-v2.0.py` (Rajpurkar et al. 2018, section 5).
 """
 
@@ -23,17 +23,22 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def normalize_answer(text: str) -> str:
-    """Lowers letters, drops ASCII punctuation and English articles, and joins words by a space."""
+    """Lower letters, drop ASCII punctuation and English articles, and join words by spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match_score(prediction: str, answer: str) -> float:
-    """Returns 1.0 if both texts are equal after normalization, else 0.0."""
+    """Return 1.0 if both texts are the same after normalization, else 0.0."""
     return float(normalize_answer(prediction) == normalize_answer(answer))
 
 
 def f1_score(prediction: str, answer: str) -> float:
-    """Returns the harmonic mean of precision and recall over bags of normalized words, 0 to 1."""
+    """Return the F1 of two texts as bags of normalized words, 0 to 1.
+
+    Example:
+        >>> f1_score("the Denver Broncos", "Broncos")
+        0.6666666666666666
+    """
     predicted = normalize_answer(prediction).split()
     expected = normalize_answer(answer).split()
     common = (Counter(predicted) & Counter(expected)).total()
@@ -47,11 +52,11 @@ def f1_score(prediction: str, answer: str) -> float:
 def evaluate_v1(
     examples: Iterable[SquadExample], predictions: Mapping[str, str]
 ) -> dict[str, float]:
-    """Scores predictions against the best matching of each question's answers.
+    """Score each prediction by the best matching answer of its question.
 
     Args:
-        examples: questions with `gold_answers`; one without a prediction counts as wrong.
-        predictions: question id to text.
+        examples: questions with `gold_answers`; a question without a prediction counts as wrong.
+        predictions: texts by question id.
 
     Returns:
         `exact_match` and `f1` in percent, averaged over all questions.
@@ -80,18 +85,19 @@ def evaluate_v1(
 
 @dataclass(frozen=True)
 class QuestionScores:
-    """Each question's scores by version 2.0, before any threshold; n questions in file order.
+    """Scores of n questions by version 2.0, before any threshold, in the order of the file.
 
-    An id is one question: of several with the same id the last counts, in the first one's place.
+    Of several questions with the same id the last one counts, at the place of the first.
 
     Attributes:
         has_answer: bool [n], the file has an answer.
         is_answered: bool [n], the prediction is not "".
-        exact: float64 [n], 0 or 1; for a question without answer, whether the prediction is "".
-        f1: float64 [n], the same for F1.
-        no_answer_odds: float64 [n], the greater, the likelier is "no answer".
-        by_odds: int [n], the questions by rising odds; those of equal odds in the order in which
-            the odds were given, which need not be that of the questions.
+        exact: float64 [n], 0 or 1; for a question without answer, 1 if the prediction is "".
+        f1: float64 [n], F1, likewise.
+        no_answer_odds: float64 [n], a larger number makes "no answer" likelier.
+        by_odds: int [n], indices of the questions, sorted by their odds. Questions with equal odds
+            are in the order in which the odds were given, which may differ from that of the
+            questions.
     """
 
     has_answer: npt.NDArray[np.bool_] = field(repr=False)
@@ -102,7 +108,7 @@ class QuestionScores:
     by_odds: npt.NDArray[np.intp] = field(repr=False)
 
     def at_threshold(self, threshold: float) -> QuestionScores:
-        """Scores when questions with odds above a threshold are left unanswered."""
+        """Return the scores if questions with odds above a threshold are left unanswered."""
         silent = self.no_answer_odds > threshold
         right = (~self.has_answer).astype(np.float64)
         return QuestionScores(
@@ -120,17 +126,18 @@ def score_questions(
     predictions: Mapping[str, str],
     no_answer_odds: Mapping[str, float] | None = None,
 ) -> QuestionScores:
-    """Scores each question as version 2.0 does: the best over its answers, or over "".
+    """Score each question as version 2.0 does, by its best matching answer.
 
-    Answers that normalization leaves nothing of do not count, as in the official script.
+    Without an answer the prediction should be "". As in the official script, answers of which
+    normalization leaves nothing do not count.
 
     Args:
         examples: questions with their `gold_answers`.
-        predictions: question id to text, "" for no answer.
-        no_answer_odds: question id to a score such as `null_odds.json` has; 0 everywhere if None.
+        predictions: texts by question id, "" for no answer.
+        no_answer_odds: scores by question id, as in `null_odds.json`; None for 0 everywhere.
 
     Raises:
-        InputError: there are no questions, or one has no prediction or no odds.
+        InputError: there are no questions, or a question has no prediction or no odds.
     """
     questions = {example.qas_id: example for example in examples}
     if not questions:
@@ -169,12 +176,12 @@ def score_questions(
 def evaluate_v2(
     scores: QuestionScores, *, threshold: float | None = None, best_thresholds: bool = False
 ) -> dict[str, float]:
-    """Averages scores under the official script's names.
+    """Return averages of scores, under the names of the official script.
 
     Args:
-        scores: of all questions.
-        threshold: leave questions with greater odds unanswered; None leaves answers as they are.
-        best_thresholds: also look for the best ones.
+        scores: scores of all questions.
+        threshold: leave questions with larger odds unanswered; None leaves the answers unchanged.
+        best_thresholds: also find the best thresholds.
 
     Returns:
         `exact`, `f1` (percent) and `total`; the same with `HasAns_` and `NoAns_` for questions
@@ -205,23 +212,26 @@ def evaluate_v2(
 def find_best_threshold(
     scores: QuestionScores, values: npt.NDArray[np.float64]
 ) -> tuple[float, float]:
-    """Finds the odds above which questions are best left unanswered (`find_best_thresh`).
+    """Find the best threshold on the odds as the official script does (`find_best_thresh`).
 
-    As in the official script, thresholds are tried between single questions, also between
-    questions of equal odds (in the order of `scores.by_odds`), 0 stands for leaving all
-    unanswered, and an answer that the prediction already leaves out cannot come back.
+    Questions with larger odds are left unanswered. As in the official script:
+
+    - A threshold may lie between any two questions in the order of `scores.by_odds`, even if their
+      odds are equal.
+    - The threshold 0 stands for leaving all questions unanswered.
+    - A question whose prediction is "" stays unanswered.
 
     Args:
-        scores: of all questions.
+        scores: scores of all questions.
         values: the scores to improve, `scores.exact` or `scores.f1`.
 
     Returns:
-        The average in percent that is reached, and the threshold.
+        The best average in percent, and its threshold.
     """
     order = scores.by_odds
     change = np.where(scores.has_answer, values, np.where(scores.is_answered, -1.0, 0.0))[order]
     unanswered = float((~scores.has_answer).sum())
-    # Added one by one, like the official script, whose rounding decides between near ties.
+    # Added one by one, as in the official script, because rounding may decide which is best.
     running = np.cumsum(np.concatenate([[unanswered], change]))
     best = int(np.argmax(running))
     where = 0.0 if best == 0 else float(scores.no_answer_odds[order[best - 1]])
@@ -229,23 +239,23 @@ def find_best_threshold(
 
 
 def tune_threshold(scores: QuestionScores, values: npt.NDArray[np.float64]) -> float:
-    """Finds the threshold that gives the best average when it is then applied.
+    """Find the threshold that gives the best average when it is applied.
 
-    Unlike `find_best_threshold`, only thresholds that can be applied are tried: questions of equal
-    odds stay together, and leaving all unanswered has a threshold below all odds.
+    Unlike `find_best_threshold` it tries only thresholds that can be applied: questions of equal
+    odds stay together, and a threshold below all odds leaves all questions unanswered.
 
     Args:
-        scores: of all questions, with an answer for each, however unlikely.
+        scores: scores of all questions, with an answer for each, however unlikely.
         values: the scores to improve, `scores.exact` or `scores.f1`.
 
     Returns:
-        The least of the best thresholds, to use as `null_score_diff_threshold`.
+        The smallest of the best thresholds, for `null_score_diff_threshold`.
     """
     order = scores.by_odds
     odds = scores.no_answer_odds[order]
     change = (values - (~scores.has_answer))[order]
     gains = np.concatenate([[0.0], np.cumsum(change)[np.append(odds[1:] != odds[:-1], True)]])
-    # Below odds so large that 1 is lost in them, too.
+    # For very large odds x, x - 1 is x.
     below = min(odds[0] - 1.0, np.nextafter(odds[0], -np.inf))
     thresholds = np.concatenate([[below], np.unique(odds)])
     return float(thresholds[np.argmax(gains)])
@@ -256,9 +266,9 @@ class PrecisionRecall:
     """A precision-recall curve over thresholds.
 
     Attributes:
-        precisions: from 1.0 on.
-        recalls: ascending from 0.0.
-        average_precision: in percent.
+        precisions: precision at each threshold; the first is 1.0.
+        recalls: recall at each threshold, rising from 0.0.
+        average_precision: area under the curve in percent.
     """
 
     precisions: Sequence[float] = field(repr=False)
@@ -269,12 +279,12 @@ class PrecisionRecall:
 def precision_recall(
     scores: QuestionScores, values: npt.NDArray[np.float64]
 ) -> PrecisionRecall | None:
-    """Traces precision and recall while the threshold on the odds rises.
+    """Return precision and recall for rising thresholds on the odds.
 
     Args:
-        scores: of all questions.
-        values: what counts as right: `scores.exact`, `scores.f1`, or `scores.has_answer` as float
-            for the official script's oracle.
+        scores: scores of all questions.
+        values: how right each answer is: `scores.exact`, `scores.f1`, or `scores.has_answer` as
+            float for the official script's oracle.
 
     Returns:
         The curve; None if no question has an answer.
@@ -287,7 +297,7 @@ def precision_recall(
     right = np.cumsum(np.where(scores.has_answer, values, 0.0)[order])
     precision = right / np.arange(1, len(order) + 1)
     recall = right / answerable
-    # A point stands for a threshold, so only the last of questions with equal odds makes one.
+    # A point of the curve is a threshold, so questions with equal odds make one point.
     last = np.append(odds[1:] != odds[:-1], True)
     precisions = np.concatenate([[1.0], precision[last]])
     recalls = np.concatenate([[0.0], recall[last]])
@@ -296,12 +306,12 @@ def precision_recall(
 
 
 def _sum(values: npt.NDArray[np.float64]) -> float:
-    """Adds one by one, as the official script does; NumPy's `sum` rounds differently."""
+    """Add one by one, as the official script does; NumPy's `sum` rounds differently."""
     return float(np.cumsum(values)[-1])
 
 
 def _f1_with_silence(prediction: str, answer: str) -> float:
-    """F1 of version 2.0, where two empty texts agree."""
+    """Return the F1 of version 2.0, by which two empty texts agree."""
     if not normalize_answer(prediction) or not normalize_answer(answer):
         return exact_match_score(prediction, answer)
     return f1_score(prediction, answer)

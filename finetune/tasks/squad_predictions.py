@@ -1,6 +1,6 @@
 """SQuAD: from start and end logits to answer texts, n-best lists and null odds.
 
-Reproduces `write_predictions` and `get_final_text` of `run_squad.py` in google-research/bert.
+It gives the results of `write_predictions` and `get_final_text` in the original's `run_squad.py`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class SquadPredictions:
     """Answers by question id, in the order of the examples.
 
     Attributes:
-        predictions: the answer's text; "" for none.
+        predictions: text of the answer; "" for no answer.
         nbest: candidates, best first.
-        null_odds: score of having no answer minus the score of the best answer; empty unless
-            predicted with `version_2_with_negative`.
+        null_odds: score of having no answer, minus the score of the best answer. It is empty unless
+            the answers were chosen with `version_2_with_negative`.
     """
 
     predictions: dict[str, str] = field(repr=False)
@@ -78,7 +78,7 @@ class AnswerSettings:
     null_score_diff_threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what no answer could be chosen with."""
+        """Refuse settings with which no answer can be chosen."""
         if self.n_best_size < 1 or self.max_answer_length < 1:
             raise InputError(
                 f"n_best_size {self.n_best_size} or max_answer_length {self.max_answer_length} "
@@ -120,7 +120,7 @@ def predict_answers(
     normalization: Normalization,
     settings: AnswerSettings = ORIGINAL_ANSWERS,
 ) -> SquadPredictions:
-    """Chooses the best answers to each question over all windows of its paragraph.
+    """Choose the best answers to each question over all windows of its paragraph.
 
     Example:
         >>> start_logits, end_logits = predict(batch)
@@ -171,14 +171,14 @@ def predict_answers(
 
 
 def answers_at_threshold(predictions: SquadPredictions, threshold: float) -> dict[str, str]:
-    """Chooses between the best answer and none anew, for predictions that may be either.
+    """Choose again between the best answer and no answer, with another threshold.
 
     Args:
         predictions: made with `version_2_with_negative`.
-        threshold: null odds above this give the answer ""; infinity gives every best answer.
+        threshold: null odds above this give the answer ""; with infinity no answer is "".
 
     Returns:
-        Text by question id, in the same order.
+        Texts by question id, in the same order.
     """
     answers = {}
     for qas_id, candidates in predictions.nbest.items():
@@ -188,12 +188,12 @@ def answers_at_threshold(predictions: SquadPredictions, threshold: float) -> dic
 
 
 def write_predictions(predictions: SquadPredictions, output_dir: str | os.PathLike[str]) -> None:
-    """Writes `predictions.json`, `nbest_predictions.json` and, if there are any, `null_odds.json`.
+    """Write `predictions.json`, `nbest_predictions.json` and, if there are any, `null_odds.json`.
 
-    Each file appears whole or not at all, and replaces one that is there.
+    Each file appears complete or not at all, and replaces an existing one.
 
     Raises:
-        OSError: the folder cannot be made or written to, or the disk is full.
+        OSError: the folder cannot be created or written to, or the disk is full.
     """
     folder = Path(output_dir)
     files: dict[str, Mapping[str, object]] = {
@@ -208,19 +208,23 @@ def write_predictions(predictions: SquadPredictions, output_dir: str | os.PathLi
 
 
 def recover_text(tok_text: str, orig_text: str, *, normalization: Normalization) -> str:
-    """Finds the part of the original words that gave some tokens (`get_final_text`).
+    """Find the part of a paragraph's words that some tokens stand for (`get_final_text`).
 
-    Tokens have lost capitals, accents and white space; the words around them ("Smith's") may hold
+    Tokens have no capitals, accents and white space, and the paragraph's words ("Smith's") may hold
     more than the answer ("smith"). Both texts are aligned by their characters other than spaces. If
-    that fails, the words are returned whole.
+    that fails, all of the words are returned.
+
+    Example:
+        >>> recover_text("steve smith", "Steve Smith's", normalization=UNCASED)
+        'Steve Smith'
 
     Args:
-        tok_text: tokens of an answer, put together to words: `"steve smith"`.
-        orig_text: words of the paragraph that hold them: `"Steve Smith's"`.
-        normalization: as for the tokenizer.
+        tok_text: tokens of an answer, joined to words.
+        orig_text: the words of the paragraph with these tokens.
+        normalization: that of the tokenizer.
 
     Returns:
-        A part of `orig_text`: `"Steve Smith"`.
+        A part of `orig_text`.
     """
     words = " ".join(basic_tokenize(orig_text, normalization))
     start = words.find(tok_text)
@@ -254,7 +258,7 @@ def _read_logits(
 
 
 def _best_positions(logits: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.intp]:
-    """Returns the positions of the greatest logits of each row, greatest first, [n, count].
+    """Return the positions of the greatest logits of each row, greatest first, [n, count].
 
     Of equal logits the earlier position comes first. Padding competes too, as in the original.
     """
@@ -267,7 +271,7 @@ def _ranked_spans(
     logits: _Logits,
     max_answer_length: int,
 ) -> _Spans:
-    """Returns the allowed spans of one question's features, best first.
+    """Return the allowed spans of one question's features, best first.
 
     A span lies within one window, starts where its first token has the most context, and is not too
     long. Equal scores keep the order of feature, rank of start, rank of end.
@@ -294,7 +298,7 @@ def _ranked_spans(
 def _texts(
     example: SquadExample, features: SquadFeatures, spans: _Spans, normalization: Normalization
 ) -> Iterator[_Candidate]:
-    """Yields spans as candidates with text, best first; of equal texts only the first."""
+    """Yield spans as candidates with text, best first; of equal texts only the first."""
     seen = set()
     for row, start, end, start_logit, end_logit in zip(
         spans.rows.tolist(),
@@ -320,7 +324,7 @@ def _texts(
 def _best_candidates(
     candidates: Iterator[_Candidate], null: _Candidate | None, count: int
 ) -> list[_Candidate]:
-    """Returns the best candidates, at least one; the null candidate, if any, is among them."""
+    """Return the best candidates, at least one; the null candidate, if any, is among them."""
     nbest = list(itertools.islice(_with_null(candidates, null), count))
     if null is not None and all(candidate.text for candidate in nbest):
         nbest.append(null)
@@ -341,7 +345,7 @@ def _nbest_entries(nbest: list[_Candidate]) -> list[NbestEntry]:
 
 
 def _with_null(candidates: Iterator[_Candidate], null: _Candidate | None) -> Iterator[_Candidate]:
-    """Yields candidates, with the null candidate after all that are at least as good."""
+    """Yield candidates, with the null candidate after all that are at least as good."""
     for candidate in candidates:
         if null is not None and null.score > candidate.score:
             yield null
@@ -352,7 +356,7 @@ def _with_null(candidates: Iterator[_Candidate], null: _Candidate | None) -> Ite
 
 
 def _null_candidate(start: npt.NDArray[np.float64], end: npt.NDArray[np.float64]) -> _Candidate:
-    """Returns "no answer" with the logits of the feature where it scores least; both [r]."""
+    """Return "no answer" with the logits of the feature where it scores least; both [r]."""
     if len(start) == 0:
         return _Candidate("", 0.0, 0.0)
     least = int(np.argmin(start + end))

@@ -1,4 +1,4 @@
-"""Sentence classification on anybody's tables: TSV, CSV and JSON lines, by column names."""
+"""Sentence classification on a user's own tables: TSV, CSV and JSON lines, by column names."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from finetune.tasks.classification_metrics import REGRESSION_METRICS, Metric
 
 _SUFFIXES = (".tsv", ".csv", ".jsonl")
 
-# How programs spell that a value is missing, in lower case.
+# Words that programs write for a missing value, in lower case.
 _MISSING = frozenset({"nan", "<na>", "#n/a", "null"})
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 Row = tuple[int, Mapping[str, str | None]]
-"""A line's number from 1, and its cells by column; None: neither a text nor a finite number."""
+"""Number of a line, from 1, and its cells by column; a cell is None if it is neither a text nor a
+finite number."""
 
 
 @dataclass(frozen=True)
 class TableTask:
-    """A task of one's own.
+    """A user's own task.
 
     Attributes:
         files: `.tsv`, `.csv` or `.jsonl` files by split, `train`, `dev` and `test`.
-        text_a: column of the (first) sentence.
+        text_a: column of the first or only sentence.
         text_b: column of the second sentence; None for single sentences.
         label: column of the label; the test split need not have it.
-        labels: all labels, in the order of their ids; None takes those of the training file, in
-            which a word for a missing value, such as "nan", is then none.
+        labels: all labels, in the order of their ids. None takes the labels of the training file,
+            where a word for a missing value, such as "nan", is then refused.
         is_regression: the label is a number to predict.
-        metrics: what to report; None: accuracy (for two labels also F1 of the second), or Pearson
-            and Spearman correlation.
+        metrics: metrics to report. None reports accuracy, and F1 of the second label if there are
+            two; for a regression Pearson and Spearman correlation.
     """
 
     files: Mapping[str, Path]
@@ -54,14 +55,14 @@ class TableTask:
 
 
 def read_table_task(task: TableTask) -> ClassificationData:
-    """Reads all files of a task.
+    """Read all files of a task.
 
     Args:
         task: files and columns.
 
     Raises:
-        InputError: a file is missing, not of its format or empty, a column is missing, or a label
-            is unknown, missing or not a number; with the line.
+        InputError: a file is missing, empty or damaged, a column is missing, or a label is unknown,
+            missing or not a number; the message names the line.
     """
     tables = {split: list(read_table(path)) for split, path in task.files.items()}
     for split, path in task.files.items():
@@ -87,16 +88,16 @@ def read_table_task(task: TableTask) -> ClassificationData:
 
 
 def read_table(path: str | os.PathLike[str]) -> Iterator[Row]:
-    """Reads a table with named columns.
+    """Read a table with named columns.
 
-    A `.tsv` file has no quoting, as GLUE's; a `.csv` file has it as spreadsheets write it; a
-    `.jsonl` file has one object of texts and numbers a line.
+    A `.tsv` file has no quoting, like GLUE's files. A `.csv` file is quoted as spreadsheets do. A
+    `.jsonl` file has one object of texts and numbers on each line.
 
     Yields:
-        Line number (of a CSV row's last line) and cells.
+        Number of the line (the last one of a CSV row) and cells.
 
     Raises:
-        InputError: the file is missing or not what its name says.
+        InputError: the file is missing, or its content is not as its name says.
     """
     path = Path(path)
     if path.suffix == ".jsonl":
@@ -114,23 +115,23 @@ def read_table(path: str | os.PathLike[str]) -> Iterator[Row]:
 
 
 def read_lines(path: Path, *, hint: str = "") -> list[str]:
-    r"""Reads the lines of a text file; they end with `\n` or `\r\n` and with nothing else.
+    r"""Read the lines of a text file; only `\n` and `\r\n` end a line.
 
     Args:
-        path: UTF-8, with or without byte order mark.
-        hint: what to do if it is not there.
+        path: a file in UTF-8, with or without byte order mark.
+        hint: what the user should do if it is missing.
 
     Raises:
-        InputError: it cannot be read, or is not UTF-8.
+        InputError: the file cannot be read, or is not UTF-8.
     """
     text = _read_text(path, hint)
-    # Not `splitlines`: sentences may hold characters that it takes for line ends.
+    # Not `splitlines`, for which other characters, which sentences may hold, end a line too.
     lines = text.removesuffix("\n").split("\n") if text else []
     return [line.removesuffix("\r") for line in lines]
 
 
 def without_empty_end(lines: list[str]) -> list[str]:
-    """Returns the lines but the empty ones at the end, which editors and programs leave there."""
+    """Return the lines without the empty ones at the end, which some programs write."""
     count = len(lines)
     while count and not lines[count - 1]:
         count -= 1
@@ -138,13 +139,13 @@ def without_empty_end(lines: list[str]) -> list[str]:
 
 
 def parse_number(text: str, path: Path, line: int) -> float:
-    """Reads the label of a regression.
+    """Read the label of a regression.
 
     Raises:
-        InputError: it is not a finite number, as float32 too.
+        InputError: the text is not a number, or not finite as float32.
     """
     try:
-        # Python alone takes "1_0" for a number.
+        # Only Python reads "1_0" as a number.
         value = math.nan if "_" in text else float(text)
     except ValueError:
         value = math.nan
@@ -165,7 +166,7 @@ def _read_text(path: Path, hint: str) -> str:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    # A cell may be as long as the file; the module's limit guards against unbalanced quotes, which
+    # A cell may be as long as the file. The module's limit is against unbalanced quotes, which
     # `strict` finds too.
     limit = csv.field_size_limit(2**31 - 1)
     try:
@@ -174,7 +175,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         def rows() -> Iterator[tuple[int, list[str]]]:
             try:
                 for row in reader:
-                    if row:  # An empty line is no row, as to spreadsheets.
+                    if row:  # An empty line is not a row, as in spreadsheets.
                         yield reader.line_num, row
             except csv.Error as error:
                 raise InputError(
@@ -191,7 +192,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 def _named(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
     _, header = next(rows, (1, []))
-    # Spreadsheets leave several columns without a name.
+    # Spreadsheets may write several columns without a name.
     named = [name for name in header if name]
     if len(set(named)) != len(named):
         raise InputError("two columns have the same name", path=path, line=1)
@@ -218,7 +219,7 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
 
 
 def _spelled(value: object) -> str | None:
-    """As TSV would spell it: true stays apart from 1, and 1 from 1.0."""
+    """Return a value as TSV would spell it; true and 1 stay different, and so do 1 and 1.0."""
     if isinstance(value, str):
         return value
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
@@ -272,7 +273,7 @@ def _find_labels(task: TableTask, tables: Mapping[str, list[Row]]) -> tuple[str,
 
 
 def _label_order(labels: Iterable[str]) -> Callable[[str], tuple[int, str]]:
-    """Orders numbers by value and other labels by text; no two labels are equal in it."""
+    """Return a key that orders numbers by value and other labels by text, without ties."""
     if all(label.removeprefix("-").isdecimal() and len(label) < 100 for label in labels):
         return lambda label: (int(label), label)
     return lambda label: (0, label)

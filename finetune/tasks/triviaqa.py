@@ -1,18 +1,24 @@
-"""TriviaQA: its question-document pairs as SQuAD's JSON, with answer offsets.
+"""TriviaQA: its question-document pairs as SQuAD's JSON, with the offsets of answers.
 
-BERT's README says that an epoch on TriviaQA before SQuAD gives better results, once TriviaQA is
-in SQuAD's format. Follows `utils/convert_to_squad_format.py` of mandarjoshi90/triviaqa: one
-paragraph per pair, the beginning of the document as context, ids `QuestionId--Filename`, the first
-alias that is found, pairs in the order of the same shuffle, at most 80,000 questions of the web
-training split, and of a verified set only what is verified. It differs in this:
+According to BERT's README, an epoch on TriviaQA in SQuAD's format, before SQuAD itself, gives
+better results. The conversion follows `utils/convert_to_squad_format.py` of mandarjoshi90/triviaqa:
+
+- Each pair becomes a paragraph with the id `QuestionId--Filename`.
+- The context is the beginning of the document.
+- The answer is the first alias that is found.
+- The pairs are in the order of the same shuffle.
+- At most 80,000 questions of the web training split are taken.
+- Of a verified set only verified questions and documents are taken.
+
+It differs from the original in this:
 
 - The context is the document's text, cut after `max_words` words between white space. The
   original joins NLTK's tokens, of which 800 are some 700 words.
-- An answer is whole words, spelled as in the context. The original looks for the normalized
-  alias as a part of the lower-cased context and gives the alias, so that `us` is found inside of
+- An answer consists of whole words, spelled as in the context. The original looks for the
+  normalized alias as a part of the lower-cased context, and gives the alias. So it finds `us` in
   `because`, and BERT skips nearly every answer with a capital letter.
-- A training question without an answer is left out; the original leaves it in, with no answers.
-- A document that cannot be read is counted and passed over; the original stops at it.
+- A training question without an answer is left out. The original writes it without answers.
+- A document that cannot be read is counted and skipped. The original stops at it.
 """
 
 from __future__ import annotations
@@ -47,7 +53,7 @@ OUTCOMES = {
     "empty": "left out: the document is empty",
     "duplicate": "left out: the id occurs before",
 }
-"""What becomes of a pair, in words; the first three are written."""
+"""What becomes of a pair, in words; pairs with the first three outcomes are written."""
 
 _WRITTEN = ("answered", "impossible", "unanswered")
 _SOURCES: dict[str, Source] = {"EntityPages": "wikipedia", "SearchResults": "web"}
@@ -62,8 +68,8 @@ class TriviaQuestion:
 
     Attributes:
         question_id: its id in TriviaQA.
-        text: the question.
-        aliases: the answer's spellings, in the file's order; None in a test split.
+        text: text of the question.
+        aliases: spellings of the answer, in the file's order; None in a test split.
     """
 
     question_id: str
@@ -76,10 +82,10 @@ class TriviaPair:
     """A question and a document that may hold its answer.
 
     Attributes:
-        question: the question; its other pairs share it.
-        source: which evidence folder holds the document.
-        filename: its place in that folder; "" if the file names none.
-        title: its title, or else the file's name.
+        question: the question; all of its pairs share it.
+        source: name of the evidence folder with the document.
+        filename: path of the document in that folder; "" if the question file has none.
+        title: title of the document, or else its file name.
     """
 
     question: TriviaQuestion
@@ -93,10 +99,10 @@ class TriviaQA:
     """A question file.
 
     Attributes:
-        pairs: in the file's order, a question's Wikipedia pages before its web pages.
+        pairs: the pairs in the file's order; Wikipedia pages of a question before its web pages.
         split: `train`, `dev` or `test`.
         domain: `Wikipedia` or `Web`.
-        version: as in the file.
+        version: version in the file.
     """
 
     pairs: tuple[TriviaPair, ...] = field(repr=False)
@@ -106,7 +112,7 @@ class TriviaQA:
 
     @property
     def default_max_questions(self) -> int | None:
-        """How many questions the original takes; None for all."""
+        """Number of questions that the original takes; None for all."""
         is_sampled = self.split == "train" and self.domain == "Web"
         return WEB_TRAIN_QUESTIONS if is_sampled else None
 
@@ -119,8 +125,8 @@ class Conversion:
         text: JSON in SQuAD's format.
         counts: number of pairs for each outcome.
         questions: number of questions in `text`.
-        not_utf8: contexts in which bytes that are not UTF-8 were replaced.
-        not_needed: pairs that were not looked at, because there were enough questions.
+        not_utf8: number of contexts in which bytes that are not UTF-8 were replaced.
+        not_needed: number of pairs that were not read, because there were enough questions.
         first_lost: the first document that is missing or unreadable; "" if there is none.
     """
 
@@ -133,15 +139,15 @@ class Conversion:
 
 
 def read_triviaqa(path: str | os.PathLike[str], split: str | None = None) -> TriviaQA:
-    """Reads a question file of TriviaQA, as in `qa/wikipedia-train.json`.
+    """Read a question file of TriviaQA, as in `qa/wikipedia-train.json`.
 
     Args:
         path: the file.
-        split: `train`, `dev` or `test`; default: what the file says.
+        split: `train`, `dev` or `test`; None takes what the file says.
 
     Raises:
-        InputError: not such a file, no pairs in it, a training question without an answer, or the
-            name of a document that leads out of its folder.
+        InputError: it is not such a file, it has no pairs, a training question has no answer, or
+            the name of a document leads out of its folder.
     """
     root = _present(load_json(path, hint=_HINT, finite=False, large_integers="keep"))
     data = _get(root, "Data", list, "the top level", path)
@@ -186,24 +192,25 @@ def convert_pairs(
     max_questions: int | None = None,
     on_pair: Callable[[int, int], None] = lambda looked_at, written: None,
 ) -> Conversion:
-    """Converts a question file.
+    """Convert a question file.
 
-    Documents are read one at a time, each no further than its context. The result is held in
-    memory: about 5 KB a question.
+    Documents are read one at a time, each only as far as its context. The result is held in memory,
+    about 5 KB for each question.
 
     Args:
         data: the question file.
-        folders: evidence folder of each source; the documents of one without are missing.
-        max_words: words of a context.
-        version_2_with_negative: keep questions whose answer is not in the context, as impossible
-            ones of SQuAD 2.0. Otherwise they are left out of a training split and have no answers
-            in another.
-        seed: decides the order of the pairs, and with it a sample.
-        max_questions: stop after so many questions; None takes all.
-        on_pair: called after each pair with the numbers of pairs looked at and questions written.
+        folders: evidence folder of each source. Without the folder of a source, its documents count
+            as missing.
+        max_words: most words of a context.
+        version_2_with_negative: write questions whose answer is not in the context as impossible
+            questions of SQuAD 2.0. Otherwise they are left out of a training split, and written
+            without answers in other splits.
+        seed: seed of the order of the pairs, and so of what `max_questions` takes.
+        max_questions: stop after this number of questions; None takes all.
+        on_pair: called after each pair with the numbers of pairs read and of questions written.
 
     Raises:
-        InputError: no document is there, no question is left, or a document lies outside of its
+        InputError: all documents are missing, no question is left, or a document is outside of its
             folder.
     """
     pairs = list(data.pairs)
@@ -250,21 +257,21 @@ def convert_pairs(
 
 
 def read_context(path: str | os.PathLike[str], max_words: int) -> tuple[str, bool]:
-    r"""Reads the beginning of a document.
+    r"""Read the beginning of a document.
 
-    White space becomes single spaces, lines stay apart, and empty ones go. So the context has no
-    white space but a space and `\n`: at others, such as the no-break space, BERT's `run_squad.py`
-    would not find an answer again.
+    Within a line, white space becomes a single space. Empty lines are left out. So a space and `\n`
+    are the only white space of the context: beside other white space, such as a no-break space,
+    BERT's `run_squad.py` would not find an answer.
 
     Args:
         path: the document; bytes that are not UTF-8 become U+FFFD, which BERT's tokenizer drops.
-        max_words: words to keep.
+        max_words: most words of the context.
 
     Returns:
-        The context, and whether it was all UTF-8.
+        The context, and whether all of it was UTF-8.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the document cannot be read.
     """
     lines: list[str] = []
     left = max_words
@@ -282,7 +289,7 @@ def read_context(path: str | os.PathLike[str], max_words: int) -> tuple[str, boo
 
 
 def find_answer(context: str, aliases: Iterable[str]) -> tuple[int, int] | None:
-    r"""Finds the first alias that occurs in a context, at its first place.
+    r"""Find the first alias that occurs in a context, at its first place.
 
     Words are compared as TriviaQA's official evaluation compares answers (`normalize_answer`):
     without regard to case, punctuation between them, and articles. Unlike there, punctuation
@@ -299,8 +306,8 @@ def find_answer(context: str, aliases: Iterable[str]) -> tuple[int, int] | None:
         >>> find_answer("By J.K. Rowling", ["j k rowling"])
         (3, 15)
     """
-    # " " + word + " " + word + " ": an alias is then found at whole words by `str.find`, which is
-    # much faster than a regular expression for each of hundreds of aliases.
+    # In " " + word + " " + word + " ", `str.find` finds an alias only at whole words. It is much
+    # faster than a regular expression for each of hundreds of aliases.
     parts = [" "]
     word_offsets: list[int] = []
     spans: list[tuple[int, int]] = []
@@ -324,7 +331,7 @@ def find_answer(context: str, aliases: Iterable[str]) -> tuple[int, int] | None:
 
 
 def _punctuation() -> str:
-    """Characters that separate words: those of `normalize_answer`, and other punctuation."""
+    """Return characters that separate words: those of `normalize_answer` and other punctuation."""
     ascii_signs = "".join(c for c in map(chr, range(128)) if c.isprintable() and not c.isalnum())
     others = (chr(code) for code in range(128, 0x3100))
     return ascii_signs + "´" + "".join(c for c in others if unicodedata.category(c)[0] == "P")
@@ -339,13 +346,13 @@ _ESCAPED_BYTES = re.compile("[\udc80-\udcff]")
 def _read_pair_context(
     pair: TriviaPair, folders: dict[Source, Path], max_words: int
 ) -> tuple[str | None, str, bool]:
-    """Returns why there is no context, or None; the context; whether it was all UTF-8."""
+    """Return why there is no context, or None; the context; whether it was all UTF-8."""
     folder = folders.get(pair.source)
     if folder is None or not pair.filename:
         return "missing", "", True
     path = folder / pair.filename
     try:
-        # The names were checked when the file was read, but a link may lead out too.
+        # The names were checked when the file was read, but a symbolic link may lead out too.
         if not path.resolve().is_relative_to(folder.resolve()):
             raise InputError(
                 "the document lies outside of the evidence folder",
@@ -364,7 +371,7 @@ def _read_pair_context(
 def _answer(
     pair: TriviaPair, context: str, is_training: bool, version_2_with_negative: bool
 ) -> tuple[str, dict[str, Any]]:
-    """Returns the outcome, and the question without its id."""
+    """Return the outcome, and the question without its id."""
     question = pair.question
     qa: dict[str, Any] = {"qid": question.question_id, "question": question.text, "answers": []}
     if question.aliases is None:
@@ -381,7 +388,7 @@ def _answer(
 
 
 def _present(node: Any) -> Any:
-    """Leaves out keys with null, which programs write for what is not there."""
+    """Leave out keys whose value is null, which programs write for a missing value."""
     if not isinstance(node, dict):
         return node
     return {key: value for key, value in node.items() if value is not None}

@@ -1,10 +1,11 @@
 """BERT's tokenization: the original's clean-up and word splitting, then WordPiece.
 
-Reproduces `tokenization.py` of google-research/bert. Clean-up and splitting (its `BasicTokenizer`)
-run here over whole texts with character tables taken from Python's own `unicodedata`, which is what
-the original asks character by character. WordPiece runs in the `tokenizers` library. Its
-`BertNormalizer` is not used: it drops private-use characters, which the original keeps, lowers a
-word-final sigma to another letter, and follows an older edition of Unicode.
+It gives the tokens of `tokenization.py` of google-research/bert. Clean-up and splitting (the
+original's `BasicTokenizer`) treat whole texts at once, with tables of characters made from Python's
+`unicodedata`, which the original asks for each character. WordPiece runs in the library
+`tokenizers`. Its `BertNormalizer` is not used: it drops private-use characters, which the original
+keeps, lowers a sigma at the end of a word to another letter, and follows an older edition of
+Unicode.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from finetune.storage.json_files import json_text
 from finetune.text.vocabulary import Vocabulary, read_vocabulary
 
 MAX_CHARS_PER_WORD = 200
-"""Longer words are unknown, in the original's code; 100 in Hugging Face's."""
+"""Longer words are unknown, in the original's code; in Hugging Face's code the limit is 100."""
 
-_BLOCK_TEXTS = 4096
+_TEXTS_AT_A_TIME = 4096
 
-# Noncharacters, which no text should hold. A lone surrogate, which the library refuses, becomes the
-# first: like it, it is in no vocabulary. The second begins the word that stands for an added token.
+# Noncharacters, which no text should hold. The first replaces a lone surrogate, which the library
+# refuses: neither is in any vocabulary. The second begins a word that stands for an added token.
 _NOWHERE, _ADDED = "\uffff", "\ufdd0"
 
-# The blocks that the original calls Chinese: unified and compatibility ideographs, not kana, not
-# hangul, and none of the extensions added to Unicode after it was written.
+# Unicode's blocks that the original calls Chinese: unified and compatibility ideographs, without
+# kana and hangul, and without the extensions that came to Unicode after the original was written.
 _CJK_BLOCKS = (
     (0x4E00, 0x9FFF),
     (0x3400, 0x4DBF),
@@ -53,7 +54,8 @@ class Normalization:
 
     Attributes:
         do_lower_case: letters are lowered, for an uncased model.
-        strip_accents: "é" becomes "e"; None as the original: if letters are lowered.
+        strip_accents: "é" becomes "e". None does what the original does: strip accents if letters
+            are lowered.
         tokenize_chinese_chars: each Chinese character is a word of its own.
     """
 
@@ -63,17 +65,17 @@ class Normalization:
 
     @property
     def strips_accents(self) -> bool:
-        """What `strip_accents` comes to."""
+        """Whether accents are stripped."""
         return self.do_lower_case if self.strip_accents is None else self.strip_accents
 
 
 UNCASED, CASED = Normalization(True), Normalization(False)
-"""Those of the original's two kinds of models."""
+"""Normalization of the original's uncased and cased models."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Names of the tokens that have a task in every input."""
+    """Names of the special tokens."""
 
     cls: str = "[CLS]"
     sep: str = "[SEP]"
@@ -83,13 +85,13 @@ class SpecialTokens:
 
 @dataclass(frozen=True, order=True)
 class AddedToken:
-    """A token that is found in the text before anything is split, as a marker of an entity.
+    """A token that is found in the text before the text is split, such as a marker of an entity.
 
     Attributes:
-        content: its spelling.
-        id: its row of the embedding.
-        normalized: it is looked for in normalized text, spelled as that spells it.
-        single_word: it is found only where no letter or digit touches it.
+        content: spelling of the token.
+        id: its row of the word embeddings.
+        normalized: look for the normalized spelling in the normalized text.
+        single_word: find the token only where no letter or digit is next to it.
     """
 
     content: str
@@ -103,15 +105,15 @@ class _Finder:
     """Finds added tokens in a text.
 
     Attributes:
-        indices: by spelling, the token's place among all added tokens.
-        pattern: any of them; None if there are none.
+        indices: the token's place among all added tokens, by its spelling.
+        pattern: matches each of the tokens; None if there are none.
     """
 
     indices: Mapping[str, int]
     pattern: re.Pattern[str] | None
 
     def mark(self, text: str) -> str:
-        """Puts words of their own in the place of added tokens; of several the longest."""
+        """Replace each added token by a word of its own; where several match, the longest."""
         return text if self.pattern is None else self.pattern.sub(self._word, text)
 
     def _word(self, match: re.Match[str]) -> str:
@@ -121,14 +123,19 @@ class _Finder:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Turns text into WordPiece tokens and ids; never adds special tokens by itself.
+    """Turns text into WordPiece tokens and ids; it never adds special tokens.
 
-    A text that spells `[CLS]` gives the pieces of the brackets and the letters, as in the original.
+    As in the original, a text that spells `[CLS]` gives the pieces of the brackets and letters.
+
+    Example:
+        >>> tokenizer = load_tokenizer("vocab.txt", do_lower_case=True)
+        >>> tokenizer.tokenize("Unaffable")
+        ['una', '##ffa', '##ble']
 
     Attributes:
-        vocab: token to id; the id is the token's line in `vocab.txt`, counted from 0.
-        normalization: what is done to the text first.
-        vocab_size: number of ids, those without a token counted too.
+        vocab: id of each token; the id is the token's line in `vocab.txt`, counted from 0.
+        normalization: how the text is changed first.
+        vocab_size: number of ids, including those without a token.
         special: names of the special tokens.
         added: tokens that are found in the text before it is split.
         max_chars_per_word: longer words are unknown.
@@ -164,8 +171,8 @@ class Tokenizer:
         return self.vocab[self.special.unk]
 
     def description(self) -> dict[str, Any]:
-        """All that decides which ids a text gets, JSON-able."""
-        # A digest, because whoever hashes this would sort tens of thousands of entries again.
+        """Return all that decides which ids a text gets, as values that JSON can hold."""
+        # A digest, because hashing the vocabulary itself would sort tens of thousands of entries.
         vocab = json_text([list(self.vocab), list(self.vocab.values())])
         return {
             "vocab_sha256": hashlib.sha256(vocab.encode()).hexdigest(),
@@ -177,7 +184,7 @@ class Tokenizer:
         }
 
     def tokenize(self, text: str) -> list[str]:
-        """Returns the WordPiece tokens of `text` (`FullTokenizer.tokenize`)."""
+        """Return the WordPiece tokens of `text` (`FullTokenizer.tokenize`)."""
         tokens = self._wordpiece.encode(self._prepare(text), add_special_tokens=False).tokens
         return [
             self.added[int(token[1:])].content if token.startswith(_ADDED) else token
@@ -185,7 +192,7 @@ class Tokenizer:
         ]
 
     def ids(self, tokens: Iterable[str]) -> list[int]:
-        """Returns the ids of tokens.
+        """Return the ids of tokens.
 
         Raises:
             KeyError: a token is not in the vocabulary; those of `tokenize` always are.
@@ -193,16 +200,16 @@ class Tokenizer:
         return [self.vocab[token] for token in tokens]
 
     def encode_ids(self, text: str) -> list[int]:
-        """Returns `ids(tokenize(text))`."""
+        """Return `ids(tokenize(text))`."""
         return self._wordpiece.encode(self._prepare(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns `encode_ids` of every text; much faster than one call a text."""
+        """Return `encode_ids` of each text; this is much faster than a call for each text."""
         ids: list[list[int]] = []
-        # In blocks, because the library's encodings take many times the memory of their ids.
-        for first in range(0, len(texts), _BLOCK_TEXTS):
-            block = [self._prepare(text) for text in texts[first : first + _BLOCK_TEXTS]]
-            encodings = self._wordpiece.encode_batch_fast(block, add_special_tokens=False)
+        # A part at a time: the library's encodings take many times the memory of their ids.
+        for first in range(0, len(texts), _TEXTS_AT_A_TIME):
+            part = [self._prepare(text) for text in texts[first : first + _TEXTS_AT_A_TIME]]
+            encodings = self._wordpiece.encode_batch_fast(part, add_special_tokens=False)
             ids += [encoding.ids for encoding in encodings]
         return ids
 
@@ -217,7 +224,7 @@ class Tokenizer:
 
 
 def load_tokenizer(vocab_file: str | os.PathLike[str], *, do_lower_case: bool) -> Tokenizer:
-    """Reads the vocabulary of a model of the original release.
+    """Read the vocabulary of a model of the original release.
 
     Args:
         vocab_file: UTF-8 text, `vocab.txt` of a released model.
@@ -236,11 +243,11 @@ def make_tokenizer(
     added: Sequence[AddedToken] = (),
     max_chars_per_word: int = MAX_CHARS_PER_WORD,
 ) -> Tokenizer:
-    """Makes a tokenizer of its parts.
+    """Make a tokenizer from its parts.
 
     Args:
         vocabulary: tokens and ids.
-        normalization: what is done to the text first.
+        normalization: how the text is changed first.
         special: names of the special tokens.
         added: tokens that are found in the text before it is split.
         max_chars_per_word: longer words are unknown.
@@ -284,7 +291,7 @@ def make_tokenizer(
 
 
 def _make_finder(added: Sequence[AddedToken], normalization: Normalization | None) -> _Finder:
-    """Makes the finder of tokens in a text that is normalized, or in one that is not yet."""
+    """Make the finder of tokens in normalized text, or, with None, in text as it is."""
     indices = {
         _normalized(token.content, normalization) if normalization else token.content: index
         for index, token in enumerate(added)
@@ -293,7 +300,7 @@ def _make_finder(added: Sequence[AddedToken], normalization: Normalization | Non
     indices.pop("", None)  # Nothing is left of an accent alone.
     if not indices:
         return _Finder({}, None)
-    # What stands for a token already found stays as it is.
+    # A word that stands for a token already found is left as it is.
     patterns = [rf"{_ADDED}\d+"]
     for content, index in sorted(indices.items(), key=lambda item: -len(item[0])):
         pattern = re.escape(content)
@@ -302,22 +309,23 @@ def _make_finder(added: Sequence[AddedToken], normalization: Normalization | Non
 
 
 def basic_tokenize(text: str, normalization: Normalization) -> list[str]:
-    """Splits text into words and punctuation marks, before WordPiece.
+    """Split text into words and punctuation marks, before WordPiece.
 
-    The original's `BasicTokenizer`: drops control characters, sets Chinese characters and
-    punctuation apart, and, for uncased models, lowers letters and strips accents.
+    Like the original's `BasicTokenizer` it drops control characters, makes each Chinese character
+    and punctuation mark a word, and, for uncased models, lowers letters and strips accents.
 
-    Example: `basic_tokenize("Don't, René!", UNCASED)` gives
-    `["don", "'", "t", ",", "rene", "!"]`.
+    Example:
+        >>> basic_tokenize("Don't, René!", UNCASED)
+        ['don', "'", 't', ',', 'rene', '!']
     """
     return _normalized(text, normalization).translate(_SPLIT_PUNCTUATION).split()
 
 
 def _normalized(text: str, normalization: Normalization) -> str:
-    """Returns `text` cleaned and changed, with white space around Chinese characters.
+    """Return `text` cleaned and changed, with white space around Chinese characters.
 
-    The original lowers and decomposes word by word. Neither looks across white space (a space is
-    neither cased nor combining), so doing the whole text at once gives the same.
+    The original lowers and decomposes word by word. To do it for the whole text at once gives the
+    same result, because a space is neither a cased nor a combining character.
     """
     text = text.translate(_CLEAN if normalization.tokenize_chinese_chars else _CLEAN_ONLY)
     if normalization.do_lower_case:

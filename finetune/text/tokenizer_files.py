@@ -1,8 +1,8 @@
-"""The files that say how a model's text is split: read into one tokenizer, and written.
+"""Reading and writing the files that say how a model's text is split into tokens.
 
-Hugging Face keeps them beside the vocabulary: `tokenizer_config.json`, `tokenizer.json`,
-`special_tokens_map.json` and `added_tokens.json`. What would give other tokens and cannot be done
-here is refused by name; what else is unknown is warned about.
+Hugging Face has them beside the vocabulary: `tokenizer_config.json`, `tokenizer.json`,
+`special_tokens_map.json` and `added_tokens.json`. A setting that would give other tokens, and is
+not supported here, is refused by its name. There is a warning about other unknown keys.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 TOKENIZER_FILES = (TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
-"""What may lie beside a vocabulary."""
+"""Files that may be beside a vocabulary."""
 
 NORMALIZATION_KEYS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 
 _SPECIAL_KEYS = ("cls_token", "sep_token", "pad_token", "unk_token")
-# The others than BERT's split text as BERT's do, and stand in the folders of some BERT models.
+# The tokenizers of these models split text as BERT's does, and some BERT models name them.
 _CLASSES = tuple(
     f"{model}Tokenizer{kind}"
     for model in ("Bert", "DistilBert", "Electra", "MobileBert")
     for kind in ("", "Fast", "Legacy")
 )
-# These have no rules of their own: `tokenizer.json` has them all.
+# These classes have no rules of their own: `tokenizer.json` has all rules.
 _GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _HINT = "only BERT's way to split text is supported"
 _IGNORED_HINT = (
     "the fast tokenizer of transformers ignores it: where that was used, remove it from the file"
 )
-# Values under which a key changes nothing here.
+# Values with which a key changes no tokens.
 _EXPECTED: Mapping[str, tuple[Any, ...]] = {
     "word_tokenizer_type": ("basic", None),
     "subword_tokenizer_type": ("wordpiece", None),
@@ -66,7 +66,7 @@ _EXPECTED: Mapping[str, tuple[Any, ...]] = {
     "never_split": (None, [], ()),
     "auto_map": (None, {}),
 }
-# Neither do these: what is padded, cut and given back is decided by the task.
+# These keys change no tokens either. How texts are padded and cut is decided by the task.
 _HARMLESS_NAMES = """
 added_tokens_decoder additional_special_tokens backend bos_token chat_template
 clean_up_tokenization_spaces clean_text eos_token extra_special_tokens full_tokenizer_file
@@ -84,13 +84,13 @@ class TokenizerSettings:
     """What the files beside a vocabulary say.
 
     Attributes:
-        normalization: by file, the most telling first, what it says of `NORMALIZATION_KEYS`.
+        normalization: values of `NORMALIZATION_KEYS` by file, in the order in which they count.
         special: names of the special tokens.
         added: tokens that are found in the text before it is split.
         markers: further tokens of the vocabulary that are found in the text.
         max_chars_per_word: longer words are unknown.
-        model_max_length: tokens that the model is for, if a file says so.
-        described: the `tokenizer.json` that was read, if there is one.
+        model_max_length: most tokens of a text for this model, if a file says so.
+        described: the `tokenizer.json`, if there is one.
     """
 
     normalization: Mapping[Path, Mapping[str, bool | None]]
@@ -103,14 +103,14 @@ class TokenizerSettings:
 
 
 def read_tokenizer_settings(vocab_file: Path, folders: Sequence[Path] = ()) -> TokenizerSettings:
-    """Read what lies beside a vocabulary.
+    """Read the files beside a vocabulary.
 
     Args:
         vocab_file: `vocab.txt`, or a `tokenizer.json`.
-        folders: where else to look, after the vocabulary's folder.
+        folders: where to look for the files after the vocabulary's folder.
 
     Raises:
-        InputError: a file cannot be read, or asks for tokens that cannot be made here.
+        InputError: a file cannot be read, or asks for a way to split text that is not supported.
     """
     places = list(dict.fromkeys([vocab_file.parent, vocab_file.resolve().parent, *folders]))
     config_file, config = _read_first(places, TOKENIZER_CONFIG_FILE)
@@ -151,10 +151,10 @@ def read_tokenizer_settings(vocab_file: Path, folders: Sequence[Path] = ()) -> T
 def make_from_files(
     vocab_file: Path, settings: TokenizerSettings, normalization: Normalization
 ) -> Tokenizer:
-    """Make the tokenizer of a vocabulary and of what lies beside it.
+    """Make the tokenizer from a vocabulary and the files beside it.
 
     Raises:
-        InputError: they do not belong together.
+        InputError: the files do not belong together.
     """
     vocabulary = read_vocabulary(vocab_file)
     described = settings.described
@@ -178,15 +178,15 @@ def make_from_files(
 
 
 def check_tokenizer_class(name: object, path: Path, described: TokenizerJson | None) -> None:
-    """Refuse a tokenizer that is not BERT's.
+    """Refuse a class of tokenizers that does not split text as BERT does.
 
     Args:
-        name: its class in `transformers`; None says nothing.
-        path: the file that says so.
-        described: the `tokenizer.json`, which is enough for a class without rules of its own.
+        name: class in `transformers`; None if the file names none.
+        path: the file that names the class.
+        described: the `tokenizer.json`. With it, classes without rules of their own are accepted.
 
     Raises:
-        InputError: it is another one.
+        InputError: the class is another one.
     """
     if name is None or name in _CLASSES or (described is not None and name in _GENERAL_CLASSES):
         return
@@ -194,12 +194,12 @@ def check_tokenizer_class(name: object, path: Path, described: TokenizerJson | N
 
 
 def write_tokenizer_files(folder: Path, tokenizer: Tokenizer, model_max_length: int) -> None:
-    """Write `vocab.txt` and `tokenizer_config.json`, from which the same tokenizer can be made.
+    """Write `vocab.txt` and `tokenizer_config.json`, from which the same tokenizer can be read.
 
     Args:
-        folder: where to; each file appears complete or not at all.
-        tokenizer: what to write.
-        model_max_length: positions of the model.
+        folder: an existing folder; each file appears complete or not at all.
+        tokenizer: the tokenizer.
+        model_max_length: number of positions of the model.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -218,7 +218,7 @@ def write_tokenizer_files(folder: Path, tokenizer: Tokenizer, model_max_length: 
         "cls_token": special.cls,
         "mask_token": "[MASK]",
         "model_max_length": model_max_length,
-        # A key of our own, which others pass over.
+        # A key of this package, which other programs ignore.
         "max_chars_per_word": tokenizer.max_chars_per_word,
     }
     if tokenizer.added:
@@ -237,7 +237,7 @@ def write_tokenizer_files(folder: Path, tokenizer: Tokenizer, model_max_length: 
 
 
 def _read_first(places: Iterable[Path], name: str) -> tuple[Path | None, Mapping[str, Any]]:
-    """The first of several folders' files of a name, and its values; none without such a file."""
+    """Return the first file of a name in several folders, and its values; nothing without one."""
     for place in places:
         path = place / name
         if path.is_file():
@@ -282,10 +282,10 @@ def _normalization_values(path: Path, config: Mapping[str, Any]) -> dict[str, bo
 def _special_tokens(
     sources: Iterable[tuple[Path | None, Mapping[str, Any]]],
 ) -> SpecialTokens:
-    """Names of the special tokens, as the first file that has them spells them.
+    """Return the names of the special tokens, each from the first file that has it.
 
     Raises:
-        InputError: two files name different ones.
+        InputError: two files have different names for the same token.
     """
     found: dict[str, tuple[str, Path | None]] = {}
     for path, values in sources:
@@ -309,10 +309,10 @@ def _added_tokens(
     config: Mapping[str, Any],
     described: TokenizerJson | None,
 ) -> list[AddedToken]:
-    """Tokens with their ids, from whichever files list them.
+    """Return the added tokens, with their ids, of all files.
 
     Raises:
-        InputError: two files give a token different ids.
+        InputError: two files have different ids for the same token.
     """
     found: dict[str, tuple[AddedToken, Path]] = {}
 
@@ -344,7 +344,7 @@ def _added_tokens(
 
 
 def _listed(tokens: Any) -> set[str]:
-    """Spellings of several tokens, each a text or an object; an object may also name them."""
+    """Return the spellings of tokens, each a text or an object, in a list or an object."""
     entries = list(tokens.values()) if isinstance(tokens, dict) else tokens
     contents = [
         entry.get("content") if isinstance(entry, dict) else entry
@@ -365,7 +365,7 @@ def _max_chars(
 
 
 def _whole(value: object) -> int | None:
-    """A number as JSON's keys and values have it; None for anything else."""
+    """Return a number from a key or a value of JSON; None for anything else."""
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 10:
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,7 +1,7 @@
-"""What a `tokenizer.json` says beside its vocabulary, checked part by part against BERT's.
+"""The parts of a `tokenizer.json` beside its vocabulary, each compared with BERT's.
 
-The file is that of Hugging Face's `tokenizers`, which writes every part of a tokenizer with its
-type. Since version 5 `transformers` saves it alone, without `vocab.txt`.
+Hugging Face's library `tokenizers` writes this file, with the type of every part of a tokenizer.
+Since version 5, `transformers` saves it without a `vocab.txt`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ _HINT = "only BERT's way to split text is supported"
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerJson:
-    """The parts that may differ between tokenizers of BERT.
+    """The parts that may differ between the tokenizers of BERT models.
 
     Attributes:
         path: the file.
-        values: all of it.
+        values: all values of the file.
         normalization: `do_lower_case`, `strip_accents` and `tokenize_chinese_chars`.
-        special: `unk_token`, and `cls_token` and `sep_token` if it puts them around the text.
+        special: `unk_token`, and `cls_token` and `sep_token` if the tokenizer puts them around the
+            text.
         added: tokens that are found in the text before it is split.
         max_chars_per_word: longer words are unknown.
     """
@@ -46,7 +47,8 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
     """Read a `tokenizer.json`.
 
     Raises:
-        InputError: it cannot be read, or splits text in another way than BERT; says which part.
+        InputError: the file cannot be read, or a part of it, which the message names, splits text
+            in another way than BERT.
     """
     values = load_object(path, what="the tokenizer", finite=False, large_integers="float")
     model = _part(values, "model", path)
@@ -76,7 +78,7 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
 def _part(values: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
     part = values.get(name)
     inner = "normalizers" if name == "normalizer" else "pretokenizers"
-    # A sequence of one is that one.
+    # A sequence with a single part is this part.
     while isinstance(part, dict) and part.get("type") == "Sequence":
         parts = part.get(inner)
         if not isinstance(parts, list) or len(parts) != 1:
@@ -110,7 +112,7 @@ def _normalization(part: Mapping[str, Any], path: Path) -> dict[str, bool | None
 
 
 def _around(part: Any, path: Path) -> dict[str, str]:
-    """Names of the tokens before and after a text; none where nothing is said."""
+    """Return the names of the tokens before and after a text; none if the part does not say."""
     if part is None:
         return {}
     kind = part.get("type") if isinstance(part, dict) else None
@@ -133,7 +135,7 @@ def _around(part: Any, path: Path) -> dict[str, str]:
 
 
 def _pieces(template: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """Names and segments: `{"Sequence": {"id": "A", "type_id": 0}}` becomes `("A", 0)`."""
+    """Return names and segments: `{"Sequence": {"id": "A", "type_id": 0}}` gives `("A", 0)`."""
     found = [piece for entry in template for piece in entry.values()]
     return [(str(piece["id"]), int(piece["type_id"])) for piece in found]
 
@@ -148,16 +150,16 @@ def _added_tokens(entries: Any, path: Path) -> tuple[AddedToken, ...]:
 
 
 def added_token(entry: Any, number: object, path: Path) -> AddedToken:
-    """Make an added token of its description.
+    """Make an added token from its description in a file.
 
     Args:
-        entry: its spelling, or an object with that as `content`. White space beside a token, which
-            `lstrip` and `rstrip` are about, never reaches BERT.
-        number: its id.
+        entry: the spelling, or an object with the spelling as `content`. Its keys `lstrip` and
+            `rstrip` make no difference: white space beside a token never reaches BERT.
+        number: the id.
         path: the file, for messages.
 
     Raises:
-        InputError: it is not described like that.
+        InputError: the description is not valid.
     """
     values = {"content": entry} if isinstance(entry, str) else entry
     if not isinstance(values, dict) or not isinstance(values.get("content"), str):
@@ -167,7 +169,7 @@ def added_token(entry: Any, number: object, path: Path) -> AddedToken:
     return AddedToken(
         values["content"],
         check_id(values["content"], number, path),
-        # As the library: all but special tokens are looked for in normalized text.
+        # As in the library, tokens that are not special are looked for in the normalized text.
         bool(values.get("normalized", not values.get("special", False))),
         bool(values.get("single_word", False)),
     )

@@ -1,4 +1,4 @@
-"""A model's vocabulary: from `vocab.txt`, or from a `tokenizer.json` of Hugging Face's."""
+"""A model's vocabulary, from `vocab.txt` or from Hugging Face's `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Vocabulary:
     """Tokens and their ids.
 
     Attributes:
-        path: the file that they are from, for messages.
-        ids: token to id.
-        size: number of ids, those without a token counted too.
+        path: the file with the vocabulary, for messages.
+        ids: id of each token.
+        size: number of ids, including those without a token.
     """
 
     path: Path
@@ -35,13 +35,13 @@ class Vocabulary:
 
 
 def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
-    """Reads `vocab.txt`, one token a line, or the vocabulary in a `tokenizer.json`.
+    """Read `vocab.txt`, with a token on each line, or the vocabulary in a `tokenizer.json`.
 
-    Of a token that is there twice the later id counts, as in the original and in `transformers`;
-    that is warned about.
+    If a token occurs twice, there is a warning, and the later id counts, as in the original and in
+    `transformers`.
 
     Raises:
-        InputError: the file is missing, or it is no vocabulary.
+        InputError: the file is missing, or is not a vocabulary.
     """
     path = Path(path)
     if path.suffix == ".json":
@@ -53,19 +53,19 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
 
 
 def vocabulary_of(values: Mapping[str, Any], path: Path) -> Vocabulary:
-    """Takes the vocabulary out of what `tokenizer.json` holds.
+    """Take the vocabulary out of the values of a `tokenizer.json`.
 
     Args:
         values: the parsed file.
         path: the file, for messages.
 
     Raises:
-        InputError: it is not of WordPiece, or an id is not one.
+        InputError: the vocabulary is not one of WordPiece, or an id is not valid.
     """
     model = values.get("model")
     if not isinstance(model, dict):
         raise InputError("there is no model in it", path=path, hint=_HINT)
-    # The first versions of the library named no type where there was a vocabulary.
+    # The first versions of the library wrote no type beside a vocabulary.
     if model.get("type", "WordPiece") != "WordPiece":
         raise InputError(
             f"its model is {model['type']!r}, not BERT's 'WordPiece'", path=path, hint=_HINT
@@ -79,10 +79,10 @@ def vocabulary_of(values: Mapping[str, Any], path: Path) -> Vocabulary:
 
 
 def check_id(token: str, number: object, path: Path) -> int:
-    """Returns the id of a token.
+    """Return the id of a token, if it is valid.
 
     Raises:
-        InputError: it is none, or the token is not text that UTF-8 can hold.
+        InputError: the id is not valid, or UTF-8 cannot hold the token.
     """
     # To Python, true is also an int.
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < _MOST_IDS:
@@ -93,9 +93,10 @@ def check_id(token: str, number: object, path: Path) -> int:
 
 
 def vocabulary_text(ids: Mapping[str, int], size: int) -> str:
-    """Renders a vocabulary as `vocab.txt`; ids without a token become blank lines.
+    """Return a vocabulary as the text of `vocab.txt`; ids without a token become blank lines.
 
-    So do tokens that such a file cannot hold, with white space around them: no text gives them.
+    So do tokens that such a file cannot hold, because they begin or end with white space. No text
+    has such a token.
     """
     lines = [""] * size
     for token, number in ids.items():
@@ -119,7 +120,7 @@ def _read_lines(path: Path) -> Vocabulary:
     # Some vocabularies hold line separators as tokens: only "\n" ends a line.
     lines = text.removesuffix("\n").split("\n") if text else []
     for index, token in enumerate(line.strip() for line in lines):
-        # A blank line takes up an id, but no text can ever produce it.
+        # A blank line has an id too, but no text can have this token.
         if not token:
             continue
         if token in ids:

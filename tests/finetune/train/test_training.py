@@ -27,9 +27,9 @@ from finetune.train.evaluation import (
 from finetune.train.step import StepResult, Trainer
 from finetune.train.training import (
     LOG_NAME,
-    StopReason,
     Listener,
     Schedule,
+    StopReason,
     example_order,
     read_log,
     resume,
