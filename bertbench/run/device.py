@@ -9,9 +9,35 @@ from typing import Any
 
 from bertbench.core.errors import WorkError
 from bertbench.devices import tpu
-from bertbench.devices.device import Budget, check_free
+from bertbench.devices.accelerators import find_accelerator
+from bertbench.devices.device import Budget, TpuSettings, check_free, make_budget
+from bertbench.devices.discover import tpu_device
 from bertbench.memory.allocator.limit import child_environment
 from bertbench.trials.outcome import memory_ran_out, summarise_error
+
+
+def tpu_budget(settings: TpuSettings, core_bytes: int | None) -> Budget:
+    """The budget of each core of a TPU.
+
+    Args:
+        settings: where the TPU is.
+        core_bytes: what the user says; None takes that of the smallest TPU, as a plan does: which
+            one it is cannot be asked before connecting.
+    """
+    usable_bytes = find_accelerator("tpu-v2-8").usable_bytes
+    return make_budget(tpu_device(settings, core_bytes or usable_bytes))
+
+
+def shrink_to_free(budget: Budget) -> Budget:
+    """The budget, or what is free now if others have taken some of it since the run began.
+
+    Raises:
+        InputError: too little memory is free.
+    """
+    device = budget.device
+    if any(budget.budget_bytes > one.free_bytes for one in device.each):
+        return make_budget(device)
+    return budget
 
 
 def open_device(budget: Budget) -> Any:

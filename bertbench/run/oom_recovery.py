@@ -53,13 +53,13 @@ def step_down(request: RunRequest, failed: TrainingStep, error: OutOfMemoryError
     if settings.micro_batch is not None:
         raise WorkError(
             f"{error}; step {error.step} is saved: give a smaller --micro_batch, or none, and the "
-            "same command goes on"
+            "same command continues"
         ) from error
     entry = _next_entry(request, failed)
     if entry is None:
         raise WorkError(
             f"{error}, and no setting needs less; step {error.step} is saved: with more memory the "
-            "same command goes on"
+            "same command continues"
         ) from error
     smaller = Setup(failed.workload, entry.levers).step(entry.micro_batch)
     down = StepDown(
@@ -73,7 +73,7 @@ def step_down(request: RunRequest, failed: TrainingStep, error: OutOfMemoryError
     )
     add_step_down(settings.output_dir, down.to_json())
     raise SteppedDownError(
-        f"{error}; going on from step {error.step} with "
+        f"{error}; continuing from step {error.step} with "
         f"{describe_setting(smaller.micro_batch, smaller.levers)}, predicted peak "
         f"{format_bytes(entry.footprint.peak_bytes)}",
         settings.output_dir,

@@ -1,4 +1,4 @@
-"""A run that runs out of memory goes on with a plan that needs less."""
+"""A run that runs out of memory continues with a plan that needs less."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def peak_bytes_of(chosen: TrainingStep) -> int:
 
 
 def after(asked: RunSettings, failed: TrainingStep) -> TrainingStep:
-    """What the run goes on with after a training step that did not fit."""
-    with pytest.raises(SteppedDownError, match=r"in step 8 .*going on from step 7 with"):
+    """What the run continues with after a training step that did not fit."""
+    with pytest.raises(SteppedDownError, match=r"in step 8 .*continuing from step 7 with"):
         step_down(request(asked), failed, ERROR)
     return follow(asked, failed)
 
@@ -295,7 +295,7 @@ def test_a_run_goes_on_by_itself_and_ends_as_an_undisturbed_one(tmp_path: Path) 
                   "--resume=false")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "out of memory in step 4 with 1 step of 8, checkpointing none" in result.stderr
-    assert "going on from step 3 with 1 step of 8, checkpointing" in result.stderr
+    assert "continuing from step 3 with 1 step of 8, checkpointing" in result.stderr
     assert "continuing at step 3" in result.stderr
 
     logs = [read_log(folder / "train_log.jsonl") for folder in (one, two)]
@@ -324,7 +324,7 @@ def test_in_another_program_nothing_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(*_: Any) -> None:
-        raise SteppedDownError("out of memory; going on from step 3 with less", tmp_path)
+        raise SteppedDownError("out of memory; continuing from step 3 with less", tmp_path)
 
     monkeypatch.setattr("bertbench.cli.run._run_squad", run)
     with pytest.raises(SystemExit) as ended:

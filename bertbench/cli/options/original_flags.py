@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bertbench.core.errors import WorkError
 from bertbench.run.output.cloud_storage import (
-    RemoteFolder,
     fetch_beside,
     fetch_file,
     fetch_folder,
     fetch_weights,
     is_url,
-    new_staging_folder,
     open_remote_folder,
+    push_or_keep,
+    staging_folder,
 )
 from finetune.model_files.model_folder import SETTINGS_FILES
 
@@ -64,9 +62,12 @@ class PathOrUrl(click.ParamType):
 
 @contextlib.contextmanager
 def local_files(flags: dict[str, Any]) -> Iterator[None]:
-    """Replace addresses of cloud storage by local copies, and copy results back afterwards.
+    """Replace addresses of cloud storage by local copies, and copy results back after the block.
 
-    What was reached is copied back after an error or interruption too.
+    They are copied back after an error or an interruption too.
+
+    Args:
+        flags: by name; changed. `remote` becomes the output folder in cloud storage, or None.
     """
     flags["remote"] = None
     urls = [name for name, value in flags.items() if isinstance(value, str) and is_url(value)]
@@ -74,8 +75,7 @@ def local_files(flags: dict[str, Any]) -> Iterator[None]:
     if not urls:
         yield
         return
-    staging = new_staging_folder()
-    try:
+    with staging_folder() as staging:
         for name in urls:
             if name in ("vocab_file", "init_checkpoint"):
                 # They tell how the model was trained.
@@ -93,24 +93,4 @@ def local_files(flags: dict[str, Any]) -> Iterator[None]:
             yield
         finally:
             if flags["remote"] is not None:
-                _push_or_keep(flags["remote"])
-    except _KeptError:
-        raise
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    shutil.rmtree(staging, ignore_errors=True)
-
-
-class _KeptError(WorkError):
-    """Results could not be copied back; their local copy is kept."""
-
-
-def _push_or_keep(remote: RemoteFolder) -> None:
-    try:
-        remote.push()
-    except (WorkError, OSError, KeyboardInterrupt) as error:
-        reason = str(error) or "interrupted"
-        raise _KeptError(
-            f"{reason}; the results are kept in {remote.path}: copy them to {remote.url} yourself"
-        ) from error
+                push_or_keep(flags["remote"])

@@ -1,15 +1,17 @@
 """Files in cloud storage (`gs://…`): copied here before a run, and results copied back.
 
-Everything else works on local files. What is copied keeps the names of its folders, from which
-`do_lower_case` is guessed. TensorFlow's `tf.io.gfile` does the transport.
+All other modules work on local files. The copies keep the names of their folders, because
+`do_lower_case` may be guessed from them. TensorFlow's `tf.io.gfile` does the transport.
 """
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
 import re
+import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ class RemoteFolder:
     Attributes:
         url: the folder.
         path: its copy.
+        _pushed: modification time and size of the files that are alike in both, by name.
     """
 
     url: str
@@ -45,10 +48,10 @@ class RemoteFolder:
         return self.url
 
     def push(self) -> None:
-        """Copy what has changed since the last time; remove checkpoints that are gone here.
+        """Copy what has changed since the last time; remove there what is gone here.
 
-        The file `checkpoint`, which names the newest one, goes last: whenever this is cut off,
-        what it names is complete.
+        The file `checkpoint` names the newest checkpoint, and is copied last: if copying is cut
+        off, the checkpoint that it names is complete.
 
         Raises:
             WorkError: the storage refuses or cannot be reached.
@@ -67,9 +70,40 @@ class RemoteFolder:
             del self._pushed[name]
 
 
-def new_staging_folder() -> Path:
-    """A temporary folder for local copies."""
-    return Path(tempfile.mkdtemp(prefix="bertbench-"))
+class ResultsKeptError(WorkError):
+    """Results could not be copied back; their local copy is kept."""
+
+
+@contextlib.contextmanager
+def staging_folder() -> Iterator[Path]:
+    """Make a temporary folder for local copies, and remove it after the block.
+
+    It stays if the block ends with `ResultsKeptError`.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="bertbench-"))
+    try:
+        yield folder
+    except ResultsKeptError:
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def push_or_keep(remote: RemoteFolder) -> None:
+    """Copy the last results to cloud storage.
+
+    Raises:
+        ResultsKeptError: it is not possible, or the user interrupted; says where the results are.
+    """
+    try:
+        remote.push()
+    except (WorkError, OSError, KeyboardInterrupt) as error:
+        reason = str(error) or "interrupted"
+        raise ResultsKeptError(
+            f"{reason}; the results are kept in {remote.path}: copy them to {remote.url} yourself"
+        ) from error
 
 
 def fetch_file(url: str, staging: Path) -> Path:
@@ -108,7 +142,7 @@ def fetch_weights(url: str, staging: Path) -> Path:
     """Copy what `--init_checkpoint` may name: a file, a folder, or a checkpoint's prefix.
 
     Raises:
-        InputError: there is none of them.
+        InputError: there is nothing of that name.
         WorkError: the storage cannot be reached.
     """
     if _attempt(lambda tf, url: tf.io.gfile.isdir(url), url):
@@ -142,7 +176,7 @@ def fetch_beside(url: str, names: Iterable[str], staging: Path) -> None:
 
 
 def open_remote_folder(url: str, staging: Path) -> RemoteFolder:
-    """Make a local copy of a folder that results go to, with what a run has left there.
+    """Make a local copy of a folder for results, with what an earlier run has left in it.
 
     Raises:
         WorkError: the storage cannot be reached.
@@ -163,7 +197,7 @@ def open_remote_folder(url: str, staging: Path) -> RemoteFolder:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """Files that belong to results; hidden ones are half written, or not a run's."""
+    """The files of the results. Hidden ones are half written, or not a run's."""
     return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
 
 
@@ -177,12 +211,12 @@ def _local(url: str, staging: Path) -> Path:
 
 
 def _copy(source: str, target: str) -> None:
-    """Copy a file block by block: from a service into memory at once would need its size."""
+    """Copy a file piece by piece, so that it need not fit into memory."""
 
     def work(tf: Any, _: str) -> None:
         with tf.io.gfile.GFile(source, "rb") as read, tf.io.gfile.GFile(target, "wb") as written:
-            while block := read.read(_COPY_BYTES):
-                written.write(block)
+            while piece := read.read(_COPY_BYTES):
+                written.write(piece)
 
     if is_url(target):
         folder = posixpath.dirname(target)

@@ -127,7 +127,7 @@ def apply_steps_down(request: RunRequest, chosen: TrainingStep) -> TrainingStep:
                 step = down.smaller
     if step != chosen:
         before, now = (describe_setting(one.micro_batch, one.levers) for one in (chosen, step))
-        say(f"{before}, or what needs no more, ran out of memory before: going on with {now}")
+        say(f"{before}, or what needs no more, ran out of memory before: continuing with {now}")
     return step
 
 
