@@ -17,7 +17,7 @@ MOST_PARAMETERS = 7
 # their parameters. None may grow, and one that has become small enough must go from the table.
 LONG_FUNCTIONS: Mapping[str, int] = {
     "bertbench.cli.probe.command": 135,
-    "bertbench.probe.cell.probe_cell": 128,
+    "bertbench.probe.cell.probe_cell": 125,
 }
 MANY_PARAMETERS: Mapping[str, int] = {
     "bertbench.plan.planner.make_plan": 13,
