@@ -24,10 +24,10 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.devices.step_time import device_rates
 from bertbench.memory.prediction import Room, predict_memory
 from bertbench.plan.min_memory import find_min_memory
 from bertbench.plan.planner import make_plan
+from bertbench.plan.requests import PlanRequest, attached_device
 from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.spec.config import HEADS
 from finetune.spec.optimizers import OPTIMIZERS
@@ -64,14 +64,8 @@ def main() -> None:
         workload, levers = _of_kind(workload, kind)
         least, most = _range_mib(workload, levers, target)
         budget = make_budget(device, round(generator.uniform(least, most)) * MIB_BYTES)
-        plan = make_plan(
-            workload,
-            target,
-            budget.budget_bytes,
-            device_rates(device),
-            device=device.name,
-            allowed=[levers],
-        )
+        request = PlanRequest(target, allowed=[levers])
+        plan = make_plan(request, workload, attached_device(budget))
         chosen = plan.chosen
         step = Setup(workload, chosen.levers).step(chosen.micro_batch)
         trial = measure_step(step, budget, TrialSettings(steps=2))
@@ -121,7 +115,7 @@ def _of_kind(workload: Workload, kind: str) -> tuple[Workload, Levers]:
 
 def _range_mib(workload: Workload, levers: Levers, target: int) -> tuple[float, float]:
     """The smallest budget for a target, and one in which no lever is needed."""
-    smallest = find_min_memory(workload, target, None, [levers], "cpu", looked_at=4)
+    smallest = find_min_memory(PlanRequest(target, allowed=[levers]), workload, "cpu", looked_at=4)
     predicted = predict_memory(Setup(workload, levers), Room("cpu", 1 << 40))
     plenty_bytes = round(predicted.peak_bytes(target) * (1.02 + predicted.margin))
     min_bytes = smallest.budget_bytes

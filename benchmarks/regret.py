@@ -35,12 +35,12 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload, levers_from_json, published_workload
 from bertbench.devices.device import Budget, Device, make_budget
 from bertbench.devices.discover import resolve_device
-from bertbench.devices.step_time import device_rates
 from bertbench.memory.allocator.limit import child_environment
 from bertbench.memory.prediction import Room, predict_memory
 from bertbench.plan.candidates import all_policies, cuts
 from bertbench.plan.min_memory import find_min_memory
 from bertbench.plan.planner import make_plan
+from bertbench.plan.requests import PlanRequest, attached_device
 from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.storage.json_files import json_text
 
@@ -80,9 +80,8 @@ def main() -> None:
         rows = _sweep(device, case, workload, target, swept, arguments.sweep)
         if arguments.sweep_only:
             continue
-        min_bytes = find_min_memory(
-            workload, target, None, [Levers()], "cpu", looked_at=4
-        ).budget_bytes
+        smallest = find_min_memory(PlanRequest(target), workload, "cpu", looked_at=4)
+        min_bytes = smallest.budget_bytes
         plenty = Room("cpu", 1 << 40)
         most_bytes = predict_memory(Setup(workload), plenty).peak_bytes(target)
         for number in range(_BUDGETS):
@@ -181,9 +180,7 @@ def _settle(
 ) -> Row:
     """Plan for a budget, and run the plan and its rivals in turn."""
     budget = make_budget(device, budget_mib * MIB_BYTES)
-    plan = make_plan(
-        workload, target, budget.budget_bytes, device_rates(device), device=device.name
-    )
+    plan = make_plan(PlanRequest(target), workload, attached_device(budget))
     chosen = (plan.chosen.levers, plan.chosen.micro_batch)
     rivals = [row for row in rows if row["peak_bytes"] <= budget.budget_bytes]
     rivals.sort(key=lambda row: min(row["seconds"]))

@@ -10,8 +10,9 @@ from bertbench.core.workload import Workload
 from bertbench.devices.accelerators import find_accelerator
 from bertbench.devices.step_time import device_rates
 from bertbench.ledger.records import LedgerRow
-from bertbench.plan.calibration import learn
+from bertbench.plan.calibration import calibrate
 from bertbench.plan.planner import Plan, make_plan
+from bertbench.plan.requests import PlannedDevice, PlanRequest
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.config import PRESETS
@@ -103,26 +104,22 @@ def _plan(
 ) -> Recommendation:
     environment = cell.environment
     workload = dataclasses.replace(workload, model=cell.model)
-    replicas = 1
     rates = device_rates(environment.as_device())
-    if environment.kind == "tpu":
-        replicas = find_accelerator(_TPU).replicas
+    device = PlannedDevice(
+        environment.device,
+        environment.kind,
+        environment.budget_bytes,
+        rates,
+        find_accelerator(_TPU).replicas if environment.kind == "tpu" else 1,
+    )
     key = workload.key()
     told = [row for row in rows if row.trial.outcome != "failed"]
     answered = [row for row in told if row.question.workload == key]
     others = [row for row in told if row.question.workload != key]
     known = [*others[-_MOST_ROWS:], *answered[-_MOST_ROWS:]]
     try:
-        plan = make_plan(
-            workload,
-            target_batch,
-            environment.budget_bytes,
-            rates,
-            device=environment.device,
-            device_kind=environment.kind,
-            replicas=replicas,
-            experience=learn(known, workload, rates, environment.kind),
-        )
+        calibration = calibrate(known, workload, rates, environment.kind)
+        plan = make_plan(PlanRequest(target_batch), workload, device, calibration)
     except InputError as error:
         return Recommendation(workload, cell.task, environment, error, None)
     trials = [row.trial for row in answered if _is_of(row, plan)]

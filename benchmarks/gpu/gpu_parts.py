@@ -15,7 +15,6 @@ from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.devices.accelerators import check_levers
 from bertbench.devices.device import Budget, make_budget
-from bertbench.devices.step_time import device_rates
 from bertbench.ledger.database import Ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import find
@@ -24,6 +23,7 @@ from bertbench.memory.prediction import Room, TracePrediction, predict_memory
 from bertbench.memory.traced_footprint import traced_footprint
 from bertbench.memory.traces.step import trace_of
 from bertbench.plan.planner import Plan, make_plan
+from bertbench.plan.requests import PlanRequest, attached_device
 from bertbench.probe.search import LARGEST_BATCH, SearchResult, find_max_batch
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
@@ -208,16 +208,8 @@ def _timing(
 
 def plan_for(workload: Workload, target: int, budget: Budget) -> Plan | None:
     """The plan that a user gets who has measured nothing; None if nothing fits."""
-    device = budget.device
     try:
-        return make_plan(
-            workload,
-            target,
-            budget.budget_bytes,
-            device_rates(device),
-            device=device.name,
-            device_kind=device.kind,
-        )
+        return make_plan(PlanRequest(target), workload, attached_device(budget))
     except InputError:
         return None
 

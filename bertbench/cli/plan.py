@@ -40,16 +40,13 @@ from bertbench.devices.discover import resolve_devices
 from bertbench.ledger.database import default_ledger_path, open_ledger
 from bertbench.plan.min_memory import MinMemory
 from bertbench.plan.planner import Plan, describe_entry
+from bertbench.plan.plans import min_memories, plan_accelerators, plan_or_reason, plan_workload
 from bertbench.plan.requests import (
     PlannedDevice,
     PlanRequest,
     attached_device,
     catalogue_device,
     check_request,
-    min_memories,
-    plan_accelerators,
-    plan_or_reason,
-    plan_workload,
 )
 from bertbench.plan.verify import verify_plan
 from bertbench.trials.trial import Trial
@@ -289,7 +286,9 @@ def _verified(
         )
     with open_ledger(request.ledger_file or default_ledger_path()) as ledger:
         plan, trial, refuted = verify_plan(
-            lambda spare_bytes: plan_workload(request, workload, device, spare_bytes),
+            lambda spare_bytes: plan_workload(
+                request, workload, dataclasses.replace(device, spare_bytes=spare_bytes)
+            ),
             Budget(device.attached, device.budget_bytes),
             ledger,
             on_attempt=lambda tried: say(f"trying {describe_entry(tried.chosen)}"),

@@ -13,7 +13,8 @@ from bertbench.core.workload import Levers, Workload
 from bertbench.devices.accelerators import Accelerator, gpus_with
 from bertbench.plan.min_memory import MinMemory
 from bertbench.plan.planner import Plan, PlanEntry, describe_cut
-from bertbench.plan.requests import NoPlan, PlannedDevice
+from bertbench.plan.plans import NoPlan
+from bertbench.plan.requests import PlannedDevice
 from bertbench.trials.trial import Trial
 from finetune.spec.recipes import find_recipe, train_steps
 

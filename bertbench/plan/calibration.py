@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bertbench.core.terminal import say
-from bertbench.core.workload import Levers, Setup, Workload, levers_from_json, workload_from_key
+from bertbench.core.workload import (
+    Levers,
+    Setup,
+    TrainingStep,
+    Workload,
+    levers_from_json,
+    workload_from_key,
+)
 from bertbench.devices.device import Budget, Device
 from bertbench.devices.step_time import Rates, predict_step_seconds
 from bertbench.ledger.database import (
@@ -26,13 +33,13 @@ from bertbench.memory.prediction import Room, predict_memory
 from bertbench.trials.trial import Trial, out_of_memory_in_run
 from finetune.errors import InputError
 
-_LEAST_TRIALS = 4
-"""Trials that a device's speed is taken from at least; and its prediction's error."""
+_MIN_TRIALS = 4
+"""Fewest trials that the speed of a device is taken from; the margin needs twice as many."""
 
 _MOST_TRIALS = 400
 """The newest of other workloads that are looked at."""
 
-_LEAST_MARGIN = 0.01
+_MIN_MARGIN = 0.01
 _CLEARLY_MORE = 1.1
 
 
@@ -51,7 +58,7 @@ class Outcomes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experience:
+class Calibration:
     """What is known of a workload on a device.
 
     Attributes:
@@ -86,9 +93,9 @@ class Experience:
         share = 0.0 if high <= low else math.log(micro_batch / low) / math.log(high / low)
         return predicted_seconds * (first + share * (second - first))
 
-    def failures(self) -> Experience:
+    def failures(self) -> Calibration:
         """What has run out of memory alone: of a device that others use too, all that holds."""
-        return Experience(
+        return Calibration(
             outcomes={
                 setting: dataclasses.replace(seen, fits_bytes=frozenset())
                 for setting, seen in self.outcomes.items()
@@ -112,34 +119,30 @@ class Experience:
         return None
 
 
-def note_out_of_memory(
-    budget: Budget, workload: Workload, levers: Levers, micro_batch: int, message: str
-) -> None:
+def note_out_of_memory(step: TrainingStep, budget: Budget, message: str) -> None:
     """Write into the user's ledger that a run's step ran out of memory, as evidence for plans.
 
     Of several devices nothing is written: what each of them holds is more than one alone would.
     Where the ledger cannot be written, one line says so.
 
     Args:
-        budget: that the step ran under.
-        workload: what is trained.
-        levers: lever settings.
-        micro_batch: examples.
+        step: the training step.
+        budget: that it ran under.
         message: what happened.
     """
     if budget.device.replicas > 1:
         return
-    trial = out_of_memory_in_run(micro_batch, message)
+    trial = out_of_memory_in_run(step.micro_batch, message)
     try:
         with open_ledger() as ledger:
-            record(ledger, Question(budget, Setup(workload, levers)), trial)
+            record(ledger, Question(budget, step.setup), trial)
     except InputError as error:
         say(f"warning: {error}; other plans do not learn of it")
 
 
-def experience_of(
+def read_calibration(
     device: Device, workload: Workload, rates: Rates, ledger_file: Path | None = None
-) -> Experience:
+) -> Calibration:
     """Read what the ledger tells.
 
     Args:
@@ -154,19 +157,21 @@ def experience_of(
     try:
         path = ledger_file or default_ledger_path()
         if not ledger_exists(path):
-            return Experience()
+            return Calibration()
         with read_ledger(path) as ledger:
             rows = read_device_rows(ledger, device, versions_key(), workload, _MOST_TRIALS)
     except InputError as error:
         if ledger_file is not None:
             raise
         say(f"warning: {error}; planning without it")
-        return Experience()
-    return learn(rows, workload, rates, device.kind)
+        return Calibration()
+    return calibrate(rows, workload, rates, device.kind)
 
 
-def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: str) -> Experience:
-    """Draw conclusions from trials on one device.
+def calibrate(
+    rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: str
+) -> Calibration:
+    """Calibrate predictions for a device by trials on it.
 
     Args:
         rows: trials that fitted or ran out of memory.
@@ -198,12 +203,12 @@ def learn(rows: list[LedgerRow], workload: Workload, rates: Rates, device_kind: 
             # For a plan a run's step is worth as much as a trial: the newer of them counts.
             alike = dataclasses.replace(trial, fresh=True, message="")
             evidence.setdefault((levers, row.budget_bytes), []).append(alike)
-    enough = len(factors) >= _LEAST_TRIALS
-    return Experience(
+    enough = len(factors) >= _MIN_TRIALS
+    return Calibration(
         time_factor=statistics.median(factors) if enough else 1.0,
         trials=len(factors) if enough else 0,
         curve=() if device_kind == "cpu" else _curve(of_workload),
-        margin=max(0.0, *errors) + _LEAST_MARGIN if len(errors) >= 2 * _LEAST_TRIALS else None,
+        margin=max(0.0, *errors) + _MIN_MARGIN if len(errors) >= 2 * _MIN_TRIALS else None,
         outcomes=_outcomes(evidence),
     )
 
@@ -229,7 +234,7 @@ def _curve(factors: Sequence[tuple[int, float]]) -> tuple[tuple[float, float], .
     octaves: dict[int, list[tuple[int, float]]] = {}
     for micro_batch, factor in factors:
         octaves.setdefault(micro_batch.bit_length(), []).append((micro_batch, factor))
-    if len(factors) < _LEAST_TRIALS or len(octaves) < 2:
+    if len(factors) < _MIN_TRIALS or len(octaves) < 2:
         return ()
     return tuple(
         (statistics.median(batch for batch, _ in some), statistics.median(f for _, f in some))

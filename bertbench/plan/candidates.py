@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 from bertbench.core.workload import Levers, Workload
+from bertbench.plan.requests import PlanRequest
 from finetune.spec.checkpointing import NO_CHECKPOINTING, POLICIES, Checkpointing
 
 
@@ -32,15 +32,14 @@ def all_policies(layers: int) -> list[Checkpointing]:
     ]
 
 
-def all_settings(
-    workload: Workload, policies: Sequence[Checkpointing] | None, allowed: Sequence[Levers]
-) -> list[Levers]:
-    """All combinations, with one micro-batch."""
+def all_settings(request: PlanRequest, workload: Workload) -> list[Levers]:
+    """All combinations that a request allows, with one micro-batch."""
+    policies = request.policies
     if policies is None:
         policies = all_policies(workload.config.num_hidden_layers)
     return [
         dataclasses.replace(levers, checkpointing=policy)
-        for levers in allowed
+        for levers in request.allowed
         for policy in policies
     ]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, Setup, TrainingStep, Workload
+from bertbench.core.workload import Setup, TrainingStep, Workload
 from bertbench.memory.prediction import SAFETY_MARGIN, Room, min_budget_bytes, predict_memory
 from bertbench.plan.candidates import all_settings, cuts
+from bertbench.plan.requests import PlanRequest
 from finetune.spec.checkpointing import POLICIES, Checkpointing
 
 
@@ -47,32 +47,30 @@ class MinMemory:
 
 
 def find_min_memory(
+    request: PlanRequest,
     workload: Workload,
-    target_batch: int,
-    policies: Sequence[Checkpointing] | None,
-    allowed: Sequence[Levers],
     device_kind: str,
     *,
-    looked_at: int | None = None,
     replicas: int = 1,
+    looked_at: int | None = None,
 ) -> MinMemory:
-    """Find the smallest budget for a target.
+    """Find the smallest budget for a target batch.
 
     Args:
+        request: the target, and what may be chosen from. Without policies it is one policy for all
+            layers, as a mixture of two does not need less than both of them.
         workload: what is trained.
-        target_batch: effective batch.
-        policies: checkpointing to choose from; None for one policy for all layers, for a mixture of
-            two does not need less than both of them.
-        allowed: the other levers; the number of micro-batches is free.
         device_kind: `cpu`, `gpu` or `tpu`.
-        looked_at: how many settings are replayed, those of the smallest peaks; None for all.
         replicas: devices that share the target; the budget is that of each.
+        looked_at: how many settings are replayed, those of the smallest peaks; None for all.
     """
-    settings = all_settings(workload, policies or [*map(Checkpointing, POLICIES)], allowed)
+    if request.policies is None:
+        request = dataclasses.replace(request, policies=[*map(Checkpointing, POLICIES)])
+    share = math.ceil(request.target_batch / replicas)
     steps = [
         Setup(workload, dataclasses.replace(levers, accumulation_steps=count)).step(micro_batch)
-        for levers in settings
-        for micro_batch, count in cuts(math.ceil(target_batch / replicas))
+        for levers in all_settings(request, workload)
+        for micro_batch, count in cuts(share)
     ]
     room = Room(device_kind, 0, replicas=replicas)
     peaks = [(predict_memory(s.setup, room).peak_bytes(s.micro_batch), s) for s in steps]

@@ -12,14 +12,14 @@ from typing import Any
 
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Setup, TrainingStep, Workload
-from bertbench.devices.step_time import Rates, predict_step_seconds
+from bertbench.devices.step_time import predict_step_seconds
 from bertbench.memory.footprint import Footprint
-from bertbench.memory.prediction import MemoryPrediction, Room, predict_memory
-from bertbench.plan.calibration import Experience
+from bertbench.memory.prediction import MemoryPrediction, predict_memory
+from bertbench.plan.calibration import Calibration
 from bertbench.plan.candidates import all_settings, cuts
 from bertbench.plan.min_memory import MinMemory, find_min_memory
+from bertbench.plan.requests import PlannedDevice, PlanRequest
 from finetune.errors import InputError
-from finetune.spec.checkpointing import Checkpointing
 from finetune.spec.optimizers import OPTIMIZERS
 
 _MOST_REJECTIONS = 20
@@ -122,19 +122,11 @@ class Plan:
 
 
 def make_plan(
+    request: PlanRequest,
     workload: Workload,
-    target_batch: int,
-    budget_bytes: int,
-    rates: Rates,
+    device: PlannedDevice,
+    calibration: Calibration | None = None,
     *,
-    device: str,
-    device_kind: str = "cpu",
-    policies: Sequence[Checkpointing] | None = None,
-    allowed: Sequence[Levers] = (Levers(),),
-    host_if_needed: bool = True,
-    spare_bytes: int = 0,
-    replicas: int = 1,
-    experience: Experience | None = None,
     below_bytes: int | None = None,
 ) -> Plan:
     """Choose the fastest setting that is predicted to fit.
@@ -143,23 +135,12 @@ def make_plan(
     `bertbench.memory.prediction.MemoryPrediction.fits`.
 
     Args:
+        request: what the plan must reach, and what it may choose from.
         workload: what is trained.
-        target_batch: effective batch, at least 1.
-        budget_bytes: what the allocator of one device may use.
-        rates: the device's, for comparing settings.
-        device: name of the device, for people.
-        device_kind: `cpu`, `gpu` or `tpu`.
-        policies: checkpointing to choose from; all settings by default.
-        allowed: the other levers, in all combinations, that the device can be trained on with, see
-            `bertbench.devices.accelerators.check_levers`; only exact ones by default.
-        host_if_needed: keep the optimizer's state of a single GPU on the host if nothing fits
-            otherwise.
-        spare_bytes: what is to be left free of the budget.
-        replicas: devices that share the effective batch; each has its part of it, and the last
-            may have padding.
-        experience: what trials have shown of the workload on the device; none by default.
-        below_bytes: only what is predicted to need less than this is chosen, as where a setting
-            that needs so much has run out of memory.
+        device: the device that it is trained on.
+        calibration: what trials have shown of the workload on the device; none by default.
+        below_bytes: only settings with a smaller predicted peak are chosen, as after one with this
+            peak has run out of memory.
 
     Returns:
         The plan.
@@ -167,38 +148,42 @@ def make_plan(
     Raises:
         InputError: the target is not positive, or nothing fits; the missing bytes are named.
     """
-    if target_batch < 1:
-        raise InputError(f"target batch {target_batch} is not positive")
-    experience = experience or Experience()
-    room = Room(device_kind, budget_bytes, spare_bytes, replicas, experience.margin)
-    share = math.ceil(target_batch / replicas)
+    if request.target_batch < 1:
+        raise InputError(f"target batch {request.target_batch} is not positive")
+    calibration = calibration or Calibration()
 
-    def choose(allowed: Sequence[Levers]) -> _Found | None:
-        settings = all_settings(workload, policies, allowed)
-        candidates = _candidates(workload, settings, share, rates, room, experience)
+    def choose(request: PlanRequest) -> _Found | None:
+        candidates = _candidates(request, workload, device, calibration)
         if below_bytes is not None:
             candidates = [one for one in candidates if one.peak_bytes < below_bytes]
-        return _choose(candidates, room, experience)
+        return _choose(candidates, device, calibration)
 
-    found = choose(allowed)
-    if found is None and host_if_needed and device_kind == "gpu" and replicas == 1:
+    found = choose(request)
+    one_gpu = device.kind == "gpu" and device.replicas == 1
+    if found is None and request.offload_if_needed and one_gpu:
         # The last resort, because what it costs depends on the host as well.
-        allowed = [dataclasses.replace(levers, placement="host") for levers in allowed]
-        found = choose(allowed)
+        request = _with_levers(request, placement="host")
+        found = choose(request)
     if found is None:
-        raise _nothing_fits(workload, share, policies, allowed, room)
+        raise _nothing_fits(request, workload, device)
     chosen, alternatives, rejected = found
     return Plan(
         workload,
-        target_batch,
-        budget_bytes,
-        device,
-        device_kind,
-        _entry(chosen, room, replayed=True),
-        tuple(_entry(candidate, room, replayed=False) for candidate in alternatives),
+        request.target_batch,
+        device.budget_bytes,
+        device.name,
+        device.kind,
+        _entry(chosen, device, replayed=True),
+        tuple(_entry(candidate, device, replayed=False) for candidate in alternatives),
         tuple(rejected),
-        experience.trials,
+        calibration.trials,
     )
+
+
+def _with_levers(request: PlanRequest, **values: Any) -> PlanRequest:
+    """A request that allows only levers with these values."""
+    allowed = [dataclasses.replace(levers, **values) for levers in request.allowed]
+    return dataclasses.replace(request, allowed=allowed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,24 +202,20 @@ class _Candidate:
 
 
 def _candidates(
-    workload: Workload,
-    settings: Sequence[Levers],
-    share: int,
-    rates: Rates,
-    room: Room,
-    experience: Experience,
+    request: PlanRequest, workload: Workload, device: PlannedDevice, calibration: Calibration
 ) -> list[_Candidate]:
     """All settings with all cuts of a replica's share of the target, the fastest first.
 
     Of equal seconds first what gives the published update, then what needs fewer bytes.
     """
+    room = device.room(calibration.margin)
     candidates = []
-    for levers in settings:
-        for micro_batch, count in cuts(share):
+    for levers in all_settings(request, workload):
+        for micro_batch, count in cuts(math.ceil(request.target_batch / device.replicas)):
             setup = Setup(workload, dataclasses.replace(levers, accumulation_steps=count))
             step, memory = setup.step(micro_batch), predict_memory(setup, room)
-            seconds = predict_step_seconds(step, rates, replicas=room.replicas)
-            seconds = experience.seconds(seconds, micro_batch)
+            seconds = predict_step_seconds(step, device.rates, replicas=device.replicas)
+            seconds = calibration.seconds(seconds, micro_batch)
             candidates.append(_Candidate(step, memory, seconds, memory.peak_bytes(micro_batch)))
     return sorted(candidates, key=lambda c: (c.seconds, not c.step.levers.exact, c.peak_bytes))
 
@@ -242,7 +223,9 @@ def _candidates(
 _Found = tuple[_Candidate, list[_Candidate], list[Rejection]]
 
 
-def _choose(candidates: Sequence[_Candidate], room: Room, experience: Experience) -> _Found | None:
+def _choose(
+    candidates: Sequence[_Candidate], device: PlannedDevice, calibration: Calibration
+) -> _Found | None:
     """Take the first that fits.
 
     Returns:
@@ -252,7 +235,7 @@ def _choose(candidates: Sequence[_Candidate], room: Room, experience: Experience
     rejected: list[tuple[int, Rejection]] = []
     for number, candidate in enumerate(candidates):
         step = candidate.step
-        known = _known_to_fit(step, room, experience)
+        known = _known_to_fit(step, device, calibration)
         fits = known
         if known is None:
             fits = candidate.memory.fits(step.micro_batch)
@@ -266,11 +249,13 @@ def _choose(candidates: Sequence[_Candidate], room: Room, experience: Experience
     return None
 
 
-def _known_to_fit(step: TrainingStep, room: Room, experience: Experience) -> bool | None:
+def _known_to_fit(
+    step: TrainingStep, device: PlannedDevice, calibration: Calibration
+) -> bool | None:
     """What trials have shown; None if nothing."""
-    if room.replicas > 1:
+    if device.replicas > 1:
         return None  # There is more to hold than a trial on one device has shown.
-    return experience.fits(step.levers, step.micro_batch, room.budget_bytes - room.spare_bytes)
+    return calibration.fits(step.levers, step.micro_batch, device.available_bytes)
 
 
 def _why_too_large(candidate: _Candidate) -> str:
@@ -293,51 +278,45 @@ def _front(candidates: Sequence[_Candidate]) -> list[_Candidate]:
     return front
 
 
-def _entry(candidate: _Candidate, room: Room, *, replayed: bool) -> PlanEntry:
+def _entry(candidate: _Candidate, device: PlannedDevice, *, replayed: bool) -> PlanEntry:
     step = candidate.step
     footprint = candidate.memory.footprint(step.micro_batch, replayed=replayed)
-    return PlanEntry(step.micro_batch, step.levers, footprint, candidate.seconds, room.replicas)
+    return PlanEntry(step.micro_batch, step.levers, footprint, candidate.seconds, device.replicas)
 
 
-def _nothing_fits(
-    workload: Workload,
-    share: int,
-    policies: Sequence[Checkpointing] | None,
-    allowed: Sequence[Levers],
-    room: Room,
-) -> InputError:
-    def least_needed(allowed: Sequence[Levers], replicas: int, share: int = share) -> MinMemory:
+def _nothing_fits(request: PlanRequest, workload: Workload, device: PlannedDevice) -> InputError:
+    """The error that says how much is missing, and what would need less."""
+    available_bytes = device.available_bytes
+
+    def smallest(request: PlanRequest, replicas: int = device.replicas) -> MinMemory:
         return find_min_memory(
-            workload,
-            share * replicas,
-            policies,
-            allowed,
-            room.device_kind,
-            looked_at=_LOOKED_AT,
-            replicas=replicas,
+            request, workload, device.kind, replicas=replicas, looked_at=_LOOKED_AT
         )
 
-    least = least_needed(allowed, room.replicas)
+    def enough(request: PlanRequest, replicas: int = device.replicas) -> bool:
+        return smallest(request, replicas).budget_bytes <= available_bytes
+
+    share = math.ceil(request.target_batch / device.replicas)
     hint = "use more memory, a shorter sequence or a smaller model"
-    lightest = [dataclasses.replace(levers, optimizer=OPTIMIZERS[-1]) for levers in allowed]
-    available = room.budget_bytes - room.spare_bytes
-    if least_needed(lightest, room.replicas).budget_bytes <= available:
+    if enough(_with_levers(request, optimizer=OPTIMIZERS[-1])):
         hint = f"allow another update than AdamW's with --allow {OPTIMIZERS[-1]}, or {hint}"
-    if share > 1 and least_needed(allowed, room.replicas, 1).budget_bytes <= available:
+    if share > 1 and enough(dataclasses.replace(request, target_batch=device.replicas)):
         hint = f"use a smaller target batch, or {hint}"
-    if room.replicas > 1 and least_needed(allowed, 1).budget_bytes <= available:
+    if device.replicas > 1 and enough(dataclasses.replace(request, target_batch=share), replicas=1):
         hint = f"train on one device, which adds up no gradients with others, {hint}"
-    needed = least.budget_bytes
-    if needed <= available:
+    needed = smallest(request)
+    missing_bytes = needed.budget_bytes - available_bytes
+    what = f"{workload.model} at sequence length {workload.seq_len}"
+    if missing_bytes <= 0:
         return InputError(
-            f"every setting of {workload.model} at sequence length {workload.seq_len} that should "
-            f"fit in {format_bytes(available)} ran out of memory before",
+            f"every setting of {what} that should fit in {format_bytes(available_bytes)} ran out "
+            "of memory before",
             hint=hint,
         )
     return InputError(
-        f"{workload.model} at sequence length {workload.seq_len} does not fit in "
-        f"{format_bytes(available)}: even micro-batch {least.step.micro_batch} needs "
-        f"{format_bytes(needed)}, {format_bytes(needed - available)} more",
+        f"{what} does not fit in {format_bytes(available_bytes)}: even micro-batch "
+        f"{needed.step.micro_batch} needs {format_bytes(needed.budget_bytes)}, "
+        f"{format_bytes(missing_bytes)} more",
         hint=hint,
     )
 

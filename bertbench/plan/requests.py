@@ -1,20 +1,17 @@
-"""What is asked of the planner, as values: workloads, a target, levers, and a device or many."""
+"""What is asked of the planner, as values: what a plan must reach, and for which device."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bertbench.core.units import format_bytes
-from bertbench.core.workload import Levers, Workload
-from bertbench.devices.accelerators import ACCELERATORS, Accelerator, check_levers
+from bertbench.core.workload import Levers
+from bertbench.devices.accelerators import Accelerator, check_levers
 from bertbench.devices.device import Budget, Device
 from bertbench.devices.step_time import Rates, device_rates, gpu_rates
-from bertbench.plan.calibration import experience_of
-from bertbench.plan.min_memory import MinMemory, find_min_memory
-from bertbench.plan.planner import Plan, make_plan
+from bertbench.memory.prediction import Room
 from finetune.errors import InputError
 from finetune.spec.checkpointing import Checkpointing
 
@@ -24,9 +21,10 @@ class PlanRequest:
     """What a plan must reach, and what it may choose from.
 
     Attributes:
-        target_batch: effective batch.
+        target_batch: effective batch, at least 1.
         policies: checkpointing policies to choose from; None for all.
-        allowed: the other levers to choose from.
+        allowed: the other levers to choose from, which the device must support, see
+            `check_request`; only exact ones by default.
         offload_if_needed: whether the optimizer's state of a single GPU may be kept in the host's
             memory if nothing fits otherwise.
         ledger_file: ledger with trials that plans for an attached device learn from; None takes
@@ -49,38 +47,28 @@ class PlannedDevice:
         kind: `cpu`, `gpu` or `tpu`.
         budget_bytes: what the allocator of each replica may use.
         rates: speed of one replica, as predicted.
-        replicas: devices that share the effective batch.
+        replicas: devices that share the effective batch; each has its part of it, and the last may
+            have padding.
         attached: the device of this machine; None for an accelerator of the catalogue.
+        spare_bytes: part of the budget to leave free.
     """
 
     name: str
     kind: str
     budget_bytes: int
     rates: Rates
-    replicas: int
+    replicas: int = 1
     attached: Device | None = None
+    spare_bytes: int = 0
 
+    @property
+    def available_bytes(self) -> int:
+        """What a plan may use of the budget."""
+        return self.budget_bytes - self.spare_bytes
 
-@dataclasses.dataclass(frozen=True)
-class NoPlan:
-    """A workload that nothing fits for.
-
-    Attributes:
-        workload: what was to be trained.
-        why: the reason, in one line.
-    """
-
-    workload: Workload
-    why: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Values for JSON, under the keys of a plan file where there are any."""
-        return {
-            "model": self.workload.model,
-            "seq_len": self.workload.seq_len,
-            "chosen": None,
-            "why": self.why,
-        }
+    def room(self, margin: float | None = None) -> Room:
+        """What a training step has to fit in; see `bertbench.memory.prediction.Room`."""
+        return Room(self.kind, self.budget_bytes, self.spare_bytes, self.replicas, margin)
 
 
 def attached_device(budget: Budget, replicas: int | None = None) -> PlannedDevice:
@@ -149,98 +137,3 @@ def check_request(request: PlanRequest, device: PlannedDevice) -> None:
     """
     for levers in request.allowed:
         check_levers(device.kind, device.name, levers, device.replicas)
-
-
-def plan_workload(
-    request: PlanRequest, workload: Workload, device: PlannedDevice, spare_bytes: int = 0
-) -> Plan:
-    """Plan one workload.
-
-    Args:
-        request: what the plan must reach, and what it may choose from.
-        workload: what is trained.
-        device: the device that it is trained on.
-        spare_bytes: part of the budget to leave free.
-
-    Raises:
-        InputError: nothing fits, or the device does not support a lever.
-    """
-    check_request(request, device)
-    experience = None
-    if device.attached is not None:
-        experience = experience_of(device.attached, workload, device.rates, request.ledger_file)
-    return make_plan(
-        workload,
-        request.target_batch,
-        device.budget_bytes,
-        device.rates,
-        device=device.name,
-        device_kind=device.kind,
-        policies=request.policies,
-        allowed=request.allowed,
-        host_if_needed=request.offload_if_needed,
-        spare_bytes=spare_bytes,
-        replicas=device.replicas,
-        experience=experience,
-    )
-
-
-def plan_or_reason(
-    request: PlanRequest, workload: Workload, device: PlannedDevice
-) -> Plan | NoPlan:
-    """Plan one workload of several; return the reason if that is not possible."""
-    try:
-        return plan_workload(request, workload, device)
-    except InputError as error:
-        return NoPlan(workload, str(error))
-
-
-def plan_accelerators(
-    request: PlanRequest,
-    workload: Workload,
-    budget_bytes: int | None = None,
-    replicas: int | None = None,
-) -> dict[Accelerator, Plan | NoPlan]:
-    """Plan one workload for each accelerator of the catalogue, the smallest memory first.
-
-    Args:
-        request: what the plans must reach, and what they may choose from.
-        workload: what is trained.
-        budget_bytes: what the allocator may use; accelerators with less memory are left out. None
-            takes all usable memory of each.
-        replicas: GPUs that share the batch; TPUs are left out then. None for one GPU, or the cores
-            of a TPU.
-    """
-    return {
-        accelerator: plan_or_reason(
-            request, workload, catalogue_device(accelerator, budget_bytes, replicas)
-        )
-        for accelerator in sorted(ACCELERATORS.values(), key=lambda a: a.memory_bytes)
-        if (budget_bytes is None or budget_bytes <= accelerator.memory_bytes)
-        and (replicas is None or accelerator.kind == "gpu")
-    }
-
-
-def min_memories(
-    request: PlanRequest, workloads: Iterable[Workload], device_kind: str, replicas: int
-) -> Iterator[MinMemory]:
-    """Find the smallest memory in which each workload reaches the target.
-
-    Args:
-        request: what a plan must reach, and what it may choose from.
-        workloads: what is trained.
-        device_kind: `cpu`, `gpu` or `tpu`.
-        replicas: devices that share the effective batch; the memory is that of each.
-
-    Yields:
-        The answer for each workload, as soon as it is found.
-    """
-    for workload in workloads:
-        yield find_min_memory(
-            workload,
-            request.target_batch,
-            request.policies,
-            request.allowed,
-            device_kind,
-            replicas=replicas,
-        )

@@ -9,10 +9,10 @@ from bertbench.core.terminal import say
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Setup, TrainingStep, Workload, check_layers
 from bertbench.devices.accelerators import check_levers
-from bertbench.devices.step_time import device_rates
-from bertbench.plan.calibration import Experience, experience_of
+from bertbench.plan.calibration import Calibration, read_calibration
 from bertbench.plan.plan_file import read_plan
 from bertbench.plan.planner import Plan, describe_entry, make_plan
+from bertbench.plan.requests import PlanRequest, attached_device
 from bertbench.run.output.steps_down import apply_steps_down
 from bertbench.run.settings import RunRequest, RunSettings
 from finetune.errors import InputError
@@ -61,7 +61,7 @@ def _first_choice(request: RunRequest, workload: Workload) -> TrainingStep:
 def plan_run(
     request: RunRequest,
     workload: Workload,
-    experience: Experience | None = None,
+    calibration: Calibration | None = None,
     below_bytes: int | None = None,
 ) -> Plan:
     """Plan what the settings leave open.
@@ -69,30 +69,22 @@ def plan_run(
     Args:
         request: what is asked for, and the device.
         workload: what is trained.
-        experience: of the workload on the device; None asks the user's ledger.
+        calibration: of the workload on the device; None asks the user's ledger.
         below_bytes: see `bertbench.plan.planner.make_plan`.
 
     Raises:
         InputError: nothing fits.
     """
-    settings, budget = request.settings, request.budget
-    rates = device_rates(budget.device)
-    if experience is None:
-        experience = experience_of(budget.device, workload, rates)
-    return make_plan(
-        workload,
+    settings, device = request.settings, attached_device(request.budget)
+    if calibration is None:
+        calibration = read_calibration(request.budget.device, workload, device.rates)
+    wanted = PlanRequest(
         settings.train_batch_size,
-        budget.budget_bytes,
-        rates,
-        device=budget.device.name,
-        device_kind=budget.device.kind,
-        policies=None if settings.checkpointing is None else [settings.checkpointing],
-        allowed=settings.allowed,
-        host_if_needed=not settings.insist_placement,
-        replicas=budget.device.replicas,
-        experience=experience,
-        below_bytes=below_bytes,
+        None if settings.checkpointing is None else [settings.checkpointing],
+        settings.allowed,
+        offload_if_needed=not settings.insist_placement,
     )
+    return make_plan(wanted, workload, device, calibration, below_bytes=below_bytes)
 
 
 def _planned_step(request: RunRequest, workload: Workload, plan_file: Path) -> TrainingStep:

@@ -18,7 +18,7 @@ from bertbench.core.errors import OutOfMemoryError, SteppedDownError, WorkError
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Setup, TrainingStep
 from bertbench.devices.step_time import device_rates
-from bertbench.plan.calibration import experience_of, note_out_of_memory
+from bertbench.plan.calibration import note_out_of_memory, read_calibration
 from bertbench.plan.planner import PlanEntry, describe_setting
 from bertbench.run.choose_plan import plan_run
 from bertbench.run.output.run_record import add_step_down
@@ -49,7 +49,7 @@ def step_down(request: RunRequest, failed: TrainingStep, error: OutOfMemoryError
         WorkError: it cannot: the user insists on the micro-batch, or no training step needs less.
     """
     settings, budget = request.settings, request.budget
-    note_out_of_memory(budget, failed.workload, failed.levers, failed.micro_batch, str(error))
+    note_out_of_memory(failed, budget, str(error))
     if settings.micro_batch is not None:
         raise WorkError(
             f"{error}; step {error.step} is saved: give a smaller --micro_batch, or none, and the "
@@ -88,7 +88,7 @@ def _next_entry(request: RunRequest, failed: TrainingStep) -> PlanEntry | None:
         request, settings=dataclasses.replace(settings, allowed=(failed.levers,))
     )
     # Trials that fitted had the device to themselves; those that failed may fail again.
-    failures = experience_of(budget.device, workload, device_rates(budget.device)).failures()
+    failures = read_calibration(budget.device, workload, device_rates(budget.device)).failures()
     failed_bytes = predicted_peak_bytes(failed, budget)
     recorded = read_steps_down(settings, workload)
     earlier = [down for down in recorded if down.applies_to(failed, request)]

@@ -20,7 +20,6 @@ LONG_FUNCTIONS: Mapping[str, int] = {
     "bertbench.probe.cell.probe_cell": 125,
 }
 MANY_PARAMETERS: Mapping[str, int] = {
-    "bertbench.plan.planner.make_plan": 13,
     "bertbench.probe.cell.probe_cell": 12,
     "bertbench.probe.search.find_max_batch": 8,
 }

@@ -35,6 +35,7 @@ from bertbench.memory.allocator.bfc import Memory, replay
 from bertbench.memory.allocator.recording import Recording, recording_from_text, recording_to_text
 from bertbench.plan.plan_file import read_plan
 from bertbench.plan.planner import make_plan
+from bertbench.plan.requests import PlannedDevice, PlanRequest
 from bertbench.probe.recheck import read_claims
 from bertbench.run.output.run_record import recorded_steps_down
 from bertbench.run.output.steps_down import step_down_from_json
@@ -86,7 +87,7 @@ def plan_text() -> str:
     card = find_accelerator("rtx-2080")
     workload = published_workload("bert-base", 128)
     plan = make_plan(
-        workload, 32, card.usable_bytes, gpu_rates(card), device="g", device_kind="gpu"
+        PlanRequest(32), workload, PlannedDevice("g", "gpu", card.usable_bytes, gpu_rates(card))
     )
     return json.dumps(plan.to_json())
 

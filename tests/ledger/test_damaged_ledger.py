@@ -38,7 +38,7 @@ from bertbench.ledger.records import (
     record_allocations,
 )
 from bertbench.memory.allocator.recording import Recording
-from bertbench.plan.calibration import Experience, experience_of
+from bertbench.plan.calibration import Calibration, read_calibration
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from reports.comparison import read_either
@@ -287,7 +287,7 @@ def test_a_file_that_is_no_ledger_is_one_line_and_a_plan_does_without(
     monkeypatch.setenv("BERTBENCH_LEDGER", str(path))
     device = budget().device
     capsys.readouterr()
-    assert experience_of(device, WORKLOAD, device_rates(device)) == Experience()
+    assert read_calibration(device, WORKLOAD, device_rates(device)) == Calibration()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {path}: ")
     assert line.endswith("; planning without it")

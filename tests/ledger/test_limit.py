@@ -31,7 +31,7 @@ from bertbench.ledger.limit import (
 )
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import find, read_rows, record
-from bertbench.plan.calibration import learn
+from bertbench.plan.calibration import calibrate
 from bertbench.probe.search import find_max_batch
 from bertbench.trials.trial import Trial
 from helpers.ledger_rows import failed, fits, oom, rows_of
@@ -97,8 +97,8 @@ def test_four_trials_are_one_limit_for_everybody(tmp_path: Path) -> None:
     line = CliRunner().invoke(ledger_cli.command, arguments).output.splitlines()[-1]
     assert line.split()[-4:] == ["4", "5", "certified", "4"]
 
-    experience = learn(rows, question.setup.workload, device_rates(device), "cpu")
-    told = {batch: experience.fits(Levers(), batch, budget.budget_bytes) for batch in range(3, 10)}
+    calibration = calibrate(rows, question.setup.workload, device_rates(device), "cpu")
+    told = {batch: calibration.fits(Levers(), batch, budget.budget_bytes) for batch in range(3, 10)}
     assert told == {3: None, 4: True, 5: False, 6: None, 7: True, 8: False, 9: None}
 
 

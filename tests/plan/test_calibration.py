@@ -19,8 +19,9 @@ from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question, versions_key
 from bertbench.ledger.records import read_device_rows, record
 from bertbench.memory.prediction import Room, predict_memory
-from bertbench.plan.calibration import Experience, Outcomes, experience_of, learn
+from bertbench.plan.calibration import Calibration, Outcomes, calibrate, read_calibration
 from bertbench.plan.planner import make_plan
+from bertbench.plan.requests import PlannedDevice, PlanRequest
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
@@ -57,7 +58,7 @@ def write(
 
 def test_speed_is_the_median_of_all_trials_on_the_device(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
-    assert experience_of(DEVICE, WORKLOAD, RATES, path) == Experience()
+    assert read_calibration(DEVICE, WORKLOAD, RATES, path) == Calibration()
     full = Levers(parse_checkpointing("full"), accumulation_steps=2)
     trials = [
         (workload, levers, trial_of(workload, levers, batch, slower=slower))
@@ -68,9 +69,9 @@ def test_speed_is_the_median_of_all_trials_on_the_device(tmp_path: Path) -> None
     ]  # fmt: skip
     write(path, *trials[:3])
     write(path, *trials, device=dataclasses.replace(DEVICE, name="another"))
-    assert experience_of(DEVICE, WORKLOAD, RATES, path).trials == 0
+    assert read_calibration(DEVICE, WORKLOAD, RATES, path).trials == 0
     write(path, *trials[3:], (WORKLOAD, full, Trial(9, "failed", None, None, message="no")))
-    found = experience_of(DEVICE, WORKLOAD, RATES, path)
+    found = read_calibration(DEVICE, WORKLOAD, RATES, path)
     assert found.trials == 5
     assert found.time_factor == pytest.approx(1.65)
     assert found.curve == ()
@@ -88,27 +89,29 @@ def test_the_curve_of_a_workload_is_learnt(tmp_path: Path) -> None:
         )
     ]  # fmt: skip
     write(path, *trials[:5], device=GPU)
-    assert experience_of(GPU, WORKLOAD, RATES, path).curve == ()
+    assert read_calibration(GPU, WORKLOAD, RATES, path).curve == ()
     write(path, *trials[5:], device=GPU)
-    found = experience_of(GPU, WORKLOAD, RATES, path)
+    found = read_calibration(GPU, WORKLOAD, RATES, path)
     assert [batch for batch, _ in found.curve] == [2, 9, 32]
     assert [factor for _, factor in found.curve] == pytest.approx([3.0, 1.0, 2.0])
     seconds = [found.seconds(10.0, batch) for batch in (1, 2, 9, 17, 32, 500)]
     assert seconds == pytest.approx([30, 30, 10, 15.0, 20, 20], rel=0.01)
     # Another workload's times say nothing of a curve.
-    assert experience_of(GPU, OTHER, RATES, path).curve == ()
+    assert read_calibration(GPU, OTHER, RATES, path).curve == ()
     # On a CPU other programs are in the way of some trials and not of others.
     write(path, *trials)
-    found = experience_of(DEVICE, WORKLOAD, RATES, path)
+    found = read_calibration(DEVICE, WORKLOAD, RATES, path)
     assert (found.curve, found.trials) == ((), 7)
 
 
 def test_a_plan_follows_the_measured_curve() -> None:
     def micro_batch(*curve: tuple[float, float]) -> int:
         return make_plan(
-            WORKLOAD, 32, MIB * MIB_BYTES, RATES, device="some",
-            policies=[parse_checkpointing("none")], experience=Experience(curve=curve),
-        ).chosen.micro_batch  # fmt: skip
+            PlanRequest(32, policies=[parse_checkpointing("none")]),
+            WORKLOAD,
+            PlannedDevice("some", "cpu", MIB * MIB_BYTES, RATES),
+            Calibration(curve=curve),
+        ).chosen.micro_batch
 
     assert micro_batch((1.0, 1.0), (16.0, 4.0)) == 1
     assert micro_batch((1.0, 4.0), (16.0, 1.0)) == 16
@@ -121,7 +124,7 @@ def test_what_has_fitted_fits_and_what_has_run_out_does_not(tmp_path: Path) -> N
           (WORKLOAD, Levers(), oom), (OTHER, Levers(), dataclasses.replace(oom, batch=1)),
           (WORKLOAD, Levers(), dataclasses.replace(oom, batch=34, fresh=False)))  # fmt: skip
     write(path, (WORKLOAD, Levers(), dataclasses.replace(oom, batch=32)), mib=300)
-    found = experience_of(DEVICE, WORKLOAD, RATES, path)
+    found = read_calibration(DEVICE, WORKLOAD, RATES, path)
 
     def fits(batch: int, mib: int, levers: Levers | None = None) -> bool | None:
         return found.fits(levers or Levers(), batch, mib * MIB_BYTES)
@@ -134,7 +137,7 @@ def test_what_has_fitted_fits_and_what_has_run_out_does_not(tmp_path: Path) -> N
     assert fits(34, 300) is None
     assert fits(32, 400, Levers(accumulation_steps=2)) is None
     # A budget in which it has fitted, below one in which it has not.
-    odd = Experience(outcomes={(Levers(), 1): Outcomes(frozenset({500}), frozenset({600}))})
+    odd = Calibration(outcomes={(Levers(), 1): Outcomes(frozenset({500}), frozenset({600}))})
     assert [odd.fits(Levers(), 1, size) for size in (499, 500, 501, 600, 601)] == [
         False, True, False, False, True,
     ]  # fmt: skip
@@ -151,33 +154,35 @@ def test_the_newest_trial_of_a_budget_counts_and_others_do_not_crowd_it_out(tmp_
                 record(ledger, Question(make_budget(DEVICE, MIB * MIB_BYTES), Setup(OTHER)), other)
             rows = read_device_rows(ledger, DEVICE, versions_key(), WORKLOAD, 2)
         assert len([row for row in rows if row.model == OTHER.model]) == 2
-        found = learn(rows, WORKLOAD, RATES, "cpu")
+        found = calibrate(rows, WORKLOAD, RATES, "cpu")
         assert found.fits(Levers(), 8, MIB * MIB_BYTES) is expected
 
 
 def test_a_plan_believes_trials_before_predictions() -> None:
-    def plan(experience: Experience | None = None, replicas: int = 1) -> tuple[int, Levers]:
+    def plan(calibration: Calibration | None = None, replicas: int = 1) -> tuple[int, Levers]:
         chosen = make_plan(
-            WORKLOAD, 32, MIB * MIB_BYTES, RATES, device="some", experience=experience,
-            replicas=replicas,
-        ).chosen  # fmt: skip
+            PlanRequest(32),
+            WORKLOAD,
+            PlannedDevice("some", "cpu", MIB * MIB_BYTES, RATES, replicas=replicas),
+            calibration,
+        ).chosen
         return chosen.micro_batch, chosen.levers
 
     batch, levers = plan()
 
-    def ran_out(batch: int, levers: Levers) -> Experience:
+    def ran_out(batch: int, levers: Levers) -> Calibration:
         budgets = frozenset({MIB * MIB_BYTES})
-        return Experience(outcomes={(levers, batch): Outcomes(exceeds_bytes=budgets)})
+        return Calibration(outcomes={(levers, batch): Outcomes(exceeds_bytes=budgets)})
 
     refuted = ran_out(batch, levers)
     assert plan(refuted) != (batch, levers)
     rejected = make_plan(
-        WORKLOAD, 32, MIB * MIB_BYTES, RATES, device="some", experience=refuted
+        PlanRequest(32), WORKLOAD, PlannedDevice("some", "cpu", MIB * MIB_BYTES, RATES), refuted
     ).rejected
     assert "ran out of memory before" in [rejection.why for rejection in rejected]
     # Too much by the prediction, but it has been seen to fit.
     assert peak_on("cpu", Setup(WORKLOAD), 32) > MIB * MIB_BYTES
-    seen = Experience(outcomes={(Levers(), 32): Outcomes(frozenset({MIB * MIB_BYTES}))})
+    seen = Calibration(outcomes={(Levers(), 32): Outcomes(frozenset({MIB * MIB_BYTES}))})
     assert plan(seen) == (32, Levers())
     # One alone says nothing of replicas that add up their gradients.
     of_two = plan(replicas=2)
@@ -191,21 +196,23 @@ def test_the_margin_of_a_gpu_is_its_measured_error(tmp_path: Path) -> None:
         for batch in range(1, 9)
     ]
     write(path, *trials[:-1], device=GPU)
-    assert experience_of(GPU, WORKLOAD, RATES, path).margin is None
+    assert read_calibration(GPU, WORKLOAD, RATES, path).margin is None
     write(path, trials[-1], device=GPU)
-    margin = experience_of(GPU, WORKLOAD, RATES, path).margin
+    margin = read_calibration(GPU, WORKLOAD, RATES, path).margin
     assert margin == pytest.approx(0.018, abs=1e-5)
     less = [(WORKLOAD, Levers(), trial_of(WORKLOAD, Levers(), n, more=0.9)) for n in range(1, 9)]
     write(tmp_path / "less.sqlite", *less, device=GPU)
-    assert experience_of(GPU, WORKLOAD, RATES, tmp_path / "less.sqlite").margin == 0.01
+    assert read_calibration(GPU, WORKLOAD, RATES, tmp_path / "less.sqlite").margin == 0.01
 
     peak_bytes = predict_memory(Setup(WORKLOAD), Room("gpu", 0)).peak_bytes(32)
 
     def chosen(margin: float | None) -> int:
         return make_plan(
-            WORKLOAD, 32, int(1.07 * peak_bytes), RATES, device="some", device_kind="gpu",
-            policies=[parse_checkpointing("none")], experience=Experience(margin=margin),
-        ).chosen.micro_batch  # fmt: skip
+            PlanRequest(32, policies=[parse_checkpointing("none")]),
+            WORKLOAD,
+            PlannedDevice("some", "gpu", int(1.07 * peak_bytes), RATES),
+            Calibration(margin=margin),
+        ).chosen.micro_batch
 
     assert [chosen(None), chosen(margin)] == [16, 32]
 
@@ -217,7 +224,7 @@ def test_what_cannot_be_read_is_left_out() -> None:
         ledger.execute("UPDATE trials SET levers_key = ?", (json.dumps({"precision": "int3"}),))
         rows = read_device_rows(ledger, DEVICE, versions_key(), WORKLOAD, 10)
         assert len(rows) == 1
-        assert learn(rows, WORKLOAD, RATES, "cpu") == Experience()
+        assert calibrate(rows, WORKLOAD, RATES, "cpu") == Calibration()
 
 
 def test_the_command_reads_the_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,9 +268,10 @@ def test_where_all_that_should_fit_has_run_out_that_is_said() -> None:
     seen = {(Levers(), 1): Outcomes(exceeds_bytes=frozenset({512 * MIB_BYTES}))}
     with pytest.raises(InputError, match=r"in 512 MiB ran out of memory before") as error:
         make_plan(
-            published_workload("bert-tiny", 64), 1, 512 * MIB_BYTES,
-            device_rates(resolve_device("cpu")), device="CPU", device_kind="cpu",
-            policies=[parse_checkpointing("none")], experience=Experience(outcomes=seen),
-        )  # fmt: skip
+            PlanRequest(1, policies=[parse_checkpointing("none")]),
+            published_workload("bert-tiny", 64),
+            PlannedDevice("CPU", "cpu", 512 * MIB_BYTES, device_rates(resolve_device("cpu"))),
+            Calibration(outcomes=seen),
+        )
     assert "smaller target batch" not in str(error.value)
     assert "-" not in str(error.value).partition(";")[0].replace("bert-tiny", "")

@@ -30,6 +30,7 @@ from bertbench.plan.planner import (
     Plan,
     make_plan,
 )
+from bertbench.plan.requests import PlannedDevice, PlanRequest
 from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
@@ -42,7 +43,11 @@ RATES = gpu_rates(ACCELERATORS["titan-x"])
 def plan_for(model: str, seq_len: int, target: int, budget_bytes: int, policy: str = "") -> Plan:
     policies = [parse_checkpointing(policy)] if policy else None
     workload = published_workload(model, seq_len)
-    return make_plan(workload, target, budget_bytes, RATES, device="test", policies=policies)
+    return make_plan(
+        PlanRequest(target, policies=policies),
+        workload,
+        PlannedDevice("test", "cpu", budget_bytes, RATES),
+    )
 
 
 @example("bert-tiny", 384, 65, 100)
@@ -70,9 +75,10 @@ def test_nothing_that_fits_is_faster(
     ]
     try:
         plan = make_plan(
-            workload, target, room.budget_bytes, RATES, device="test",
-            policies=[parse_checkpointing(policy) for policy in policies],
-        )  # fmt: skip
+            PlanRequest(target, policies=[parse_checkpointing(policy) for policy in policies]),
+            workload,
+            PlannedDevice("test", "cpu", room.budget_bytes, RATES),
+        )
     except InputError:
         assert not any(fits(levers, size) for size, levers in everything)
         return
@@ -139,7 +145,9 @@ def test_more_memory_is_never_worse_with_exact_gelu(optimizer: str) -> None:
     for mebibytes in range(190, 215, 4):
         room = Room("cpu", mebibytes * MIB_BYTES)
         chosen = make_plan(
-            workload, 8, room.budget_bytes, RATES, device="test", allowed=[levers]
+            PlanRequest(8, allowed=[levers]),
+            workload,
+            PlannedDevice("test", "cpu", room.budget_bytes, RATES),
         ).chosen
         predicted = predict_memory(Setup(workload, chosen.levers), room)
         assert predicted.source == "trace"
@@ -154,10 +162,14 @@ def test_more_memory_is_never_worse_with_exact_gelu(optimizer: str) -> None:
 def test_plans_near_the_smallest_budget_run(optimizer: str, head: str) -> None:
     """BERT-Mini's shape with exact GELU once ran out of memory at 206 MiB, where another fitted."""
     workload, levers = exact_gelu("bert-mini", 128, head), Levers(optimizer=optimizer)
-    smallest = find_min_memory(workload, 8, None, [levers], "cpu").budget_bytes
+    smallest = find_min_memory(PlanRequest(8, allowed=[levers]), workload, "cpu").budget_bytes
     for budget_bytes in {smallest, smallest + MIB_BYTES, max(smallest, 206 * MIB_BYTES)}:
         budget = make_budget(resolve_device("cpu"), budget_bytes)
-        plan = make_plan(workload, 8, budget_bytes, RATES, device="test", allowed=[levers])
+        plan = make_plan(
+            PlanRequest(8, allowed=[levers]),
+            workload,
+            PlannedDevice("test", "cpu", budget_bytes, RATES),
+        )
         step = Setup(workload, plan.chosen.levers).step(plan.chosen.micro_batch)
         trial = measure_step(step, budget, TrialSettings(steps=2))
         assert trial.outcome == "fits", (budget_bytes, trial.message)
@@ -186,7 +198,7 @@ def test_an_insisted_policy_is_kept() -> None:
 def test_the_smallest_memory_is_enough_and_no_less_is(model: str, target: int) -> None:
     workload = published_workload(model, 384)
     policies = [parse_checkpointing(policy) for policy in ("none", "full", "nested")]
-    smallest = find_min_memory(workload, target, policies, [Levers()], "cpu")
+    smallest = find_min_memory(PlanRequest(target, policies=policies), workload, "cpu")
 
     def fits_in(budget_bytes: int) -> bool:
         predicted = predict_memory(smallest.step.setup, Room("cpu", budget_bytes))
@@ -196,7 +208,11 @@ def test_the_smallest_memory_is_enough_and_no_less_is(model: str, target: int) -
     assert not fits_in(smallest.budget_bytes - MIB_BYTES)
 
     def plan(budget_bytes: int) -> Plan:
-        return make_plan(workload, target, budget_bytes, RATES, device="test", policies=policies)
+        return make_plan(
+            PlanRequest(target, policies=policies),
+            workload,
+            PlannedDevice("test", "cpu", budget_bytes, RATES),
+        )
 
     assert plan(smallest.budget_bytes).chosen.micro_batch <= target
     with pytest.raises(InputError, match="does not fit"):
@@ -312,7 +328,11 @@ def test_optimizers_that_change_the_update_are_used_only_where_allowed() -> None
     def plan(gib: float, *optimizers: str) -> Plan:
         budget_bytes = int(gib * GIB_BYTES)
         allowed = [Levers(optimizer=name) for name in ("adamw", *optimizers)]
-        return make_plan(workload, 24, budget_bytes, RATES, device="test", allowed=allowed)
+        return make_plan(
+            PlanRequest(24, allowed=allowed),
+            workload,
+            PlannedDevice("test", "cpu", budget_bytes, RATES),
+        )
 
     # Where both are equally fast, the published update is taken.
     roomy = plan(80, "adafactor").chosen
@@ -330,17 +350,18 @@ def test_the_host_takes_the_optimizers_state_where_nothing_else_fits() -> None:
     workload = published_workload("bert-large", 384)
     rates = gpu_rates(find_accelerator("gtx-1050-ti"))
 
-    def plan(gibibytes: float, kind: str, host_if_needed: bool = True) -> Plan:
+    def plan(gibibytes: float, kind: str, offload_if_needed: bool = True) -> Plan:
         return make_plan(
-            workload, 24, int(gibibytes * GIB_BYTES), rates, device="a card", device_kind=kind,
-            host_if_needed=host_if_needed,
-        )  # fmt: skip
+            PlanRequest(24, offload_if_needed=offload_if_needed),
+            workload,
+            PlannedDevice("a card", kind, int(gibibytes * GIB_BYTES), rates),
+        )
 
     assert plan(6, "gpu").chosen.levers.placement == "device"
     with pytest.raises(InputError, match="does not fit"):
         plan(3.5, "cpu")
     with pytest.raises(InputError, match="does not fit"):
-        plan(3.5, "gpu", host_if_needed=False)
+        plan(3.5, "gpu", offload_if_needed=False)
     chosen = plan(3.5, "gpu").chosen
     assert chosen.levers.placement == "host"
     assert chosen.levers.exact
@@ -378,9 +399,10 @@ def test_eight_cores_share_an_effective_batch(target: int, micro_batch: int, pad
     tpu = find_accelerator("TPU-v2-8")
     assert (tpu.kind, tpu.replicas, tpu.memory_bytes) == ("tpu", 8, 8 * GIB_BYTES)
     plan = make_plan(
-        published_workload("bert-base", 128), target, tpu.usable_bytes, gpu_rates(tpu),
-        device=tpu.name, device_kind=tpu.kind, replicas=tpu.replicas,
-    )  # fmt: skip
+        PlanRequest(target),
+        published_workload("bert-base", 128),
+        PlannedDevice(tpu.name, tpu.kind, tpu.usable_bytes, gpu_rates(tpu), replicas=tpu.replicas),
+    )
     chosen = plan.chosen
     assert (chosen.micro_batch, chosen.levers.accumulation_steps) == (micro_batch, 1)
     assert (chosen.replicas, chosen.rows - target) == (8, padding)
@@ -394,9 +416,10 @@ def test_gradients_are_added_up_over_replicas(kind: str) -> None:
 
     def plan(target: int, replicas: int, gibibytes: float = 8) -> Plan:
         return make_plan(
-            workload, target, int(gibibytes * GIB_BYTES), rates, device="some",
-            device_kind=kind, replicas=replicas,
-        )  # fmt: skip
+            PlanRequest(target),
+            workload,
+            PlannedDevice("some", kind, int(gibibytes * GIB_BYTES), rates, replicas=replicas),
+        )
 
     one, four = plan(2, 1), plan(8, 4)
     assert (one.chosen.micro_batch, one.chosen.levers) == (
@@ -419,14 +442,15 @@ def test_gradients_are_added_up_over_replicas(kind: str) -> None:
     with pytest.raises(InputError, match="train on one device"):
         plan(8, 4, needed)
     assert plan(2, 1, needed).chosen.footprint.peak_bytes < needed * GIB_BYTES
-    least = find_min_memory(workload, 8, None, [Levers()], kind, replicas=4)
-    alone = find_min_memory(workload, 2, None, [Levers()], kind)
-    assert alone.budget_bytes < least.budget_bytes
+    together = find_min_memory(PlanRequest(8), workload, kind, replicas=4)
+    alone = find_min_memory(PlanRequest(2), workload, kind)
+    assert alone.budget_bytes < together.budget_bytes
 
 
 def test_the_optimizers_state_does_not_leave_replicas() -> None:
     with pytest.raises(InputError, match="does not fit"):
         make_plan(
-            published_workload("bert-large", 384), 24, int(3.5 * GIB_BYTES), RATES, device="a card",
-            device_kind="gpu", replicas=2,
-        )  # fmt: skip
+            PlanRequest(24),
+            published_workload("bert-large", 384),
+            PlannedDevice("a card", "gpu", int(3.5 * GIB_BYTES), RATES, replicas=2),
+        )

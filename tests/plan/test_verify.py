@@ -17,6 +17,7 @@ from bertbench.devices.step_time import device_rates
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.records import read_rows
 from bertbench.plan.planner import Plan, make_plan
+from bertbench.plan.requests import PlannedDevice, PlanRequest
 from bertbench.plan.verify import verify_plan
 from bertbench.trials.measure import TrialSettings
 from bertbench.trials.trial import Trial
@@ -29,9 +30,12 @@ WORKLOAD = published_workload("bert-mini", 128)
 
 def make(spare_bytes: int) -> Plan:
     return make_plan(
-        WORKLOAD, 32, BUDGET.budget_bytes, device_rates(DEVICE), device=DEVICE.name,
-        spare_bytes=spare_bytes,
-    )  # fmt: skip
+        PlanRequest(32),
+        WORKLOAD,
+        PlannedDevice(
+            DEVICE.name, "cpu", BUDGET.budget_bytes, device_rates(DEVICE), spare_bytes=spare_bytes
+        ),
+    )
 
 
 class Device:

@@ -30,6 +30,7 @@ from bertbench.memory.prediction import Room, predict_memory
 from bertbench.plan.calibration import note_out_of_memory
 from bertbench.plan.candidates import all_settings, cuts
 from bertbench.plan.planner import make_plan
+from bertbench.plan.requests import PlannedDevice, PlanRequest
 from bertbench.run.choose_plan import choose_step
 from bertbench.run.oom_recovery import step_down
 from bertbench.run.output.steps_down import apply_steps_down
@@ -123,7 +124,7 @@ def test_every_step_down_needs_less_until_nothing_does(tmp_path: Path) -> None:
     assert peaks[-1] > 0.9 * peaks[-2]
     least = min(
         peak_bytes_of(step(batch, dataclasses.replace(setting, accumulation_steps=steps)))
-        for setting in all_settings(WORKLOAD, None, [Levers()])
+        for setting in all_settings(PlanRequest(16), WORKLOAD)
         for batch, steps in cuts(16)
     )
     assert peaks[-1] == least
@@ -171,7 +172,7 @@ def test_a_run_is_no_evidence_for_a_limit(tmp_path: Path) -> None:
 def test_of_several_devices_the_ledger_learns_nothing(tmp_path: Path) -> None:
     gpu = Device("gpu", 0, "NVIDIA Test", "GPU-0", 16 << 30, 16 << 30)
     both = dataclasses.replace(gpu, peers=(dataclasses.replace(gpu, index=1, uuid="GPU-1"),))
-    note_out_of_memory(make_budget(both, 4 << 30), WORKLOAD, Levers(), 4, "out of memory")
+    note_out_of_memory(Setup(WORKLOAD).step(4), make_budget(both, 4 << 30), "out of memory")
     with open_ledger() as ledger:
         assert read_rows(ledger) == []
 
@@ -247,7 +248,11 @@ def test_more_memory_or_a_new_beginning_is_another_try(tmp_path: Path) -> None:
 
 
 def test_a_plan_for_other_replicas_is_refused(tmp_path: Path) -> None:
-    plan = make_plan(WORKLOAD, 16, BUDGET.budget_bytes, device_rates(DEVICE), device="some")
+    plan = make_plan(
+        PlanRequest(16),
+        WORKLOAD,
+        PlannedDevice("some", "cpu", BUDGET.budget_bytes, device_rates(DEVICE)),
+    )
     path = tmp_path / "plan.json"
     values = plan.to_json()
     path.write_text(json.dumps(values))
