@@ -112,7 +112,7 @@ def run_classifier(request: RunRequest, classifier: ClassifierSettings) -> dict[
         labels=data.labels,
     )
     with fine_tune(job) as tuned:
-        return _predict_splits(tuned, data, splits)
+        return predict_splits(tuned, data, splits)
 
 
 def _training_data(splits: _Splits, head: str, most: int | None) -> TrainingData | None:
@@ -146,8 +146,21 @@ def _make_scoring(
     return Scoring(score, metric, depends_on)
 
 
-def _predict_splits(tuned: FineTuned, data: ClassificationData, splits: _Splits) -> dict[str, Any]:
-    """Evaluate and predict; what is known is written before the next split is begun."""
+def predict_splits(tuned: FineTuned, data: ClassificationData, splits: _Splits) -> dict[str, Any]:
+    """Evaluate and predict; what is known is written before the next split is begun.
+
+    Args:
+        tuned: the model and its output folder.
+        data: the task.
+        splits: features by name of the split; those to train on are left out.
+
+    Returns:
+        The results of the training, and the scores and files of the splits.
+
+    Raises:
+        FolderLostError: the output folder is not there any more.
+        bertbench.core.errors.WorkError: the model predicts no numbers, or memory runs out.
+    """
     output, results = tuned.output, dict(tuned.results)
     scored: dict[str, Any] = {}
     for name, features in splits.items():

@@ -1,4 +1,4 @@
-"""The part of a run between data and predictions, alike for all tasks."""
+"""The part of a run that is alike for all tasks: from data to a trained model that predicts."""
 
 from __future__ import annotations
 
@@ -113,17 +113,28 @@ def fine_tune(job: Job) -> Iterator[FineTuned]:
         bertbench.core.errors.WorkError: training failed, or somebody deleted or renamed the
             folder, in the block too.
     """
-    with contextlib.ExitStack() as held:
-        try:
-            yield _load(job, held) if job.data is None else _train(job, job.data, held)
-        except FolderLostError as error:
-            raise WorkError(
-                f"{error}; nothing was written elsewhere: put it back, and the same command "
-                "continues from its last checkpoint"
-            ) from error
+    with lost_folder_explained(), contextlib.ExitStack() as held:
+        yield _load(job, held) if job.data is None else _train(job, job.data, held)
+
+
+@contextlib.contextmanager
+def lost_folder_explained() -> Iterator[None]:
+    """Say what to do if the output folder is lost in the block.
+
+    Raises:
+        WorkError: somebody deleted or renamed the folder; other errors pass unchanged.
+    """
+    try:
+        yield
+    except FolderLostError as error:
+        raise WorkError(
+            f"{error}; nothing was written elsewhere: put it back, and the same command continues "
+            "from its last checkpoint"
+        ) from error
 
 
 def _train(job: Job, data: TrainingData, held: contextlib.ExitStack) -> FineTuned:
+    """Train the model of a job; `held` closes the output folder later."""
     request, settings = job.request, job.request.settings
     num_train_steps = _count_steps(data, settings)
     step = choose_step(request, job.workload)
@@ -152,6 +163,7 @@ def _train(job: Job, data: TrainingData, held: contextlib.ExitStack) -> FineTune
 
 
 def _load(job: Job, held: contextlib.ExitStack) -> FineTuned:
+    """Load the trained model of a job; `held` closes the output folder later."""
     request, settings = job.request, job.request.settings
     model = create_model(job.workload, settings.seed, open_device(request.budget))
     source = request.files.init_checkpoint

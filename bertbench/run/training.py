@@ -97,7 +97,7 @@ def train_model(model: Model, training: Training, predict: Predict) -> dict[str,
         stopper = Listener(should_stop=should_stop)
         evaluation = _make_evaluation(training, predict, shown)
         with _errors_explained(training, shown, should_stop):
-            ending = train(
+            reason = train(
                 trainer,
                 training.data,
                 _make_schedule(training, model.replicas),
@@ -106,13 +106,13 @@ def train_model(model: Model, training: Training, predict: Predict) -> dict[str,
                 listener=join_listeners(shown.listener(), event_writer, copier, stopper),
             )
     done = int(trainer.state.step.numpy())
-    if ending is StopReason.ASKED:
+    if reason is StopReason.ASKED:
         raise StoppedEarlyError(
             f"stopped at step {done} of {last}; saved: the same command continues"
         )
     results = {**_logged_results(training.folder, done), "global_step": done, "weights_step": done}
     if evaluation is not None:
-        results["stopped_early"] = ending is StopReason.NO_IMPROVEMENT
+        results["stopped_early"] = reason is StopReason.NO_IMPROVEMENT
         if results["stopped_early"]:
             say(f"stopped at step {done}: no better {evaluation.metric} for a while")
         results |= _choose_weights(model, evaluation, training.folder, done)

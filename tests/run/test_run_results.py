@@ -12,32 +12,21 @@ import numpy as np
 import pytest
 
 from bertbench.core.errors import WorkError
-from bertbench.devices.device import make_budget
-from bertbench.devices.discover import resolve_device
-from bertbench.run import classifier, job
-from bertbench.run.classifier import ClassifierSettings, GlueSource
-from bertbench.run.job import FineTuned
+from bertbench.run.classifier import ClassifierSettings, GlueSource, predict_splits, read_data
+from bertbench.run.job import FineTuned, lost_folder_explained
 from bertbench.run.output.run_folder import OutputFolder, alone_in
 from bertbench.run.predict import OnProgress
-from bertbench.run.settings import RunRequest, RunSettings
 from finetune.errors import InputError
-from finetune.model_files.model_folder import RUN_FILE, ModelFiles
+from finetune.model_files.model_folder import RUN_FILE
+from finetune.tasks.classification import featurize
 from finetune.tasks.demo_data import demo_files
+from finetune.text.tokenization import load_tokenizer
 
 DEMO = demo_files()
-FILES = ModelFiles(DEMO.bert_config_file, DEMO.vocab_file, None)
 EVALUATED = ClassifierSettings(
     GlueSource("MRPC", DEMO.mrpc_dir), do_train=False, do_eval=True, do_predict=True
 )
 BEGUN = {"identity": {"seed": 1}}
-
-
-def settings(folder: Path) -> RunSettings:
-    return RunSettings(
-        output_dir=folder, max_seq_length=32, do_lower_case=True, train_batch_size=8,
-        predict_batch_size=8, learning_rate=1e-4, num_train_epochs=1.0, warmup_proportion=0.1,
-        save_checkpoints_steps=100, seed=1,
-    )  # fmt: skip
 
 
 class Model:
@@ -53,18 +42,17 @@ class Model:
         return np.tile(np.float32([0.0, 1.0]), (len(data["input_ids"]), 1))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, folder: Path, model: Model) -> dict[str, Any]:
-    """Run everything but TensorFlow: as after a training of 30 steps whose 20th was the best."""
-
-    def train(*arguments: Any) -> FineTuned:
-        held = arguments[-1].enter_context(alone_in(folder))
+def run(folder: Path, model: Model) -> dict[str, Any]:
+    """Predict as after a training of 30 steps whose 20th was the best."""
+    data = read_data(EVALUATED, folder)
+    tokenizer = load_tokenizer(DEMO.vocab_file, do_lower_case=True)
+    splits = {name: featurize(split, tokenizer, max_seq_length=32)
+              for name, split in data.splits.items()}  # fmt: skip
+    with lost_folder_explained(), alone_in(folder) as held:
         (folder / RUN_FILE).write_text(json.dumps(BEGUN))
         output = OutputFolder(held, BEGUN)
-        return FineTuned(model, {"global_step": 30, "weights_step": 20}, output)
-
-    monkeypatch.setattr(job, "_load", train)
-    budget = make_budget(resolve_device("cpu"), 1 << 30)
-    return classifier.run_classifier(RunRequest(FILES, settings(folder), budget), EVALUATED)
+        tuned = FineTuned(model, {"global_step": 30, "weights_step": 20}, output)
+        return predict_splits(tuned, data, splits)
 
 
 def results_in(folder: Path) -> dict[str, Any]:
@@ -72,8 +60,8 @@ def results_in(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_step_of_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = run(monkeypatch, tmp_path, Model(0, None))
+def test_the_step_of_the_scores(tmp_path: Path) -> None:
+    results = run(tmp_path, Model(0, None))
     lines = (tmp_path / "eval_results.txt").read_text().splitlines()
     assert "global_step = 20" in lines  # to the original, the step of the weights
     assert f"eval_accuracy = {results['eval_accuracy']}" in lines
@@ -81,14 +69,12 @@ def test_the_step_of_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert results_in(tmp_path) == results
 
 
-def test_scores_are_written_before_the_next_prediction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_are_written_before_the_next_prediction(tmp_path: Path) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch, tmp_path, Model(2, interrupt))
+        run(tmp_path, Model(2, interrupt))
     assert "eval_accuracy" in (tmp_path / "eval_results.txt").read_text()
     assert {"eval_accuracy", "eval_f1", "global_step", "weights_step"} <= results_in(
         tmp_path
@@ -97,25 +83,21 @@ def test_scores_are_written_before_the_next_prediction(
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_a_folder_that_is_renamed_during_prediction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
+def test_a_folder_that_is_renamed_during_prediction(tmp_path: Path, call: int) -> None:
     folder, aside = tmp_path / "out", tmp_path / "aside"
     with pytest.raises(WorkError, match=rf"{folder} is gone; .* to {aside}; nothing was written"):
-        run(monkeypatch, folder, Model(call, lambda: folder.rename(aside)))
+        run(folder, Model(call, lambda: folder.rename(aside)))
     assert os.listdir(tmp_path) == ["aside"]
     assert (aside / "eval_results.txt").exists() == (call == 2)
 
 
-def test_nobody_else_writes_to_the_folder_until_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nobody_else_writes_to_the_folder_until_the_end(tmp_path: Path) -> None:
     def attempt() -> None:
         with pytest.raises(InputError, match="another run is writing"), alone_in(tmp_path):
             pass
 
     model = Model(2, attempt)
-    run(monkeypatch, tmp_path, model)
+    run(tmp_path, model)
     assert model.calls == 2
     with alone_in(tmp_path):
         pass
