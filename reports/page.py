@@ -197,7 +197,7 @@ def _by_size(cells: Sequence[MeasuredCell]) -> Any:
 
 _PLAN_COLUMNS = [
     Column("model", "left"), Column("tokens"), Column("task", "left"), Column("budget"),
-    Column("micro-batch"), Column("steps"), Column("checkpointing", "left"), Column("peak"),
+    Column("micro-batch"), Column("count"), Column("checkpointing", "left"), Column("peak"),
     Column("seconds a batch"), Column("tried", "left"), Column("where", "left"),
 ]  # fmt: skip
 

@@ -135,7 +135,7 @@ def _show_plans(console: Console, report: Report) -> None:
 
 def _plans(recommendations: Sequence[Recommendation]) -> RichTable:
     shown = RichTable(box=None, pad_edge=False)
-    for name in ("model", "seq", "micro-batch", "steps", "checkpointing", "peak", "time/batch"):
+    for name in ("model", "seq", "micro-batch", "count", "checkpointing", "peak", "time/batch"):
         left = name in ("model", "checkpointing")
         shown.add_column(name, justify="left" if left else "right", no_wrap=name != "checkpointing")
     for one in recommendations:

@@ -12,7 +12,7 @@ from bertbench.core.units import GIB_BYTES, format_bytes
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.accelerators import Accelerator, gpus_with
 from bertbench.plan.min_memory import MinMemory
-from bertbench.plan.planner import Plan, PlanEntry, describe_cut
+from bertbench.plan.planner import Plan, PlanEntry, describe_split
 from bertbench.plan.plans import NoPlan
 from bertbench.plan.requests import PlannedDevice
 from bertbench.trials.trial import Trial
@@ -65,7 +65,7 @@ def _row(entry: PlanEntry, marks: _Marks) -> tuple[str, ...]:
     )
 
 
-_TITLES = ("micro-batch", "steps", "checkpointing", "peak", "time/batch")
+_TITLES = ("micro-batch", "count", "checkpointing", "peak", "time/batch")
 
 
 def _table(*first: str) -> Table:
@@ -108,7 +108,7 @@ def show_plan(plan: Plan, *, explain: bool = False, trials: Sequence[Trial] = ()
         )
     for rejection in plan.rejected[:4]:
         console.print(
-            f"not {describe_cut(rejection.micro_batch, rejection.levers)} with "
+            f"not {describe_split(rejection.micro_batch, rejection.levers)} with "
             f"checkpointing {rejection.levers.describe()}: {rejection.why}",
             soft_wrap=True,
         )
@@ -214,7 +214,7 @@ def show_accelerators(
         soft_wrap=True,
     )
     table, marks = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0)), _Marks()
-    for title in ("card", "memory", "batch", "steps", "checkpointing", "peak", "time"):
+    for title in ("card", "memory", "batch", "count", "checkpointing", "peak", "time"):
         left = title in ("card", "checkpointing")
         table.add_column(title, justify="left" if left else "right", no_wrap=True)
     plans = {a: answer for a, answer in answers.items() if isinstance(answer, Plan)}
@@ -243,7 +243,7 @@ def show_min_memory(target_batch: int, found: Sequence[MinMemory]) -> None:
     console = terminal()
     console.print(f"smallest memory for an effective batch of {target_batch}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    for title in ("model", "seq", "memory", "micro-batch", "steps", "checkpointing", "card"):
+    for title in ("model", "seq", "memory", "micro-batch", "count", "checkpointing", "card"):
         left = title in ("model", "checkpointing", "card")
         table.add_column(title, justify="left" if left else "right", no_wrap=True)
     for smallest in found:

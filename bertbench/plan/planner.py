@@ -322,17 +322,17 @@ def _nothing_fits(request: PlanRequest, workload: Workload, device: PlannedDevic
 
 
 def describe_entry(entry: PlanEntry) -> str:
-    """Write a plan's setting as `3 steps of 11, checkpointing full`, and its replicas."""
+    """Write a plan's setting as `3 micro-batches of 11, checkpointing full`, with its replicas."""
     share = f"{entry.replicas} replicas, each " if entry.replicas > 1 else ""
     return share + describe_setting(entry.micro_batch, entry.levers)
 
 
 def describe_setting(micro_batch: int, levers: Levers) -> str:
-    """Write a setting as `3 steps of 11, checkpointing full`."""
-    return f"{describe_cut(micro_batch, levers)}, checkpointing {levers.describe()}"
+    """Write a setting as `3 micro-batches of 11, checkpointing full`."""
+    return f"{describe_split(micro_batch, levers)}, checkpointing {levers.describe()}"
 
 
-def describe_cut(micro_batch: int, levers: Levers) -> str:
-    """Write how an effective batch is cut as `3 steps of 11`."""
-    steps = levers.accumulation_steps
-    return f"{steps} step{'s' * (steps != 1)} of {micro_batch}"
+def describe_split(micro_batch: int, levers: Levers) -> str:
+    """Write how an effective batch is split, as in `3 micro-batches of 11`."""
+    count = levers.accumulation_steps
+    return f"{count} micro-batch{'es' * (count != 1)} of {micro_batch}"

@@ -270,7 +270,7 @@ def test_tables_tell_a_plan_from_its_rivals_and_a_failure_from_its_end(
         write(plan, 16, "failed")
         write(rival, 8, "fits", 0.5)
         row = tables.choice_row(WORKLOAD, [plan, rival], ledger)
-        assert row["plan"] == "1 step of 16, checkpointing none"
+        assert row["plan"] == "1 micro-batch of 16, checkpointing none"
         assert list(row["seconds"].values()) == [None, 0.5]
         assert row["regret"] is None
         (failure,) = tables.failures(ledger)

@@ -136,8 +136,8 @@ def test_what_is_too_much_is_more_than_there_is_with_the_margin() -> None:
     needed, missing = (int(number.replace(",", "")) for number in found.groups())
     assert (needed - missing) * 1.08 == pytest.approx(values["budget_bytes"] / 2**20, abs=3)
     first = values["rejected"][0]
-    setting = f"not {first['accumulation_steps']} steps of {first['micro_batch']} with"
-    assert setting.replace("1 steps", "1 step") in plan(*BASE, "--gpu", "gtx-1060")
+    setting = f"not {first['accumulation_steps']} micro-batches of {first['micro_batch']} with"
+    assert setting.replace("1 micro-batches", "1 micro-batch") in plan(*BASE, "--gpu", "gtx-1060")
     # So it is where memory is in pieces but for the margin.
     text = plan("--model", "bert-large", "--seq-len", "512", "--gpu", "gtx-1060",
                 "--target-batch", "1")  # fmt: skip

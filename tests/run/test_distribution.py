@@ -104,7 +104,7 @@ def test_a_run_on_a_tpu_is_the_run_on_one_device(on_one_device: Path, tmp_path: 
         "--num_tpu_cores=2",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "2 replicas, each 1 step of 4" in result.stderr
+    assert "2 replicas, each 1 micro-batch of 4" in result.stderr
     same_run(on_one_device, tmp_path)
 
 

@@ -299,8 +299,8 @@ def test_a_run_goes_on_by_itself_and_ends_as_an_undisturbed_one(tmp_path: Path) 
     result = demo(HELPERS / "step_down_run.py", f"--output_dir={two}", "--overwrite_output_dir",
                   "--resume=false")  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "out of memory in step 4 with 1 step of 8, checkpointing none" in result.stderr
-    assert "continuing from step 3 with 1 step of 8, checkpointing" in result.stderr
+    assert "out of memory in step 4 with 1 micro-batch of 8, checkpointing none" in result.stderr
+    assert "continuing from step 3 with 1 micro-batch of 8, checkpointing" in result.stderr
     assert "continuing at step 3" in result.stderr
 
     logs = [read_log(folder / "train_log.jsonl") for folder in (one, two)]
