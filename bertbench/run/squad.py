@@ -73,10 +73,30 @@ class SquadSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """The questions to answer, and the windows that their paragraphs are cut into."""
+    """The questions to answer, and how to answer them.
+
+    Attributes:
+        examples: the questions.
+        features: the windows that their paragraphs are cut into.
+        squad: how answers are chosen and scored.
+        normalization: of the model's tokenizer.
+    """
 
     examples: SquadExamples
     features: SquadFeatures
+    squad: SquadSettings
+    normalization: Normalization
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        """What a model is fed: one row a window."""
+        return feature_arrays(self.features, INPUT_NAMES)
+
+    @property
+    def can_be_scored(self) -> bool:
+        """Whether the file has right answers to compare with."""
+        has_answer = [bool(example.gold_answers) for example in self.examples]
+        return any(has_answer) if self.squad.version_2_with_negative else all(has_answer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +123,7 @@ def run_squad(request: RunRequest, squad: SquadSettings) -> dict[str, Any]:
 
     Returns:
         Results for `--json`: steps, loss, seconds, and where the prediction file has answers the
-        metrics of `score_predictions`.
+        metrics of `score_answers`.
 
     Raises:
         InputError: something the user can mend.
@@ -116,32 +136,22 @@ def run_squad(request: RunRequest, squad: SquadSettings) -> dict[str, Any]:
     check_segments(config, files.config_file)
     # All files before training: a bad one should not be found out hours later.
     data = _read_data(settings, squad, tokenizer)
-    can_score = data.dev is not None and has_gold_answers(data.dev.examples, squad)
-    _check_scores(settings, squad, can_score)
-
-    def answer(logits: np.ndarray) -> SquadPredictions:
-        assert data.dev is not None
-        return answer_questions(data.dev, logits, squad, tokenizer.normalization)
-
-    def score(predict: Predict, on_progress: OnProgress) -> dict[str, float]:
-        assert data.dev is not None
-        logits = predict(feature_arrays(data.dev.features, INPUT_NAMES), on_progress)
-        return score_predictions(data.dev.examples, answer(logits), squad)
-
-    scoring = None
-    if settings.evaluate_every_steps is not None:
-        scoring = Scoring(score, "f1", _scores_depend_on(squad, data))
-    name = files.config_file.parent.name
-    workload = Workload(name, config, "squad", settings.max_seq_length)
-    job = Job(request, "squad", workload, tokenizer, data.train, scoring, data.details)
+    job = Job(
+        request,
+        task="squad",
+        workload=Workload(files.config_file.parent.name, config, "squad", settings.max_seq_length),
+        tokenizer=tokenizer,
+        data=data.train,
+        scoring=_make_scoring(settings, squad, data),
+        details=data.details,
+    )
     with fine_tune(job) as tuned:
         results = dict(tuned.results)
         if data.details.get("skipped_answers"):
             results["skipped_answers"] = data.details["skipped_answers"]
         if data.dev is not None:
-            inputs = feature_arrays(data.dev.features, INPUT_NAMES)
-            logits = predict_with_progress(tuned.predict, inputs, "predict", "windows")
-            results |= _write_answers(tuned.output, data.dev, answer(logits), squad, can_score)
+            logits = predict_with_progress(tuned.predict, data.dev.inputs, "predict", "windows")
+            results |= _write_answers(tuned.output, data.dev, answer_questions(data.dev, logits))
         tuned.output.add_results(results)
     return results
 
@@ -178,65 +188,68 @@ def _read_data(settings: RunSettings, squad: SquadSettings, tokenizer: Tokenizer
         dev_source = source(squad.predict_file, is_training=False)
         examples = dev_source.read()
         dev_arrays = load_squad_features(dev_source, cache_dir, examples).arrays
-        dev = Questions(examples, SquadFeatures.from_arrays(dev_arrays, tokenizer))
+        features = SquadFeatures.from_arrays(dev_arrays, tokenizer)
+        dev = Questions(examples, features, squad, tokenizer.normalization)
         details["predict_file"] = describe_file(squad.predict_file)
     return _SquadData(train, dev, details)
 
 
-def _check_scores(settings: RunSettings, squad: SquadSettings, can_score: bool) -> None:
-    """Refuse flags that need scores where there can be none.
+def _make_scoring(settings: RunSettings, squad: SquadSettings, data: _SquadData) -> Scoring | None:
+    """How the model is scored while it is trained; None if it is not.
 
     Raises:
-        InputError: says which flag.
+        InputError: flags need scores where there can be none.
     """
+    questions = data.dev
+    can_be_scored = questions is not None and questions.can_be_scored
+    evaluates = settings.evaluate_every_steps is not None
     if squad.tune_threshold and not squad.version_2_with_negative:
         raise InputError("--tune_threshold needs --version_2_with_negative")
     for wanted, flag in (
         (squad.tune_threshold, "--tune_threshold"),
-        (settings.evaluate_every_steps is not None, "--evaluate_every_steps"),
+        (evaluates, "--evaluate_every_steps"),
     ):
-        if wanted and not can_score:
+        if wanted and not can_be_scored:
             raise InputError(f"{flag} needs a --predict_file with answers", path=squad.predict_file)
+    if questions is None or not evaluates:
+        return None
 
+    def score(predict: Predict, on_progress: OnProgress) -> dict[str, float]:
+        logits = predict(questions.inputs, on_progress)
+        return score_answers(questions, answer_questions(questions, logits))
 
-def _scores_depend_on(squad: SquadSettings, data: _SquadData) -> dict[str, Any]:
-    """What decides the scores of an evaluation besides the model."""
-    return {
+    depends_on = {
         "data_sha256": data.details["predict_file"]["sha256"],
         "version_2_with_negative": squad.version_2_with_negative,
         "tune_threshold": squad.tune_threshold,
         "null_score_diff_threshold": squad.null_score_diff_threshold,
     }
+    return Scoring(score, "f1", depends_on)
 
 
 def _write_answers(
-    output: OutputFolder,
-    dev: Questions,
-    predictions: SquadPredictions,
-    squad: SquadSettings,
-    can_score: bool,
+    output: OutputFolder, questions: Questions, predictions: SquadPredictions
 ) -> dict[str, Any]:
     """Write predictions, and their scores where the questions have answers."""
     results: dict[str, Any] = {}
-    if squad.tune_threshold:
-        threshold = best_threshold(dev.examples, predictions)
+    if questions.squad.tune_threshold:
+        threshold = best_threshold(questions.examples, predictions)
         say(f"best null_score_diff_threshold: {threshold:.4f}")
         results["null_score_diff_threshold"] = threshold
     output.held.check()
     write_predictions(predictions, output.path)
     results["predictions"] = str(output.path / "predictions.json")
-    if can_score:
-        scores = score_predictions(dev.examples, predictions, squad)
+    if questions.can_be_scored:
+        scores = score_answers(questions, predictions)
         results |= scores
         lines = "".join(f"{key} = {value}\n" for key, value in sorted(scores.items()))
         write_atomically(output.path / "eval_results.txt", lines)
     return results
 
 
-def answer_questions(
-    dev: Questions, logits: np.ndarray, squad: SquadSettings, normalization: Normalization
-) -> SquadPredictions:
+def answer_questions(questions: Questions, logits: np.ndarray) -> SquadPredictions:
     """Turn logits `[2, n, s]` into answers, at the best threshold if it is to be tuned."""
+    squad = questions.squad
     start_logits, end_logits = logits
     settings = AnswerSettings(
         squad.n_best_size,
@@ -245,11 +258,16 @@ def answer_questions(
         squad.null_score_diff_threshold,
     )
     predictions = predict_answers(
-        dev.examples, dev.features, start_logits, end_logits, normalization, settings
+        questions.examples,
+        questions.features,
+        start_logits,
+        end_logits,
+        questions.normalization,
+        settings,
     )
     if not squad.tune_threshold:
         return predictions
-    threshold = best_threshold(dev.examples, predictions)
+    threshold = best_threshold(questions.examples, predictions)
     return dataclasses.replace(
         predictions, predictions=answers_at_threshold(predictions, threshold)
     )
@@ -262,18 +280,9 @@ def best_threshold(examples: SquadExamples, predictions: SquadPredictions) -> fl
     return tune_threshold(scores, scores.f1)
 
 
-def has_gold_answers(examples: SquadExamples, squad: SquadSettings) -> bool:
-    """Whether predictions for these questions can be scored."""
-    if squad.version_2_with_negative:
-        return any(example.gold_answers for example in examples)
-    return all(example.gold_answers for example in examples)
-
-
-def score_predictions(
-    examples: SquadExamples, predictions: SquadPredictions, squad: SquadSettings
-) -> dict[str, float]:
+def score_answers(questions: Questions, predictions: SquadPredictions) -> dict[str, float]:
     """Official metrics: `exact_match` and `f1`; for version 2.0 those of `evaluate_v2`."""
-    if not squad.version_2_with_negative:
-        return evaluate_v1(examples, predictions.predictions)
-    scores = score_questions(examples, predictions.predictions, predictions.null_odds)
+    if not questions.squad.version_2_with_negative:
+        return evaluate_v1(questions.examples, predictions.predictions)
+    scores = score_questions(questions.examples, predictions.predictions, predictions.null_odds)
     return evaluate_v2(scores, best_thresholds=True)
