@@ -1,1 +1,1 @@
-"""Fine-tuning of BERT, faithful to the original release; it knows nothing of bertbench."""
+"""Fine-tuning of BERT as in the original release. It does not import bertbench."""

@@ -1,1 +1,1 @@
-"""What a model and its training are made of, as values. Nothing here imports TensorFlow."""
+"""What a model and its training are made of, as values."""

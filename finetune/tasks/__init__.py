@@ -1,1 +1,1 @@
-"""Tasks: their files, model inputs, predictions and official metrics. No TensorFlow."""
+"""Tasks: their files, model inputs, predictions and official metrics."""

@@ -159,8 +159,8 @@ def _written(
         trace,
         layers,
         {policy: len(its) for policy, its in chunks.items()},
-        lambda policy, block: list(
-            zip(sizes(chunks[policy][block] if policy else 0), grows, strict=True)
+        lambda policy, chunk: list(
+            zip(sizes(chunks[policy][chunk] if policy else 0), grows, strict=True)
         ),
     )
     changes = np.zeros((2, len(written.events)), np.int64)

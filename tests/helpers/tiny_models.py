@@ -17,6 +17,7 @@ from finetune.spec.config import BertConfig, is_trained
 from finetune.spec.step_settings import ModelSpec, StepSettings
 from finetune.train.gradients import example_losses
 from finetune.train.optimization import OptimizerSettings
+from finetune.train.prediction import make_predictor
 from finetune.train.step import Trainer, make_trainer
 
 CONFIG = BertConfig(
@@ -83,6 +84,15 @@ def tiny_trainer(
 
 def values_of(trainer: Trainer) -> Arrays:
     return {name: variable.numpy() for name, variable in trainer.variables.items()}
+
+
+def losses_of(head: str, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Losses and logits of a new model without dropout."""
+    variables = create_variables(CONFIG, head, num_labels=NUM_LABELS, seed=WEIGHTS_SEED)
+    losses = example_losses(variables, CONFIG, head, batch)
+    predict = make_predictor(variables, ModelSpec(CONFIG, head, batch["input_ids"].shape[1]))
+    tensors = {name: tf.constant(value) for name, value in batch.items()}
+    return losses.numpy(), predict(tensors).numpy()
 
 
 def gradients_of_losses(

@@ -1,4 +1,4 @@
-"""Tests of finetune.train.step: losses, weights of rows, what a step reports and leaves alone."""
+"""Tests of finetune.train.step: weights of rows, what a step reports and leaves alone."""
 
 from __future__ import annotations
 
@@ -29,52 +29,14 @@ from helpers.tiny_models import (
     WEIGHTS_SEED,
     Arrays,
     eagerly,
+    losses_of,
     random_batch,
     reset,
-    rows_of,
     tiny_trainer,
     values_of,
 )
 
 SEQ_LEN = 6
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = logits.astype(np.float64)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-
-def losses_of(head: str, batch: Arrays) -> tuple[np.ndarray, np.ndarray]:
-    """Losses and logits of a new model without dropout."""
-    variables = create_variables(CONFIG, head, num_labels=NUM_LABELS, seed=WEIGHTS_SEED)
-    tensors = {name: tf.constant(value) for name, value in batch.items()}
-    losses = example_losses(variables, CONFIG, head, tensors)
-    predict = make_predictor(variables, ModelSpec(CONFIG, head, SEQ_LEN))
-    return losses.numpy(), predict(tensors).numpy()
-
-
-def test_classifier_losses_are_cross_entropies() -> None:
-    batch = random_batch(4, SEQ_LEN)
-    losses, logits = losses_of("classifier", batch)
-    expected = -log_softmax(logits)[np.arange(4), batch["label_ids"]]
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
-
-
-def test_regression_losses_are_squared_errors() -> None:
-    batch = random_batch(4, SEQ_LEN)
-    losses, logits = losses_of("regressor", batch)
-    assert logits.shape == (4, 1)
-    np.testing.assert_allclose(losses, (logits[:, 0] - batch["label_values"]) ** 2, rtol=1e-5)
-
-
-def test_squad_losses_and_positions_outside() -> None:
-    batch = random_batch(5, SEQ_LEN)
-    batch["start_positions"] = np.array([0, 5, -1, 6, 100], np.int32)
-    batch["end_positions"] = np.array([3, -7, 2, 6, 0], np.int32)
-    losses, logits = losses_of("squad", batch)
-    start, end = log_softmax(logits)
-    expected = -0.5 * np.array([start[0, 0] + end[0, 3], start[1, 5], end[2, 2], 0.0, end[4, 0]])
-    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.fixture(scope="module")
@@ -203,32 +165,6 @@ def test_places_that_there_are_not() -> None:
         tiny_trainer("squad", SEQ_LEN, placement="moon")
     with pytest.raises(ValueError, match="XLA"):
         tiny_trainer("squad", SEQ_LEN, placement="host", xla=True)
-
-
-def test_pad_batch() -> None:
-    batch = random_batch(3, SEQ_LEN)
-    padded = pad_batch(batch, 5)
-    for name, value in padded.items():
-        assert value.dtype == batch[name].dtype
-        np.testing.assert_array_equal(value[:3], batch[name])
-    np.testing.assert_array_equal(padded["weights"], [1, 1, 1, 0, 0])
-    np.testing.assert_array_equal(padded["input_ids"][3:], batch["input_ids"][[2, 2]])
-    np.testing.assert_array_equal(batch["weights"], [1, 1, 1])
-
-
-def test_pad_batch_keeps_weights_and_adds_missing_ones() -> None:
-    batch = random_batch(2, SEQ_LEN)
-    batch["weights"][0] = 0.5
-    np.testing.assert_array_equal(pad_batch(batch, 3)["weights"], [0.5, 1, 0])
-    np.testing.assert_array_equal(pad_batch(batch, 2)["weights"], [0.5, 1])
-    del batch["weights"]
-    np.testing.assert_array_equal(pad_batch(batch, 3)["weights"], [1, 1, 0])
-
-
-@pytest.mark.parametrize("examples", [0, 4])
-def test_pad_batch_with_too_many_examples_or_none(examples: int) -> None:
-    with pytest.raises(ValueError, match=f"cannot pad {examples} examples to 3 rows"):
-        pad_batch(rows_of(random_batch(4, SEQ_LEN), slice(0, examples)), 3)
 
 
 def test_no_code_is_generated_into_the_temporary_folder(
