@@ -1,4 +1,4 @@
-"""The setting that a run trains with: from a plan file, from the flags, or from a plan made now."""
+"""The training step of a run: from a plan file, from the flags, or from a plan made now."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from finetune.spec.precisions import EXACT_PRECISION
 def choose_step(request: RunRequest, workload: Workload) -> TrainingStep:
     """Take the training step from the plan file, from the flags, or from a plan made now.
 
-    If this run has run out of memory with it, or with a step that needs less, the smaller step
-    that the run has continued with takes its place.
+    If the run has already run out of memory with a step that needs as much or less, the step is
+    replaced by the smaller one that the run continued with.
 
     Args:
         request: what is asked for, and the device.
@@ -121,7 +121,7 @@ def _planned_step(request: RunRequest, workload: Workload, plan_file: Path) -> T
 
 
 def _insisted_step(request: RunRequest, workload: Workload, micro_batch: int) -> TrainingStep:
-    """The training step with the micro-batch of the flags, as often as the batch needs it."""
+    """The training step with the micro-batch of the flags, and as many of them as needed."""
     settings = request.settings
     share = -(-settings.train_batch_size // request.budget.device.replicas)
     micro_batch = min(micro_batch, share)

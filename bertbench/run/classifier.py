@@ -173,7 +173,7 @@ def predict_splits(tuned: FineTuned, data: ClassificationData, splits: _Splits) 
         logits = predict_with_progress(
             tuned.predict, feature_arrays(features, INPUT_NAMES), f"{doing} {part}".strip()
         )
-        output.held.check()
+        output.check()
         if kind == "dev":
             scores = score_logits(data, features, logits)
             scored |= {f"eval{suffix}_{metric}": value for metric, value in scores.items()}

@@ -1,4 +1,4 @@
-"""What a run does with the news of its training: show it, write event files, copy checkpoints."""
+"""What a run does while it trains: show progress, write event files, copy checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.train.training import Listener, StepRecord
 
 
 class ProgressListener:
-    """Shows the training on the terminal, and knows how far it is.
+    """Shows the training on the terminal, and knows the last step that was done.
 
     Attributes:
         done: optimizer steps that are done.
@@ -50,7 +50,7 @@ class ProgressListener:
         self._advance(self.done, f"evaluating {examples}/{total}")
 
     def listener(self) -> Listener:
-        """What the training loop tells."""
+        """The functions that the training loop calls."""
         return Listener(on_step=self.on_step, on_evaluation=self.on_evaluation)
 
 
@@ -95,7 +95,7 @@ def event_files(settings: RunSettings, *, evaluates: bool) -> Iterator[Listener]
 def cloud_copy(remote: RemoteFolder | None) -> Listener:
     """Copy the output folder to cloud storage after every checkpoint, if it has a place there.
 
-    A copy that fails is no reason to end the training: the next one copies all that is missing.
+    If a copy fails the training goes on, because the next copy includes all that is missing.
     """
 
     def on_save() -> None:
@@ -110,7 +110,7 @@ def cloud_copy(remote: RemoteFolder | None) -> Listener:
 
 
 def join_listeners(*listeners: Listener) -> Listener:
-    """Make one listener that tells several, in their order, and stops if one of them wants to."""
+    """Make one listener of several, which are told in their order; any of them can stop."""
 
     def on_step(record: StepRecord) -> None:
         for one in listeners:

@@ -83,7 +83,7 @@ def load_initial_weights(
         model: changed.
         source: see `finetune.model.weights.find_checkpoint`.
         labels: of a classifier, in the task's order.
-        trains: whether a training follows, which can mend what is random.
+        trains: whether a training follows. Then random weights are said; else they are refused.
 
     Raises:
         InputError: the weights cannot be read, or are of another model; or without training the

@@ -28,22 +28,25 @@ class RunSettings:
         save_checkpoints_steps: most steps between checkpoints.
         seed: of initialisation, order and dropout.
         adam_bias_correction: see `finetune.train.optimization.OptimizerSettings`.
-        do_lower_case: for an uncased model; None: as the model's files say.
-        strip_accents: "é" becomes "e"; None likewise.
-        tokenize_chinese_chars: each Chinese character is a word of its own; None likewise.
+        do_lower_case: lower-case the input, for an uncased model; None does as the model's files
+            say.
+        strip_accents: "é" becomes "e"; None as above.
+        tokenize_chinese_chars: each Chinese character is a word of its own; None as above.
         overwrite: forget an earlier run in the folder.
-        plan_file: settings to run with; None makes a plan.
-        checkpointing: policy to insist on.
-        micro_batch: micro-batch to insist on.
+        plan_file: a plan to train with; None makes one.
+        checkpointing: policy that the plan must have; None leaves it open.
+        micro_batch: micro-batch to train with instead of planning; None leaves it open.
         allowed: precisions and optimizers to choose from; with `micro_batch` the first is taken.
-        insist_placement: of the optimizer's state, that of `allowed`; False lets a plan move it.
+        insist_placement: keep the optimizer's state where `allowed` has it; False lets a plan
+            offload it.
         resume: continue an interrupted run; False refuses a folder that holds one.
         evaluate_every_steps: optimizer steps between evaluations while training; None for none.
         early_stopping_patience: see `finetune.train.evaluation.Evaluation`.
-        keep_best: as there; predictions are then made with the best weights.
+        keep_best: keep the weights of the best evaluation, and predict with them.
         tensorboard: write event files.
         feature_cache: keep SQuAD's features for the next run.
-        remote: where the output folder is copied to after every checkpoint, if anywhere.
+        remote: the folder in cloud storage to which the output folder is copied after every
+            checkpoint; None for none.
     """
 
     output_dir: Path
@@ -75,7 +78,7 @@ class RunSettings:
 
     @property
     def earlier_run(self) -> tuple[Path, ...]:
-        """The output folder, if it holds a run that counts."""
+        """The output folder if it holds a run that is not to be overwritten, else nothing."""
         there = not self.overwrite and (self.output_dir / RUN_FILE).is_file()
         return (self.output_dir,) if there else ()
 

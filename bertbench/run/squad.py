@@ -236,7 +236,7 @@ def _write_answers(
         threshold = best_threshold(questions.examples, predictions)
         say(f"best null_score_diff_threshold: {threshold:.4f}")
         results["null_score_diff_threshold"] = threshold
-    output.held.check()
+    output.check()
     write_predictions(predictions, output.path)
     results["predictions"] = str(output.path / "predictions.json")
     if questions.can_be_scored:

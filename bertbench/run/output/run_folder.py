@@ -51,7 +51,7 @@ class OutputFolder:
     """The output folder of a run, while no other run can write to it.
 
     Attributes:
-        held: the open folder; `held.check()` comes before anything is written to it.
+        held: the open folder.
         begun: the run's record as it began; None without training.
     """
 
@@ -63,6 +63,14 @@ class OutputFolder:
         """Where it is."""
         return self.held.path
 
+    def check(self) -> None:
+        """See that the path still leads to the folder; to be called before anything is written.
+
+        Raises:
+            FolderLostError: somebody has deleted, renamed or replaced the folder.
+        """
+        self.held.check()
+
     def add_results(self, results: Mapping[str, Any]) -> None:
         """Add what came out to the run's record.
 
@@ -73,7 +81,7 @@ class OutputFolder:
             FolderLostError: the folder is not there any more.
             OSError: it cannot be written to.
         """
-        self.held.check()
+        self.check()
         warning = add_results(self.path, results, self.begun)
         if warning:
             say(f"warning: {warning}")
@@ -81,7 +89,9 @@ class OutputFolder:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[HeldFolder]:
-    """Hold a folder in the block, which is made if it is not there; no file is left in it.
+    """Hold a folder in the block, so that no other run writes to it.
+
+    A folder that is not there is made. No file is left in it.
 
     Yields:
         The folder, which tells whether it is still there.

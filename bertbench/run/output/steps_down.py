@@ -55,10 +55,10 @@ class StepDown:
         }
 
     def applies_to(self, step: TrainingStep, request: RunRequest) -> bool:
-        """Whether it still holds for another training step.
+        """Whether the failure counts for a training step that is chosen now.
 
-        It does for the same update on the same device under no larger a budget, unless the flags
-        now forbid the smaller step.
+        The device and the update must be the same, and the budget about as large. The flags must
+        allow the smaller step.
         """
         settings, budget = request.settings, request.budget
         failed, smaller = self.failed.levers, self.smaller.levers
