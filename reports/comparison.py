@@ -1,4 +1,4 @@
-"""Two sets of measurements side by side: two devices, two versions, before and after a change."""
+"""Comparison of two sets of measurements: two devices, two versions, before and after a change."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from bertbench.core.terminal import terminal
 from bertbench.devices.device import Budget
 from bertbench.ledger.database import read_ledger
 from bertbench.ledger.question import QuestionKey
@@ -18,20 +15,19 @@ from bertbench.ledger.records import LedgerRow, read_rows
 from bertbench.probe.probe_file import ProbeFile, read_probe_file
 from finetune.errors import InputError
 from finetune.storage.json_files import json_text
-from reports.environments import name_environments
 from reports.measured_cells import MeasuredCell, collect_cells, levers_order, model_order
-from reports.tables import count_cells, limit_text, system_name
+from reports.tables import count_cells
 
 _SQLITE = b"SQLite format 3\x00"
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The same cell in both.
+    """Two cells that are compared, with the same workload and levers.
 
     Attributes:
-        before: of the first.
-        after: of the second.
+        before: the cell of the first set.
+        after: the cell of the second set.
     """
 
     before: MeasuredCell
@@ -39,21 +35,21 @@ class Pair:
 
     @property
     def limit_ratio(self) -> float | None:
-        """Largest batch of the second, in those of the first.
+        """Largest batch of the second cell, divided by that of the first.
 
-        None where one is 0 or no limit: what is known of it is that this many fit, at least.
+        None where one of them is 0, or is only known to be at least so large.
         """
         before, after = self.before.bounded_max_batch, self.after.bounded_max_batch
         return after / before if before and after else None
 
     @property
     def budgets_differ(self) -> bool:
-        """Whether one had more memory."""
+        """Whether the two were measured under different budgets."""
         return self.before.newest.budget_bytes != self.after.newest.budget_bytes
 
     @property
     def peak_ratio(self) -> float | None:
-        """Geometric mean of the ratios of peaks at the batches that both have."""
+        """Geometric mean of the ratios of the peaks, at the batches that both cells have."""
         peaks = [
             {row.trial.batch: row.trial.peak_bytes for row in cell.rows if row.trial.peak_bytes}
             for cell in (self.before, self.after)
@@ -62,7 +58,7 @@ class Pair:
 
     @property
     def speed_ratio(self) -> float | None:
-        """The same of examples a second."""
+        """Geometric mean of the ratios of examples a second, at the batches that both have."""
         return _mean_ratio(self.before.rates, self.after.rates)
 
     def to_json(self) -> dict[str, Any]:
@@ -83,13 +79,13 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Ratios of many cells.
+    """Summary of the ratios of many pairs.
 
     Attributes:
-        count: of them.
+        count: number of ratios.
         mean: their geometric mean.
-        least: of them.
-        most: of them.
+        least: the smallest ratio.
+        most: the largest ratio.
     """
 
     count: int
@@ -104,10 +100,10 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two sets of cells.
+    """The pairs of two sets of cells.
 
     Attributes:
-        pairs: cells of both.
+        pairs: cells that are in both sets.
         only_before: number of cells of the first that are in no pair.
         only_after: number of cells of the second that are in no pair.
     """
@@ -118,7 +114,7 @@ class Comparison:
 
     @property
     def spreads(self) -> dict[str, Spread | None]:
-        """Ratios of all pairs by what they are of."""
+        """Summaries of the ratios of all pairs, by the name of the quantity."""
         return {
             "max_batch": _spread([pair.limit_ratio for pair in self.pairs]),
             "peak_bytes": _spread([pair.peak_ratio for pair in self.pairs]),
@@ -142,8 +138,8 @@ class Comparison:
 def compare_cells(before: Sequence[MeasuredCell], after: Sequence[MeasuredCell]) -> Comparison:
     """Pair cells of the same model, task, length and levers.
 
-    On the same device under the same budget, or else under the same budget, or else, if there is no
-    such pair, the newest of each. No cell is in two pairs; of several the newest come first.
+    Cells on the same device under the same budget are paired first, then cells under the same
+    budget. If there are none, the newest cells are paired. No cell is in two pairs.
     """
     groups: tuple[dict[tuple[Any, ...], list[MeasuredCell]], ...] = ({}, {})
     for cells, group in zip((before, after), groups, strict=True):
@@ -164,7 +160,7 @@ def compare_cells(before: Sequence[MeasuredCell], after: Sequence[MeasuredCell])
 def _matched(
     first: list[MeasuredCell], second: list[MeasuredCell], by: Callable[[MeasuredCell], Any]
 ) -> list[Pair]:
-    """Take pairs with the same of something out of two lists."""
+    """Pair cells for which a function returns the same, and remove them from both lists."""
     pairs = []
     for cell in list(first):
         other = next((other for other in second if by(other) == by(cell)), None)
@@ -176,7 +172,7 @@ def _matched(
 
 
 def _key(cell: MeasuredCell) -> tuple[Any, ...]:
-    """What cells have in common that are compared: names only where this version knows no more."""
+    """What compared cells have in common; names only, for a workload of another version."""
     row = cell.newest
     levers = json_text(row.levers, sort_keys=True) if cell.levers is None else cell.levers.key()
     if cell.workload is None:
@@ -209,7 +205,7 @@ def read_either(path: Path) -> list[MeasuredCell]:
     """Read the cells of a ledger, or of a file of `bertbench probe --json`.
 
     Raises:
-        InputError: it is neither.
+        InputError: the file is neither.
     """
     try:
         with path.open("rb") as file:
@@ -226,7 +222,7 @@ def read_either(path: Path) -> list[MeasuredCell]:
 
 
 def _rows_of(probed: ProbeFile) -> list[LedgerRow]:
-    """Trials of a probe's file, as a ledger has them."""
+    """Return the trials of a probe's file as rows of a ledger."""
     budget = Budget(probed.device, probed.budget_bytes)
     versions = json_text(probed.versions, sort_keys=True)
     rows: list[LedgerRow] = []
@@ -249,58 +245,3 @@ def _rows_of(probed: ProbeFile) -> list[LedgerRow]:
                 )
             )
     return rows
-
-
-def show_comparison(before: str, after: str, comparison: Comparison) -> None:
-    """Show the pairs, a line for each, and what they come to."""
-    console = terminal()
-    names = name_environments(
-        cell.environment for pair in comparison.pairs for cell in (pair.before, pair.after)
-    )
-    for letter, path, cells in (
-        ("A", before, [pair.before for pair in comparison.pairs]),
-        ("B", after, [pair.after for pair in comparison.pairs]),
-    ):
-        environments = sorted({names[cell.environment] for cell in cells})
-        where = f": {'; '.join(environments)}" if len(environments) in (1, 2) else ""
-        console.print(f"{letter}: {path}{where}", soft_wrap=True)
-    groups: dict[str, list[Pair]] = {}
-    for pair in comparison.pairs:
-        where, other = names[pair.before.environment], names[pair.after.environment]
-        where = where if where == other else f"{where} in A and {other} in B"
-        groups.setdefault(f"{pair.before.task}, {where}", []).append(pair)
-    for what, pairs in groups.items():
-        console.print(f"\n{what}", style="bold", soft_wrap=True)
-        console.print(_table(pairs))
-    for name, spread in comparison.spreads.items():
-        if spread is not None:
-            console.print(f"{name.replace('_', ' ')} B/A: {spread}", soft_wrap=True)
-    differ = sum(pair.budgets_differ for pair in comparison.pairs)
-    if differ:
-        console.print(f"{count_cells(differ)} had another budget in B than in A")
-    for count, of in ((comparison.only_before, "A"), (comparison.only_after, "B")):
-        if count:
-            console.print(f"{count_cells(count)} only in {of}")
-    if not comparison.pairs:
-        console.print("no cell is in both")
-
-
-def _table(pairs: Sequence[Pair]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for title in ("model", "seq", "levers", "A", "B", "B/A", "peak", "speed"):
-        left = title in ("model", "levers")
-        table.add_column(title, justify="left" if left else "right", no_wrap=title != "levers")
-    for pair in pairs:
-        table.add_row(
-            system_name(pair.before.model),
-            str(pair.before.newest.seq_len),
-            pair.before.levers_text,
-            limit_text(pair.before),
-            limit_text(pair.after),
-            *(_ratio(ratio) for ratio in (pair.limit_ratio, pair.peak_ratio, pair.speed_ratio)),
-        )
-    return table
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

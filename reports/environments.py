@@ -1,4 +1,4 @@
-"""Where trials were run: a device, a budget and versions."""
+"""Environments in which trials were run: a device, its budget and the versions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from finetune.storage.json_files import parse_json
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Environment:
-    """Where, and with what, trials were run that may be compared with each other.
+    """What trials have in common that can be compared: device, budget and versions.
 
     Attributes:
-        device: name.
+        device: name of the device.
         budget_bytes: what the allocator could use.
         kind: `cpu`, `gpu` or `tpu`.
-        driver: of a GPU; empty for others.
-        zone: and project of a TPU; empty for others.
-        versions: as the ledger has them.
+        driver: version of a GPU's driver; empty for other kinds.
+        zone: zone and project of a TPU; empty for other kinds.
+        versions: JSON of the versions of TensorFlow, Python and bertbench.
     """
 
     device: str
@@ -33,18 +33,18 @@ class Environment:
     versions: str
 
     def as_device(self) -> Device:
-        """The device, as large as the budget."""
+        """Return the device, with the budget as its memory."""
         size = self.budget_bytes
         return Device(self.kind, 0, self.device, None, size, size, driver=self.driver or None)
 
     @property
     def name(self) -> str:
-        """Budget and device for people; other environments may have the same."""
+        """Budget and device in words; other environments may have the same name."""
         return f"{format_bytes(self.budget_bytes)} on {self.device}"
 
     @functools.cached_property
     def details(self) -> dict[str, str]:
-        """What else it is made of, by name."""
+        """What the name leaves out: driver, zone, versions and kind."""
         versions = _versions(self.versions)
         return {"driver": self.driver, "zone": self.zone, **versions, "kind": self.kind}
 
@@ -58,7 +58,7 @@ def name_environments(environments: Iterable[Environment]) -> dict[Environment, 
         rounded.setdefault(environment.name, set()).add(environment.budget_bytes)
     for environment in different:
         name = environment.name
-        if len(rounded[name]) > 1:  # GPUs have seldom the same number of MiB free
+        if len(rounded[name]) > 1:  # two GPUs seldom have the same number of MiB free
             name = f"{environment.budget_bytes / MIB_BYTES:,.6g} MiB on {environment.device}"
         groups.setdefault(name, []).append(environment)
     names = {}

@@ -1,4 +1,4 @@
-"""What a ledger's trials say together: the limit of every cell, and the evidence for it."""
+"""Measured cells: the trials of one setup under one budget, and the limit that they show."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from reports.environments import Environment, environment_of
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredCell:
-    """All trials of one workload with the same levers under the same budget.
+    """All trials of one setup (workload and levers) under one budget.
 
     Attributes:
         rows: the trials, in the order of recording; at least one.
         limit: the limit that these trials show, see `bertbench.ledger.limit`.
-        model: its name for people: the published one of the same shape, or the recorded one, made
-            longer where several shapes have it.
+        model: name of the model: the published name of its shape, or else the recorded name. Shapes
+            with the same recorded name get a number.
     """
 
     rows: tuple[LedgerRow, ...]
@@ -39,58 +39,58 @@ class MeasuredCell:
 
     @property
     def max_batch(self) -> int | None:
-        """Largest micro-batch below which none ran out of memory; None if nothing tells."""
+        """Largest micro-batch that fits, where no smaller one ran out; None if it is unknown."""
         return self.limit.max_batch
 
     @property
     def evidence(self) -> str:
-        """How that is known, one of the words of `bertbench.ledger.limit`."""
+        """Evidence for the limit, one of the words of `bertbench.ledger.limit`."""
         return self.limit.evidence
 
     @property
     def fits(self) -> Trial | None:
-        """The trial of `max_batch`."""
+        """Trial of `max_batch`."""
         return self.limit.fits
 
     @property
     def oom(self) -> Trial | None:
-        """The trial of the smallest batch that ran out of memory."""
+        """Trial of the smallest batch that ran out of memory."""
         return self.limit.oom
 
     @property
     def newest(self) -> LedgerRow:
-        """The last trial."""
+        """Row of the newest trial."""
         return self.rows[-1]
 
     @functools.cached_property
     def levers(self) -> Levers | None:
-        """Lever settings; None for those of another version."""
+        """Levers; None if another version wrote them and this one cannot read them."""
         with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
             return levers_from_json(dict(self.newest.levers))
         return None
 
     @functools.cached_property
     def workload(self) -> Workload | None:
-        """What is trained; None if it is of another version."""
+        """Workload; None if another version wrote it and this one cannot read it."""
         return _workload(self.newest)
 
     @functools.cached_property
     def levers_text(self) -> str:
-        """Levers for people."""
+        """Levers in words."""
         if self.levers is None:
-            # Of any text; it becomes the name of a column, which half a surrogate pair cannot be.
+            # Any text may be in it. A column's name must not have half of a surrogate pair.
             return clean_text(", ".join(map(str, self.newest.levers.values())))
         return self.levers.describe_fully()
 
     @property
     def task(self) -> str:
-        """Head for people."""
+        """Task head in words."""
         labels = 2 if self.workload is None else self.workload.num_labels
         return self.newest.head + (f", {labels} labels" if labels != 2 else "")
 
     @property
     def is_of_search(self) -> bool:
-        """Whether somebody looked for the limit, and did not just try what a plan had chosen."""
+        """Whether the trials searched for the limit, and did not only verify a plan."""
         accumulated = self.levers is not None and self.levers.accumulation_steps > 1
         return not (accumulated and self.evidence == AT_LEAST)
 
@@ -101,12 +101,12 @@ class MeasuredCell:
 
     @property
     def bounded_max_batch(self) -> int | None:
-        """The largest micro-batch where larger ones are known not to fit; None elsewhere."""
+        """Largest micro-batch, if a larger one is known to run out of memory; else None."""
         return self.max_batch if self.evidence in (CERTIFIED, MEASURED) else None
 
     @functools.cached_property
     def rates(self) -> dict[int, float]:
-        """Examples a second by batch; of several trials of one the newest."""
+        """Examples a second by batch, by the newest trial of each."""
         return {
             row.trial.batch: rate
             for row in self.rows
@@ -115,12 +115,12 @@ class MeasuredCell:
 
     @property
     def examples_per_second(self) -> float | None:
-        """At the largest batch."""
+        """Examples a second at the largest batch."""
         return None if self.fits is None else trial_rate(self.newest, self.fits)
 
     @property
     def environment(self) -> Environment:
-        """Where it was measured."""
+        """Environment of the trials."""
         return environment_of(self.newest)
 
     def to_json(self) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class MeasuredCell:
 
 
 def trial_rate(row: LedgerRow, trial: Trial) -> float | None:
-    """Examples a second of an optimizer step on one device; None for what is not timed."""
+    """Return the examples a second of a trial on one device; None if it was not timed."""
     steps = row.levers.get("accumulation_steps", 1)
     if not trial.step_seconds or type(steps) is not int:
         return None
@@ -153,9 +153,9 @@ def trial_rate(row: LedgerRow, trial: Trial) -> float | None:
 
 
 def collect_cells(rows: Iterable[LedgerRow]) -> list[MeasuredCell]:
-    """Put trials together that answer the same question; see `bertbench.ledger.limit`.
+    """Group trials by setup and budget; see `bertbench.ledger.limit`.
 
-    Steps of runs are left out, for nobody had asked where their limit is.
+    Training steps of runs are left out, because they do not search for a limit.
 
     Returns:
         Cells by device, budget, model, length and levers.
@@ -171,7 +171,7 @@ def collect_cells(rows: Iterable[LedgerRow]) -> list[MeasuredCell]:
 
 
 def _model_names(rows: Sequence[LedgerRow]) -> list[str]:
-    """Names of the models of some rows, one for each shape."""
+    """Name the models of some rows, so that each shape has a name of its own."""
     published = {shape: name for name, shape in PRESETS.items()}
     shapes: dict[str, list[BertConfig | None]] = {}
     found: list[tuple[str, BertConfig | None]] = []
@@ -203,14 +203,14 @@ def _cell(rows: Sequence[LedgerRow], model: str) -> MeasuredCell:
 
 
 def model_order(model: str) -> tuple[int, str]:
-    """Published models by their size, then others by name."""
+    """Sort key: published models by their size, then others by name."""
     sizes = ("tiny", "mini", "small", "medium", "base", "large")
     ranks = [rank for rank, size in enumerate(sizes) if model.startswith(f"bert-{size}")]
     return (ranks[0] if ranks else len(sizes), model)
 
 
 def levers_order(levers: Levers | None) -> tuple[Any, ...]:
-    """Exact settings first, then by policy, as people know them."""
+    """Sort key: exact levers first, then by accumulation and checkpointing policy."""
     if levers is None:
         return (2,)
     policy = levers.checkpointing

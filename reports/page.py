@@ -1,4 +1,4 @@
-"""The report as one page of HTML that needs nothing but itself."""
+"""The report as one page of HTML without external files."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _MOST_ENVIRONMENTS, _MOST_TABLES, _MOST_CELLS, _MOST_TRIALS = 8, 12, 800, 1200
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of a table that sorts.
+    """A column of a table that can be sorted.
 
     Attributes:
-        title: of it.
-        css: class of its cells.
+        title: its title.
+        css: CSS class of its entries.
     """
 
     title: str
@@ -40,18 +40,18 @@ class Column:
 
     @property
     def left(self) -> bool:
-        """Whether it is of text."""
+        """Whether it is aligned to the left, as text is."""
         return bool(self.css)
 
 
 @dataclasses.dataclass(frozen=True)
-class Value:
-    """A cell of such a table.
+class Entry:
+    """An entry of such a table.
 
     Attributes:
-        text: what is seen.
+        text: the text that is shown.
         sort: number to sort by; None sorts by the text.
-        css: class.
+        css: CSS class.
     """
 
     text: str
@@ -59,15 +59,15 @@ class Value:
     css: str = ""
 
 
-_MISSING = Value("-", -1.0)
+_MISSING = Entry("-", -1.0)
 _CSS = {CERTIFIED: "good", FAILED: "bad", "fits": "good", "failed": "bad"}
 
 
 def build_page(report: Report, advance: Advance = lambda done, note: None) -> str:
-    """Write the page.
+    """Return the HTML of the page.
 
     Args:
-        report: what is in it.
+        report: what the page shows.
         advance: called after each picture.
     """
     environment = jinja2.Environment(
@@ -137,7 +137,7 @@ def _values(report: Report, advance: Advance) -> dict[str, Any]:
         "run_columns": _RUN_COLUMNS,
         "run_rows": [_run_row(run) for run in report.runs],
         "cell_columns": _CELL_COLUMNS,
-        # In the order of the report, which is that of the environments and models.
+        # In the order of the report: by environment, then by model.
         "cell_rows": [
             _cell_row(cell, report.names[cell.environment])
             for cell in report.cells
@@ -167,7 +167,7 @@ def _environment(report: Report, environment: Environment) -> dict[str, Any]:
 
 
 def _largest(cells: Sequence[MeasuredCell]) -> list[str]:
-    """For the two largest models: how many of their longest examples fit, by setting."""
+    """Describe how many of the longest examples fit, for the two largest models."""
     known = [cell for cell in cells if cell.max_batch is not None and cell.is_of_search]
     models = sorted({cell.model for cell in known}, key=_by_size(known))[-2:]
     tasks = sorted({cell.task for cell in known})
@@ -202,17 +202,17 @@ _PLAN_COLUMNS = [
 ]  # fmt: skip
 
 
-def _plan_row(recommendation: Recommendation, where: str) -> list[Value]:
+def _plan_row(recommendation: Recommendation, where: str) -> list[Entry]:
     plan = recommendation.plan
     first = [
-        Value(system_name(recommendation.workload.model)),
+        Entry(system_name(recommendation.workload.model)),
         _number(recommendation.workload.seq_len),
-        Value(recommendation.task),
+        Entry(recommendation.task),
         _bytes(recommendation.environment.budget_bytes),
     ]
     if not isinstance(plan, Plan):
-        return [*first, _MISSING, _MISSING, Value(str(plan), css="bad"), _MISSING, _MISSING,
-                Value(""), Value(where)]  # fmt: skip
+        return [*first, _MISSING, _MISSING, Entry(str(plan), css="bad"), _MISSING, _MISSING,
+                Entry(""), Entry(where)]  # fmt: skip
     chosen, trial = plan.chosen, recommendation.trial
     tried = "predicted" if trial is None else "fits"
     if trial is not None and trial.peak_bytes:
@@ -221,11 +221,11 @@ def _plan_row(recommendation: Recommendation, where: str) -> list[Value]:
         *first,
         _number(chosen.micro_batch),
         _number(chosen.levers.accumulation_steps),
-        Value(chosen.levers.describe()),
+        Entry(chosen.levers.describe()),
         _bytes(chosen.footprint.peak_bytes),
         _decimal(chosen.predicted_step_seconds),
-        Value(tried, css="good" if trial else ""),
-        Value(where),
+        Entry(tried, css="good" if trial else ""),
+        Entry(where),
     ]
 
 
@@ -246,21 +246,21 @@ _RUN_COLUMNS = [
 ]  # fmt: skip
 
 
-def _run_row(run: Run) -> list[Value]:
+def _run_row(run: Run) -> list[Entry]:
     summary = run.summary()
     scores = ", ".join(f"{name} {value:.4g}" for name, value in summary["scores"].items())
     seconds = summary["seconds"]
     return [
-        Value(summary["run"]),
-        Value(summary["task"]),
+        Entry(summary["run"]),
+        Entry(summary["task"]),
         _number(summary["batch"]),
         _number(summary["micro_batch"]),
-        Value(summary["checkpointing"]),
+        Entry(summary["checkpointing"]),
         _number(summary["steps"]),
         _number(summary["of_steps"]),
-        Value(describe_duration(seconds), seconds),
+        Entry(describe_duration(seconds), seconds),
         _number(summary["steps_down"]),
-        Value(scores or "-"),
+        Entry(scores or "-"),
     ]
 
 
@@ -272,7 +272,7 @@ _CELL_COLUMNS = [
 ]  # fmt: skip
 
 
-def _cell_row(cell: MeasuredCell, where: str) -> list[Value]:
+def _cell_row(cell: MeasuredCell, where: str) -> list[Entry]:
     row, fits, oom = cell.newest, cell.fits, cell.oom
     ratio = None
     if cell.published and cell.bounded_max_batch is not None:
@@ -284,20 +284,20 @@ def _cell_row(cell: MeasuredCell, where: str) -> list[Value]:
     if cell.evidence == FAILED:
         beyond = row.trial.message
     return [
-        Value(system_name(cell.model)),
+        Entry(system_name(cell.model)),
         _number(row.seq_len),
-        Value(cell.task),
-        Value(cell.levers_text),
+        Entry(cell.task),
+        Entry(cell.levers_text),
         _bytes(row.budget_bytes),
-        Value(limit_text(cell), -1 if cell.max_batch is None else cell.max_batch),
-        Value(cell.evidence, css=_CSS.get(cell.evidence, "")),
+        Entry(limit_text(cell), -1 if cell.max_batch is None else cell.max_batch),
+        Entry(cell.evidence, css=_CSS.get(cell.evidence, "")),
         _number(cell.published),
         _decimal(ratio),
         _bytes(None if fits is None else fits.peak_bytes),
         _decimal(cell.examples_per_second),
         _number(len(cell.rows)),
-        Value(beyond),
-        Value(where),
+        Entry(beyond),
+        Entry(where),
     ]
 
 
@@ -310,36 +310,36 @@ _TRIAL_COLUMNS = [
 ]  # fmt: skip
 
 
-def _trial_rows(report: Report) -> Iterable[list[Value]]:
+def _trial_rows(report: Report) -> Iterable[list[Entry]]:
     cells = {cell.newest.question: cell for cell in report.cells}
     for row in reversed(report.rows[-_MOST_TRIALS:]):
         cell, trial = cells[row.question], row.trial
         yield [
-            Value(row.time_utc[:19].replace("T", " ")),
-            Value(system_name(cell.model)),
+            Entry(row.time_utc[:19].replace("T", " ")),
+            Entry(system_name(cell.model)),
             _number(row.seq_len),
-            Value(cell.task),
-            Value(cell.levers_text),
+            Entry(cell.task),
+            Entry(cell.levers_text),
             _bytes(row.budget_bytes),
             _number(trial.batch),
-            Value(trial.outcome, css=_CSS.get(trial.outcome, "")),
+            Entry(trial.outcome, css=_CSS.get(trial.outcome, "")),
             _bytes(trial.peak_bytes),
             _bytes(trial.process_peak_bytes),
             _decimal(trial.step_seconds),
             _decimal(trial_rate(row, trial)),
-            Value("fresh" if trial.fresh else ""),
-            Value(trial.message),
-            Value(report.names[cell.environment]),
+            Entry("fresh" if trial.fresh else ""),
+            Entry(trial.message),
+            Entry(report.names[cell.environment]),
         ]
 
 
-def _number(value: int | None) -> Value:
-    return _MISSING if value is None else Value(f"{value:,}", value)
+def _number(value: int | None) -> Entry:
+    return _MISSING if value is None else Entry(f"{value:,}", value)
 
 
-def _decimal(value: float | None) -> Value:
-    return _MISSING if value is None else Value(f"{value:,.3g}", value)
+def _decimal(value: float | None) -> Entry:
+    return _MISSING if value is None else Entry(f"{value:,.3g}", value)
 
 
-def _bytes(value: int | None) -> Value:
-    return _MISSING if value is None else Value(format_bytes(value), value)
+def _bytes(value: int | None) -> Entry:
+    return _MISSING if value is None else Entry(format_bytes(value), value)

@@ -1,4 +1,4 @@
-"""What is predicted of the trials that a ledger has measured."""
+"""Predicted peaks beside the measured peaks of a ledger's trials."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from bertbench.memory.prediction import Room, predict_memory
 from reports.measured_cells import MeasuredCell
 
 _MOST = 200
-"""The newest settings that are predicted: a replay takes some hundredths of a second."""
+"""Number of the newest trials that are predicted; a replay takes some hundredths of a second."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PeakPrediction:
-    """A measured peak, and what is predicted of the same setting.
+    """A measured peak, and the predicted peak of the same training step.
 
     Attributes:
-        measured_bytes: by the allocator, in a fresh process.
-        predicted_bytes: what a plan would say.
-        traced: by a replay of the step's requests, not by the formula.
+        measured_bytes: peak of the allocator in a fresh process.
+        predicted_bytes: peak that a plan would predict.
+        traced: whether it is predicted by a replay of a trace, and not by the formula.
     """
 
     measured_bytes: int
@@ -30,12 +30,12 @@ class PeakPrediction:
 
     @property
     def error(self) -> float:
-        """Above 0 if more was predicted than used."""
+        """Relative error; above 0 if the predicted peak is larger than the measured one."""
         return self.predicted_bytes / self.measured_bytes - 1
 
 
 def predict_peaks(cells: Sequence[MeasuredCell]) -> list[PeakPrediction]:
-    """Predict the newest trials that have fitted in fresh processes, one of each setting."""
+    """Predict the peaks of the newest trials that fit in fresh processes, one for each setting."""
     trials = {
         (cell.newest.question, row.trial.batch): (row, cell)
         for cell in cells
@@ -56,7 +56,7 @@ def predict_peaks(cells: Sequence[MeasuredCell]) -> list[PeakPrediction]:
 
 
 def describe_errors(predictions: Sequence[PeakPrediction]) -> str:
-    """Write the errors in a sentence; empty without any."""
+    """Describe the errors in a sentence; empty without predictions."""
     if not predictions:
         return ""
     errors = [100 * one.error for one in predictions]

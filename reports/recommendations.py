@@ -1,4 +1,4 @@
-"""Plans for what a ledger has trials of, with the speed and the errors that those trials show."""
+"""Recommended plans for the workloads of a ledger, calibrated by its trials."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from reports.environments import Environment
 from reports.measured_cells import MeasuredCell, model_order
 
 _MOST_ROWS = 400
-"""The newest trials that a plan learns from: of its workload, and of others."""
+"""Number of the newest trials that calibrate a plan: of its own workload, and of others."""
 
 _MOST_PLANS = 12
 _TPU = "tpu-v2-8"
-"""The one of the catalogue."""
+"""The TPU of the catalogue that a TPU in a ledger is planned as."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recommendation:
-    """What is recommended for one workload.
+    """The plan that is recommended for one workload in one environment.
 
     Attributes:
-        workload: what is trained, with the model's name for people.
-        task: the head for people.
-        environment: where.
-        plan: how, or why not.
-        trial: of the chosen setting in a fresh process, if the ledger has one.
+        workload: what is trained.
+        task: task head in words.
+        environment: device and budget.
+        plan: the plan, or the error that says why there is none.
+        trial: trial of the chosen setting in a fresh process, if the ledger has one.
     """
 
     workload: Workload
@@ -47,9 +47,9 @@ class Recommendation:
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """What to type to have the plan as a file, and to train with it.
+        """Commands that write the plan to a file, and train with it.
 
-        Nothing without a plan, or for what `bertbench plan` has no name for.
+        Empty without a plan, and for a model that is not a published one.
         """
         if isinstance(self.plan, InputError) or self.workload.model not in PRESETS:
             return ()
@@ -71,9 +71,9 @@ class Recommendation:
 
 
 def recommend_plans(cells: Sequence[MeasuredCell], target_batch: int) -> list[Recommendation]:
-    """Plan every workload of a ledger, at each environment where it was tried.
+    """Plan each workload of a ledger, in each environment where it has trials.
 
-    At most a dozen, those with the newest trials.
+    At most a dozen are planned, those with the newest trials.
 
     Args:
         cells: what `reports.measured_cells.collect_cells` returns.
@@ -113,16 +113,16 @@ def _plan(
         find_accelerator(_TPU).replicas if environment.kind == "tpu" else 1,
     )
     key = workload.key()
-    told = [row for row in rows if row.trial.outcome != "failed"]
-    answered = [row for row in told if row.question.workload == key]
-    others = [row for row in told if row.question.workload != key]
-    known = [*others[-_MOST_ROWS:], *answered[-_MOST_ROWS:]]
+    usable = [row for row in rows if row.trial.outcome != "failed"]
+    own = [row for row in usable if row.question.workload == key]
+    others = [row for row in usable if row.question.workload != key]
+    known = [*others[-_MOST_ROWS:], *own[-_MOST_ROWS:]]
     try:
         calibration = calibrate(known, workload, rates, environment.kind)
         plan = make_plan(PlanRequest(target_batch), workload, device, calibration)
     except InputError as error:
         return Recommendation(workload, cell.task, environment, error, None)
-    trials = [row.trial for row in answered if _is_of(row, plan)]
+    trials = [row.trial for row in own if _is_of(row, plan)]
     return Recommendation(workload, cell.task, environment, plan, trials[-1] if trials else None)
 
 

@@ -1,4 +1,4 @@
-"""All that a report is made of, read once and drawn in several ways."""
+"""A report: the measurements, plans and pictures that the page and the terminal show."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _MOST_LIMITS, _MOST_STEPS = 4, 3
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What is known.
+    """What a report is made from; everything else is computed when it is first needed.
 
     Attributes:
-        ledger: the file.
+        ledger: file of the ledger.
         rows: all trials, in the order of recording.
-        runs: in the order in which they were named.
-        target_batch: that plans are made for.
-        made: when.
+        runs: the runs, in the order in which they were named.
+        target_batch: effective batch that plans are made for.
+        made: time of the report.
     """
 
     ledger: Path
@@ -48,38 +48,38 @@ class Report:
 
     @functools.cached_property
     def cells(self) -> list[MeasuredCell]:
-        """Trials by the question that they answer."""
+        """Trials grouped by setup and budget."""
         return collect_cells(self.rows)
 
     @functools.cached_property
     def recommendations(self) -> list[Recommendation]:
-        """A plan for every workload, if they are not too many."""
+        """Plans for the workloads with the newest trials."""
         return recommend_plans(self.cells, self.target_batch)
 
     @property
     def workloads_without_plan(self) -> int:
-        """Number of workloads that there is no plan of."""
+        """Number of workloads that are not planned, because there are too many."""
         known = {(c.environment, c.workload.key()) for c in self.cells if c.workload is not None}
         return len(known) - len(self.recommendations)
 
     @functools.cached_property
     def predictions(self) -> list[PeakPrediction]:
-        """What is predicted of measured peaks."""
+        """Predicted peaks beside the measured ones."""
         return predict_peaks(self.cells)
 
     @functools.cached_property
     def tables(self) -> list[Table]:
-        """Limits beside the published ones."""
+        """Tables of limits beside the published ones."""
         return published_tables(self.cells)
 
     @functools.cached_property
     def names(self) -> dict[Environment, str]:
-        """Names of the environments, of which no two are the same."""
+        """Names of the environments; no two are the same."""
         return name_environments(cell.environment for cell in self.cells)
 
     @property
     def environments(self) -> list[Environment]:
-        """Where trials were run, the newest first."""
+        """Environments, the one with the newest trial first."""
         newest = {cell.environment: 0 for cell in self.cells}
         for cell in self.cells:
             newest[cell.environment] = max(newest[cell.environment], cell.newest.id)
@@ -93,12 +93,12 @@ class Report:
 
     @property
     def failed(self) -> list[MeasuredCell]:
-        """Cells without an answer."""
+        """Cells in which all trials failed."""
         return [cell for cell in self.cells if cell.evidence == FAILED]
 
     @property
     def headline(self) -> str:
-        """The report in a sentence."""
+        """Summary of the report in a sentence."""
         if not self.rows:
             return f"No trials in {self.ledger.name} yet: `bertbench probe` makes some."
         certified = sum(cell.evidence == CERTIFIED for cell in self.cells)
@@ -110,7 +110,7 @@ class Report:
 
     @functools.cached_property
     def pictures(self) -> list[Picture]:
-        """All pictures that there is something to draw for."""
+        """All pictures for which there are measurements or plans."""
         groups = [
             (f"{task}, {self.names[environment]}", [c for c in cells if c.task == task])
             for environment in self.environments
@@ -139,7 +139,7 @@ class Report:
 
 
 def name_apart(pictures: Iterable[Picture]) -> list[Picture]:
-    """Give pictures of one name a number each, so that their files and ids differ."""
+    """Number pictures of the same name, so that their files and ids differ."""
     found: dict[str, Picture] = {}
     for picture in pictures:
         numbered = (f"{picture.name}-{number}" for number in itertools.count(2))
@@ -149,5 +149,5 @@ def name_apart(pictures: Iterable[Picture]) -> list[Picture]:
 
 
 def version() -> str:
-    """Version of bertbench."""
+    """Return the version of bertbench."""
     return metadata.version("bertbench")

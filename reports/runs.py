@@ -1,4 +1,4 @@
-"""Run folders: what was trained, how the loss went, and what came out."""
+"""Runs: what was trained, the loss of each step, and the scores, from a run's output folder."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _NO_SCORES = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run.
+    """A run of `bertbench run`.
 
     Attributes:
-        folder: where.
-        record: what is in its `run.json`.
+        folder: its output folder.
+        record: content of its `run.json`.
         steps: a row for every optimizer step, see `finetune.train.training.StepRecord`.
         evaluations: a row for every evaluation: the step, and a column for each metric.
     """
@@ -49,12 +49,12 @@ class Run:
 
     @property
     def results(self) -> Mapping[str, Any]:
-        """Scores and the like; empty as long as it is not done."""
+        """Scores and other results; empty until the run is finished."""
         return _mapping(self.record, "results")
 
     @property
     def scores(self) -> dict[str, float]:
-        """The results that are scores: numbers, but no settings, steps, counts and thresholds."""
+        """The results that are scores, and not settings, steps, counts or thresholds."""
         return {
             name: float(value)
             for name, value in self.results.items()
@@ -64,7 +64,7 @@ class Run:
         }  # fmt: skip
 
     def summary(self) -> dict[str, Any]:
-        """What a table says of it; None for numbers that the record does not have."""
+        """Values for a table; None for numbers that the record does not have."""
         identity = _mapping(self.record, "identity")
         invocations = self.record.get("invocations")
         last = {}
@@ -95,10 +95,10 @@ def _whole(value: Any) -> int | None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's folder, which may be of a run that is not done.
+    """Read the output folder of a run, which may be unfinished.
 
     Raises:
-        InputError: there is no run in it.
+        InputError: the folder has no run.
     """
     if not (folder / RUN_FILE).exists():
         raise InputError(
@@ -110,11 +110,11 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_lines(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Numbers in a file of JSON lines; none without the file. Damaged lines are passed over.
+    """Read the numbers in a file of JSON lines; a missing file has none. Damaged lines are skipped.
 
     Args:
         path: the file.
-        columns: what every line must have.
+        columns: names that every line must have.
     """
     found: list[dict[str, float]] = []
     try:
@@ -122,9 +122,9 @@ def _read_lines(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     except OSError:
         lines = JsonLines(())
     for values in lines.values:
-        # NaN is no number, and neither is what no training has: no axis could show it.
+        # Neither NaN nor a number beyond all training can be drawn on an axis.
         numbers = {
-            clean_text(name): float(v)  # half a surrogate pair would be no column's name
+            clean_text(name): float(v)  # a column's name must not have half of a surrogate pair
             for name, v in values.items()
             if isinstance(v, (int, float)) and abs(v) <= _MOST
         }
@@ -136,7 +136,11 @@ def _read_lines(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def prediction_files(run: Run) -> tuple[Path, Path, Path] | None:
-    """Data, candidates and null odds of a run on SQuAD 2.0 whose data are still as they were."""
+    """Return the files with data, candidates and null odds of a run on SQuAD 2.0.
+
+    Returns:
+        None for other runs, and if the data are missing or have changed.
+    """
     squad = _mapping(run.record, "squad")
     if not squad.get("version_2_with_negative"):
         return None

@@ -20,8 +20,8 @@ SYSTEM = ("System", "Seq Length")
 PUBLISHED = "published, Titan X 12 GB"
 NOTE = (
     "* certified: this batch fits and the next one runs out of memory, each in a fresh process; "
-    "without a mark, not each in a fresh one. 31-40: 31 fits, 41 does not, those between were not "
-    "tried. >= no larger one has an answer. < no smaller one has."
+    "without a mark, not both in fresh ones. 31-40: 31 fits, 41 does not, those between were not "
+    "tried. >= no larger batch was measured. < no smaller batch was measured."
 )
 
 FORMATS = {".md": "Markdown", ".csv": "CSV", ".tex": "LaTeX", ".json": "JSON"}
@@ -33,7 +33,7 @@ class Table:
 
     Attributes:
         title: task and environment.
-        frame: a row for each system and sequence length; text in all columns.
+        frame: a row for each system and sequence length; all columns are text.
     """
 
     title: str
@@ -41,7 +41,7 @@ class Table:
 
 
 def system_name(model: str) -> str:
-    """Write a published model as the original release does: `BERT-Base`."""
+    """Write the name of a published model as the original release does: `BERT-Base`."""
     if not model.startswith("bert-"):
         return model
     first, *others = model.removeprefix("bert-").split("-")
@@ -49,7 +49,7 @@ def system_name(model: str) -> str:
 
 
 def count_cells(count: int) -> str:
-    """Write how many cells there are."""
+    """Write a number of cells."""
     return f"{count:,} cell" + "s" * (count != 1)
 
 
@@ -69,8 +69,8 @@ def limit_text(cell: MeasuredCell) -> str:
 def published_tables(cells: Sequence[MeasuredCell]) -> list[Table]:
     """Make a table for every environment and task, with a column for every lever setting.
 
-    The paper's systems come first and have a column of published numbers beside ours. What was
-    tried for a plan alone is left out.
+    Tables with the paper's systems come first, and have a column of published numbers. Trials that
+    only verified a plan are left out.
     """
     names = name_environments(cell.environment for cell in cells)
     groups: dict[tuple[Environment, str], list[MeasuredCell]] = {}
@@ -101,7 +101,7 @@ def _table(title: str, cells: Sequence[MeasuredCell]) -> Table:
 
 
 def cells_frame(cells: Iterable[MeasuredCell]) -> pd.DataFrame:
-    """A row for every cell, with numbers as numbers and bytes as integers."""
+    """Return a row for each cell, with numbers as numbers and bytes as integers."""
     records = []
     for cell in cells:
         values = cell.to_json()
@@ -119,8 +119,8 @@ def write_tables(cells: Sequence[MeasuredCell], suffix: str) -> str:
     """Write all limits as text.
 
     Args:
-        cells: what `reports.measured_cells.collect_cells` returns.
-        suffix: of the format, one of `FORMATS`.
+        cells: the cells.
+        suffix: suffix of the file, one of `FORMATS`.
     """
     if suffix == ".json":
         return json_text({"cells": [cell.to_json() for cell in cells]}, indent=1) + "\n"
@@ -129,7 +129,7 @@ def write_tables(cells: Sequence[MeasuredCell], suffix: str) -> str:
     tables = published_tables(cells)
     write = _markdown if suffix == ".md" else _latex
     if not tables:
-        return "no limits: only plans were tried\n" if cells else "no trials\n"
+        return "no limits: the trials only verified plans\n" if cells else "no trials\n"
     return clean_text("\n".join(map(write, tables)))
 
 
@@ -144,7 +144,7 @@ def _markdown(table: Table) -> str:
     return f"{_escaped(table.title)}\n\n{written}\n\n{NOTE.replace('*', chr(92) + '*')}\n"
 
 
-# What would be a cell, a style, code, a link or HTML. An underscore within a word is none of them.
+# Characters of Markdown's tables, styles, code, links and HTML; an underscore in a word is not one.
 _MARKDOWN = {ord(plain): f"\\{plain}" for plain in "\\|*`<["}
 
 

@@ -1,4 +1,4 @@
-"""The report in a terminal: the tables, and small bars."""
+"""The report in the terminal: tables, and bars of text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_LINES = 40
 
 
 def show_report(report: Report) -> None:
-    """Show what is known, in 80 columns."""
+    """Print the report, in 80 columns."""
     console = terminal()
     console.print(report.headline, soft_wrap=True)
     for table in report.tables:
@@ -42,24 +42,24 @@ def show_report(report: Report) -> None:
             f"{cell.task}, {report.names[cell.environment]}, batch {trial.batch}: {trial.message}",
             soft_wrap=True,
         )
-    _tell_of_more(console, len(report.failed) - _MOST_LINES, "failed cells")
+    _print_more(console, len(report.failed) - _MOST_LINES, "failed cells")
     _show_runs(console, report.runs)
 
 
-def _head(console: Console, text: str) -> None:
+def _print_title(console: Console, text: str) -> None:
     console.print(f"\n{text}", style="bold", soft_wrap=True)
 
 
-def _tell_of_more(console: Console, count: int, of: str) -> None:
+def _print_more(console: Console, count: int, of: str) -> None:
     if count > 0:
         console.print(f"and {count:,} more {of}: --out report.html has them", soft_wrap=True)
 
 
 def _show_limits(console: Console, table: Table) -> None:
-    _head(console, table.title)
+    _print_title(console, table.title)
     shown = RichTable(box=None, pad_edge=False)
     frame = table.frame
-    # Names of settings tell columns apart, and must not be cut short: many of them are lines.
+    # The names of columns must not be cut short. If there are too many, each becomes a line.
     widths = [max(len(name), *map(len, frame[name])) for name in frame.columns]
     if sum(widths) + 2 * (len(widths) - 1) > console.width:
         frame = _in_lines(table)
@@ -72,7 +72,7 @@ def _show_limits(console: Console, table: Table) -> None:
 
 
 def _in_lines(table: Table) -> pd.DataFrame:
-    """The same with a line for every limit."""
+    """Return the table with a line for each limit, instead of a column for each setting."""
     settings = [name for name in table.frame.columns if name not in (*SYSTEM, PUBLISHED)]
     kept = [name for name in table.frame.columns if name not in settings]
     long = table.frame.melt(id_vars=kept, var_name="levers", value_name="Max Batch Size")
@@ -84,7 +84,7 @@ def _in_lines(table: Table) -> pd.DataFrame:
 
 
 def _show_bars(console: Console, report: Report) -> None:
-    """Examples a second at the largest batch, a table for each task and place."""
+    """Print examples a second at the largest batch, a table for each task and place."""
     timed = [(cell, rate) for cell in report.cells if (rate := cell.examples_per_second)]
     newest = sorted(timed, key=lambda pair: -pair[0].newest.id)[:_MOST_LINES]
     shown_ids = {id(cell) for cell, _ in newest}
@@ -94,9 +94,9 @@ def _show_bars(console: Console, report: Report) -> None:
             where = f"{cell.task}, {report.names[cell.environment]}"
             groups.setdefault(where, []).append((cell, rate))
     for where, group in groups.items():
-        _head(console, f"Speed at the largest batch, {where}")
+        _print_title(console, f"Speed at the largest batch, {where}")
         console.print(_bars(group))
-    _tell_of_more(console, len(timed) - len(newest), "cells with a speed")
+    _print_more(console, len(timed) - len(newest), "cells with a speed")
 
 
 def _bars(timed: Sequence[tuple[MeasuredCell, float]]) -> RichTable:
@@ -104,7 +104,7 @@ def _bars(timed: Sequence[tuple[MeasuredCell, float]]) -> RichTable:
     for name in ("model", "seq", "levers", "batch", "examples/s", ""):
         left = name in ("model", "levers", "")
         shown.add_column(name, justify="left" if left else "right", no_wrap=name != "levers")
-    # Bars compare settings of the same model and length, whose speeds are of one size.
+    # A bar is relative to the fastest setting of the same model and length.
     most: dict[tuple[str, int], float] = {}
     for cell, rate in timed:
         key = cell.model, cell.newest.seq_len
@@ -123,7 +123,7 @@ def _show_plans(console: Console, report: Report) -> None:
     for one in report.recommendations:
         groups.setdefault(f"{one.task}, {report.names[one.environment]}", []).append(one)
     for where, group in groups.items():
-        _head(console, f"Plans for an effective batch of {report.target_batch:,}, {where}")
+        _print_title(console, f"Plans for an effective batch of {report.target_batch:,}, {where}")
         console.print(_plans(group))
     if report.workloads_without_plan:
         console.print(
@@ -160,7 +160,7 @@ def _show_runs(console: Console, runs: Sequence[Run]) -> None:
         summary = run.summary()
         told = {name: "-" if value is None else value for name, value in summary.items()}
         scores = ", ".join(f"{name} {value:.4g}" for name, value in summary["scores"].items())
-        _head(console, summary["run"])
+        _print_title(console, summary["run"])
         console.print(
             f"{told['task']}, step {told['steps']} of {told['of_steps']}, {told['micro_batch']} at "
             f"a time with {told['checkpointing']}; {scores or 'no scores yet'}",

@@ -213,7 +213,8 @@ def _write_folder(report: Report, folder: Path) -> None:
 
 
 def _compare(before: Path, after: Path, json_file: Path | None) -> None:
-    from reports.comparison import compare_cells, read_either, show_comparison
+    from reports.comparison import compare_cells, read_either
+    from reports.comparison_text import show_comparison
 
     comparison = compare_cells(read_either(before), read_either(after))
     if json_file is not None:

@@ -57,7 +57,8 @@ from helpers.model_folders import CONFIG as MODEL
 from helpers.model_folders import tokenizer_json, write_json
 from helpers.mutations import mutated
 from helpers.run_folders import squad_run
-from reports.comparison import compare_cells, read_either, show_comparison
+from reports.comparison import compare_cells, read_either
+from reports.comparison_text import show_comparison
 from reports.report import Report
 from reports.runs import read_run
 from reports.text import show_report
