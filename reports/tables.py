@@ -21,7 +21,7 @@ PUBLISHED = "published, Titan X 12 GB"
 NOTE = (
     "* certified: this batch fits and the next one runs out of memory, each in a fresh process; "
     "without a mark, not both in fresh ones. 31-40: 31 fits, 41 does not, those between were not "
-    "tried. >= no larger batch was measured. < no smaller batch was measured."
+    "tried. >= no larger batch has a result. < no smaller batch has one."
 )
 
 FORMATS = {".md": "Markdown", ".csv": "CSV", ".tex": "LaTeX", ".json": "JSON"}

@@ -119,7 +119,7 @@ NOTE
 NOTE = (
     "\\* certified: this batch fits and the next one runs out of memory, each in a fresh process; "
     "without a mark, not both in fresh ones. 31-40: 31 fits, 41 does not, those between were not "
-    "tried. >= no larger batch was measured. < no smaller batch was measured."
+    "tried. >= no larger batch has a result. < no smaller batch has one."
 )
 
 
@@ -254,7 +254,8 @@ def test_what_was_tried_for_a_plan_is_no_limit() -> None:
     # Where the limit was looked for, it is one.
     (table,) = published_tables(collect_cells([*tried, *rows_of(oom(9), steps=4)]))
     assert table.frame["none, 4 micro-batches"].tolist() == ["8*"]
-    assert write_tables(collect_cells(tried), ".md") == "no limits: the trials only verified plans\n"
+    text = write_tables(collect_cells(tried), ".md")
+    assert text == "no limits: the trials only verified plans\n"
     # And what fits at once tells something in any case.
     (table,) = published_tables(collect_cells(rows_of(fits(8))))
     assert table.frame["none"].tolist() == [">=8"]
