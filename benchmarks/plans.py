@@ -67,7 +67,7 @@ def main() -> None:
         request = PlanRequest(target, allowed=[levers])
         plan = make_plan(request, workload, attached_device(budget))
         chosen = plan.chosen
-        step = Setup(workload, chosen.levers).step(chosen.micro_batch)
+        step = chosen.step
         trial = measure_step(step, budget, TrialSettings(steps=2))
         row = {
             "model": workload.model,
@@ -77,7 +77,8 @@ def main() -> None:
             "target_batch": target,
             "budget_bytes": budget.budget_bytes,
             "chosen": chosen.to_json(),
-            "binds": (chosen.micro_batch, str(chosen.levers.checkpointing)) != (target, "none"),
+            "binds": (chosen.step.micro_batch, str(chosen.step.levers.checkpointing))
+            != (target, "none"),
             "outcome": trial.outcome,
             "peak_bytes": trial.peak_bytes,
             "message": trial.message,

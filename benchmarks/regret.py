@@ -181,7 +181,8 @@ def _settle(
     """Plan for a budget, and run the plan and its rivals in turn."""
     budget = make_budget(device, budget_mib * MIB_BYTES)
     plan = make_plan(PlanRequest(target), workload, attached_device(budget))
-    chosen = (plan.chosen.levers, plan.chosen.micro_batch)
+    step = plan.chosen.step
+    chosen = (step.levers, step.micro_batch)
     rivals = [row for row in rows if row["peak_bytes"] <= budget.budget_bytes]
     rivals.sort(key=lambda row: min(row["seconds"]))
     outcomes: dict[str, str] = {}

@@ -219,9 +219,9 @@ def _plan_row(recommendation: Recommendation, where: str) -> list[Entry]:
         tried = f"fits, {format_bytes(trial.peak_bytes)}"
     return [
         *first,
-        _number(chosen.micro_batch),
-        _number(chosen.levers.accumulation_steps),
-        Entry(chosen.levers.describe()),
+        _number(chosen.step.micro_batch),
+        _number(chosen.step.levers.accumulation_steps),
+        Entry(chosen.step.levers.describe()),
         _bytes(chosen.footprint.peak_bytes),
         _decimal(chosen.predicted_step_seconds),
         Entry(tried, css="good" if trial else ""),
@@ -235,7 +235,7 @@ def _commands(recommendation: Recommendation, where: str) -> dict[str, str]:
     if not isinstance(recommendation.plan, Plan):
         return {"title": f"{title}{where}: does not fit", "commands": str(recommendation.plan)}
     chosen = recommendation.plan.chosen
-    setting = describe_setting(chosen.micro_batch, chosen.levers)
+    setting = describe_setting(chosen.step)
     return {"title": f"{title}{where}: {setting}", "commands": "\n".join(recommendation.commands)}
 
 

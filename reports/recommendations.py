@@ -131,6 +131,6 @@ def _is_of(row: LedgerRow, plan: Plan) -> bool:
     return (
         row.trial.outcome == "fits"
         and row.trial.fresh
-        and row.trial.batch == chosen.micro_batch
-        and row.question.levers == chosen.levers.key()
+        and row.trial.batch == chosen.step.micro_batch
+        and row.question.levers == chosen.step.levers.key()
     )

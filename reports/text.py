@@ -144,9 +144,9 @@ def _plans(recommendations: Sequence[Recommendation]) -> RichTable:
             chosen = one.plan.chosen
             shown.add_row(
                 *first,
-                str(chosen.micro_batch),
-                str(chosen.levers.accumulation_steps),
-                chosen.levers.describe(),
+                str(chosen.step.micro_batch),
+                str(chosen.step.levers.accumulation_steps),
+                chosen.step.levers.describe(),
                 format_bytes(chosen.footprint.peak_bytes),
                 f"{chosen.predicted_step_seconds:.3g} s",
             )

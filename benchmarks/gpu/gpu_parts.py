@@ -216,7 +216,7 @@ def plan_for(workload: Workload, target: int, budget: Budget) -> Plan | None:
 
 def plan_timing(plan: Plan, budget: Budget) -> Timing:
     """The step of a plan."""
-    return Timing(Setup(plan.workload, plan.chosen.levers), budget, (plan.chosen.micro_batch,))
+    return Timing(plan.chosen.step.setup, budget, (plan.chosen.step.micro_batch,))
 
 
 def plans_of(scale: Scale, budget: Budget) -> list[tuple[int, Budget, Plan | None]]:
@@ -245,7 +245,7 @@ def placement_timings(scale: Scale, budget: Budget) -> list[Timing]:
     return [
         dataclasses.replace(timing, setup=Setup(plan.workload, levers))
         for levers in (
-            dataclasses.replace(plan.chosen.levers, placement=placement)
+            dataclasses.replace(plan.chosen.step.levers, placement=placement)
             for placement in ("device", "host")
         )
     ]

@@ -74,7 +74,7 @@ def speed_rows(timing: Timing, ledger: Ledger) -> list[Row]:
             "model": timing.setup.workload.model,
             "seq_len": timing.setup.workload.seq_len,
             "levers": timing.setup.levers.to_json(),
-            "setting": describe_setting(batch, timing.setup.levers),
+            "setting": describe_setting(timing.setup.step(batch)),
             "batch": batch,
             "outcome": trial.outcome,
             "step_seconds": trial.step_seconds,
@@ -93,7 +93,7 @@ def plan_row(target: int, budget: Budget, plan: Plan | None, ledger: Ledger) -> 
     if plan is None:
         return row
     chosen = plan.chosen
-    trial = plan_timing(plan, budget).answers(ledger).get(chosen.micro_batch)
+    trial = plan_timing(plan, budget).answers(ledger).get(chosen.step.micro_batch)
     return {
         **row,
         "plan": describe_entry(chosen),
@@ -111,9 +111,7 @@ def choice_row(workload: Workload, timings: Sequence[Timing], ledger: Ledger) ->
     for timing in timings:
         (batch,) = timing.batches
         trial = timing.answers(ledger).get(batch)
-        seconds[describe_setting(batch, timing.setup.levers)] = (
-            trial.step_seconds if trial else None
-        )
+        seconds[describe_setting(timing.setup.step(batch))] = trial.step_seconds if trial else None
     plan = next(iter(seconds), None)
     timed = [value for value in seconds.values() if value is not None]
     regret = None

@@ -55,11 +55,12 @@ def _on_host(levers: Levers) -> str:
 
 
 def _row(entry: PlanEntry, marks: _Marks) -> tuple[str, ...]:
-    steps = entry.levers.accumulation_steps
+    levers = entry.step.levers
+    steps = levers.accumulation_steps
     return (
-        str(entry.micro_batch),
+        str(entry.step.micro_batch),
         str(steps),
-        f"{entry.levers.checkpointing}{marks.star(entry.levers)}{_on_host(entry.levers)}",
+        f"{levers.checkpointing}{marks.star(levers)}{_on_host(levers)}",
         format_bytes(entry.footprint.peak_bytes),
         f"{entry.predicted_step_seconds:.3g} s",
     )
@@ -108,8 +109,8 @@ def show_plan(plan: Plan, *, explain: bool = False, trials: Sequence[Trial] = ()
         )
     for rejection in plan.rejected[:4]:
         console.print(
-            f"not {describe_split(rejection.micro_batch, rejection.levers)} with "
-            f"checkpointing {rejection.levers.describe()}: {rejection.why}",
+            f"not {describe_split(rejection.step)} with "
+            f"checkpointing {rejection.step.levers.describe()}: {rejection.why}",
             soft_wrap=True,
         )
     if plan.timed_trials:
@@ -234,7 +235,7 @@ def _print_notes(console: Console, marks: _Marks, plans: Sequence[Plan]) -> None
     """Print what a reader must know of the plans in a table."""
     for note in (*marks.notes(), *_unmeasured(plans)):
         console.print(note, soft_wrap=True)
-    if any(_on_host(plan.chosen.levers) for plan in plans):
+    if any(_on_host(plan.chosen.step.levers) for plan in plans):
         console.print("host: the optimizer's state is in the host's memory")
 
 

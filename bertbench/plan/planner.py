@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bertbench.core.units import format_bytes
-from bertbench.core.workload import Levers, Setup, TrainingStep, Workload
+from bertbench.core.workload import Setup, TrainingStep, Workload
 from bertbench.devices.step_time import predict_step_seconds
 from bertbench.memory.footprint import Footprint
 from bertbench.memory.prediction import MemoryPrediction, predict_memory
@@ -29,18 +29,16 @@ _LOOKED_AT = 4
 
 @dataclasses.dataclass(frozen=True)
 class PlanEntry:
-    """One lever setting for a target batch, with what is predicted of it.
+    """A training step for a target batch, with what is predicted of it.
 
     Attributes:
-        micro_batch: rows of one forward and backward pass on each replica.
-        levers: the other settings, `accumulation_steps` among them.
+        step: the training step of each replica; rows of padding are examples of it too.
         footprint: predicted peak of each replica by part.
         predicted_step_seconds: of one effective batch.
         replicas: devices that share the effective batch.
     """
 
-    micro_batch: int
-    levers: Levers
+    step: TrainingStep
     footprint: Footprint
     predicted_step_seconds: float
     replicas: int = 1
@@ -48,15 +46,15 @@ class PlanEntry:
     @property
     def rows(self) -> int:
         """Rows of an optimizer step on all replicas, padding included."""
-        return self.micro_batch * self.levers.accumulation_steps * self.replicas
+        return self.step.micro_batch * self.step.levers.accumulation_steps * self.replicas
 
     def to_json(self) -> dict[str, Any]:
         """Values under the keys of a plan file."""
         return {
-            "micro_batch": self.micro_batch,
-            **self.levers.to_json(),
+            "micro_batch": self.step.micro_batch,
+            **self.step.levers.to_json(),
             "replicas": self.replicas,
-            "exact": self.levers.exact,
+            "exact": self.step.levers.exact,
             "predicted_peak_bytes": self.footprint.peak_bytes,
             "predicted_host_bytes": self.footprint.host_bytes,
             "predicted_step_seconds": round(self.predicted_step_seconds, 6),
@@ -66,15 +64,15 @@ class PlanEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Rejection:
-    """A lever setting that was not taken, and why."""
+    """A training step that does not fit, and why."""
 
-    micro_batch: int
-    levers: Levers
+    step: TrainingStep
     why: str
 
     def to_json(self) -> dict[str, Any]:
         """Values under the keys of a plan file."""
-        return {"micro_batch": self.micro_batch, **self.levers.to_json(), "why": self.why}
+        step = self.step
+        return {"micro_batch": step.micro_batch, **step.levers.to_json(), "why": self.why}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +88,8 @@ class Plan:
         chosen: the fastest setting that fits.
         alternatives: slower settings that need less, each at least a tenth less than the one
             before it.
-        rejected: settings that are faster but do not fit, those first that miss least.
+        rejected: faster settings that do not fit; first those that need the fewest bytes more than
+            there are.
         timed_trials: trials on the device that its speed was taken from; 0 for none.
     """
 
@@ -244,8 +243,7 @@ def _choose(
             nearest = [rejection for _, rejection in rejected[:_MOST_REJECTIONS]]
             return candidate, _front(candidates[number:]), nearest
         why = "ran out of memory before" if known is False else _why_too_large(candidate)
-        rejection = Rejection(step.micro_batch, step.levers, why)
-        rejected.append((candidate.missing_bytes, rejection))
+        rejected.append((candidate.missing_bytes, Rejection(step, why)))
     return None
 
 
@@ -281,7 +279,7 @@ def _front(candidates: Sequence[_Candidate]) -> list[_Candidate]:
 def _entry(candidate: _Candidate, device: PlannedDevice, *, replayed: bool) -> PlanEntry:
     step = candidate.step
     footprint = candidate.memory.footprint(step.micro_batch, replayed=replayed)
-    return PlanEntry(step.micro_batch, step.levers, footprint, candidate.seconds, device.replicas)
+    return PlanEntry(step, footprint, candidate.seconds, device.replicas)
 
 
 def _nothing_fits(request: PlanRequest, workload: Workload, device: PlannedDevice) -> InputError:
@@ -324,15 +322,15 @@ def _nothing_fits(request: PlanRequest, workload: Workload, device: PlannedDevic
 def describe_entry(entry: PlanEntry) -> str:
     """Write a plan's setting as `3 micro-batches of 11, checkpointing full`, with its replicas."""
     share = f"{entry.replicas} replicas, each " if entry.replicas > 1 else ""
-    return share + describe_setting(entry.micro_batch, entry.levers)
+    return share + describe_setting(entry.step)
 
 
-def describe_setting(micro_batch: int, levers: Levers) -> str:
+def describe_setting(step: TrainingStep) -> str:
     """Write a setting as `3 micro-batches of 11, checkpointing full`."""
-    return f"{describe_split(micro_batch, levers)}, checkpointing {levers.describe()}"
+    return f"{describe_split(step)}, checkpointing {step.levers.describe()}"
 
 
-def describe_split(micro_batch: int, levers: Levers) -> str:
+def describe_split(step: TrainingStep) -> str:
     """Write how an effective batch is split, as in `3 micro-batches of 11`."""
-    count = levers.accumulation_steps
-    return f"{count} micro-batch{'es' * (count != 1)} of {micro_batch}"
+    count = step.levers.accumulation_steps
+    return f"{count} micro-batch{'es' * (count != 1)} of {step.micro_batch}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bertbench.core.errors import WorkError
-from bertbench.core.workload import Setup, TrainingStep
+from bertbench.core.workload import TrainingStep
 from bertbench.devices.device import Budget
 from bertbench.ledger.database import Ledger
 from bertbench.ledger.question import Question
@@ -49,9 +49,8 @@ def verify_plan(
         plan = make(spare_bytes)
         on_attempt(plan)
         chosen = plan.chosen
-        setup = Setup(plan.workload, chosen.levers)
-        trial = measure(setup.step(chosen.micro_batch), budget, TrialSettings(steps=2))
-        record(ledger, Question(budget, setup), trial)
+        trial = measure(chosen.step, budget, TrialSettings(steps=2))
+        record(ledger, Question(budget, chosen.step.setup), trial)
         if trial.outcome == "fits":
             return plan, trial, refuted
         if trial.outcome == "failed":

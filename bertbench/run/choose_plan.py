@@ -55,7 +55,7 @@ def _first_choice(request: RunRequest, workload: Workload) -> TrainingStep:
         f"{format_bytes(chosen.footprint.peak_bytes)} of "
         f"{format_bytes(request.budget.budget_bytes)}"
     )
-    return Setup(workload, chosen.levers).step(chosen.micro_batch)
+    return chosen.step
 
 
 def plan_run(

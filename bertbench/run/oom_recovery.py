@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from bertbench.core.errors import OutOfMemoryError, SteppedDownError, WorkError
 from bertbench.core.units import format_bytes
-from bertbench.core.workload import Setup, TrainingStep
+from bertbench.core.workload import TrainingStep
 from bertbench.devices.step_time import device_rates
 from bertbench.plan.calibration import note_out_of_memory, read_calibration
 from bertbench.plan.planner import PlanEntry, describe_setting
@@ -61,7 +61,7 @@ def step_down(request: RunRequest, failed: TrainingStep, error: OutOfMemoryError
             f"{error}, and no setting needs less; step {error.step} is saved: with more memory the "
             "same command continues"
         ) from error
-    smaller = Setup(failed.workload, entry.levers).step(entry.micro_batch)
+    smaller = entry.step
     down = StepDown(
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
         budget.device.name,
@@ -74,7 +74,7 @@ def step_down(request: RunRequest, failed: TrainingStep, error: OutOfMemoryError
     add_step_down(settings.output_dir, down.to_json())
     raise SteppedDownError(
         f"{error}; continuing from step {error.step} with "
-        f"{describe_setting(smaller.micro_batch, smaller.levers)}, predicted peak "
+        f"{describe_setting(smaller)}, predicted peak "
         f"{format_bytes(entry.footprint.peak_bytes)}",
         settings.output_dir,
     ) from error

@@ -194,7 +194,7 @@ def _errors_explained(
             raise WorkError(
                 f"step {failed} failed ({summarise(error)}); step {saved} is saved"
             ) from error
-        setting = describe_setting(training.step.micro_batch, training.step.levers)
+        setting = describe_setting(training.step)
         what = f"out of memory in step {failed} with {setting}"
         if should_stop():
             raise StoppedEarlyError(

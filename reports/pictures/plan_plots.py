@@ -102,7 +102,7 @@ def _plan_name(recommendation: Recommendation, plan: Plan) -> str:
 
 
 def _setting(entry: PlanEntry) -> str:
-    text = describe_setting(entry.micro_batch, entry.levers)
+    text = describe_setting(entry.step)
     return text.replace("checkpointing ", "")
 
 
@@ -183,10 +183,10 @@ def timeline_picture(recommendation: Recommendation, where: str) -> Picture | No
     plan = recommendation.plan
     if not isinstance(plan, Plan):
         return None
-    levers, kind = plan.chosen.levers, recommendation.environment.kind
+    levers, kind = plan.chosen.step.levers, recommendation.environment.kind
     if not has_trace(Setup(recommendation.workload, levers), kind):
         return None
-    timeline = step_timeline(recommendation.workload, levers, plan.chosen.micro_batch)
+    timeline = step_timeline(recommendation.workload, levers, plan.chosen.step.micro_batch)
     if timeline is None:
         return None
 

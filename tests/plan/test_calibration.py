@@ -111,7 +111,7 @@ def test_a_plan_follows_the_measured_curve() -> None:
             WORKLOAD,
             PlannedDevice("some", "cpu", MIB * MIB_BYTES, RATES),
             Calibration(curve=curve),
-        ).chosen.micro_batch
+        ).chosen.step.micro_batch
 
     assert micro_batch((1.0, 1.0), (16.0, 4.0)) == 1
     assert micro_batch((1.0, 4.0), (16.0, 1.0)) == 16
@@ -166,7 +166,7 @@ def test_a_plan_believes_trials_before_predictions() -> None:
             PlannedDevice("some", "cpu", MIB * MIB_BYTES, RATES, replicas=replicas),
             calibration,
         ).chosen
-        return chosen.micro_batch, chosen.levers
+        return chosen.step.micro_batch, chosen.step.levers
 
     batch, levers = plan()
 
@@ -212,7 +212,7 @@ def test_the_margin_of_a_gpu_is_its_measured_error(tmp_path: Path) -> None:
             WORKLOAD,
             PlannedDevice("some", "gpu", int(1.07 * peak_bytes), RATES),
             Calibration(margin=margin),
-        ).chosen.micro_batch
+        ).chosen.step.micro_batch
 
     assert [chosen(None), chosen(margin)] == [16, 32]
 

@@ -83,9 +83,9 @@ def test_nothing_that_fits_is_faster(
         assert not any(fits(levers, size) for size, levers in everything)
         return
     chosen = plan.chosen
-    assert fits(chosen.levers, chosen.micro_batch)
+    assert fits(chosen.step.levers, chosen.step.micro_batch)
     assert chosen.footprint.peak_bytes <= room.budget_bytes
-    assert target <= chosen.rows < target + chosen.micro_batch
+    assert target <= chosen.rows < target + chosen.step.micro_batch
     for micro_batch, levers in everything:
         seconds = predict_step_seconds(Setup(workload, levers).step(micro_batch), RATES)
         if seconds < chosen.predicted_step_seconds:
@@ -94,9 +94,7 @@ def test_nothing_that_fits_is_faster(
         assert entry.predicted_step_seconds >= chosen.predicted_step_seconds
         assert entry.footprint.peak_bytes < chosen.footprint.peak_bytes
     for rejection in plan.rejected:
-        assert not predict_memory(Setup(workload, rejection.levers), room).fits(
-            rejection.micro_batch
-        )
+        assert not predict_memory(rejection.step.setup, room).fits(rejection.step.micro_batch)
 
 
 def test_a_step_needs_memory_in_one_piece() -> None:
@@ -149,9 +147,9 @@ def test_more_memory_is_never_worse_with_exact_gelu(optimizer: str) -> None:
             workload,
             PlannedDevice("test", "cpu", room.budget_bytes, RATES),
         ).chosen
-        predicted = predict_memory(Setup(workload, chosen.levers), room)
+        predicted = predict_memory(chosen.step.setup, room)
         assert predicted.source == "trace"
-        assert predicted.fits(chosen.micro_batch)
+        assert predicted.fits(chosen.step.micro_batch)
         seconds.append(chosen.predicted_step_seconds)
     assert seconds == sorted(seconds, reverse=True)
 
@@ -170,7 +168,7 @@ def test_plans_near_the_smallest_budget_run(optimizer: str, head: str) -> None:
             workload,
             PlannedDevice("test", "cpu", budget_bytes, RATES),
         )
-        step = Setup(workload, plan.chosen.levers).step(plan.chosen.micro_batch)
+        step = plan.chosen.step
         trial = measure_step(step, budget, TrialSettings(steps=2))
         assert trial.outcome == "fits", (budget_bytes, trial.message)
 
@@ -183,15 +181,15 @@ def exact_gelu(model: str, seq_len: int, head: str = "squad") -> Workload:
 
 def test_plenty_of_memory_needs_no_lever() -> None:
     chosen = plan_for("bert-base", 128, 32, 80 * GIB_BYTES).chosen
-    assert (chosen.micro_batch, chosen.levers) == (32, Levers())
+    assert (chosen.step.micro_batch, chosen.step.levers) == (32, Levers())
 
 
 def test_an_insisted_policy_is_kept() -> None:
     plan = plan_for("bert-base", 384, 32, 6 * GIB_BYTES, "full")
-    assert str(plan.chosen.levers.checkpointing) == "full"
+    assert str(plan.chosen.step.levers.checkpointing) == "full"
     # Checkpointing everything leaves room for the whole batch where `none` must be cut.
-    assert plan.chosen.levers.accumulation_steps == 1
-    assert plan_for("bert-base", 384, 32, 6 * GIB_BYTES, "none").chosen.micro_batch < 32
+    assert plan.chosen.step.levers.accumulation_steps == 1
+    assert plan_for("bert-base", 384, 32, 6 * GIB_BYTES, "none").chosen.step.micro_batch < 32
 
 
 @pytest.mark.parametrize(("model", "target"), [("bert-base", 24), ("bert-mini", 1)])
@@ -214,7 +212,7 @@ def test_the_smallest_memory_is_enough_and_no_less_is(model: str, target: int) -
             PlannedDevice("test", "cpu", budget_bytes, RATES),
         )
 
-    assert plan(smallest.budget_bytes).chosen.micro_batch <= target
+    assert plan(smallest.budget_bytes).chosen.step.micro_batch <= target
     with pytest.raises(InputError, match="does not fit"):
         plan(smallest.budget_bytes - 16 * MIB_BYTES)
 
@@ -237,7 +235,7 @@ def test_plan_file_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan.to_json()))
     chosen = plan.chosen
-    assert read_plan(path) == PlannedSetting(32, chosen.micro_batch, chosen.levers, 1)
+    assert read_plan(path) == PlannedSetting(32, chosen.step.micro_batch, chosen.step.levers, 1)
     values = plan.to_json()
     for replicas, reached in ((2, True), (1, False), (0, False)):
         values["target_batch"], values["chosen"]["replicas"] = 64, replicas
@@ -336,11 +334,11 @@ def test_optimizers_that_change_the_update_are_used_only_where_allowed() -> None
 
     # Where both are equally fast, the published update is taken.
     roomy = plan(80, "adafactor").chosen
-    assert (roomy.levers.optimizer, roomy.to_json()["exact"]) == ("adamw", True)
+    assert (roomy.step.levers.optimizer, roomy.to_json()["exact"]) == ("adamw", True)
     with pytest.raises(InputError, match="--allow adafactor"):
         plan(4)
     small = plan(4, "lion", "adafactor").chosen
-    assert (small.levers.optimizer, small.to_json()["exact"]) == ("adafactor", False)
+    assert (small.step.levers.optimizer, small.to_json()["exact"]) == ("adafactor", False)
     with pytest.raises(InputError, match="does not fit") as caught:
         plan(1)
     assert "--allow" not in str(caught.value)
@@ -357,14 +355,14 @@ def test_the_host_takes_the_optimizers_state_where_nothing_else_fits() -> None:
             PlannedDevice("a card", kind, int(gibibytes * GIB_BYTES), rates),
         )
 
-    assert plan(6, "gpu").chosen.levers.placement == "device"
+    assert plan(6, "gpu").chosen.step.levers.placement == "device"
     with pytest.raises(InputError, match="does not fit"):
         plan(3.5, "cpu")
     with pytest.raises(InputError, match="does not fit"):
         plan(3.5, "gpu", offload_if_needed=False)
     chosen = plan(3.5, "gpu").chosen
-    assert chosen.levers.placement == "host"
-    assert chosen.levers.exact
+    assert chosen.step.levers.placement == "host"
+    assert chosen.step.levers.exact
     assert chosen.footprint.parts["optimizer_state"] == 0
     trained = sum(
         math.prod(shape) for name, shape in workload.parameters.items() if workload.trained(name)
@@ -404,7 +402,7 @@ def test_eight_cores_share_an_effective_batch(target: int, micro_batch: int, pad
         PlannedDevice(tpu.name, tpu.kind, tpu.usable_bytes, gpu_rates(tpu), replicas=tpu.replicas),
     )
     chosen = plan.chosen
-    assert (chosen.micro_batch, chosen.levers.accumulation_steps) == (micro_batch, 1)
+    assert (chosen.step.micro_batch, chosen.step.levers.accumulation_steps) == (micro_batch, 1)
     assert (chosen.replicas, chosen.rows - target) == (8, padding)
     assert (plan.target_batch, chosen.to_json()["replicas"]) == (target, 8)
 
@@ -422,10 +420,7 @@ def test_gradients_are_added_up_over_replicas(kind: str) -> None:
         )
 
     one, four = plan(2, 1), plan(8, 4)
-    assert (one.chosen.micro_batch, one.chosen.levers) == (
-        four.chosen.micro_batch,
-        four.chosen.levers,
-    )
+    assert one.chosen.step == four.chosen.step
     parts = four.chosen.footprint.parts
     copies = {"gpu": 2, "tpu": 1}[kind]
     assert parts["all_reduce"] == copies * parts["gradients"]

@@ -10,7 +10,7 @@ import pytest
 
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Setup, TrainingStep, published_workload
+from bertbench.core.workload import TrainingStep, published_workload
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.devices.step_time import device_rates
@@ -68,7 +68,7 @@ def test_a_plan_that_runs_out_makes_room(tmp_path: Path) -> None:
     assert trial.outcome == "fits"
     assert [one.outcome for one in refuted] == ["oom", "oom"]
     assert plan is attempts[-1]
-    steps = [Setup(WORKLOAD, p.chosen.levers).step(p.chosen.micro_batch) for p in attempts]
+    steps = [p.chosen.step for p in attempts]
     assert device.tried == steps
     peaks = [p.chosen.footprint.peak_bytes for p in attempts]
     for larger, smaller in itertools.pairwise(peaks):

@@ -181,8 +181,8 @@ def test_plans_are_drawn_with_their_footprints() -> None:
     assert planned.trial is None
     chosen = planned.plan.chosen
     tried = rows_of(
-        fits(chosen.micro_batch, 333), model="bert-mini", seq_len=128, mib=400, first=3,
-        policy=str(chosen.levers.checkpointing), steps=chosen.levers.accumulation_steps,
+        fits(chosen.step.micro_batch, 333), model="bert-mini", seq_len=128, mib=400, first=3,
+        policy=str(chosen.step.levers.checkpointing), steps=chosen.step.levers.accumulation_steps,
     )  # fmt: skip
     (planned,) = recommend_plans(collect_cells([*rows, *tried]), 32)
     assert planned.trial is not None
@@ -206,7 +206,7 @@ def test_plans_are_drawn_with_their_footprints() -> None:
     ]
     assert {x for x, _ in found["budget"]} == {400}
 
-    timeline = step_timeline(planned.workload, chosen.levers, chosen.micro_batch)
+    timeline = step_timeline(planned.workload, chosen.step.levers, chosen.step.micro_batch)
     assert timeline is not None
     (axis,) = drawn(timeline_picture(planned, "here")).axes
     highest = max(area.get_paths()[0].vertices[:, 1].max() for area in axis.collections)

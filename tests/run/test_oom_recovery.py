@@ -257,7 +257,7 @@ def test_a_plan_for_other_replicas_is_refused(tmp_path: Path) -> None:
     values = plan.to_json()
     path.write_text(json.dumps(values))
     asked = settings(tmp_path, plan_file=path)
-    assert choose(asked).micro_batch == plan.chosen.micro_batch
+    assert choose(asked).micro_batch == plan.chosen.step.micro_batch
     values["chosen"]["replicas"] = 2
     path.write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"for 2 replicas, not 1.*--use_tpu"):

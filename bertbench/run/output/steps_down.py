@@ -126,7 +126,7 @@ def apply_steps_down(request: RunRequest, chosen: TrainingStep) -> TrainingStep:
             if predicted_peak_bytes(step, request.budget) >= failed_bytes:
                 step = down.smaller
     if step != chosen:
-        before, now = (describe_setting(one.micro_batch, one.levers) for one in (chosen, step))
+        before, now = map(describe_setting, (chosen, step))
         say(f"{before}, or what needs no more, ran out of memory before: continuing with {now}")
     return step
 
