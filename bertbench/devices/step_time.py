@@ -1,7 +1,7 @@
-"""Predicted seconds of an optimizer step: what it does, counted, times the seconds of each.
+"""Predicted seconds of an optimizer step: its operations are counted and multiplied by their rates.
 
-Good for comparing lever settings with one another; on a device that nothing was measured on, the
-absolute number is a rough one.
+The prediction is good for comparing lever settings. As a number of seconds it is rough on a device
+that nothing was measured on.
 """
 
 from __future__ import annotations
@@ -27,46 +27,46 @@ TPUs' own links."""
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What an optimizer step does on one replica, counted; or the seconds of one of each.
+    """Counts of what an optimizer step does on one replica; or the seconds that each count costs.
 
     Attributes:
-        products: operations of matrix products, forward, backward and recomputed.
-        weights: numbers of weight matrices, times the passes over them: what a product costs
-            however few the tokens are.
-        scores: elements `[b, a, s, s]` of attention, forward and backward.
-        scores_again: the same, recomputed.
-        hidden: elements `[b * s, h]` of layers, forward and backward; the intermediate sublayer's
-            are in proportion.
-        hidden_again: the same, recomputed.
-        small_scores: those of all these in tensors of less than `_SMALL_ELEMENTS`.
-        small_hidden: likewise.
+        products: operations of matrix products: forward, backward and recomputed.
+        weights: elements of weight matrices, times the passes over them. A product costs this much
+            even for very few tokens.
+        scores: elements `[b, a, s, s]` of the attention, forward and backward.
+        recomputed_scores: such elements that the backward pass computes again.
+        hidden: elements `[b * s, h]` of layers, forward and backward. Those of the intermediate
+            sublayer are proportional to them.
+        recomputed_hidden: such elements that the backward pass computes again.
+        small_scores: elements of scores in tensors with less than `_SMALL_ELEMENTS`.
+        small_hidden: elements of hidden states in tensors with less than `_SMALL_ELEMENTS`.
         embedded: elements `[b * s, h]` of the embeddings and their gradient.
-        layers: layers, times micro-batches: what kernels cost however small they are.
-        layers_again: the same, recomputed.
-        chunks: chunks of examples that layers are recomputed in.
-        summed: accumulators' numbers, times micro-batches.
-        accumulators: their numbers, which are made once.
-        updated: trained numbers.
+        layers: layers, times micro-batches. Kernels cost this much even for very small tensors.
+        recomputed_layers: layers that the backward pass computes again, times micro-batches.
+        chunks: chunks of examples in which layers are recomputed.
+        summed: elements that are added to accumulators, in all micro-batches.
+        accumulators: elements of accumulators, which are allocated once.
+        updated: elements of trained variables.
     """
 
     products: float = 0.0
     weights: float = 0.0
     scores: float = 0.0
-    scores_again: float = 0.0
+    recomputed_scores: float = 0.0
     hidden: float = 0.0
-    hidden_again: float = 0.0
+    recomputed_hidden: float = 0.0
     small_scores: float = 0.0
     small_hidden: float = 0.0
     embedded: float = 0.0
     layers: float = 0.0
-    layers_again: float = 0.0
+    recomputed_layers: float = 0.0
     chunks: float = 0.0
     summed: float = 0.0
     accumulators: float = 0.0
     updated: float = 0.0
 
     def times(self, factor: float, names: Sequence[str]) -> Work:
-        """Those that are named times a factor."""
+        """Multiply the named counts by a factor, and keep the others."""
         values = dataclasses.asdict(self)
         return Work(**{n: v * factor if n in names else v for n, v in values.items()})
 
@@ -74,32 +74,33 @@ class Work:
 _KINDS = tuple(field.name for field in dataclasses.fields(Work))
 
 _OF_ACTIVATIONS = (
-    "products", "weights", "scores", "scores_again", "hidden", "hidden_again",
+    "products", "weights", "scores", "recomputed_scores", "hidden", "recomputed_hidden",
     "small_scores", "small_hidden",
 )  # fmt: skip
-"""What a precision makes faster."""
+"""Counts that cost less with a lower precision."""
 
 _SMALL_ELEMENTS = 100_000
 """TensorFlow computes a smaller tensor on one core. Between 98,304 (slow) and 131,072, two cores,
 2026-11-26."""
 
 _ON_ALL_CORES = (
-    "products", "weights", "scores", "scores_again", "hidden", "hidden_again", "embedded", "summed",
+    "products", "weights", "scores", "recomputed_scores", "hidden", "recomputed_hidden", "embedded",
+    "summed",
 )  # fmt: skip
-"""What more cores make faster; the rest is done by one."""
+"""Counts that are shared by all cores; the others are done by one core."""
 
-_AGAIN_SHARE = 0.4
-"""Operations of a recomputed forward pass, in those of a forward and a backward pass."""
+_RECOMPUTED_SHARE = 0.4
+"""Part of the operations of a forward and a backward pass that a recomputed forward pass has."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a device delivers on this work.
+    """How fast a device is.
 
     Attributes:
-        unit_seconds: of one of each.
-        speedups: rate of a precision over that of float32, where it is another.
-        link_bytes_per_second: rate of sums over replicas.
+        unit_seconds: seconds that one of each count costs.
+        speedups: by how much a precision is faster than float32; missing ones are not.
+        link_bytes_per_second: bytes that a replica sends to another one.
     """
 
     unit_seconds: Work
@@ -116,14 +117,14 @@ _CPU_UNIT_SECONDS = Work(
     products=6.22e-12,
     weights=2.93e-10,
     scores=1.78e-09,
-    scores_again=3.02e-09,
+    recomputed_scores=3.02e-09,
     hidden=8.90e-09,
-    hidden_again=1.85e-08,
+    recomputed_hidden=1.85e-08,
     small_scores=7.68e-09,
     small_hidden=2.17e-08,
     embedded=6.71e-08,
     layers=1.93e-03,
-    layers_again=4.1e-05,
+    recomputed_layers=4.1e-05,
     chunks=6.47e-04,
     accumulators=4.43e-10,
 )
@@ -134,8 +135,8 @@ models, as the update, is not told apart from it."""
 
 _GPU_EFFICIENCY = 0.5
 _GPU_HALF_RATE_TOKENS = 256
-"""Tokens of a micro-batch at which half the rate is reached."""
-_GPU_PASSES = {"scores": 44, "scores_again": 24, "hidden": 200, "hidden_again": 80}
+"""With so many tokens in a micro-batch a GPU reaches half of its rate."""
+_GPU_PASSES = {"scores": 44, "recomputed_scores": 24, "hidden": 200, "recomputed_hidden": 80}
 """Times that an element is read or written, counted in the operations that are not products, each
 of which TensorFlow makes a kernel of. Not measured."""
 _GPU_SPEEDUPS = {"tf32": 1.5, "bf16": 2.0, "fp16": 2.0}
@@ -163,7 +164,7 @@ def gpu_rates(accelerator: Accelerator) -> Rates:
             weights=2 * _GPU_HALF_RATE_TOKENS / flops_per_second,
             **{name: passes * element_seconds for name, passes in _GPU_PASSES.items()},
             layers=1e-3,
-            layers_again=4e-4,
+            recomputed_layers=4e-4,
             chunks=2e-3,
             # An accumulator is read, added to and written.
             summed=3 * element_seconds,
@@ -220,14 +221,14 @@ def work_of(step: TrainingStep) -> Work:
     attention = 4 * scores * config.head_size  # two products
     counted: collections.defaultdict[str, float] = collections.defaultdict(float)
     for policy, count in _counted(levers, layers):
-        again = policy != "none"
+        recomputed = policy != "none"
         counted["products"] += count * 3 * (2 * tokens * of_weights + attention)
         counted["weights"] += count * 3 * of_weights
-        if again:
+        if recomputed:
             counted["products"] += count * attention
-            counted["scores_again"] += count * scores
-            counted["hidden_again"] += count * hidden
-            counted["layers_again"] += count
+            counted["recomputed_scores"] += count * scores
+            counted["recomputed_hidden"] += count * hidden
+            counted["recomputed_layers"] += count
         if policy not in ("none", "selective"):
             # All products but the last, which no gradient reads.
             counted["products"] += count * 2 * tokens * (of_weights - h * f)
@@ -237,7 +238,7 @@ def work_of(step: TrainingStep) -> Work:
         counted["chunks"] += 0 if per_chunk is None else count * chunks
         for name, elements in (("scores", scores), ("hidden", hidden)):
             if elements < chunks * _SMALL_ELEMENTS:
-                counted[f"small_{name}"] += count * elements * (1 + again * _AGAIN_SHARE)
+                counted[f"small_{name}"] += count * elements * (1 + recomputed * _RECOMPUTED_SHARE)
     parameters = _parameters(workload)
     counted["scores"], counted["hidden"] = layers * scores, layers * hidden
     counted["embedded"], counted["layers"] = hidden, layers

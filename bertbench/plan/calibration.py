@@ -37,7 +37,7 @@ _MIN_TRIALS = 4
 """Fewest trials that the speed of a device is taken from; the margin needs twice as many."""
 
 _MOST_TRIALS = 400
-"""The newest of other workloads that are looked at."""
+"""Most trials of other workloads that are read, the newest first."""
 
 _MIN_MARGIN = 0.01
 _CLEARLY_MORE = 1.1
@@ -45,12 +45,12 @@ _CLEARLY_MORE = 1.1
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-    """What was seen of one setting of a workload, each time in a process of its own.
+    """What trials have shown of one setting of a workload, each in a process of its own.
 
     Attributes:
-        fits_bytes: the budgets that it has fitted in.
-        exceeds_bytes: those in which it has run out of memory. Of one budget the newest trial
-            counts, as another process may have held memory before.
+        fits_bytes: budgets in which the setting has fitted.
+        exceeds_bytes: budgets in which it has run out of memory. Of one budget the newest trial
+            counts: during an older one another process may have held memory.
     """
 
     fits_bytes: frozenset[int] = frozenset()
@@ -59,17 +59,18 @@ class Outcomes:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What is known of a workload on a device.
+    """What trials on a device teach the predictions for a workload.
 
     Attributes:
-        time_factor: measured seconds of a step, in those predicted.
-        trials: that it is the median of; 0 if there are too few.
-        curve: the same by micro-batch for this workload alone, as pairs of them with the smallest
-            first; empty if too few trials tell, and on a CPU, where whatever else runs then makes
-            some trials slower than others.
-        margin: part of a prediction to add before it is compared with a budget, where a margin is
-            kept; None if too few trials tell.
-        outcomes: by levers and micro-batch.
+        time_factor: measured seconds of a step, divided by the predicted ones; the median of the
+            trials.
+        trials: number of these trials; 0 if there are too few.
+        curve: pairs of a micro-batch and the time factor there, the smallest micro-batch first, of
+            trials of this workload alone. It is empty if there are too few, and on a CPU, where
+            other programs make some trials slower than others.
+        margin: part of a predicted peak to add before it is compared with a budget, where a margin
+            is kept; None if too few trials tell.
+        outcomes: what fitted and what did not, by levers and micro-batch.
     """
 
     time_factor: float = 1.0
@@ -79,9 +80,10 @@ class Calibration:
     outcomes: Mapping[tuple[Levers, int], Outcomes] = dataclasses.field(default_factory=dict)
 
     def seconds(self, predicted_seconds: float, micro_batch: int) -> float:
-        """What a step takes, from what is predicted of it.
+        """Correct the predicted seconds of a step.
 
-        Between two micro-batches of the curve by their logarithms, beyond its ends as there.
+        Between two micro-batches of the curve the factor is interpolated over the logarithm of the
+        micro-batch. Beyond an end of the curve it is the factor of that end.
         """
         if not self.curve:
             return predicted_seconds * self.time_factor
@@ -94,7 +96,10 @@ class Calibration:
         return predicted_seconds * (first + share * (second - first))
 
     def failures(self) -> Calibration:
-        """What has run out of memory alone: of a device that others use too, all that holds."""
+        """What has run out of memory, alone.
+
+        On a device that other programs use too, what has fitted before may not fit now.
+        """
         return Calibration(
             outcomes={
                 setting: dataclasses.replace(seen, fits_bytes=frozenset())
@@ -105,9 +110,10 @@ class Calibration:
     def fits(self, levers: Levers, micro_batch: int, budget_bytes: int) -> bool | None:
         """Whether trials have shown that a setting fits, or that it does not; None if neither.
 
-        What has run out in a budget is taken not to fit in a smaller one. What has fitted fits in
-        the same budget and in one that is a tenth larger; just above, memory may be in pieces that
-        are too small again.
+        A setting that has run out of memory in a budget does not fit in a smaller one either. A
+        setting that has fitted fits in the same budget, and in all that are at least a tenth
+        larger. In a budget that is only a little larger, free memory may be in pieces that are too
+        small.
         """
         seen = self.outcomes.get((levers, micro_batch), Outcomes())
         if budget_bytes in seen.fits_bytes:
@@ -122,8 +128,8 @@ class Calibration:
 def note_out_of_memory(step: TrainingStep, budget: Budget, message: str) -> None:
     """Write into the user's ledger that a run's step ran out of memory, as evidence for plans.
 
-    Of several devices nothing is written: what each of them holds is more than one alone would.
-    Where the ledger cannot be written, one line says so.
+    Nothing is written of a step on several devices, as each of them holds more than one device
+    alone. Where the ledger cannot be written, one line says so.
 
     Args:
         step: the training step.
@@ -143,13 +149,13 @@ def note_out_of_memory(step: TrainingStep, budget: Budget, message: str) -> None
 def read_calibration(
     device: Device, workload: Workload, rates: Rates, ledger_file: Path | None = None
 ) -> Calibration:
-    """Read what the ledger tells.
+    """Calibrate predictions by the trials in a ledger.
 
     Args:
-        device: an attached one.
+        device: a device of this machine.
         workload: what is trained.
-        rates: the device's, as predicted.
-        ledger_file: None takes the user's, and does without it if it cannot be read.
+        rates: of the device, as predicted.
+        ledger_file: the ledger; None takes the user's, or no trials if it cannot be read.
 
     Raises:
         InputError: the file that was named cannot be read.
@@ -175,10 +181,10 @@ def calibrate(
 
     Args:
         rows: trials that fitted or ran out of memory.
-        workload: that outcomes and a curve are wanted of; speed and error are learnt from all
-            workloads.
-        rates: the device's, as predicted.
-        device_kind: of the device.
+        workload: workload of the outcomes and the curve; time factor and margin come from the
+            trials of all workloads.
+        rates: of the device, as predicted.
+        device_kind: `cpu`, `gpu` or `tpu`.
     """
     factors, errors = [], []
     of_workload: list[tuple[int, float]] = []
@@ -216,7 +222,7 @@ def calibrate(
 def _outcomes(
     evidence: Mapping[tuple[Levers, int], Sequence[Trial]],
 ) -> dict[tuple[Levers, int], Outcomes]:
-    """Put what was seen under several budgets together."""
+    """Sort the trials that count under each budget by levers and micro-batch."""
     outcomes: dict[tuple[Levers, int], Outcomes] = {}
     for (levers, budget_bytes), trials in evidence.items():
         for batch, trial in verdicts(trials).items():
@@ -230,7 +236,7 @@ def _outcomes(
 
 
 def _curve(factors: Sequence[tuple[int, float]]) -> tuple[tuple[float, float], ...]:
-    """Medians of the factors of micro-batches within a factor of two, if they say anything."""
+    """Median time factors of micro-batches within a factor of two; empty if there are too few."""
     octaves: dict[int, list[tuple[int, float]]] = {}
     for micro_batch, factor in factors:
         octaves.setdefault(micro_batch.bit_length(), []).append((micro_batch, factor))

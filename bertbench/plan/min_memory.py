@@ -52,7 +52,7 @@ def find_min_memory(
     device_kind: str,
     *,
     replicas: int = 1,
-    looked_at: int | None = None,
+    most_replayed: int | None = None,
 ) -> MinMemory:
     """Find the smallest budget for a target batch.
 
@@ -62,7 +62,8 @@ def find_min_memory(
         workload: what is trained.
         device_kind: `cpu`, `gpu` or `tpu`.
         replicas: devices that share the target; the budget is that of each.
-        looked_at: how many settings are replayed, those of the smallest peaks; None for all.
+        most_replayed: settings that are replayed at most, those with the smallest peaks; None for
+            all.
     """
     if request.policies is None:
         request = dataclasses.replace(request, policies=[*map(Checkpointing, POLICIES)])
@@ -75,7 +76,7 @@ def find_min_memory(
     room = Room(device_kind, 0, replicas=replicas)
     peaks = [(predict_memory(s.setup, room).peak_bytes(s.micro_batch), s) for s in steps]
     best: MinMemory | None = None
-    for peak_bytes, step in sorted(peaks, key=lambda peak: peak[0])[:looked_at]:
+    for peak_bytes, step in sorted(peaks, key=lambda peak: peak[0])[:most_replayed]:
         if best is not None:
             below = Room(device_kind, best.budget_bytes - MIB_BYTES, replicas=replicas)
             if peak_bytes > below.budget_bytes:

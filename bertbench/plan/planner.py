@@ -23,8 +23,8 @@ from finetune.errors import InputError
 from finetune.spec.optimizers import OPTIMIZERS
 
 _MOST_REJECTIONS = 20
-_LOOKED_AT = 4
-"""Settings that are replayed for a message."""
+_REPLAYED_FOR_MESSAGE = 4
+"""Settings that are replayed to say how much memory is missing: exact enough for a message."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,8 +228,9 @@ def _choose(
     """Take the first that fits.
 
     Returns:
-        It, the slower ones that need clearly less than any faster one, and of the faster ones
-        those whose peak is too large by the fewest bytes; None if nothing fits.
+        Three values: the first candidate that fits; slower ones that need clearly less memory than
+        any faster one; and of the faster ones those that need the fewest bytes too many. None if
+        nothing fits.
     """
     rejected: list[tuple[int, Rejection]] = []
     for number, candidate in enumerate(candidates):
@@ -288,7 +289,7 @@ def _nothing_fits(request: PlanRequest, workload: Workload, device: PlannedDevic
 
     def smallest(request: PlanRequest, replicas: int = device.replicas) -> MinMemory:
         return find_min_memory(
-            request, workload, device.kind, replicas=replicas, looked_at=_LOOKED_AT
+            request, workload, device.kind, replicas=replicas, most_replayed=_REPLAYED_FOR_MESSAGE
         )
 
     def enough(request: PlanRequest, replicas: int = device.replicas) -> bool:

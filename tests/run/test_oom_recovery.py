@@ -88,7 +88,7 @@ def step(micro_batch: int, levers: Levers | None = None) -> TrainingStep:
 
 def peak_bytes_of(chosen: TrainingStep) -> int:
     room = Room("cpu", BUDGET.budget_bytes)
-    return predict_memory(Setup(WORKLOAD, chosen.levers), room).peak_bytes(chosen.micro_batch)
+    return predict_memory(chosen.setup, room).peak_bytes(chosen.micro_batch)
 
 
 def after(asked: RunSettings, failed: TrainingStep) -> TrainingStep:
