@@ -113,9 +113,10 @@ def _measure_group(
 
 def _cell(path: Path, budget: Budget, workload: Workload, levers: Levers) -> Row:
     with open_ledger(path) as ledger:
-        recorded = find_allocations(ledger, Question(budget, Setup(workload, levers)))
+        question = Question(budget, Setup(workload, levers))
+        recorded = find_allocations(ledger, question)
         lengths = {one.seq_len for one in recorded}
-        cell = probe_cell(ledger, budget, workload, levers)
+        cell = probe_cell(ledger, question)
     began = time.monotonic()
     limit, trials = _double_and_halve(budget, workload, levers)
     return {

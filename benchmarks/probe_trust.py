@@ -30,6 +30,7 @@ from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.devices.device import make_budget
 from bertbench.devices.discover import resolve_device
 from bertbench.ledger.database import open_ledger
+from bertbench.ledger.question import Question
 from bertbench.memory.allocator.limit import child_environment
 from bertbench.probe.cell import probe_cell
 from bertbench.trials.isolation import run_isolated
@@ -64,14 +65,14 @@ def repeat(times: int) -> list[dict[str, Any]]:
     rows = []
     for model, seq_len, policy, mebibytes in cells:
         budget = make_budget(resolve_device("cpu"), mebibytes * MIB_BYTES)
-        workload, levers = published_workload(model, seq_len), Levers(parse_checkpointing(policy))
+        setup = Setup(published_workload(model, seq_len), Levers(parse_checkpointing(policy)))
         found = []
         for _ in range(times):
             with (
                 tempfile.TemporaryDirectory() as folder,
                 open_ledger(Path(folder, "ledger.sqlite")) as ledger,
             ):
-                result = probe_cell(ledger, budget, workload, levers).result
+                result = probe_cell(ledger, Question(budget, setup)).result
             fits = result.certificate.fits if result.certificate else None
             found.append((result.max_batch, fits.peak_bytes if fits else None, result.measured))
         maxima, peaks, trials = zip(*found, strict=True)

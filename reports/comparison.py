@@ -227,7 +227,7 @@ def _rows_of(probed: ProbeFile) -> list[LedgerRow]:
     versions = json_text(probed.versions, sort_keys=True)
     rows: list[LedgerRow] = []
     for cell in probed.cells:
-        workload, levers = cell.workload, cell.levers
+        workload, levers = cell.setup.workload, cell.setup.levers
         for trial in cell.trials:
             rows.append(
                 LedgerRow(

@@ -74,7 +74,7 @@ from bertbench.devices.lock import devices_held
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question, versions_key
 from bertbench.ledger.records import find, record
-from bertbench.probe.cell import probe_cell
+from bertbench.probe.cell import ProbeListener, ProbeSettings, probe_cell
 from bertbench.trials.measure import TrialListener, TrialSettings, measure_batches
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
@@ -277,7 +277,9 @@ def measure_cells(measurement: Measurement) -> None:
 def probe_one(limits: Path, budget: Budget, cell: Cell, end: float) -> str:
     """Certify the limit of a cell; say why a trial failed, if one has."""
     with open_ledger(limits) as ledger:
-        result = probe_cell(ledger, budget, *cell, steps=2, check=Clock(end).check).result
+        question = Question(budget, Setup(*cell))
+        listener = ProbeListener(poll=Clock(end).check)
+        result = probe_cell(ledger, question, ProbeSettings(steps=2), listener).result
     return result.message if result.stopped_by == "failed" else ""
 
 

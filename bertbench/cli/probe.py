@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +21,31 @@ from bertbench.cli.options.common import (
     given_flags,
     json_option,
     ledger_option,
-    resolve_budget,
     write_json,
 )
 from bertbench.cli.probe_view import (
-    build_check_table,
-    build_table,
-    describe,
-    headline,
-    holes,
+    View,
+    describe_trial,
+    describe_workload,
+    show_checks,
+    show_results,
     shown,
 )
 from bertbench.core.errors import WorkError
 from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
-from bertbench.core.terminal import say, terminal
-from bertbench.core.units import MIB_BYTES, format_bytes
-from bertbench.core.workload import MOST_BATCH, Levers, check_layers, published_workload
-from bertbench.devices.accelerators import check_levers
-from bertbench.devices.device import (
-    Budget,
-    Device,
-    TpuSettings,
-    check_alike,
-    check_alone,
-    check_free,
-    make_budget,
-)
+from bertbench.core.terminal import say
+from bertbench.core.units import format_bytes
+from bertbench.core.workload import MOST_BATCH, Levers, Setup
+from bertbench.devices.device import Budget, Device, TpuSettings
 from bertbench.devices.discover import resolve_device, tpu_device
 from bertbench.devices.lock import devices_held
 from bertbench.ledger.database import default_ledger_path, open_ledger
-from bertbench.ledger.limit import find_limit
 from bertbench.ledger.question import versions_key
-from bertbench.probe.cell import predict_cell_seconds, probe_cell
+from bertbench.probe.cell import ProbedCell, ProbeSettings
+from bertbench.probe.grid import check_usable, equal_budgets, make_grid, probe_grid
 from bertbench.probe.recheck import Check, check_claim, read_claims
-from bertbench.probe.workers import share_out
+from bertbench.probe.seconds import predict_cell_seconds
+from bertbench.trials.measure import measure_batches
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
@@ -62,11 +53,11 @@ from finetune.spec.config import HEADS
 from finetune.spec.optimizers import EXACT_OPTIMIZER, OPTIMIZERS, PLACEMENTS
 from finetune.spec.precisions import EXACT_PRECISION, PRECISIONS
 
-_CPU_DEFAULT_BYTES = 512 * MIB_BYTES
-_CPU_MODELS, _CPU_SEQ_LENS = "bert-tiny,bert-mini", "64,128"
+# Models and sequence lengths, as their flags take them.
+_CPU_GRID = "bert-tiny,bert-mini", "64,128"
+_PAPER_GRID = ",".join(PAPER_MODELS), ",".join(map(str, PAPER_SEQ_LENS))
+
 _BESIDE_CHECK = ("checked_file", "ledger_file", "json_file", "share", "trial_timeout")
-_PAPER_MODELS = ",".join(PAPER_MODELS)
-_PAPER_SEQ_LENS = ",".join(map(str, PAPER_SEQ_LENS))
 
 
 @click.command(context_settings=CONTEXT)
@@ -174,98 +165,38 @@ def command(
       bertbench probe --models bert-base --seq-lens 128,384 --memory 12GiB
     """
     ledger_path = ledger_file or default_ledger_path()
+    context = click.get_current_context()
+    settings = ProbeSettings(
+        max_batch,
+        certify=not no_certify,
+        fresh=not resume,
+        timeout_seconds=trial_timeout,
+        measure=context.obj or measure_batches,  # a test gives simulated trials
+    )
     if checked_file is not None:
-        _nothing_else(click.get_current_context())
-        _check(checked_file, ledger_path, share, trial_timeout, json_file)
+        _nothing_else(context)
+        _check(checked_file, ledger_path, share, settings, json_file)
         return
-    named = [resolve_device(name) for name in _items(device)]
-    if named[0].tpu is not None:
-        if memory is not None or len(named) > 1:
-            raise InputError(
-                f"--device {device}: a TPU is probed alone, and with all memory of a core",
-                hint="leave --memory and other devices out",
-            )
-        tpu = TpuSettings(named[0].tpu.name, tpu_zone, gcp_project, num_tpu_cores)
-        named[0] = tpu_device(tpu)
-    elif tpu_zone or gcp_project:
-        raise InputError(
-            f"--tpu-zone and --gcp-project do not go with --device {device}",
-            hint="name the TPU with --device tpu:NAME",
-        )
-    on_cpu = named[0].kind == "cpu"
-    if models is None:
-        models = _CPU_MODELS if on_cpu else _PAPER_MODELS
-    if seq_lens is None:
-        seq_lens = _CPU_SEQ_LENS if on_cpu else _PAPER_SEQ_LENS
-    names, lengths = _items(models), [_length(item) for item in _items(seq_lens)]
+    tpu = TpuSettings(None, tpu_zone, gcp_project, num_tpu_cores)
+    devices = _devices(device, tpu, memory)
     levers = Levers(
         parse_checkpointing(checkpointing), accumulation, precision, optimizer, xla, placement
     )
-    check_levers(named[0].kind, named[0].name, levers)
-    workloads = [published_workload(name, length, head) for name in names for length in lengths]
-    for workload in workloads:
-        check_layers(workload, levers.checkpointing)
-    interrupted = False
-    with devices_held(named):
-        budgets = _budgets(named, memory, share)
+    on_cpu = devices[0].kind == "cpu"
+    default_models, default_seq_lens = _CPU_GRID if on_cpu else _PAPER_GRID
+    names = _items(default_models if models is None else models)
+    lengths = _items(default_seq_lens if seq_lens is None else seq_lens)
+    setups = make_grid(devices[0], names, [_length(item) for item in lengths], head, levers)
+    with devices_held(devices):
+        budgets = equal_budgets(devices, memory, share)
         if on_cpu and models is None and seq_lens is None:
-            say(
-                f"no accelerator: probing small models on the CPU under a cap of "
-                f"{format_bytes(budgets[0].budget_bytes)}; for the paper's grid give "
-                f"--models {_PAPER_MODELS} --seq-lens {_PAPER_SEQ_LENS} --memory 12GiB"
-            )
-        estimates = [predict_cell_seconds(budgets[0], workload, levers) for workload in workloads]
-        with shown(workloads, estimates, len(budgets)) as view:
-
-            def work(budget: Budget, index: int, check: Callable[[], None]) -> None:
-                # A connection belongs to the thread that made it.
-                with open_ledger(ledger_path) as ledger:
-                    view.begin(index, budget.device.label)
-                    cell = probe_cell(
-                        ledger,
-                        budget,
-                        workloads[index],
-                        levers,
-                        max_batch=max_batch,
-                        certify=not no_certify,
-                        fresh=not resume,
-                        timeout_seconds=trial_timeout,
-                        on_attempt=functools.partial(view.attempt, index),
-                        on_trial=functools.partial(view.trial, index),
-                        check=check,
-                    )
-                    view.cell(index, cell)
-
-            try:
-                share_out(len(workloads), budgets, work)
-            except KeyboardInterrupt:
-                interrupted = True
-    cells = [cell for _, cell in sorted(view.cells.items())]
+            say(_small_grid_notice(device, budgets[0]))
+        view, interrupted = _probe(ledger_path, budgets, setups, settings)
+    cells = view.finished()
     if json_file is not None:
-        write_json(
-            json_file,
-            {
-                **_measured_on(budgets[0]),
-                # The other devices that cells were shared out among.
-                "more_devices": [_device_json(budget) for budget in budgets[1:]],
-                "cells": [cell.to_json() for cell in cells],
-            },
-        )
+        write_json(json_file, _to_json(budgets, cells))
     if str(json_file) != "-":
-        console = terminal()
-        console.print(headline(budgets[0], levers), soft_wrap=True)
-        finished = [workload for index, workload in enumerate(workloads) if index in view.cells]
-        console.print(build_table(dict(enumerate(cells)), finished))
-        for cell in cells:
-            for line in holes(cell):
-                console.print(line, soft_wrap=True)
-        for index, running in view.running.items():
-            fitting = find_limit(running.trials).max_batch or 0
-            console.print(
-                f"interrupted at {view.title(index)}: batch {fitting} fits; the same command goes "
-                "on from there",
-                soft_wrap=True,
-            )
+        show_results(view, budgets[0], levers)
     if interrupted:
         raise KeyboardInterrupt
     failed = [cell for cell in cells if cell.result.stopped_by == "failed"]
@@ -276,27 +207,46 @@ def command(
         )
 
 
-def _budgets(named: Sequence[Device], memory: int | None, share: bool) -> list[Budget]:
-    """Budgets of devices, as they are now: of the same size, as trials count for all of them.
+def _devices(device: str, tpu: TpuSettings, memory: int | None) -> list[Device]:
+    """Find the devices that `--device` names, a TPU with the settings of the other flags."""
+    devices = [resolve_device(name) for name in _items(device)]
+    if devices[0].tpu is not None:
+        if memory is not None or len(devices) > 1:
+            raise InputError(
+                f"--device {device}: a TPU is probed alone, and with all memory of a core",
+                hint="leave --memory and other devices out",
+            )
+        return [tpu_device(dataclasses.replace(tpu, name=devices[0].tpu.name))]
+    if tpu.zone or tpu.project:
+        raise InputError(
+            f"--tpu-zone and --gcp-project do not go with --device {device}",
+            hint="name the TPU with --device tpu:NAME",
+        )
+    return devices
 
-    Raises:
-        InputError: others use one, or the devices are not alike.
-    """
-    if memory is None and named[0].kind == "cpu":
-        memory = min(_CPU_DEFAULT_BYTES, named[0].total_bytes)
-    names = [(device.uuid and f"gpu:{device.uuid}") or device.label for device in named]
-    budgets = [
-        make_budget(device, memory) if device.tpu else resolve_budget(name, memory)
-        for name, device in zip(names, named, strict=True)
-    ]
-    check_alike([budget.device for budget in budgets])
-    smallest_bytes = min(budget.budget_bytes for budget in budgets)
-    budgets = [make_budget(budget.device, smallest_bytes) for budget in budgets]
-    for budget in budgets:
-        if not share:
-            check_alone(budget.device)
-        check_free(budget)
-    return budgets
+
+def _small_grid_notice(device: str, budget: Budget) -> str:
+    """Say that the default grid is a small one, and how to ask for the paper's."""
+    models, seq_lens = _PAPER_GRID
+    return (
+        f"{'no accelerator: ' if device == 'auto' else ''}probing small models on the CPU under a "
+        f"cap of {format_bytes(budget.budget_bytes)}; for the paper's grid give "
+        f"--models {models} --seq-lens {seq_lens} --memory 12GiB"
+    )
+
+
+def _probe(
+    ledger_path: Path, budgets: Sequence[Budget], setups: Sequence[Setup], settings: ProbeSettings
+) -> tuple[View, bool]:
+    """Probe the cells and show how far they are; tell whether that was interrupted."""
+    estimates = [predict_cell_seconds(budgets[0], setup) for setup in setups]
+    workloads = [setup.workload for setup in setups]
+    with shown(workloads, estimates, len(budgets)) as view:
+        try:
+            probe_grid(ledger_path, budgets, setups, settings, view)
+        except KeyboardInterrupt:
+            return view, True
+    return view, False
 
 
 def _nothing_else(context: click.Context) -> None:
@@ -309,11 +259,7 @@ def _nothing_else(context: click.Context) -> None:
 
 
 def _check(
-    path: Path,
-    ledger_path: Path,
-    share: bool,
-    timeout_seconds: float | None,
-    json_file: Path | None,
+    path: Path, ledger_path: Path, share: bool, settings: ProbeSettings, json_file: Path | None
 ) -> None:
     """Repeat the certificates of a file and say which hold."""
     budget, claims, others = read_claims(path)
@@ -323,33 +269,23 @@ def _check(
     interrupted = False
     with devices_held([budget.device]), open_ledger(ledger_path) as ledger:
         budget, claims, others = read_claims(path)  # the device as it is now
-        if not share:
-            check_alone(budget.device)
-        check_free(budget)
+        check_usable(budget, share)
         try:
             for number, claim in enumerate(claims, 1):
-                title = f"[{number}/{len(claims)}] {claim.workload.model} {claim.workload.seq_len}"
+                title = f"[{number}/{len(claims)}] {describe_workload(claim.setup.workload)}"
 
                 def on_trial(trial: Trial, title: str = title) -> None:
-                    say(f"{title}: {describe(trial)}")
+                    say(f"{title}: {describe_trial(trial)}")
 
-                checks.append(
-                    check_claim(
-                        ledger, budget, claim, timeout_seconds=timeout_seconds, on_trial=on_trial
-                    )
-                )
+                checks.append(check_claim(ledger, budget, claim, settings, on_trial))
         except KeyboardInterrupt:
             interrupted = True
     if json_file is not None:
         write_json(
-            json_file,
-            {**_measured_on(budget), "cells": [check.to_json() for check in checks]},
+            json_file, {**_measured_on(budget), "cells": [check.to_json() for check in checks]}
         )
     if str(json_file) != "-":
-        console = terminal()
-        console.print(build_check_table(checks))
-        if others:
-            console.print(f"{others} more without a certificate, not checked", soft_wrap=True)
+        show_checks(checks, others)
     if interrupted:
         raise KeyboardInterrupt
     for found, word in (
@@ -357,10 +293,10 @@ def _check(
         ([check for check in checks if check.failed], "could not be checked"),
     ):
         if found:
-            claim, trial = found[0].claim, (found[0].wrong or found[0].failed)[0]
+            workload, trial = found[0].claim.setup.workload, (found[0].wrong or found[0].failed)[0]
             raise WorkError(
                 f"{len(found)} of {len(checks)} certificates {word}, the first one of "
-                f"{claim.workload.model} {claim.workload.seq_len}: {describe(trial)}"
+                f"{describe_workload(workload)}: {describe_trial(trial)}"
             )
 
 
@@ -375,6 +311,16 @@ def _length(item: str) -> int:
     if not item.isdecimal() or len(item) > 9 or not int(item):
         raise InputError(f"{item!r} is not a sequence length", hint="as in --seq-lens 128,384")
     return int(item)
+
+
+def _to_json(budgets: Sequence[Budget], cells: Sequence[ProbedCell]) -> dict[str, Any]:
+    """Values of a probe's file."""
+    return {
+        **_measured_on(budgets[0]),
+        # The other devices that cells were shared out among.
+        "more_devices": [_device_json(budget) for budget in budgets[1:]],
+        "cells": [cell.to_json() for cell in cells],
+    }
 
 
 def _measured_on(budget: Budget) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from rich.text import Text
 
 from bertbench.core.progress import describe_duration
 from bertbench.core.published import PUBLISHED_MAX_BATCH, published_ratio
-from bertbench.core.terminal import PlainConsole, clean_text, say
+from bertbench.core.terminal import PlainConsole, clean_text, say, terminal
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Workload
 from bertbench.devices.device import Budget
-from bertbench.probe.cell import Cell
+from bertbench.ledger.limit import find_limit
+from bertbench.probe.cell import ProbedCell
 from bertbench.probe.recheck import Check
 from bertbench.trials.trial import Trial
 
@@ -77,7 +78,7 @@ class View:
     estimates: Sequence[float]
     workers: int = 1
     live: Live | None = None
-    cells: dict[int, Cell] = dataclasses.field(default_factory=dict)
+    cells: dict[int, ProbedCell] = dataclasses.field(default_factory=dict)
     running: dict[int, _Running] = dataclasses.field(default_factory=dict)
     lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
 
@@ -86,7 +87,7 @@ class View:
         """Number and name of a cell, and its device where there are several."""
         workload = self.workloads[index]
         device = f" {self.running[index].device}" if self.workers > 1 else ""
-        return f"[{index + 1}/{len(self.workloads)}]{device} {workload.model} {workload.seq_len}"
+        return f"[{index + 1}/{len(self.workloads)}]{device} {describe_workload(workload)}"
 
     @_exclusively
     def begin(self, index: int, device: str) -> None:
@@ -106,15 +107,19 @@ class View:
         running.batches = tuple(batch for batch in running.batches if batch != trial.batch)
         if self.live is None:
             left = describe_duration(self.left_seconds())
-            say(f"{self.title(index)}: {describe(trial)}; {left} left")
+            say(f"{self.title(index)}: {describe_trial(trial)}; {left} left")
 
     @_exclusively
-    def cell(self, index: int, cell: Cell) -> None:
+    def cell(self, index: int, cell: ProbedCell) -> None:
         """A cell has its answer."""
         if self.live is None and not cell.result.measured:
             say(f"{self.title(index)}: known from the ledger")
         self.cells[index] = cell
         del self.running[index]
+
+    def finished(self) -> list[ProbedCell]:
+        """The cells that have their answers, in their order."""
+        return [cell for _, cell in sorted(self.cells.items())]
 
     @_exclusively
     def left_seconds(self) -> float:
@@ -146,7 +151,7 @@ class View:
             if running.batches:
                 what = f"trying batch {running.batches[0]}"
             elif running.trials:
-                what = describe(running.trials[-1])
+                what = describe_trial(running.trials[-1])
             elapsed = describe_duration(time.monotonic() - running.began)
             tried = "".join(
                 f"  {t.batch} {'✓' if t.outcome == 'fits' else '✗'}" for t in running.trials
@@ -176,7 +181,12 @@ def shown(
         yield view
 
 
-def describe(trial: Trial) -> str:
+def describe_workload(workload: Workload) -> str:
+    """Name a cell's model and sequence length."""
+    return f"{workload.model} {workload.seq_len}"
+
+
+def describe_trial(trial: Trial) -> str:
     """Write a trial as one line."""
     if trial.outcome == "fits":
         peak = f", peak {format_bytes(trial.peak_bytes)}" if trial.peak_bytes else ""
@@ -184,6 +194,33 @@ def describe(trial: Trial) -> str:
     if trial.outcome == "oom":
         return f"batch {trial.batch} runs out of memory"
     return f"batch {trial.batch} failed ({trial.message})"
+
+
+def show_results(view: View, budget: Budget, levers: Levers) -> None:
+    """Show the finished cells, and how far the others are."""
+    console = terminal()
+    console.print(headline(budget, levers), soft_wrap=True)
+    cells = view.finished()
+    finished = [workload for index, workload in enumerate(view.workloads) if index in view.cells]
+    console.print(build_table(dict(enumerate(cells)), finished))
+    for cell in cells:
+        for line in describe_holes(cell):
+            console.print(line, soft_wrap=True)
+    for index, running in view.running.items():
+        fitting = find_limit(running.trials).max_batch or 0
+        console.print(
+            f"interrupted at {view.title(index)}: batch {fitting} fits; the same command goes on "
+            "from there",
+            soft_wrap=True,
+        )
+
+
+def show_checks(checks: Sequence[Check], others: int) -> None:
+    """Show the certificates that were checked, and the number of cells without one."""
+    console = terminal()
+    console.print(build_check_table(checks))
+    if others:
+        console.print(f"{others} more without a certificate, not checked", soft_wrap=True)
 
 
 def headline(budget: Budget, levers: Levers) -> str:
@@ -194,7 +231,7 @@ def headline(budget: Budget, levers: Levers) -> str:
     return f"largest batch, {size} on {budget.device.name}, checkpointing {levers.describe()}"
 
 
-def build_table(cells: Mapping[int, Cell], workloads: Sequence[Workload]) -> Table:
+def build_table(cells: Mapping[int, ProbedCell], workloads: Sequence[Workload]) -> Table:
     """Make the table of results by index of the cell; those that are not finished are empty."""
     published = any((w.model, w.seq_len) in PUBLISHED_MAX_BATCH for w in workloads)
     # With the published numbers beside them, eighty columns leave one space between two.
@@ -217,12 +254,12 @@ def build_table(cells: Mapping[int, Cell], workloads: Sequence[Workload]) -> Tab
     return table
 
 
-def holes(cell: Cell) -> list[str]:
+def describe_holes(cell: ProbedCell) -> list[str]:
     """Tell of larger batches that fit where smaller ones do not, and of smaller ones that do not.
 
     First of trials that tell so, then of the step's trace, for what was not tried.
     """
-    title = f"{cell.workload.model} {cell.workload.seq_len}"
+    title = describe_workload(cell.setup.workload)
     measured = sorted({(a.batch, b.batch) for a, b in cell.result.contradictions})
     pairs = "; ".join(
         f"batch {larger} fits although {smaller} ran out of memory"
@@ -235,14 +272,14 @@ def holes(cell: Cell) -> list[str]:
         f"(predicted, not measured): {', '.join(map(str, batches[:_SHOWN]))}"
         + (", ..." if len(batches) > _SHOWN else "")
         for where, what, batches in (
-            ("above", "fit again", cell.fits_again),
-            ("below", "do not fit", cell.runs_out_below),
+            ("above", "fit again", cell.holes.fits_again),
+            ("below", "do not fit", cell.holes.runs_out_below),
         )
         if batches
     ]
 
 
-def _results(cell: Cell) -> list[str]:
+def _results(cell: ProbedCell) -> list[str]:
     result = cell.result
     best = result.certificate.fits if result.certificate else None
     best = best or next(
@@ -258,7 +295,7 @@ def _results(cell: Cell) -> list[str]:
     ]
 
 
-def _evidence(cell: Cell) -> str:
+def _evidence(cell: ProbedCell) -> str:
     result = cell.result
     if result.stopped_by == "failed":
         return "failed"
@@ -277,9 +314,9 @@ def build_check_table(checks: Sequence[Check]) -> Table:
         claim = check.claim
         wrong = {trial.batch for trial in check.wrong}
         table.add_row(
-            claim.workload.model,
-            str(claim.workload.seq_len),
-            claim.levers.describe(),
+            claim.setup.workload.model,
+            str(claim.setup.workload.seq_len),
+            claim.setup.levers.describe(),
             "-" if not claim.fits else f"{claim.fits}{' no' if claim.fits in wrong else ''}",
             f"{claim.oom}{' no' if claim.oom in wrong else ''}",
             "does not hold" if wrong else "not checked" if check.failed else "holds",

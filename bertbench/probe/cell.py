@@ -8,63 +8,49 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bertbench.core.workload import Levers, Setup, Workload
-from bertbench.devices.device import Budget
-from bertbench.devices.step_time import device_rates, predict_step_seconds
+from bertbench.core.workload import Setup
 from bertbench.ledger.database import Ledger
 from bertbench.ledger.question import Question
-from bertbench.ledger.records import find, find_allocations, record, record_allocations
 from bertbench.memory.allocator.limit import empty_memory
-from bertbench.memory.allocator.recording import Recording
-from bertbench.memory.limit_search import largest_batch
-from bertbench.memory.prediction import FormulaPrediction, Room, TracePrediction, has_trace
-from bertbench.memory.traces.loops import Recorded
-from bertbench.probe.extrapolation import extrapolate
-from bertbench.probe.search import LARGEST_BATCH, SearchResult, find_max_batch
-from bertbench.probe.traced_limit import fits_again, refuted, runs_out_below
+from bertbench.memory.prediction import FormulaPrediction, Room
+from bertbench.probe.evidence import Evidence
+from bertbench.probe.recorded_limit import RecordedLimit, chunk_sizes
+from bertbench.probe.search import LimitSource, Predictions, SearchResult, find_max_batch
+from bertbench.probe.seconds import default_timeout_seconds
+from bertbench.probe.traced_limit import NO_HOLES, Holes, find_traced_limit
 from bertbench.trials.measure import (
-    TIMEOUT_SECONDS,
+    MeasureBatches,
     TrialListener,
     TrialSettings,
     measure_batches,
 )
 from bertbench.trials.trial import Trial
-from finetune.spec.checkpointing import examples_per_chunk
-
-_PLENTY = 10.0
-_START_SECONDS = 5.0
-_ALLOCATOR_WAITS_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """A question and its answer.
+class ProbedCell:
+    """A setup, and the largest batch that fits.
 
     Attributes:
-        workload: model, head and sequence length.
-        levers: lever settings.
+        setup: workload and levers.
         result: what the search found.
         seconds: time it took now.
         replicas: copies of the model that took a batch each, at the same time.
-        fits_again: batches above one that does not fit for which memory happens to be in larger
-            pieces, by the step's trace; not measured.
-        runs_out_below: batches below the limit for which memory happens to be in smaller pieces,
-            by the step's trace; not measured.
+        holes: batches near the limit that end otherwise than their neighbours, by the step's trace.
     """
 
-    workload: Workload
-    levers: Levers
+    setup: Setup
     result: SearchResult
     seconds: float
     replicas: int = 1
-    fits_again: tuple[int, ...] = ()
-    runs_out_below: tuple[int, ...] = ()
+    holes: Holes = NO_HOLES
 
     def examples_per_second(self, trial: Trial) -> float | None:
         """Rate of a trial of this cell; None if it has not been timed."""
         if not trial.step_seconds:
             return None
-        return trial.batch * self.levers.accumulation_steps * self.replicas / trial.step_seconds
+        examples = trial.batch * self.setup.levers.accumulation_steps * self.replicas
+        return examples / trial.step_seconds
 
     def curve(self) -> list[dict[str, Any]]:
         """Examples per second of every batch that fits, by the last trial of each."""
@@ -77,20 +63,20 @@ class Cell:
 
     def to_json(self) -> dict[str, Any]:
         """Values under the keys of a probe file."""
-        result = self.result
+        result, workload = self.result, self.setup.workload
         return {
-            "model": self.workload.model,
-            "head": self.workload.head,
-            "seq_len": self.workload.seq_len,
-            "levers": self.levers.to_json(),
+            "model": workload.model,
+            "head": workload.head,
+            "seq_len": workload.seq_len,
+            "levers": self.setup.levers.to_json(),
             "max_batch": result.max_batch,
             "stopped_by": result.stopped_by,
             "certificate": result.certificate.to_json() if result.certificate else None,
             "contradictions": [[a.to_json(), b.to_json()] for a, b in result.contradictions],
             "message": result.message,
             "missing_bytes": result.missing_bytes,
-            "fits_again": list(self.fits_again),
-            "runs_out_below": list(self.runs_out_below),
+            "fits_again": list(self.holes.fits_again),
+            "runs_out_below": list(self.holes.runs_out_below),
             "trials": [trial.to_json() for trial in result.trials],
             "curve": self.curve(),
             "measured": result.measured,
@@ -98,177 +84,113 @@ class Cell:
         }
 
 
-def probe_cell(
-    ledger: Ledger,
-    budget: Budget,
-    workload: Workload,
-    levers: Levers,
-    *,
-    max_batch: int | None = None,
-    certify: bool = True,
-    fresh: bool = False,
-    steps: int = 3,
-    timeout_seconds: float | None = None,
-    on_attempt: Callable[[Sequence[int]], None] = lambda batches: None,
-    on_trial: Callable[[Trial], None] = lambda trial: None,
-    check: Callable[[], None] = lambda: None,
-) -> Cell:
-    """Find and certify the largest batch of a cell; every trial goes to the ledger at once.
+@dataclasses.dataclass(frozen=True)
+class ProbeSettings:
+    """How a cell is probed.
 
-    Args:
-        ledger: open; trials in it that answer the same question are not repeated.
-        budget: device and bytes.
-        workload: model, head and sequence length.
-        levers: lever settings.
+    Attributes:
         max_batch: largest batch of interest.
         certify: measure both sides of the limit in fresh processes.
         fresh: measure again what the ledger knows.
         steps: optimizer steps of a trial, at least 2.
-        timeout_seconds: longest time of a trial; None for what is plenty by the trials so far.
-        on_attempt: called with the batches before they are tried.
-        on_trial: called after every trial that was measured.
-        check: called several times a second; what it raises ends the search and is raised on.
+        timeout_seconds: longest time of a trial; None takes ten times what a trial should take.
+        measure: what makes the trials.
+    """
+
+    max_batch: int | None = None
+    certify: bool = True
+    fresh: bool = False
+    steps: int = 3
+    timeout_seconds: float | None = None
+    measure: MeasureBatches = measure_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeListener:
+    """Functions that are called while a cell is probed.
+
+    Attributes:
+        on_attempt: takes the batches before they are tried.
+        on_trial: takes every trial that was measured.
+        poll: called several times a second; what it raises ends the search and is raised on.
+    """
+
+    on_attempt: Callable[[Sequence[int]], None] = lambda batches: None
+    on_trial: Callable[[Trial], None] = lambda trial: None
+    poll: Callable[[], None] = lambda: None
+
+
+def probe_cell(
+    ledger: Ledger,
+    question: Question,
+    settings: ProbeSettings = ProbeSettings(),
+    listener: ProbeListener = ProbeListener(),
+) -> ProbedCell:
+    """Find and certify the largest batch of a cell; every trial goes to the ledger at once.
+
+    Args:
+        ledger: open; trials in it that answer the question are not repeated.
+        question: workload and levers, device and bytes.
+        settings: how the limit is searched for.
+        listener: what is called meanwhile.
     """
     began = time.monotonic()
-    question = Question(budget, Setup(workload, levers))
-
-    known = [] if fresh else find(ledger, question)
-    measured = list(known)
-
-    def keep(trial: Trial) -> None:
-        measured.append(trial)
-        record(ledger, question, trial)
-        on_trial(trial)
-
-    @functools.cache  # not read at all if the trials that are known answer the question
-    def recorded() -> list[Recorded]:
-        return [] if fresh else find_allocations(ledger, question)
-
-    def keep_recording(batch: int, recording: Recording) -> None:
-        recorded().append(Recorded(workload.seq_len, batch, recording))
-        record_allocations(ledger, question, batch, recording)
-
-    def enough() -> bool:
-        # A TPU's memory is laid out by the compiler, before the step. Batch 1 tells nothing.
-        on_tpu = budget.device.kind == "tpu"
-        own = {one.batch for one in recorded() if one.seq_len == workload.seq_len}
-        return on_tpu or len(own - {1}) >= 2
-
-    def measure(batches: Sequence[int], fresh: bool) -> list[Trial]:
-        on_attempt(batches)
-        seconds = timeout_seconds or plenty_seconds(
-            budget, workload, levers, measured, max(batches), steps
-        )
-        on_recording = keep_recording if fresh and len(batches) > 1 and not enough() else None
-        return measure_batches(
-            question.setup,
-            budget,
-            batches,
-            TrialSettings(steps, seconds, fresh=fresh),
-            TrialListener(keep, on_recording, check),
-        )
-
-    setup, memory = Setup(workload, levers), empty_memory(budget)
-    room = Room(budget.device.kind, budget.budget_bytes)
-    formula, traced = FormulaPrediction(setup, room), None
-    if is_traced(budget, setup):
-        traced = TracePrediction(setup, room, before_replay=check)
-
-    @functools.lru_cache(maxsize=1)
-    def extrapolated(number_recorded: int, fitting: int) -> int | None:
-        for few_chunks in (False, True):
-            extrapolation = extrapolate(
-                recorded(),
-                workload.seq_len,
-                lambda seq_len: _examples_per_chunk(workload, levers, seq_len),
-                few_chunks=few_chunks,
-            )
-            if extrapolation is None:
-                return None
-            limit = largest_batch(
-                functools.partial(extrapolation.replay, memory=memory),
-                memory.total_bytes,
-                begin=extrapolation.batch,
-                at_most=LARGEST_BATCH,
-                fitting=fitting,
-                known_up_to=extrapolation.largest,
-            )
-            if limit is None or limit >= extrapolation.batch:
-                break
-        return limit
-
-    def locate(fitting: int) -> int | None:
-        if traced is not None and not refuted(traced, measured):
-            return traced.max_micro_batch(max_batch or LARGEST_BATCH, fitting)
-        return extrapolated(len(recorded()), fitting)
-
+    setup, budget = question.setup, question.budget
+    evidence = Evidence(ledger, question, fresh=settings.fresh)
+    recorded = RecordedLimit(evidence, empty_memory(budget))
+    traced = find_traced_limit(question, evidence.trials, listener.poll)
     result = find_max_batch(
-        measure,
-        known=known,
-        predict_peak_bytes=formula.peak_bytes,
-        locate=locate,
-        examples_per_chunk=max(_examples_per_chunk(workload, levers, workload.seq_len), default=1),
+        functools.partial(_measure, evidence, settings, listener),
         budget_bytes=budget.budget_bytes,
-        max_batch=max_batch,
-        certify=certify,
+        known=evidence.known,
+        predictions=Predictions(
+            replay=_FirstAnswer([recorded] if traced is None else [traced, recorded]),
+            formula=FormulaPrediction(setup, Room(budget.device.kind, budget.budget_bytes)),
+            examples_per_chunk=max(chunk_sizes(setup), default=1),
+        ),
+        max_batch=settings.max_batch,
+        certify=settings.certify,
     )
-    again: tuple[int, ...] = ()
-    below: tuple[int, ...] = ()
-    # A trace that was wrong about a trial is not asked about what was not tried.
-    if traced is not None and not refuted(traced, measured):
-        if result.stopped_by == "oom":
-            again = fits_again(traced, result.max_batch)
-        if result.max_batch:
-            tried = {trial.batch for trial in measured}
-            below = runs_out_below(setup, traced, result.max_batch, tried)
+    holes = NO_HOLES if traced is None else traced.holes(result)
     seconds = time.monotonic() - began
-    return Cell(workload, levers, result, seconds, budget.device.replicas, again, below)
+    return ProbedCell(setup, result, seconds, budget.device.replicas, holes)
 
 
-def is_traced(budget: Budget, setup: Setup) -> bool:
-    """Whether the step's trace is exact; another device's kernels have other workspaces."""
-    kind = budget.device.kind
-    return kind == "cpu" and has_trace(setup, kind)
+@dataclasses.dataclass(frozen=True)
+class _FirstAnswer:
+    """A `LimitSource` that takes the answer of the first source that can tell."""
+
+    sources: Sequence[LimitSource]
+
+    def max_micro_batch(self, at_most: int, fitting: int) -> int | None:
+        """See `LimitSource`."""
+        answers = (source.max_micro_batch(at_most, fitting) for source in self.sources)
+        return next((answer for answer in answers if answer is not None), None)
 
 
-def predict_cell_seconds(
-    budget: Budget, workload: Workload, levers: Levers, steps: int = 3
-) -> float:
-    """Guess how long a cell takes: the limit, and one that does not fit; two small ones before."""
-    setup, room = Setup(workload, levers), Room(budget.device.kind, budget.budget_bytes)
-    limit = FormulaPrediction(setup, room).max_micro_batch()
-    rates = device_rates(budget.device)
-    seconds = _ALLOCATOR_WAITS_SECONDS
-    batches = [(limit, steps), (limit + 1, 1)]
-    if not is_traced(budget, setup):
-        batches += [(limit // 8, steps + 2), (limit // 3, steps + 2)]
-    for batch, its_steps in batches:
-        step_seconds = predict_step_seconds(setup.step(max(batch, 1)), rates)
-        seconds += _START_SECONDS + its_steps * step_seconds
-    return seconds
+def _measure(
+    evidence: Evidence,
+    settings: ProbeSettings,
+    listener: ProbeListener,
+    batches: Sequence[int],
+    fresh: bool,
+) -> list[Trial]:
+    """Make trials for a search, see `bertbench.probe.search.Measure`; the ledger gets them."""
+    listener.on_attempt(batches)
+    question = evidence.question
+    timeout_seconds = settings.timeout_seconds or default_timeout_seconds(
+        question.budget, question.setup.step(max(batches)), evidence.trials, settings.steps
+    )
+    records = fresh and len(batches) > 1 and evidence.lacks_recordings()
 
+    def on_trial(trial: Trial) -> None:
+        evidence.add_trial(trial)
+        listener.on_trial(trial)
 
-def plenty_seconds(
-    budget: Budget,
-    workload: Workload,
-    levers: Levers,
-    trials: Sequence[Trial],
-    batch: int,
-    steps: int,
-) -> float:
-    """Time after which a trial of a batch must be hanging: ten times what others let expect."""
-    timed = [t.step_seconds / t.batch for t in trials if t.step_seconds is not None]
-    if timed:
-        step_seconds = max(timed) * batch
-    else:
-        step_seconds = predict_step_seconds(
-            Setup(workload, levers).step(batch), device_rates(budget.device)
-        )
-    # A first step takes longer than the others, and recording repeats it.
-    return max(TIMEOUT_SECONDS, _PLENTY * step_seconds * (steps + 3))
-
-
-def _examples_per_chunk(workload: Workload, levers: Levers, seq_len: int) -> list[int]:
-    """Most examples of a chunk, for every policy in use that has chunks."""
-    policies = levers.checkpointing.chunked_policies(workload.config.num_hidden_layers)
-    return [examples_per_chunk(policy, seq_len) or 1 for policy in policies]
+    return settings.measure(
+        question.setup,
+        question.budget,
+        batches,
+        TrialSettings(settings.steps, timeout_seconds, fresh=fresh),
+        TrialListener(on_trial, evidence.add_recording if records else None, listener.poll),
+    )

@@ -9,8 +9,7 @@ from typing import Any
 
 from bertbench.core.workload import (
     MOST_BATCH,
-    Levers,
-    Workload,
+    Setup,
     levers_from_json,
     published_workload,
 )
@@ -23,19 +22,17 @@ _HINT = "give a file of `bertbench probe --json`"
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbedCell:
+class CellRecord:
     """What a file says of one cell.
 
     Attributes:
-        workload: model, head and sequence length.
-        levers: lever settings.
+        setup: workload and levers.
         trials: all that were made for it.
         certificate: trials of the batch that fits, None if none does, and of the one that runs
             out of memory; None without a certificate.
     """
 
-    workload: Workload
-    levers: Levers
+    setup: Setup
     trials: tuple[Trial, ...]
     certificate: tuple[Trial | None, Trial] | None
 
@@ -54,7 +51,7 @@ class ProbeFile:
     device: Device
     budget_bytes: int
     versions: Mapping[str, str]
-    cells: tuple[ProbedCell, ...]
+    cells: tuple[CellRecord, ...]
 
 
 def read_probe_file(path: Path) -> ProbeFile:
@@ -79,7 +76,7 @@ def read_probe_file(path: Path) -> ProbeFile:
         raise InputError(f"not a probe's result ({error})", path=path, hint=_HINT) from error
 
 
-def _cell(raw: object) -> ProbedCell:
+def _cell(raw: object) -> CellRecord:
     values = _object(raw)
     workload = published_workload(
         str(values.get("model")),
@@ -89,9 +86,8 @@ def _cell(raw: object) -> ProbedCell:
     trials = values.get("trials") or []
     if not isinstance(trials, list):
         raise InputError("'trials' is no list")
-    return ProbedCell(
-        workload,
-        levers_from_json(_object(values.get("levers"))),
+    return CellRecord(
+        Setup(workload, levers_from_json(_object(values.get("levers")))),
         tuple(_trial(trial) for trial in trials),
         _certificate(values.get("certificate")),
     )

@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bertbench.core.workload import Levers, Setup, Workload
+from bertbench.core.workload import Setup
 from bertbench.devices.device import Budget, make_budget
 from bertbench.devices.discover import resolve_device, tpu_device
 from bertbench.ledger.database import Ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import find, record
-from bertbench.probe.cell import plenty_seconds
+from bertbench.probe.cell import ProbeSettings
 from bertbench.probe.probe_file import read_probe_file
-from bertbench.trials.measure import TrialListener, TrialSettings, measure_batches
+from bertbench.probe.seconds import default_timeout_seconds
+from bertbench.trials.measure import TrialListener, TrialSettings
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 
@@ -25,14 +26,12 @@ class Claim:
     """What a probe's file says of one cell.
 
     Attributes:
-        workload: model, head and sequence length.
-        levers: lever settings.
+        setup: workload and levers.
         fits: batch that is said to fit; 0 if none does.
         oom: batch that is said to run out of memory.
     """
 
-    workload: Workload
-    levers: Levers
+    setup: Setup
     fits: int
     oom: int
 
@@ -64,10 +63,10 @@ class Check:
         """Values for JSON."""
         claim = self.claim
         return {
-            "model": claim.workload.model,
-            "head": claim.workload.head,
-            "seq_len": claim.workload.seq_len,
-            "levers": claim.levers.to_json(),
+            "model": claim.setup.workload.model,
+            "head": claim.setup.workload.head,
+            "seq_len": claim.setup.workload.seq_len,
+            "levers": claim.setup.levers.to_json(),
             "max_batch": claim.fits,
             "confirmed": False if self.wrong else None if self.failed else True,
             "trials": [trial.to_json() for trial in self.trials],
@@ -90,14 +89,15 @@ def read_claims(path: Path) -> tuple[Budget, list[Claim], int]:
     for number, cell in enumerate(probed.cells, 1):
         if cell.certificate is None:
             continue
-        named = f"cell {number} ({cell.workload.model} {cell.workload.seq_len})"
+        workload = cell.setup.workload
+        named = f"cell {number} ({workload.model} {workload.seq_len})"
         wrong = _no_certificate(*cell.certificate)
-        if any((cell.workload, cell.levers) == (one.workload, one.levers) for one in claims):
+        if any(cell.setup == claim.setup for claim in claims):
             wrong = "is there twice"
         if wrong:
             raise InputError(f"{named} {wrong}", path=path, hint="probe it again")
         fits, oom = cell.certificate
-        claims.append(Claim(cell.workload, cell.levers, fits.batch if fits else 0, oom.batch))
+        claims.append(Claim(cell.setup, fits.batch if fits else 0, oom.batch))
     if claimed.tpu is not None:
         found = tpu_device(claimed.tpu, claimed.total_bytes)
     else:
@@ -133,15 +133,21 @@ def check_claim(
     ledger: Ledger,
     budget: Budget,
     claim: Claim,
-    *,
-    steps: int = 3,
-    timeout_seconds: float | None = None,
+    settings: ProbeSettings,
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> Check:
-    """Repeat both trials of a certificate in fresh processes; the ledger keeps them too."""
-    question = Question(budget, Setup(claim.workload, claim.levers))
+    """Repeat both trials of a certificate in fresh processes; the ledger keeps them too.
 
-    def keep(trial: Trial) -> None:
+    Args:
+        ledger: open.
+        budget: device and bytes.
+        claim: what is checked.
+        settings: how the trials are made.
+        on_trial: takes each trial.
+    """
+    question = Question(budget, claim.setup)
+
+    def add(trial: Trial) -> None:
         record(ledger, question, trial)
         on_trial(trial)
 
@@ -149,14 +155,14 @@ def check_claim(
     known = find(ledger, question)
     for batch in (claim.fits, claim.oom):
         if batch:
-            seconds = timeout_seconds or plenty_seconds(
-                budget, claim.workload, claim.levers, known, batch, steps
+            seconds = settings.timeout_seconds or default_timeout_seconds(
+                budget, claim.setup.step(batch), known, settings.steps
             )
-            trials += measure_batches(
-                question.setup,
+            trials += settings.measure(
+                claim.setup,
                 budget,
                 [batch],
-                TrialSettings(steps, seconds),
-                TrialListener(on_trial=keep),
+                TrialSettings(settings.steps, seconds),
+                TrialListener(on_trial=add),
             )
     return Check(claim, tuple(trials))

@@ -11,7 +11,7 @@ TensorFlow's allocator waits 10 seconds, sometimes several times, before it give
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from bertbench.core.bisection import largest_passing
@@ -88,33 +88,66 @@ class SearchResult:
     missing_bytes: int | None = None
 
 
+class LimitSource(Protocol):
+    """Something that predicts where memory ends: a step trace, recordings, or the formula."""
+
+    def max_micro_batch(self, at_most: int, fitting: int) -> int | None:
+        """Predict the largest batch that fits, as do all between `fitting` and it.
+
+        Args:
+            at_most: largest batch of interest; a larger answer says that this one fits.
+            fitting: a batch that fits, as a trial has said; 0 before the first.
+
+        Returns:
+            None if the source cannot tell, or cannot tell yet.
+        """
+
+
+class PeakSource(LimitSource, Protocol):
+    """A source that also predicts peaks."""
+
+    def peak_bytes(self, micro_batch: int) -> int:
+        """Predict the most bytes that a step needs; no less for a larger batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What is predicted of a limit before it is measured.
+
+    Attributes:
+        replay: finds the limit by replays of what a step asks of the allocator, and so to the
+            batch, if it can tell. Without it no trial is recorded either.
+        formula: is off by some percent, but always tells. Its limit chooses the first batches.
+        examples_per_chunk: of layers that are computed in chunks. The larger of the first two
+            batches then has up to six of them, at least two if it may, of unequal sizes: recordings
+            of it tell most.
+    """
+
+    replay: LimitSource | None = None
+    formula: PeakSource | None = None
+    examples_per_chunk: int = 1
+
+
 def find_max_batch(
     measure: Measure,
     *,
-    known: Sequence[Trial] = (),
-    predict_peak_bytes: Callable[[int], int] | None = None,
-    locate: Callable[[int], int | None] | None = None,
-    examples_per_chunk: int = 1,
     budget_bytes: int,
+    known: Sequence[Trial] = (),
+    predictions: Predictions = Predictions(),
     max_batch: int | None = None,
     certify: bool = True,
 ) -> SearchResult:
     """Find the largest batch that fits.
 
-    The answer rests on trials only, as `bertbench.ledger.limit` reads them; the prediction and the
+    The answer rests on trials only, as `bertbench.ledger.limit` reads them; the predictions and the
     peaks merely choose which to make. `SearchResult.contradictions` names trials that a limit
     cannot explain.
 
     Args:
         measure: makes trials. The first batch of a call is taken as measured in a fresh process.
-        known: earlier trials of the same question; failed ones are ignored.
-        predict_peak_bytes: predicted peak of a batch, rising with it.
-        locate: says up to where all fits beyond a batch that does, by a trace of the step or by
-            what trials in fresh processes have recorded so far; None if nothing tells.
-        examples_per_chunk: of layers that are computed in chunks. The larger of the first two
-            batches then has up to six of them, at least two if it may, of unequal sizes: for
-            `locate` needs that.
         budget_bytes: what the allocator may use.
+        known: earlier trials of the same question; failed ones are ignored.
+        predictions: of the limit.
         max_batch: largest batch of interest.
         certify: measure both sides of the limit in fresh processes.
 
@@ -125,73 +158,126 @@ def find_max_batch(
     if cap < 1:
         raise ValueError(f"max_batch must be at least 1, not {max_batch}")
     trials = [t for t in known if t.outcome != "failed" and t.batch <= cap]
+    search = _Search(budget_bytes, predictions, cap, trials)
     known_count = len(trials)
-    guesses: list[str] = []
     while True:
-        limit = find_limit(trials)
-        low, high = _bracket(limit)
-        batches = _unsettled(limit, cap, certify)
+        batches = _unsettled(find_limit(trials), cap, certify)
         if batches is None:
             break
-        if not batches:
-            bound = _predicted_limit(predict_peak_bytes, budget_bytes, (high or cap + 1) - 1)
-            located = locate(low) if locate and len(guesses) < _BELIEVED else None
-            if located is not None:
-                batches = [_guess(low, high, cap, located, guesses)]
-            elif low == 0:
-                batches = _first_batches(bound, high, cap, examples_per_chunk)
-            else:
-                estimate = _estimate(trials, predict_peak_bytes, budget_bytes)
-                if low and not high and estimate and min(estimate, cap) > _REACH * low:
-                    batches = [_REACH // 2 * low, _REACH * low]
-                else:
-                    batches = [_guess(low, high, cap, estimate, guesses)]
-        fresh = len(batches) == 1 or (locate is not None and low == 0)
+        batches = batches or search.next_batches()
+        message = search.measure(measure, batches)
+        if message is not None:
+            return _result("failed", search, known_count, message=message)
+    limit = find_limit(trials)
+    if limit.oom is None:
+        return _result("max_batch", search, known_count)
+    certificate = Certificate(limit.fits, limit.oom) if certify else None
+    return _result("oom", search, known_count, certificate, limit.oom.message)
+
+
+@dataclasses.dataclass
+class _Search:
+    """A search that is under way.
+
+    Attributes:
+        budget_bytes: what the allocator may use.
+        predictions: of the limit.
+        cap: largest batch of interest.
+        trials: evidence so far, in order.
+        guesses: outcomes of the batches that were tried alone.
+    """
+
+    budget_bytes: int
+    predictions: Predictions
+    cap: int
+    trials: list[Trial]
+    guesses: list[str] = dataclasses.field(default_factory=list)
+
+    def bracket(self) -> tuple[int, int | None]:
+        """Return the largest batch that fits, or 0, and the smallest that does not."""
+        limit = find_limit(self.trials)
+        return limit.max_batch or 0, None if limit.oom is None else limit.oom.batch
+
+    def next_batches(self) -> list[int]:
+        """Choose batches that narrow the limit, rising; at least one."""
+        low, high = self.bracket()
+        located = None
+        if self.predictions.replay is not None and len(self.guesses) < _BELIEVED:
+            located = self.predictions.replay.max_micro_batch(self.cap, low)
+        if located is not None:
+            return [_guess(low, high, self.cap, located, self.guesses)]
+        if low == 0:
+            return self._first_batches(high)
+        estimate = self._estimate()
+        if not high and estimate and min(estimate, self.cap) > _REACH * low:
+            return [_REACH // 2 * low, _REACH * low]
+        return [_guess(low, high, self.cap, estimate, self.guesses)]
+
+    def measure(self, measure: Measure, batches: list[int]) -> str | None:
+        """Try batches; return why the last of them failed, or None."""
+        low, _ = self.bracket()
+        fresh = len(batches) == 1 or (self.predictions.replay is not None and low == 0)
         found = measure(batches, fresh)
         if not found or [trial.batch for trial in found] != batches[: len(found)]:
             raise RuntimeError(f"batches {batches} were to be tried, not {found}")
         for index, trial in enumerate(found):
-            trials.append(dataclasses.replace(trial, fresh=fresh or index == 0))
+            self.trials.append(dataclasses.replace(trial, fresh=fresh or index == 0))
         if found[-1].outcome == "failed":
-            low, _ = _bracket(find_limit(trials))
-            return _result("failed", low, None, trials, known_count, found[-1].message)
+            return found[-1].message
         if len(batches) == 1:
-            guesses.append(found[0].outcome)
+            self.guesses.append(found[0].outcome)
+        return None
 
-    if limit.oom is None:
-        return _result("max_batch", low, None, trials, known_count, "")
-    certificate = Certificate(limit.fits, limit.oom) if certify else None
-    result = _result("oom", low, certificate, trials, known_count, limit.oom.message)
-    if low == 0 and predict_peak_bytes is not None:
-        missing_bytes = predict_peak_bytes(1) - budget_bytes
-        result = dataclasses.replace(
-            result, missing_bytes=missing_bytes if missing_bytes > 0 else None
+    def missing_bytes(self) -> int | None:
+        """By how much the predicted peak of batch 1 exceeds the budget, if it does."""
+        formula = self.predictions.formula
+        missing_bytes = 0 if formula is None else formula.peak_bytes(1) - self.budget_bytes
+        return missing_bytes if missing_bytes > 0 else None
+
+    def _first_batches(self, high: int | None) -> list[int]:
+        below = self.cap + 1 if high is None else high
+        bound = high
+        if self.predictions.formula is not None:
+            bound = self.predictions.formula.max_micro_batch(below - 1, 0)
+        return _first_batches(bound, below, self.predictions.examples_per_chunk)
+
+    def _estimate(self) -> int | None:
+        """Where the limit should be by measured peaks and the formula; None if nothing tells."""
+        peaks = {
+            batch: trial.peak_bytes
+            for batch, trial in verdicts(self.trials).items()
+            if trial.outcome == "fits" and trial.peak_bytes is not None
+        }
+        if sum(batch >= 2 for batch in peaks) >= 2:
+            return _line_limit(peaks, self.budget_bytes)
+        formula = self.predictions.formula
+        if formula is None:
+            return None
+        error_bytes = peaks[max(peaks)] - formula.peak_bytes(max(peaks)) if peaks else 0
+        usable_bytes = self.budget_bytes - error_bytes
+        return largest_passing(
+            lambda batch: formula.peak_bytes(batch) <= usable_bytes, at_most=LARGEST_BATCH
         )
-    return result
 
 
 def _result(
     stopped_by: StoppedBy,
-    max_batch: int,
-    certificate: Certificate | None,
-    trials: Sequence[Trial],
+    search: _Search,
     known_count: int,
-    message: str,
+    certificate: Certificate | None = None,
+    message: str = "",
 ) -> SearchResult:
+    low, _ = search.bracket()
     return SearchResult(
-        max_batch=max_batch,
+        max_batch=low,
         certificate=certificate,
         stopped_by=stopped_by,
-        trials=tuple(trials),
-        measured=len(trials) - known_count,
-        contradictions=contradictions(trials),
+        trials=tuple(search.trials),
+        measured=len(search.trials) - known_count,
+        contradictions=contradictions(search.trials),
         message=message,
+        missing_bytes=search.missing_bytes() if stopped_by == "oom" and low == 0 else None,
     )
-
-
-def _bracket(limit: Limit) -> tuple[int, int | None]:
-    """Return the largest batch that fits, or 0, and the smallest that does not."""
-    return limit.max_batch or 0, None if limit.oom is None else limit.oom.batch
 
 
 def _unsettled(limit: Limit, cap: int, certify: bool) -> list[int] | None:
@@ -209,21 +295,14 @@ def _unsettled(limit: Limit, cap: int, certify: bool) -> list[int] | None:
     return None
 
 
-def _predicted_limit(
-    predict: Callable[[int], int] | None, budget_bytes: int, largest: int
-) -> int | None:
-    """Largest batch up to `largest` that is predicted to fit; 0 if none, None if not predicted."""
-    if predict is None:
-        return None
-    return largest_passing(lambda batch: predict(batch) <= budget_bytes, at_most=largest)
+def _first_batches(bound: int | None, below: int, examples_per_chunk: int) -> list[int]:
+    """Choose two cheap batches to extrapolate from.
 
-
-def _first_batches(
-    limit: int | None, high: int | None, cap: int, examples_per_chunk: int
-) -> list[int]:
-    """Two cheap batches to extrapolate from."""
-    below = cap + 1 if high is None else high
-    bound = high if limit is None else limit
+    Args:
+        bound: where the limit is thought to be; None if nothing tells.
+        below: the batches must be smaller.
+        examples_per_chunk: see `Predictions`.
+    """
     pair: tuple[int, ...] = (2, 4)
     if bound is not None and bound < 2:
         pair = (1,)
@@ -246,30 +325,20 @@ def _first_batches(
     return [batch for batch in pair if batch < below] or [1]
 
 
-def _estimate(
-    trials: Sequence[Trial], predict: Callable[[int], int] | None, budget_bytes: int
-) -> int | None:
-    """Where the limit should be by what is known; None if nothing tells."""
-    peaks = {
-        batch: trial.peak_bytes
-        for batch, trial in verdicts(trials).items()
-        if trial.outcome == "fits" and trial.peak_bytes is not None
-    }
-    regular = sorted(batch for batch in peaks if batch >= 2)
-    if len(regular) >= 2:
-        last = regular[-1]
-        # The nearest to half of the last: near enough to see a bend, far enough to see past noise.
-        first = min(regular[:-1], key=lambda batch: abs(2 * batch - last))
-        rise = peaks[last] - peaks[first]
-        if rise <= 0:
-            return None
-        return last + (budget_bytes - peaks[last]) * (last - first) // rise
-    if predict is None:
+def _line_limit(peaks: Mapping[int, int], budget_bytes: int) -> int | None:
+    """Where a line through the peaks of two batches meets the budget; None if it does not rise.
+
+    Args:
+        peaks: bytes by batch, of at least two batches above 1.
+        budget_bytes: what the allocator may use.
+    """
+    *others, last = sorted(batch for batch in peaks if batch >= 2)
+    # The nearest to half of the last: near enough to see a bend, far enough to see past noise.
+    first = min(others, key=lambda batch: abs(2 * batch - last))
+    rise = peaks[last] - peaks[first]
+    if rise <= 0:
         return None
-    error_bytes = 0
-    if peaks:
-        error_bytes = peaks[max(peaks)] - predict(max(peaks))
-    return _predicted_limit(predict, budget_bytes - error_bytes, LARGEST_BATCH)
+    return last + (budget_bytes - peaks[last]) * (last - first) // rise
 
 
 def _guess(

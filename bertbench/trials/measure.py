@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from bertbench.core.workload import Setup, TrainingStep
 from bertbench.devices.device import Budget
@@ -60,6 +61,20 @@ class TrialListener:
     on_trial: Callable[[Trial], None] = lambda trial: None
     on_recording: Callable[[int, Recording], None] | None = None
     poll: Callable[[], None] = lambda: None
+
+
+class MeasureBatches(Protocol):
+    """What makes trials: `measure_batches`, or what a test puts in its place."""
+
+    def __call__(
+        self,
+        setup: Setup,
+        budget: Budget,
+        batches: Sequence[int],
+        settings: TrialSettings,
+        listener: TrialListener,
+    ) -> list[Trial]:
+        """See `measure_batches`."""
 
 
 def measure_step(

@@ -18,10 +18,10 @@ from rich.console import Console
 
 from bertbench.cli import ledger as ledger_cli
 from bertbench.cli import probe as probe_cli
-from bertbench.cli.probe_view import View, build_table, holes, shown
+from bertbench.cli.probe_view import View, build_table, describe_holes, shown
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, Setup, published_workload
+from bertbench.core.workload import Levers, Setup, TrainingStep, published_workload
 from bertbench.devices import discover
 from bertbench.devices.device import (
     GPU_CONTEXT_RESERVE_BYTES,
@@ -39,10 +39,10 @@ from bertbench.ledger.records import read_rows, record
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.limit_search import largest_batch
 from bertbench.memory.traces.step import replay_step
-from bertbench.probe import cell as probe_cell_module
-from bertbench.probe import recheck
-from bertbench.probe.cell import Cell, plenty_seconds, predict_cell_seconds, probe_cell
+from bertbench.probe.cell import ProbedCell, ProbeSettings, probe_cell
 from bertbench.probe.search import Certificate, SearchResult
+from bertbench.probe.seconds import default_timeout_seconds, predict_cell_seconds
+from bertbench.probe.traced_limit import NO_HOLES
 from bertbench.probe.workers import share_out
 from bertbench.trials.measure import TIMEOUT_SECONDS, TrialListener, TrialSettings
 from bertbench.trials.trial import Trial
@@ -52,53 +52,73 @@ from finetune.spec.checkpointing import parse_checkpointing
 LIMIT = 21
 
 
-@pytest.fixture
-def limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
-    """Let trials be simulated: at a sequence length that many examples fit."""
-    monkeypatch.setenv("BERTBENCH_LEDGER", str(tmp_path / "home" / "ledger.sqlite"))
-    limits = {64: LIMIT, 128: 9}
+@dataclasses.dataclass
+class Simulation:
+    """Trials that are simulated.
+
+    Attributes:
+        limits: how many examples fit, by sequence length.
+        before: called before a call's trials, with its setup and budget.
+        after: called with a call's setup and its trials.
+    """
+
+    limits: dict[int, int] = dataclasses.field(default_factory=lambda: {64: LIMIT, 128: 9})
+    before: Callable[[Setup, Budget], None] = lambda setup, budget: None
+    after: Callable[[Setup, list[Trial]], None] = lambda setup, trials: None
 
     def measure(
-        setup: Setup, budget: Budget, batches: Sequence[int], settings: TrialSettings,
+        self,
+        setup: Setup,
+        budget: Budget,
+        batches: Sequence[int],
+        settings: TrialSettings,
         listener: TrialListener,
-    ) -> list[Trial]:  # fmt: skip
+    ) -> list[Trial]:
         assert settings.timeout_seconds >= TIMEOUT_SECONDS
+        self.before(setup, budget)
         trials: list[Trial] = []
         for batch in batches:
-            trial = Trial(batch, "oom", seconds=11.0, message="OOM when allocating", fresh=True)
-            if batch <= limits[setup.workload.seq_len]:
-                trial = Trial(batch, "fits", (50 + batch) * MIB_BYTES, 0.1 * batch, 2.0, fresh=True)
-            trials.append(trial)
-            listener.on_trial(trial)
-            if trial.outcome == "oom":
+            trials.append(self.trial(setup, batch))
+            listener.on_trial(trials[-1])
+            if trials[-1].outcome != "fits":
                 break
+        self.after(setup, trials)
         return trials
 
-    monkeypatch.setattr(probe_cell_module, "measure_batches", measure)
-    monkeypatch.setattr(recheck, "measure_batches", measure)
-    return limits
+    def trial(self, setup: Setup, batch: int) -> Trial:
+        if batch > self.limits[setup.workload.seq_len]:
+            return Trial(batch, "oom", seconds=11.0, message="OOM when allocating", fresh=True)
+        return Trial(batch, "fits", (50 + batch) * MIB_BYTES, 0.1 * batch, 2.0, fresh=True)
 
 
-def probe(tmp_path: Path, *arguments: str) -> Result:
-    return CliRunner().invoke(
-        probe_cli.command,
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Simulation:
+    monkeypatch.setenv("BERTBENCH_LEDGER", str(tmp_path / "home" / "ledger.sqlite"))
+    return Simulation()
+
+
+def invoke(arguments: Sequence[str], device: Simulation | None = None) -> Result:
+    measure = None if device is None else device.measure
+    return CliRunner().invoke(probe_cli.command, arguments, obj=measure)
+
+
+def probe(tmp_path: Path, device: Simulation | None, *arguments: str) -> Result:
+    return invoke(
         ["--models", "bert-tiny", "--device", "cpu", "--memory", "256MiB",
          "--ledger", str(tmp_path / "l.sqlite"), *arguments],
+        device,
     )  # fmt: skip
 
 
-def check(tmp_path: Path, path: Path, *arguments: str) -> Result:
-    return CliRunner().invoke(
-        probe_cli.command,
-        ["--check", str(path), "--ledger", str(tmp_path / "l.sqlite"), *arguments],
+def check(tmp_path: Path, device: Simulation, path: Path, *arguments: str) -> Result:
+    return invoke(
+        ["--check", str(path), "--ledger", str(tmp_path / "l.sqlite"), *arguments], device
     )
 
 
-def test_the_file_has_certificates_a_curve_and_versions(
-    tmp_path: Path, limits: dict[int, int]
-) -> None:
+def test_the_file_has_certificates_a_curve_and_versions(tmp_path: Path, device: Simulation) -> None:
     path = tmp_path / "p.json"
-    result = probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
+    result = probe(tmp_path, device, "--seq-lens", "64,128", "--json", str(path))
     assert result.exit_code == 0, result.output
     values = json.loads(path.read_text())
     assert values["versions"]["tensorflow"].startswith("2.")
@@ -111,12 +131,12 @@ def test_the_file_has_certificates_a_curve_and_versions(
     assert "min" in result.output or " s left" in result.output  # an estimate of what is left
 
 
-def test_certificates_are_checked_by_new_trials(tmp_path: Path, limits: dict[int, int]) -> None:
+def test_certificates_are_checked_by_new_trials(tmp_path: Path, device: Simulation) -> None:
     path, checked = tmp_path / "p.json", tmp_path / "checked.json"
-    probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
+    probe(tmp_path, device, "--seq-lens", "64,128", "--json", str(path))
     with open_ledger(tmp_path / "l.sqlite") as ledger:
         before = len(read_rows(ledger))
-    result = check(tmp_path, path, "--json", str(checked))
+    result = check(tmp_path, device, path, "--json", str(checked))
     assert result.exit_code == 0, result.output
     assert result.output.count("holds") == 2
     cells = json.loads(checked.read_text())["cells"]
@@ -126,8 +146,8 @@ def test_certificates_are_checked_by_new_trials(tmp_path: Path, limits: dict[int
         assert len(read_rows(ledger)) == before + 4
 
     for limit, word in ((LIMIT - 1, "batch 21 runs out of memory"), (LIMIT + 1, "batch 22 fits")):
-        limits[64] = limit
-        result = check(tmp_path, path, "--json", str(checked))
+        device.limits[64] = limit
+        result = check(tmp_path, device, path, "--json", str(checked))
         assert isinstance(result.exception, WorkError)
         assert "1 of 2 certificates do not hold" in str(result.exception)
         assert word in str(result.exception)
@@ -135,17 +155,17 @@ def test_certificates_are_checked_by_new_trials(tmp_path: Path, limits: dict[int
         assert [cell["confirmed"] for cell in cells] == [False, True]
 
 
-def test_a_limit_of_zero_is_checked_too(tmp_path: Path, limits: dict[int, int]) -> None:
-    limits[64] = 0
+def test_a_limit_of_zero_is_checked_too(tmp_path: Path, device: Simulation) -> None:
+    device.limits[64] = 0
     path = tmp_path / "p.json"
-    probe(tmp_path, "--seq-lens", "64", "--json", str(path))
+    probe(tmp_path, device, "--seq-lens", "64", "--json", str(path))
     assert json.loads(path.read_text())["cells"][0]["max_batch"] == 0
-    assert check(tmp_path, path).exit_code == 0
-    refused = check(tmp_path, path, "--memory", "1GiB").exception
+    assert check(tmp_path, device, path).exit_code == 0
+    refused = check(tmp_path, device, path, "--memory", "1GiB").exception
     assert isinstance(refused, InputError)
     assert "--memory does not go with --check" in str(refused)
-    limits[64] = 1
-    assert isinstance(check(tmp_path, path).exception, WorkError)
+    device.limits[64] = 1
+    assert isinstance(check(tmp_path, device, path).exception, WorkError)
 
 
 def oom_of(values: Any) -> Any:
@@ -202,39 +222,54 @@ def oom_of(values: Any) -> Any:
     ],
 )
 def test_a_file_that_cannot_be_checked_is_refused(
-    tmp_path: Path, limits: dict[int, int], change: Callable[[Any], None], words: str
+    tmp_path: Path, device: Simulation, change: Callable[[Any], None], words: str
 ) -> None:
     path = tmp_path / "p.json"
-    probe(tmp_path, "--seq-lens", "64", "--json", str(path))
+    probe(tmp_path, device, "--seq-lens", "64", "--json", str(path))
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
-    result = check(tmp_path, path)
+    result = check(tmp_path, device, path)
     assert isinstance(result.exception, InputError)
     assert words in str(result.exception)
 
 
-def test_what_is_known_is_printed_when_interrupted(
-    tmp_path: Path, limits: dict[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measure = probe_cell_module.measure_batches
-
-    def interrupted(setup: Setup, *arguments: Any) -> list[Trial]:
-        found = measure(setup, *arguments)
-        if setup.workload.seq_len == 128 and found[-1].outcome == "fits" and found[-1].batch > 2:
+def test_what_is_known_is_printed_when_interrupted(tmp_path: Path, device: Simulation) -> None:
+    def interrupt(setup: Setup, trials: list[Trial]) -> None:
+        if setup.workload.seq_len == 128 and trials[-1].outcome == "fits" and trials[-1].batch > 2:
             raise KeyboardInterrupt
-        return found
 
-    monkeypatch.setattr(probe_cell_module, "measure_batches", interrupted)
+    device.after = interrupt
     path = tmp_path / "p.json"
-    result = probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
+    result = probe(tmp_path, device, "--seq-lens", "64,128", "--json", str(path))
     assert result.exit_code != 0
     assert [cell["max_batch"] for cell in json.loads(path.read_text())["cells"]] == [LIMIT]
     assert "interrupted at [2/2] bert-tiny 128: batch" in result.output
-    monkeypatch.setattr(probe_cell_module, "measure_batches", measure)
-    again = probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
+    again = probe(tmp_path, Simulation(), "--seq-lens", "64,128", "--json", str(path))
     assert "[1/2] bert-tiny 64: known from the ledger" in again.output
     assert [c["max_batch"] for c in json.loads(path.read_text())["cells"]] == [LIMIT, 9]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "no accelerator: probing small models on the CPU under a cap of 512 MiB; for the "),
+        (["--device", "cpu"], "probing small models on the CPU under a cap of 512 MiB; for the "),
+        (["--models", "bert-tiny"], ""),
+        (["--seq-lens", "64"], ""),
+    ],
+)
+def test_a_small_default_grid_is_told_of(
+    tmp_path: Path, device: Simulation, monkeypatch: pytest.MonkeyPatch, flags: list[str], told: str
+) -> None:
+    (cpu,) = [one for one in discover.list_devices() if one.kind == "cpu"]
+    monkeypatch.setattr(discover, "list_devices", lambda: [cpu])
+    result = invoke([*flags, "--ledger", str(tmp_path / "l.sqlite")], device)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.output.splitlines() if "small models" in line]
+    assert [line.partition("paper")[0] for line in lines] == ([told] if told else [])
+    for line in lines:
+        assert line.endswith("--seq-lens 64,128,256,320,384,512 --memory 12GiB")
 
 
 def hold(path: str, seconds: float, events: Any) -> None:
@@ -264,22 +299,14 @@ def test_a_lock_is_released_by_a_kill(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checks", [False, True])
 def test_a_second_probe_of_a_device_waits(
-    tmp_path: Path, limits: dict[int, int], monkeypatch: pytest.MonkeyPatch, checks: bool
+    tmp_path: Path, device: Simulation, monkeypatch: pytest.MonkeyPatch, checks: bool
 ) -> None:
     """With a ledger in another folder too, and other places for what it keeps."""
     file = tmp_path / "p.json"
     if checks:
-        probe(tmp_path, "--seq-lens", "64", "--json", str(file))
+        probe(tmp_path, device, "--seq-lens", "64", "--json", str(file))
     measured = threading.Event()
-    module = recheck if checks else probe_cell_module
-    measure = module.measure_batches
-
-    def note(*arguments: Any) -> list[Trial]:
-        measured.set()
-        found: list[Trial] = measure(*arguments)
-        return found
-
-    monkeypatch.setattr(module, "measure_batches", note)
+    device.before = lambda setup, budget: measured.set()
     results: list[Result] = []
 
     def second() -> None:
@@ -288,7 +315,9 @@ def test_a_second_probe_of_a_device_waits(
         monkeypatch.setenv("XDG_STATE_HOME", str(other))
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(other))
         monkeypatch.setenv("TMPDIR", str(other))
-        results.append(check(tmp_path, file) if checks else probe(tmp_path, "--seq-lens", "64"))
+        results.append(
+            check(tmp_path, device, file) if checks else probe(tmp_path, device, "--seq-lens", "64")
+        )
 
     with devices_held([resolve_device("cpu")]):
         thread = threading.Thread(target=second)
@@ -300,34 +329,28 @@ def test_a_second_probe_of_a_device_waits(
     assert results[0].exit_code == 0
 
 
-def test_a_check_that_fails_refutes_nothing(
-    tmp_path: Path, limits: dict[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_check_that_fails_refutes_nothing(tmp_path: Path, device: Simulation) -> None:
     path, checked = tmp_path / "p.json", tmp_path / "checked.json"
-    probe(tmp_path, "--seq-lens", "64,128", "--json", str(path))
-    measure = recheck.measure_batches
+    probe(tmp_path, device, "--seq-lens", "64,128", "--json", str(path))
 
-    def crash(setup: Setup, *arguments: Any) -> list[Trial]:
-        if setup.workload.seq_len == 64:
-            return [Trial(arguments[1][0], "failed", message="killed by SIGSEGV")]
-        found: list[Trial] = measure(setup, *arguments)
-        return found
+    class Crashing(Simulation):
+        def trial(self, setup: Setup, batch: int) -> Trial:
+            if setup.workload.seq_len == 64:
+                return Trial(batch, "failed", message="killed by SIGSEGV")
+            return super().trial(setup, batch)
 
-    monkeypatch.setattr(recheck, "measure_batches", crash)
-    result = check(tmp_path, path, "--json", str(checked))
+    result = check(tmp_path, Crashing(), path, "--json", str(checked))
     assert isinstance(result.exception, WorkError)
     assert "1 of 2 certificates could not be checked" in str(result.exception)
     assert "killed by SIGSEGV" in str(result.exception)
     assert [c["confirmed"] for c in json.loads(checked.read_text())["cells"]] == [None, True]
 
-    def interrupt(setup: Setup, *arguments: Any) -> list[Trial]:
+    def interrupt(setup: Setup, budget: Budget) -> None:
         if setup.workload.seq_len == 128:
             raise KeyboardInterrupt
-        found: list[Trial] = measure(setup, *arguments)
-        return found
 
-    monkeypatch.setattr(recheck, "measure_batches", interrupt)
-    assert check(tmp_path, path, "--json", str(checked)).exit_code != 0
+    device.before = interrupt
+    assert check(tmp_path, device, path, "--json", str(checked)).exit_code != 0
     assert [c["confirmed"] for c in json.loads(checked.read_text())["cells"]] == [True]
 
 
@@ -346,22 +369,26 @@ def test_a_busy_gpu_is_refused() -> None:
 def test_a_trial_may_take_ten_times_what_the_others_took() -> None:
     trials = [Trial(8, "fits", 1, 4.0, 10.0), Trial(9, "oom")]
     budget = make_budget(resolve_device("cpu"), 256 * MIB_BYTES)
-    question = budget, published_workload("bert-tiny", 64), Levers()
-    assert plenty_seconds(*question, [], 50, 3) == TIMEOUT_SECONDS
-    assert plenty_seconds(*question, trials, 16, 3) == TIMEOUT_SECONDS
-    assert plenty_seconds(*question, trials, 538, 3) == pytest.approx(10 * 0.5 * 538 * 6)
+    setup = Setup(published_workload("bert-tiny", 64))
+
+    def timeout(step: TrainingStep, trials: Sequence[Trial]) -> float:
+        return default_timeout_seconds(budget, step, trials, steps=3)
+
+    assert timeout(setup.step(50), []) == TIMEOUT_SECONDS
+    assert timeout(setup.step(16), trials) == TIMEOUT_SECONDS
+    assert timeout(setup.step(538), trials) == pytest.approx(10 * 0.5 * 538 * 6)
     # The first trial of a cell may be the limit itself, whose step takes minutes.
-    large = budget, published_workload("bert-large", 384), Levers(parse_checkpointing("nested"))
-    seconds = predict_step_seconds(Setup(*large[1:]).step(120), device_rates(budget.device))
+    large = Setup(published_workload("bert-large", 384), Levers(parse_checkpointing("nested")))
+    seconds = predict_step_seconds(large.step(120), device_rates(budget.device))
     assert seconds > 100
-    assert plenty_seconds(*large, [], 120, 3) == pytest.approx(10 * seconds * 6)
+    assert timeout(large.step(120), []) == pytest.approx(10 * seconds * 6)
 
 
-def finished(batch: int, seq_len: int, seconds: float = 40.0) -> Cell:
+def finished(batch: int, seq_len: int, seconds: float = 40.0) -> ProbedCell:
     fits = Trial(batch, "fits", 11_000 * MIB_BYTES, 12.5, 30.0, fresh=True)
     oom = Trial(batch + 1, "oom", message="OOM", fresh=True)
     result = SearchResult(batch, Certificate(fits, oom), "oom", (fits, oom), 2)
-    return Cell(published_workload("bert-large", seq_len), Levers(), result, seconds)
+    return ProbedCell(Setup(published_workload("bert-large", seq_len)), result, seconds)
 
 
 def test_the_table_fits_80_columns_beside_the_published_one() -> None:
@@ -406,26 +433,23 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch, *changes: dict[str, Any]) -> None:
 
 
 def test_like_gpus_share_the_cells(
-    tmp_path: Path, limits: dict[int, int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, device: Simulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two_gpus(monkeypatch, {"free_bytes": 22 << 30})
-    measure = probe_cell_module.measure_batches
     both = threading.Barrier(2)
     used: dict[int, set[str]] = {64: set(), 128: set()}
 
-    def together(setup: Setup, budget: Budget, *more: Any) -> list[Trial]:
+    def together(setup: Setup, budget: Budget) -> None:
         if not used[setup.workload.seq_len]:
             both.wait(60)  # passes only when the other card works too
         used[setup.workload.seq_len].add(budget.device.label)
-        found: list[Trial] = measure(setup, budget, *more)
-        return found
 
-    monkeypatch.setattr(probe_cell_module, "measure_batches", together)
+    device.before = together
     path = tmp_path / "p.json"
-    result = CliRunner().invoke(
-        probe_cli.command,
+    result = invoke(
         ["--models", "bert-tiny", "--seq-lens", "64,128", "--device", "gpu:0,gpu:1",
          "--ledger", str(tmp_path / "l.sqlite"), "--json", str(path)],
+        device,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert sorted(map(sorted, used.values())) == [["gpu:0"], ["gpu:1"]]
@@ -439,7 +463,7 @@ def test_like_gpus_share_the_cells(
 
 
 @pytest.mark.parametrize(
-    ("device", "change", "words"),
+    ("names", "change", "words"),
     [
         ("gpu:0,gpu:0", {}, "names a device twice"),
         ("gpu:0,gpu:1", {"name": "Other"}, "several products"),
@@ -448,11 +472,11 @@ def test_like_gpus_share_the_cells(
     ],
 )
 def test_devices_that_cannot_share_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, change: dict[str, Any], words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str, change: dict[str, Any], words: str
 ) -> None:
     monkeypatch.setenv("BERTBENCH_LEDGER", str(tmp_path / "home" / "ledger.sqlite"))
     two_gpus(monkeypatch, change)
-    result = probe(tmp_path, "--device", device, "--memory", "1GiB")
+    result = probe(tmp_path, None, "--device", names, "--memory", "1GiB")
     assert isinstance(result.exception, InputError)
     assert words in str(result.exception)
 
@@ -460,26 +484,26 @@ def test_devices_that_cannot_share_are_refused(
 def test_a_failure_of_one_worker_ends_the_others() -> None:
     done: list[int] = []
 
-    def work(worker: str, index: int, check: Callable[[], None]) -> None:
+    def work(worker: str, index: int, poll: Callable[[], None]) -> None:
         if worker == "bad":
             raise OSError("no disk")
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            check()
+            poll()
             time.sleep(0.01)
         done.append(index)
 
     with pytest.raises(OSError, match="no disk"):
         share_out(5, ["bad", "good"], work)
     assert done == []
-    share_out(3, ["one"], lambda worker, index, check: done.append(index))
+    share_out(3, ["one"], lambda worker, index, poll: done.append(index))
     assert done == [0, 1, 2]
 
 
 def test_the_estimate_of_a_cell_grows_with_the_model() -> None:
     budget = make_budget(resolve_device("cpu"), 2048 * MIB_BYTES)
     seconds = [
-        predict_cell_seconds(budget, published_workload(model, 128), Levers())
+        predict_cell_seconds(budget, Setup(published_workload(model, 128)))
         for model in ("bert-mini", "bert-small", "bert-base")
     ]
     # Starts, and the allocator's wait, are in each; in the last one hardly a batch fits.
@@ -505,12 +529,12 @@ def test_a_list_tells_heads_apart_where_there_are_several(tmp_path: Path) -> Non
             assert ("bert-tiny classifier" in shown_) is named
 
 
-def test_the_ledger_is_listed_exported_and_pruned(tmp_path: Path, limits: dict[int, int]) -> None:
+def test_the_ledger_is_listed_exported_and_pruned(tmp_path: Path, device: Simulation) -> None:
     import pandas as pd
 
     assert isinstance(ledger(tmp_path, "list").exception, InputError)
     assert not (tmp_path / "l.sqlite").exists()
-    probe(tmp_path, "--seq-lens", "64,128")
+    probe(tmp_path, device, "--seq-lens", "64,128")
     with open_ledger(tmp_path / "l.sqlite") as open_:
         rows = read_rows(open_)
     result = ledger(tmp_path, "list", "--json", str(tmp_path / "l.json"))
@@ -584,14 +608,14 @@ def test_an_unknown_cell_takes_two_trials_where_a_trace_tells_its_limit(
             listener.on_trial(trial)
         return found[:1] if found[0].outcome == "oom" else found
 
-    monkeypatch.setattr(probe_cell_module, "measure_batches", measure)
     with open_ledger(tmp_path / "l.sqlite") as ledger:
-        cell = probe_cell(ledger, budget, workload, Levers())
+        question = Question(budget, Setup(workload))
+        cell = probe_cell(ledger, question, ProbeSettings(measure=measure))
     assert cell.result.max_batch == limit + off
     assert cell.result.certificate is not None
     assert cell.result.measured <= most
     # A trace that was wrong about the limit is not asked what lies beyond.
-    assert off == 0 or cell.fits_again + cell.runs_out_below == ()
+    assert off == 0 or cell.holes == NO_HOLES
 
 
 @pytest.mark.parametrize(
@@ -612,7 +636,7 @@ def test_holes_on_both_sides_of_the_limit_are_told_of(
 ) -> None:
     """Batches that fit where a smaller one does not."""
     budget = make_budget(resolve_device("cpu"), budget_mib * MIB_BYTES)
-    workload, levers = published_workload(model, 128), Levers(parse_checkpointing(policy))
+    setup = Setup(published_workload(model, 128), Levers(parse_checkpointing(policy)))
     memory = empty_memory(budget)
 
     def measure(
@@ -621,34 +645,34 @@ def test_holes_on_both_sides_of_the_limit_are_told_of(
     ) -> list[Trial]:  # fmt: skip
         trials = []
         for batch in batches:
-            replayed = replay_step(Setup(workload, levers).step(batch), memory)
+            replayed = replay_step(setup.step(batch), memory)
             outcome: Any = "fits" if replayed.fits else "oom"
             peak_bytes = replayed.peak_bytes if replayed.fits else None
             trials.append(Trial(batch, outcome, peak_bytes, 0.1 * batch, fresh=True))
             listener.on_trial(trials[-1])
         return trials
 
-    monkeypatch.setattr(probe_cell_module, "measure_batches", measure)
+    question, simulated = Question(budget, setup), ProbeSettings(measure=measure)
     with open_ledger(tmp_path / "l.sqlite") as ledger:
-        cell = probe_cell(ledger, budget, workload, levers)
+        cell = probe_cell(ledger, question, simulated)
     assert cell.result.max_batch == limit
-    assert cell.fits_again
-    assert all(replay_step(Setup(workload, levers).step(b), memory).fits for b in cell.fits_again)
-    assert all(b > limit + 1 for b in cell.fits_again)
-    assert cell.runs_out_below == below
-    told = holes(cell)
+    assert cell.holes.fits_again
+    assert all(replay_step(setup.step(b), memory).fits for b in cell.holes.fits_again)
+    assert all(b > limit + 1 for b in cell.holes.fits_again)
+    assert cell.holes.runs_out_below == below
+    told = describe_holes(cell)
     assert len(told) == 1 + bool(below)
     assert f"{model} 128: above {limit} these fit again" in told[0]
     assert not below or f"{model} 128: below {limit} these do not fit" in told[-1]
     assert not below or told[-1].endswith(": 4")
-    assert cell.to_json()["fits_again"] == list(cell.fits_again)
+    assert cell.to_json()["fits_again"] == list(cell.holes.fits_again)
     assert cell.to_json()["runs_out_below"] == list(below)
 
     with open_ledger(tmp_path / "l.sqlite") as ledger:
         for batch in below:  # what was tried after all is not predicted any more
             seen = Trial(batch, "fits", MIB_BYTES, 0.1, fresh=True)
-            record(ledger, Question(budget, Setup(workload, levers)), seen)
-        assert probe_cell(ledger, budget, workload, levers).runs_out_below == ()
+            record(ledger, question, seen)
+        assert probe_cell(ledger, question, simulated).holes.runs_out_below == ()
 
 
 def test_layers_that_a_model_does_not_have(tmp_path: Path) -> None:

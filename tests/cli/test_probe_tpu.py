@@ -15,36 +15,30 @@ from bertbench.cli import probe as probe_cli
 from bertbench.cli.options import common
 from bertbench.core.workload import Setup
 from bertbench.devices.device import TPU_CORE_BYTES, Budget
-from bertbench.probe import cell as probe_cell_module
-from bertbench.probe import recheck
 from bertbench.trials.measure import TrialSettings, measure_batches
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from helpers import tpu_stand_in
 
 
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def measure(
+    setup: Setup, budget: Budget, batches: Sequence[int], settings: TrialSettings, *more: Any
+) -> list[Trial]:
+    settings = dataclasses.replace(settings, target="helpers.tpu_stand_in:run_trial")
+    return measure_batches(setup, budget, batches, settings, *more)
+
+
+def test_the_limit_of_a_core_is_certified_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("BERTBENCH_LEDGER", str(tmp_path / "ledger.sqlite"))
-
-    def measure(
-        setup: Setup, budget: Budget, batches: Sequence[int], settings: TrialSettings, *more: Any
-    ) -> list[Trial]:
-        settings = dataclasses.replace(settings, target="helpers.tpu_stand_in:run_trial")
-        return measure_batches(setup, budget, batches, settings, *more)
-
-    for module in (probe_cell_module, recheck):
-        monkeypatch.setattr(module, "measure_batches", measure)
-
-
-@pytest.mark.usefixtures("stand_in")
-def test_the_limit_of_a_core_is_certified_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     result = CliRunner().invoke(
         probe_cli.command,
         ["--models", "bert-tiny", "--seq-lens", "8", "--device", "tpu:stand-in",
          "--tpu_zone", "us-central1-b", "--gcp-project", "a-project", "--num_tpu_cores", "2",
          "--json", str(path)],
+        obj=measure,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "all memory of a core on TPU stand-in, 2 cores" in result.output
@@ -62,7 +56,7 @@ def test_the_limit_of_a_core_is_certified_and_checked(tmp_path: Path) -> None:
     assert point["examples_per_second"] == pytest.approx(
         2 * fits["batch"] / fits["step_seconds"], rel=1e-3
     )
-    result = CliRunner().invoke(probe_cli.command, ["--check", str(path)])
+    result = CliRunner().invoke(probe_cli.command, ["--check", str(path)], obj=measure)
     assert result.exit_code == 0, result.output
     assert "holds" in result.output
 

@@ -11,10 +11,38 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertbench.probe.search import LARGEST_BATCH, Measure, SearchResult, find_max_batch
+from bertbench.core.bisection import largest_passing
+from bertbench.probe.search import (
+    LARGEST_BATCH,
+    Measure,
+    Predictions,
+    SearchResult,
+    find_max_batch,
+)
 from bertbench.trials.trial import Trial
 
 Calls = list[tuple[list[int], bool]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Formula:
+    """Predicts peaks, and the limit by them."""
+
+    peak_bytes: Callable[[int], int]
+    budget_bytes: int
+
+    def max_micro_batch(self, at_most: int, fitting: int) -> int:
+        return largest_passing(lambda b: self.peak_bytes(b) <= self.budget_bytes, fitting, at_most)
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """A replay that tells the limit by what has fitted."""
+
+    limit: Callable[[int], int | None]
+
+    def max_micro_batch(self, at_most: int, fitting: int) -> int | None:
+        return self.limit(fitting)
 
 
 def device(
@@ -85,8 +113,9 @@ def test_a_good_prediction_moves_the_first_two_batches() -> None:
     def predict(batch: int) -> int:
         return 95 + 10 * batch
 
+    predictions = Predictions(formula=Formula(predict, 1073))
     result = find_max_batch(
-        affine(100, 10, 1073, calls), budget_bytes=1073, predict_peak_bytes=predict
+        affine(100, 10, 1073, calls), budget_bytes=1073, predictions=predictions
     )
     assert_certified(result, 97)
     assert calls == [([12, 32], False), ([97], True), ([98], True)]
@@ -101,7 +130,7 @@ def test_an_affine_device_takes_at_most_four_trials(constant: int, slope: int, l
     result = find_max_batch(
         affine(constant, slope, budget),
         budget_bytes=budget,
-        predict_peak_bytes=lambda batch: constant + slope * batch,
+        predictions=Predictions(formula=Formula(lambda batch: constant + slope * batch, budget)),
     )
     assert_certified(result, limit)
     assert result.measured <= 4
@@ -127,7 +156,9 @@ def test_noise_costs_about_one_trial_more() -> None:
         def predict(batch: int, constant: int = constant, slope: int = slope) -> int:
             return int(0.95 * (constant + slope * batch))
 
-        result = find_max_batch(measure, budget_bytes=budget, predict_peak_bytes=predict)
+        result = find_max_batch(
+            measure, budget_bytes=budget, predictions=Predictions(formula=Formula(predict, budget))
+        )
         assert_certified(result, truth)
         counts.append(result.measured)
     assert statistics.median(counts) <= 5
@@ -176,10 +207,10 @@ def test_any_monotone_device_gives_its_true_limit(
         return trials
 
     truth = max(batch for batch in range(len(peaks)) if peaks[batch] <= budget)
+    formula = None if scale is None else Formula(lambda batch: int(peak(batch) * scale), budget)
     result = find_max_batch(
         measure,
-        predict_peak_bytes=None if scale is None else lambda batch: int(peak(batch) * scale),
-        locate=lambda fitting: located,
+        predictions=Predictions(Located(lambda fitting: located), formula),
         budget_bytes=budget,
         max_batch=limit,
     )
@@ -217,7 +248,7 @@ def test_zero_is_an_answer_with_the_missing_bytes() -> None:
     result = find_max_batch(
         affine(900, 100, 700),
         budget_bytes=700,
-        predict_peak_bytes=lambda batch: 880 + 100 * batch,
+        predictions=Predictions(formula=Formula(lambda batch: 880 + 100 * batch, 700)),
     )
     assert_certified(result, 0)
     assert result.missing_bytes == 280
@@ -338,8 +369,10 @@ def test_what_was_recorded_is_tried_at_once_and_believed_for_a_while(
     result = find_max_batch(
         device(lambda b: b <= 97, uneven, calls),
         budget_bytes=1100,
-        predict_peak_bytes=lambda batch: 95 + 10 * batch,
-        locate=lambda fitting: located if calls else None,
+        predictions=Predictions(
+            Located(lambda fitting: located if calls else None),
+            Formula(lambda batch: 95 + 10 * batch, 1100),
+        ),
     )
     assert_certified(result, 97)
     assert calls[0] == ([12, 33], True)
@@ -361,29 +394,23 @@ def test_layers_in_chunks_have_several_of_them_in_the_larger_of_the_first_two_tr
         (80, 32),
     ):
         calls: Calls = []
-        find_max_batch(
-            affine(100, 10, 1073, calls),
-            budget_bytes=1073,
-            predict_peak_bytes=lambda batch: 95 + 10 * batch,
-            locate=lambda fitting: 97,
-            examples_per_chunk=examples_per_chunk,
+        located = Predictions(
+            Located(lambda fitting: 97),
+            Formula(lambda batch: 95 + 10 * batch, 1073),
+            examples_per_chunk,
         )
+        find_max_batch(affine(100, 10, 1073, calls), budget_bytes=1073, predictions=located)
         assert calls[0] == ([97], True)
         calls.clear()
-        find_max_batch(
-            affine(100, 10, 1073, calls),
-            budget_bytes=1073,
-            predict_peak_bytes=lambda batch: 95 + 10 * batch,
-            examples_per_chunk=examples_per_chunk,
-        )
+        predictions = dataclasses.replace(located, replay=None)
+        find_max_batch(affine(100, 10, 1073, calls), budget_bytes=1073, predictions=predictions)
         assert calls[0] == ([min(12, large - 1), large], False)
 
 
 def test_a_recording_that_is_there_already_leaves_two_trials() -> None:
     calls: Calls = []
-    result = find_max_batch(
-        affine(100, 10, 373, calls), budget_bytes=373, locate=lambda fitting: 27
-    )
+    predictions = Predictions(Located(lambda fitting: 27))
+    result = find_max_batch(affine(100, 10, 373, calls), budget_bytes=373, predictions=predictions)
     assert_certified(result, 27)
     assert calls == [([27], True), ([28], True)]
 
@@ -399,8 +426,10 @@ def test_a_hole_below_what_fits_does_not_stop_the_search() -> None:
     result = find_max_batch(
         device(lambda b: b in fitting, lambda b: 100 + b, calls),
         budget_bytes=110,
-        predict_peak_bytes=lambda batch: 100 + 2 * batch,
-        locate=lambda low: locate(low) if calls else None,
+        predictions=Predictions(
+            Located(lambda low: locate(low) if calls else None),
+            Formula(lambda batch: 100 + 2 * batch, 110),
+        ),
     )
     assert_certified(result, 6)
     assert calls == [([2, 4], True), ([6], True), ([7], True)]
