@@ -1,8 +1,7 @@
-"""Loops over chunks of examples, found in recordings of what a step asks its allocator for.
+"""Find the loops over chunks of examples in recordings.
 
-`finetune.model.chunks` runs some layers a chunk of examples at a time, and their requests come
-back for every chunk. To tell what more chunks would ask for, one has to know where each of them
-begins.
+`finetune.model.chunks` computes some layers for one chunk of examples at a time. Every chunk makes
+the same requests. To predict the requests of more chunks, it must be known where each chunk begins.
 """
 
 from __future__ import annotations
@@ -17,19 +16,20 @@ from collections.abc import Mapping, Sequence
 from bertbench.memory.allocator.recording import Recording
 
 SMALL_BYTES = 1024
-"""Counters, shapes and the like, which come and go a little earlier or later in each process."""
+"""Allocations up to this size, such as counters and shapes, are ignored in a loop: they are freed a
+little earlier or later in each process."""
 
 _LOOP_RE = re.compile(r"(.*while(?:_\d+)?)/(body|cond)/_\d+/")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """What a trial has recorded.
+    """A recording of a trial, with the sizes of its batch.
 
     Attributes:
         seq_len: tokens per example.
         batch: examples.
-        recording: what they asked for.
+        recording: what the trial asked of the allocator.
     """
 
     seq_len: int
@@ -42,10 +42,11 @@ class Loop:
     """A loop over chunks of examples, as recorded.
 
     Attributes:
-        policy: index of the most examples of a chunk among those of all policies.
-        starts: for each run of the loop, the positions among the events at which its chunks begin,
-            and at which the last one ends.
-        repeated: for each run, the chunk that stands for more of them.
+        policy: index of the checkpointing policy, in the order in which `loops_and_origins` was
+            given their numbers of examples.
+        starts: for each run of the loop, numbers of the events that begin a chunk, and the number
+            of the event after the last chunk.
+        repeated: for each run, the number of the chunk to repeat where more chunks are needed.
     """
 
     policy: int
@@ -54,37 +55,38 @@ class Loop:
 
     @property
     def chunks(self) -> int:
-        """PerChunk that were recorded in each run."""
+        """Number of chunks in each run."""
         return len(self.starts[0]) - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where an allocation was made.
+    """Where in a step an allocation was made.
 
     Attributes:
-        operation: that asked for it.
-        run: which run of its loop; 0 outside of loops over chunks.
-        time: which of those that the operation makes for a chunk, or in all outside of loops.
-        chunk: number of the chunk among those of the run; 0 outside of loops.
-        loop: the loop; None outside.
+        operation: name of the operation that made it.
+        run: number of the loop's run; 0 outside of loops over chunks.
+        index: number of the allocation among those that the operation made for this chunk; outside
+            of loops among all that it made.
+        chunk: number of the chunk in this run; 0 outside of loops.
+        loop: the loop; None outside of loops.
     """
 
     operation: str
     run: int
-    time: int
+    index: int
     chunk: int = 0
     loop: Loop | None = None
 
     @property
     def stream(self) -> tuple[str, int, int]:
-        """The same for all chunks of a run, which let go of what they have in common in order."""
-        return self.operation, self.run, self.time
+        """The same for all chunks of a run; their allocations are freed in the order of chunks."""
+        return self.operation, self.run, self.index
 
     @property
     def key(self) -> tuple[str, int]:
-        """The same where the same is asked for."""
-        return self.operation, self.time
+        """The same for allocations whose sizes have the same formula."""
+        return self.operation, self.index
 
 
 def loops_and_origins(
@@ -93,9 +95,9 @@ def loops_and_origins(
     """Find the loops over chunks that all recordings have, and where each allocation was made.
 
     Args:
-        recorded: of one model and one lever setting.
-        examples_per_chunk: for each recording the most examples of a chunk, for every policy in
-            use that has chunks.
+        recorded: recordings of one model and one lever setting.
+        examples_per_chunk: for each recording and each policy that works in chunks, the most
+            examples of a chunk.
 
     Returns:
         For each recording its loops by name, and the origins of its allocations.
@@ -118,7 +120,13 @@ def loops_and_origins(
 
 
 def examples_of_chunk(batch: int, chunks: int, chunk: int) -> int:
-    """Examples of a chunk, as `finetune.model.chunks` shares them out."""
+    """Number of examples in a chunk, as `finetune.model.chunks` shares them out.
+
+    Args:
+        batch: examples of all chunks.
+        chunks: number of chunks.
+        chunk: number of the chunk, from 0 on.
+    """
     return (chunk + 1) * batch // chunks - chunk * batch // chunks
 
 
@@ -127,12 +135,14 @@ def _find_loops(
     loop_names: Mapping[str, tuple[str, str]],
     examples_per_chunk: Sequence[int],
 ) -> dict[tuple[str, int, int], Loop]:
-    """Find loops whose body allocates as often as there are chunks, by their operations' names.
+    """Find loops whose body allocates as often as there are chunks.
 
-    A chunk begins where the loop's condition has been asked.
+    TensorFlow's names of operations say which loop they are in. A chunk begins where the condition
+    of the loop was computed.
 
     Returns:
-        Loops by name, policy and number of runs; one that may be of several policies several times.
+        Loops by name, policy and number of runs. A loop that fits several policies is there for
+        each of them.
     """
     recording = recorded.recording
     bodies: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -160,19 +170,19 @@ def _find_loops(
 
 
 def _common(found: Sequence[dict[tuple[str, int, int], Loop]]) -> list[dict[str, Loop]]:
-    """Keep the loops that are in all recordings, under their names.
+    """Keep the loops that are in all recordings, by their names.
 
-    A loop over something else may have a fitting number of rounds now and then.
+    Other loops can have the same number of repetitions by chance in one recording.
     """
     keys = functools.reduce(lambda a, b: a & b, (set(loops) for loops in found))
     return [{key[0]: loops[key] for key in sorted(keys, reverse=True)} for loops in found]
 
 
 def _most_usual(recording: Recording, starts: Sequence[int]) -> int:
-    """Find the chunk after the first that is most like the others.
+    """Find the chunk after the first that is most like the others: it can be repeated.
 
-    Now and then a loop's counter is let go of only when the next chunk has begun. A chunk that is
-    repeated with that, or without it, would leave counters behind.
+    Sometimes a loop's counter is freed only after the next chunk has begun. If such a chunk, or the
+    one after it, were repeated, the numbers of allocations and releases would differ.
     """
     later = range(1, len(starts) - 1)
     chunks = {
@@ -183,16 +193,16 @@ def _most_usual(recording: Recording, starts: Sequence[int]) -> int:
         for number in later
     }
 
-    def left_over(number: int) -> int:
+    def not_freed(number: int) -> int:
         more: collections.Counter[str] = collections.Counter()
-        for begins, name in chunks[number]:
-            more[name] += 1 if begins else -1
+        for allocates, name in chunks[number]:
+            more[name] += 1 if allocates else -1
         return sum(map(abs, more.values()))
 
-    def like_it(number: int) -> int:
+    def alike(number: int) -> int:
         return sum(chunk == chunks[number] for chunk in chunks.values())
 
-    return min(later, key=lambda number: (left_over(number), -like_it(number)), default=0)
+    return min(later, key=lambda number: (not_freed(number), -alike(number)), default=0)
 
 
 def _origins(
@@ -200,13 +210,13 @@ def _origins(
     loops: Mapping[str, Loop],
     loop_names: Mapping[str, tuple[str, str]],
 ) -> tuple[Origin, ...]:
-    """Origins of all allocations."""
+    """Find the origins of all allocations."""
     made: dict[tuple[str, int, int], int] = collections.Counter()
     result: list[Origin] = []
-    for position, number in enumerate(recording.events):
-        if number < 0:
+    for position, event in enumerate(recording.events):
+        if event < 0:
             continue
-        name = recording.operations[number]
+        name = recording.operations[event]
         loop = loops.get(loop_names[name][0]) if name in loop_names else None
         run = chunk = 0
         if loop is not None:

@@ -1,9 +1,9 @@
 """Make the step traces of other optimizers out of AdamW's.
 
-Forward and backward pass are the same; the update is another one. It goes through the variables one
-after the other, so it is enough to put what the other optimizer asks for of a variable in the place
-of what AdamW asks for. Biases of keys get no gradient with these optimizers, but they are asked for
-here: a few kilobytes too much.
+Forward and backward pass are the same, and the update differs. An update takes the variables one
+after the other. So for each variable the allocations of AdamW's update are replaced by those of the
+other optimizer's. Biases of keys get no gradient with these optimizers, but their update is in the
+trace: a few kilobytes too much.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ _UPDATES = {
     "lion": ("a+ b+ b- a- g-", "a+ b+ b- a- g-"),
     "adafactor": ("a+ r+ r- c+ c- a- r+ r- c+ c- a+ a- g-", "a+ a- b+ g- a+ a- b-"),
 }
-"""What is asked for (+) and let go of (-) after a matrix's weight decay, and for a vector, which
-has none. a and b are as large as the variable, r has a number for each row, c for each column, and
-g is the gradient. From recordings of `finetune.train.optimization`'s Lion and Adafactor."""
+"""Allocations (+) and releases (-) after the weight decay of a matrix, and for a vector, which has
+no weight decay. a and b are as large as the variable, r has a number for each row, c one for each
+column, and g is the gradient. From recordings of Lion and Adafactor."""
 
 _EXAMPLES = frozenset("neruws")
+"""Dimensions that depend on the examples; no tensor of an update has them."""
 
 
 def with_optimizer(trace: StepTrace, optimizer: str) -> StepTrace:
-    """Put another optimizer's update in the place of AdamW's.
+    """Replace AdamW's update by another optimizer's.
 
     Args:
         trace: of a step with AdamW.
         optimizer: `lion` or `adafactor`.
 
     Returns:
-        A trace without peaks.
+        A trace without candidate peaks.
 
     Raises:
-        UnlikeError: the trace has no update that is understood.
+        UnlikeError: the trace does not have AdamW's update twice.
     """
     update = _Update(trace, _UPDATES[optimizer])
     items: list[Item] = []
@@ -75,7 +76,7 @@ def _parts(trace: StepTrace) -> Iterator[tuple[bool, list[Item]]]:
 
 
 def _of_update(trace: StepTrace, item: Item) -> bool:
-    """Whether an update may have it: an end, or a request that no example makes larger."""
+    """Whether an item can be part of an update: nothing in it grows with the examples."""
     if isinstance(item, PerLayer):
         return all(_of_update(trace, inner) for inner in item.body)
     if isinstance(item, Allocate):
@@ -84,7 +85,7 @@ def _of_update(trace: StepTrace, item: Item) -> bool:
 
 
 def _updates_words(trace: StepTrace, part: Sequence[Item]) -> bool:
-    """Whether the weight decay of the word embeddings is made, and let go of at once."""
+    """Whether the weight decay of the word embeddings is allocated and freed at once."""
     return any(
         isinstance(item, Allocate)
         and following == Free(item.site)
@@ -94,14 +95,17 @@ def _updates_words(trace: StepTrace, part: Sequence[Item]) -> bool:
 
 
 def _begin_with_requests(part: Sequence[Item]) -> list[Item]:
-    """Let no layer's part of the update begin with the end of the gradient before it."""
+    """Move releases from the begin of a layer's part to its release.
+
+    They free the gradient of the variable before, which belongs to the layer before.
+    """
     result: list[Item] = []
     for item in part:
         if isinstance(item, PerLayer) and any(isinstance(one, Allocate) for one in item.body):
             count = next(n for n, one in enumerate(item.body) if isinstance(one, Allocate))
             first, rest = item.body[:count], item.body[count:]
             again = PerLayer(item.kind, item.extra - bool(count), (*rest, *first))
-            # Of what an update asks for nothing is in chunks.
+            # An update has no chunks.
             result += [*first, again, *(rest if count else ())]
         else:
             result.append(item)
@@ -109,11 +113,11 @@ def _begin_with_requests(part: Sequence[Item]) -> list[Item]:
 
 
 class _Update:
-    """Rewrites an update.
+    """Replaces AdamW's update.
 
     Attributes:
-        sizes: of the trace, and those that come to them.
-        ends: likewise.
+        sizes: sizes of the trace, and new ones.
+        free_order: orders of the trace's sites, and of new ones.
     """
 
     def __init__(self, trace: StepTrace, updates: tuple[str, str]) -> None:
@@ -123,56 +127,63 @@ class _Update:
         self._sites: dict[tuple[str, int], int] = {}
 
     def rewritten(self, part: Sequence[Item]) -> list[Item]:
-        """Put the update of a variable after its weight decay, where its gradient ended."""
+        """Replace the update of each variable: the events from its weight decay on."""
         result: list[Item] = []
-        place = 0
-        while place < len(part):
-            item = part[place]
+        index = 0
+        while index < len(part):
+            item = part[index]
             if isinstance(item, PerLayer):
                 body = tuple(self.rewritten(item.body))
                 result.append(dataclasses.replace(item, body=body))  # type: ignore[arg-type]
             else:
                 result.append(item)
-            place += 1
-            if isinstance(item, Allocate) and self._is_decay(item, part[place]):
-                ends = itertools.takewhile(lambda one: isinstance(one, Free), part[place:])
-                decay, *ended = (one for one in ends if isinstance(one, Free))
-                result += [decay, *self._variables(self.sizes[item.size], ended)]
-                place += 1 + len(ended)
+            index += 1
+            if isinstance(item, Allocate) and self._is_decay(item, part[index]):
+                following = itertools.takewhile(lambda one: isinstance(one, Free), part[index:])
+                decay, *releases = (one for one in following if isinstance(one, Free))
+                result += [decay, *self._variables(self.sizes[item.size], releases)]
+                index += 1 + len(releases)
         return result
 
-    def _is_decay(self, ask: Allocate, following: Item) -> bool:
-        """Whether it is of a matrix, and let go of at once."""
-        sides = sum(power for _, power in self.sizes[ask.size].powers)
-        return sides >= 2 and following == Free(ask.site)
+    def _is_decay(self, item: Allocate, following: Item) -> bool:
+        """Whether it is the weight decay of a matrix, which is freed at once."""
+        sides = sum(power for _, power in self.sizes[item.size].powers)
+        return sides >= 2 and following == Free(item.site)
 
-    def _variables(self, decayed: Size, ended: Sequence[Free]) -> Iterator[Allocate | Free]:
-        """The update of the matrix whose decay has been made, and of the vectors after it."""
+    def _variables(self, decayed: Size, releases: Sequence[Free]) -> Iterator[Allocate | Free]:
+        """Events of the update of a matrix, and of the vectors after it.
 
-        def size_of(end: Free) -> Size:
-            return self.sizes[self._size_of[end.site]]
+        Args:
+            decayed: size of the matrix.
+            releases: releases that followed the weight decay.
+        """
 
-        gradients = [end for end in ended if not _EXAMPLES & dict(size_of(end).powers).keys()]
-        matrix = next((end for end in gradients if size_of(end) == decayed), None)
+        def size_of(release: Free) -> Size:
+            return self.sizes[self._size_of[release.site]]
+
+        gradients = [
+            release for release in releases if not _EXAMPLES & dict(size_of(release).powers).keys()
+        ]
+        matrix = next((release for release in gradients if size_of(release) == decayed), None)
         if matrix is None:
-            raise UnlikeError("a weight decay that is not followed by the end of its gradient")
-        # Ends that follow each other are in the order of their requests, the newest first. Sums
-        # over micro-batches are asked for in the order of the variables, gradients in the reverse,
-        # which is the update's.
+            raise UnlikeError("after a weight decay its gradient is not freed")
+        # Releases that follow each other are in the order of their allocations, the newest first.
+        # The update takes the variables in the order in which gradients are freed. Sums over
+        # micro-batches are allocated in the order of the variables, gradients in the reverse order.
         if matrix is not gradients[0]:
             gradients.reverse()
-        gradients.sort(key=lambda end: end is not matrix)
-        for end in gradients:
-            sizes = _sizes_for(size_of(end))
-            kind = _OF_MATRIX if end is matrix else _OF_VECTOR
+        gradients.sort(key=lambda release: release is not matrix)
+        for release in gradients:
+            sizes = _sizes_for(size_of(release))
+            kind = _OF_MATRIX if release is matrix else _OF_VECTOR
             for one in self._updates[kind].split():
                 if one == "g-":
-                    yield end
+                    yield release
                     continue
                 size = self._number(sizes[one[0]])
                 site = self._site(one[0], size)
                 yield Allocate(site, size) if one[1] == "+" else Free(site)
-        yield from (end for end in ended if end not in gradients)
+        yield from (release for release in releases if release not in gradients)
 
     def _number(self, size: Size) -> int:
         if size not in self.sizes:
@@ -187,7 +198,7 @@ class _Update:
 
 
 def _sizes_for(variable: Size) -> dict[str, Size]:
-    """What the letters of an update stand for."""
+    """Sizes that the letters of an update stand for."""
     dimensions = [name for name, power in variable.powers for _ in range(power)]
     sides = [Size(0, 4, ((name, 1),)) for name in dimensions]
     return {"a": variable, "b": variable, "r": sides[0], "c": sides[-1]}
