@@ -9,11 +9,13 @@ error that was measured of it. `predict_memory` chooses.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 from bertbench.core.bisection import largest_passing
+from bertbench.core.terminal import say
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Setup, TrainingStep
 from bertbench.devices.device import Budget
@@ -27,6 +29,7 @@ from bertbench.memory.footprint import (
 )
 from bertbench.memory.limit_search import largest_batch
 from bertbench.memory.traced_footprint import traced_footprint
+from bertbench.memory.traces.archive import other_tensorflow, package_archive
 from bertbench.memory.traces.peaks import traced_peak_bytes
 from bertbench.memory.traces.step import left_out_bytes, replay_step, trace_of
 
@@ -68,8 +71,8 @@ class Room:
         budget_bytes: what the allocator of one device may use.
         spare_bytes: what is to be left free of it.
         replicas: devices that share the effective batch, and so add up their gradients.
-        margin: part of a prediction by a trace to add on a GPU, as trials have shown; None takes
-            `SAFETY_MARGIN`.
+        margin: part of a prediction by a trace to add, as trials have shown, on a GPU or with
+            another TensorFlow than that of the traces; None takes a margin that is safe.
     """
 
     device_kind: str
@@ -111,10 +114,10 @@ class MemoryPrediction(Protocol):
         """What a peak may reach, so that the step fits with the margin."""
 
     def peak_bytes(self, micro_batch: int) -> int:
-        """Most bytes alive at once in a step; no less for a larger micro-batch.
+        """Most live bytes of a step; no less for a larger micro-batch.
 
         It takes a fraction of a millisecond and is a lower bound: what the allocator loses between
-        the pieces of free memory, and in chunks that it hands out whole, is not in it.
+        the pieces of free memory, and in pieces that it hands out whole, is not in it.
         """
 
     def footprint(self, micro_batch: int, *, replayed: bool = True) -> Footprint:
@@ -135,16 +138,48 @@ class MemoryPrediction(Protocol):
         """
 
 
-def predict_memory(setup: Setup, room: Room) -> MemoryPrediction:
-    """Choose what predicts the memory of a setup's steps: their trace or the formula."""
+def predict_memory(setup: Setup, room: Room, *, tensorflow: str | None = None) -> MemoryPrediction:
+    """Choose what predicts the memory of a setup's steps: their trace or the formula.
+
+    Args:
+        setup: workload and levers.
+        room: what the steps have to fit in.
+        tensorflow: version that the steps run with; None takes the installed one.
+    """
     if not has_trace(setup, room.device_kind):
         compiled = setup.levers.xla or room.device_kind == "tpu"
         return FormulaPrediction(setup, room, COMPILED_MARGIN if compiled else FORMULA_MARGIN)
-    margin = SAFETY_MARGIN if room.margin is None else room.margin
+    margin = _trace_margin(setup, room, other_tensorflow(tensorflow) is not None)
+    return TracePrediction(setup, room, margin, left_out_bytes(setup))
+
+
+def _trace_margin(setup: Setup, room: Room, other_version: bool) -> float:
+    """Margin of a prediction by a trace."""
+    if other_version:
+        # Nothing has been measured with it. Trials are those with the version that is used.
+        return FORMULA_MARGIN if room.margin is None else room.margin
     if room.device_kind == "cpu":
         recorded = setup.workload.seq_len % _RECORDED_MULTIPLES == 0
-        margin = 0.0 if recorded else _OTHER_LENGTHS_MARGIN
-    return TracePrediction(setup, room, margin, left_out_bytes(setup))
+        return 0.0 if recorded else _OTHER_LENGTHS_MARGIN
+    return SAFETY_MARGIN if room.margin is None else room.margin
+
+
+@functools.cache
+def note_other_tensorflow(tensorflow: str | None = None) -> None:
+    """Say in one line that predictions keep a larger margin, if the traces are of another version.
+
+    It is said once in a process.
+
+    Args:
+        tensorflow: see `predict_memory`.
+    """
+    other = other_tensorflow(tensorflow)
+    if other is not None:
+        recorded = package_archive().manifest.tensorflow
+        say(
+            f"warning: memory was recorded with TensorFlow {recorded}, and this is {other}: a plan "
+            f"leaves {FORMULA_MARGIN:.0%} of the predicted memory free until trials tell the error"
+        )
 
 
 def has_trace(setup: Setup, device_kind: str) -> bool:

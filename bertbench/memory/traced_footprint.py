@@ -10,7 +10,7 @@
 | working_set | of the layer in flight, of embeddings and head: the same for any number of layers |
 | inputs | tokens, masks and targets of all micro-batches |
 | small_tensors | scalars and the like, and the places that are set aside for them |
-| allocator | what is lost in chunks that the allocator hands out whole; only with a replay |
+| allocator | what is lost in pieces that the allocator hands out whole; only with a replay |
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def traced_footprint(
         replayed: replay the step, so that what the allocator loses is known too.
 
     Returns:
-        The parts at the moment at which most is alive; None if there is no trace, or if a replay
+        The parts at the moment with the most live bytes; None if there is no trace, or if a replay
         runs out of memory.
     """
     workload, trace = step.workload, trace_of(step.setup)

@@ -8,7 +8,13 @@ from typing import Any
 
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Setup, TrainingStep, Workload
-from bertbench.memory.prediction import SAFETY_MARGIN, Room, min_budget_bytes, predict_memory
+from bertbench.memory.prediction import (
+    SAFETY_MARGIN,
+    Room,
+    min_budget_bytes,
+    note_other_tensorflow,
+    predict_memory,
+)
 from bertbench.plan.candidates import all_settings, cuts
 from bertbench.plan.requests import PlanRequest
 from finetune.spec.checkpointing import POLICIES, Checkpointing
@@ -65,6 +71,8 @@ def find_min_memory(
         most_replayed: settings that are replayed at most, those with the smallest peaks; None for
             all.
     """
+    if device_kind != "tpu":
+        note_other_tensorflow()
     if request.policies is None:
         request = dataclasses.replace(request, policies=[*map(Checkpointing, POLICIES)])
     share = math.ceil(request.target_batch / replicas)

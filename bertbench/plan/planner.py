@@ -14,7 +14,7 @@ from bertbench.core.units import format_bytes
 from bertbench.core.workload import Setup, TrainingStep, Workload
 from bertbench.devices.step_time import predict_step_seconds
 from bertbench.memory.footprint import Footprint
-from bertbench.memory.prediction import MemoryPrediction, predict_memory
+from bertbench.memory.prediction import MemoryPrediction, note_other_tensorflow, predict_memory
 from bertbench.plan.calibration import Calibration
 from bertbench.plan.candidates import all_settings, cuts
 from bertbench.plan.min_memory import MinMemory, find_min_memory
@@ -149,6 +149,8 @@ def make_plan(
     """
     if request.target_batch < 1:
         raise InputError(f"target batch {request.target_batch} is not positive")
+    if device.kind != "tpu":
+        note_other_tensorflow()
     calibration = calibration or Calibration()
 
     def choose(request: PlanRequest) -> _Found | None:

@@ -169,6 +169,7 @@ def read_trace(pattern: str) -> StepTrace | None:
     return package_archive().trace(pattern)
 
 
+@functools.cache
 def other_tensorflow(installed: str | None = None) -> str | None:
     """Version of TensorFlow that is used, if the traces were recorded with another one.
 
@@ -187,7 +188,6 @@ def other_tensorflow(installed: str | None = None) -> str | None:
     return installed
 
 
-@functools.cache
 def _installed_tensorflow() -> str | None:
     try:
         return metadata.version("tensorflow")
