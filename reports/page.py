@@ -79,28 +79,15 @@ def build_page(report: Report, advance: Advance = lambda done, note: None) -> st
 
 
 def _values(report: Report, advance: Advance) -> dict[str, Any]:
-    pictures = []
-    for number, p in enumerate(report.pictures):
-        pictures.append(
-            {
-                "name": p.name,
-                "title": p.title,
-                "caption": p.caption,
-                "wide": p.wide,
-                "svg": p.inline_svg(),
-                "narrow_svg": p.draw_narrow and p.inline_svg(p.draw_narrow),
-            }
-        )
-        advance(number + 1, p.name)
-    cells = sorted(report.cells, key=lambda cell: -cell.newest.id)[:_MOST_CELLS]
-    shown = {id(cell) for cell in cells}
+    """All values of the template."""
+    pictures = _drawn_pictures(report, advance)
     sections = {
         "summary": ("What fits", report.environments),
         "plans": ("What to run", report.recommendations),
         "limits": ("Largest micro-batch", report.tables),
         "pictures": ("Pictures", pictures),
         "runs": ("Runs", report.runs),
-        "cells": ("All cells", cells),
+        "cells": ("All cells", report.cells),
         "trials": ("Every trial", report.rows),
         "how": ("How it was measured", True),
     }
@@ -115,27 +102,68 @@ def _values(report: Report, advance: Advance) -> dict[str, Any]:
             for environment in report.environments[:_MOST_ENVIRONMENTS]
         ],
         "more_environments": max(len(report.environments) - _MOST_ENVIRONMENTS, 0),
-        "target_batch": report.target_batch,
-        "plans": [_commands(one, report.names[one.environment]) for one in report.recommendations],
-        "workloads_without_plan": report.workloads_without_plan,
-        "plan_columns": _PLAN_COLUMNS,
-        "plan_rows": [
-            _plan_row(one, report.names[one.environment]) for one in report.recommendations
-        ],
-        "tables": [
-            {
-                "title": table.title,
-                "columns": list(table.frame.columns),
-                "rows": list(table.frame.itertuples(index=False)),
-            }
-            for table in report.tables[:_MOST_TABLES]
-        ],
-        "more_tables": max(len(report.tables) - _MOST_TABLES, 0),
-        "note": NOTE,
+        **_plan_values(report),
+        **_limit_values(report),
         "pictures": pictures,
         "errors": describe_errors(report.predictions),
         "run_columns": _RUN_COLUMNS,
         "run_rows": [_run_row(run) for run in report.runs],
+        **_cell_values(report),
+        "trial_columns": _TRIAL_COLUMNS,
+        "trial_rows": list(_trial_rows(report)),
+        "more_trials": len(report.rows) if len(report.rows) > _MOST_TRIALS else 0,
+    }
+
+
+def _drawn_pictures(report: Report, advance: Advance) -> list[dict[str, Any]]:
+    drawn = []
+    for number, picture in enumerate(report.pictures):
+        narrow = picture.draw_narrow
+        drawn.append(
+            {
+                "name": picture.name,
+                "title": picture.title,
+                "caption": picture.caption,
+                "wide": picture.wide,
+                "svg": picture.inline_svg(),
+                "narrow_svg": narrow and picture.inline_svg(narrow),
+            }
+        )
+        advance(number + 1, picture.name)
+    return drawn
+
+
+def _plan_values(report: Report) -> dict[str, Any]:
+    plans = [(one, report.names[one.environment]) for one in report.recommendations]
+    return {
+        "target_batch": report.target_batch,
+        "plans": [_commands(one, where) for one, where in plans],
+        "workloads_without_plan": report.workloads_without_plan,
+        "plan_columns": _PLAN_COLUMNS,
+        "plan_rows": [_plan_row(one, where) for one, where in plans],
+    }
+
+
+def _limit_values(report: Report) -> dict[str, Any]:
+    tables = [
+        {
+            "title": table.title,
+            "columns": list(table.frame.columns),
+            "rows": list(table.frame.itertuples(index=False)),
+        }
+        for table in report.tables[:_MOST_TABLES]
+    ]
+    return {
+        "tables": tables,
+        "more_tables": max(len(report.tables) - _MOST_TABLES, 0),
+        "note": NOTE,
+    }
+
+
+def _cell_values(report: Report) -> dict[str, Any]:
+    newest = sorted(report.cells, key=lambda cell: -cell.newest.id)[:_MOST_CELLS]
+    shown = {id(cell) for cell in newest}
+    return {
         "cell_columns": _CELL_COLUMNS,
         # In the order of the report: by environment, then by model.
         "cell_rows": [
@@ -144,9 +172,6 @@ def _values(report: Report, advance: Advance) -> dict[str, Any]:
             if id(cell) in shown
         ],
         "more_cells": len(report.cells) if len(report.cells) > _MOST_CELLS else 0,
-        "trial_columns": _TRIAL_COLUMNS,
-        "trial_rows": list(_trial_rows(report)),
-        "more_trials": len(report.rows) if len(report.rows) > _MOST_TRIALS else 0,
     }
 
 

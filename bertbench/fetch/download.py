@@ -75,7 +75,7 @@ class _Remote:
     md5: str | None
 
 
-class _CutError(Exception):
+class _ConnectionError(Exception):
     """The connection failed; the bytes that have arrived are kept."""
 
 
@@ -113,12 +113,7 @@ def download(
             found = pooch.file_hash(str(part), alg="md5")
             if found != remote.md5:
                 raise ValueError(f"MD5 {found}, not the {remote.md5} that the server names")
-        # A link instead of a move, so that an interrupted verification does not lose the file.
-        os.unlink(temporary)
-        try:
-            os.link(part, temporary)
-        except OSError:
-            os.replace(part, temporary)
+        _link_or_move(part, Path(temporary))
 
     path.parent.mkdir(parents=True, exist_ok=True)
     pooch.get_logger().setLevel("WARNING")
@@ -143,7 +138,20 @@ def download(
     _discard(part)
     if sha256 is not None:
         return Download(sha256, "SHA-256")
-    (remote,) = remotes
+    return _without_checksum(path, remotes[-1])
+
+
+def _link_or_move(part: Path, target: Path) -> None:
+    """Give a complete file a second name, so that an interrupted verification does not lose it."""
+    target.unlink()
+    try:
+        os.link(part, target)
+    except OSError:  # a file system without links
+        os.replace(part, target)
+
+
+def _without_checksum(path: Path, remote: _Remote) -> Download:
+    """Describe a downloaded file whose checksum was not known."""
     digest: str = pooch.file_hash(str(path), alg="sha256")
     if remote.md5 is not None:
         return Download(digest, "server's MD5")
@@ -162,7 +170,7 @@ def _complete(url: str, part: Path, by_hand: str) -> _Remote:
                 f"{host} answers {error.code} {error.reason} for {url}; try again later, or "
                 f"{by_hand} and run the same command again"
             ) from error
-        except _CutError as error:
+        except _ConnectionError as error:
             arrived = _size(part)
             if pause_seconds is not None and arrived > before:
                 say(f"{part.name}: {error}; continuing in {pause_seconds:.0f} s")
@@ -227,7 +235,7 @@ def _append(response: http.client.HTTPResponse, part: Path, remote: _Remote, off
             try:
                 chunk = response.read1(_CHUNK_BYTES)
             except (OSError, http.client.HTTPException) as error:
-                raise _CutError(_reason(error)) from error
+                raise _ConnectionError(_reason(error)) from error
             if not chunk:
                 break
             file.write(chunk)
@@ -238,7 +246,7 @@ def _append(response: http.client.HTTPResponse, part: Path, remote: _Remote, off
         file.flush()
         os.fsync(file.fileno())
     if total is not None and size != total:
-        raise _CutError(f"closed at {size:,} of {total:,} bytes")
+        raise _ConnectionError(f"closed at {size:,} of {total:,} bytes")
 
 
 def _open(url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
@@ -250,7 +258,7 @@ def _open(url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
     except urllib.error.HTTPError:
         raise
     except (OSError, http.client.HTTPException) as error:
-        raise _CutError(_reason(error)) from error
+        raise _ConnectionError(_reason(error)) from error
     return response
 
 
