@@ -1,7 +1,7 @@
-"""How pictures look, and how they are written: for files, and for a page that is light or dark.
+"""The style of pictures, and their formats: PNG and SVG files, and SVG inside a page.
 
-Colours are those of Okabe and Ito (2008, "Color Universal Design"), which colour-blind people tell
-apart; each comes with a line style, a marker and a hatch of its own, so that greyscale is enough.
+Colours are those of Okabe and Ito (2008, "Color Universal Design"), which colour-blind people can
+distinguish. Each has a line style, a marker and a hatch of its own, so that greyscale is enough.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from bertbench.core.terminal import clean_text
 
 INK = "#1b1e23"
-"""Text and axes; a page puts its own colour in its place."""
+"""Colour of text and axes; inside a page it is replaced by the page's colour of text."""
 
 _STYLE: Mapping[str, Any] = {
     "font.family": "sans-serif",
@@ -44,7 +44,7 @@ _STYLE: Mapping[str, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
-    # Text stays text: it can be selected and searched for, and takes little room.
+    # Text stays text: it can be selected and searched, and the file is small.
     "svg.fonttype": "none",
     "svg.hashsalt": "bertbench",
     # Names from outside may have dollars in them.
@@ -59,7 +59,7 @@ _STYLE: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """How one of several things is drawn."""
+    """Colour, line style, marker and hatch of one of several lines or bars."""
 
     color: str
     line: Any
@@ -81,7 +81,7 @@ LOOKS = (
 
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
-    """Draw in this style, whatever the user's matplotlibrc says."""
+    """Use this style in the block, whatever the user's matplotlibrc says."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         # The style is a mapping of names that matplotlib knows.
@@ -90,7 +90,7 @@ def styled() -> Iterator[None]:
 
 
 def look_of(number: int) -> Look:
-    """The look of the n-th thing; from the ninth on they come again."""
+    """Return the look of the n-th line or bar; the ninth has the same look as the first."""
     return LOOKS[number % len(LOOKS)]
 
 
@@ -98,7 +98,7 @@ _PANEL_WIDTH, _PANEL_HEIGHT = 4.2, 3.1
 
 
 def panels(count: int, columns: int = 2) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each thing."""
+    """Make a figure with a number of panels."""
     width = _PANEL_WIDTH
     if count == 1:
         columns, width = 1, 1.35 * _PANEL_WIDTH
@@ -111,7 +111,7 @@ def panels(count: int, columns: int = 2) -> tuple[Figure, list[Axes]]:
 
 
 def add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """Put a legend of some panels below, each name once, in as many columns as surely fit."""
+    """Add a legend of some panels below them, with each name once and as many columns as fit."""
     handles = {
         text: handle
         for axis in axes
@@ -124,16 +124,16 @@ def add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture that is drawn when it is wanted.
+    """A picture that is drawn when it is written.
 
     Attributes:
-        name: of its files, and in its ids; what is neither a letter nor a digit of ASCII, a dot,
-            an underscore or a dash becomes a dash.
-        title: for people.
+        name: name of its files, and prefix of its ids. Characters other than ASCII letters, digits,
+            dots, underscores and dashes are replaced by dashes.
+        title: its title.
         caption: how to read it, in a sentence or two.
-        draw: draws it; the style is in force then.
-        wide: it needs the whole width of a page.
-        draw_narrow: draws it for a narrow screen, where the other would be too small to read.
+        draw: draws the figure, in the style of this module.
+        wide: whether it needs the whole width of a page.
+        draw_narrow: draws the figure for a narrow screen; None draws none.
     """
 
     name: str
@@ -144,30 +144,30 @@ class Picture:
     draw_narrow: Callable[[], Figure] | None = None
 
     def __post_init__(self) -> None:
-        """Make the name one that a file and an id can have."""
+        """Replace characters that a file name or an id cannot have."""
         object.__setattr__(self, "name", re.sub(r"[^A-Za-z0-9._-]+", "-", self.name))
 
     def png(self) -> bytes:
-        """For files: on white."""
+        """Return the PNG file, on a white background."""
         with styled():
             buffer = io.BytesIO()
             self.draw().savefig(buffer, format="png", dpi=150, facecolor="white")
         return buffer.getvalue()
 
     def svg(self) -> str:
-        """For files: on white."""
+        """Return the SVG file, on a white background."""
         return self._svg(self.draw, "white")
 
     def inline_svg(self, draw: Callable[[], Figure] | None = None) -> str:
-        """For a page: without a background, in the page's colour of text, as wide as there is.
+        """Return the SVG for a page: without a background, in the page's colour and width.
 
         Args:
-            draw: draws it; None takes its `draw`.
+            draw: draws the figure; None takes `Picture.draw`.
         """
         text = self._svg(draw or self.draw, "none")
         text = text[text.index("<svg") :].replace(INK, "currentColor")
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-        # Several pictures in a page must not share names.
+        # Ids must differ between the pictures of a page.
         name = self.name if draw is None else f"{self.name}-narrow"
         text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
         text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)

@@ -1,4 +1,4 @@
-"""Pictures of plans: what they hold, what else there was, and a step's course."""
+"""Pictures of plans: their peak by part, their alternatives, and memory during a step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _PARTS = (
     "weights", "optimizer_state", "accumulators", "gradients", "saved_activations", "working_set",
     "all_reduce",
 )  # fmt: skip
-"""Those that may be large; all else is drawn as one."""
+"""Parts of a footprint that may be large; all others are drawn as one."""
 
 
 def footprint_picture(
     recommendations: Sequence[Recommendation], names: Mapping[Environment, str]
 ) -> Picture | None:
-    """What the chosen plans hold at their peak, part by part, beside what was measured."""
+    """Draw the peak of the chosen plans, part by part, beside the measured peak."""
     chosen = [(one, one.plan) for one in recommendations if isinstance(one.plan, Plan)]
     if not chosen:
         return None
@@ -107,11 +107,11 @@ def _setting(entry: PlanEntry) -> str:
 
 
 _CHARACTER = 0.012
-"""Width of a letter of a label, as a part of the budget."""
+"""Width of a letter of a label, as a fraction of the budget."""
 
 
 def front_picture(recommendation: Recommendation, where: str) -> Picture | None:
-    """Seconds against bytes: the chosen plan, what needs less, and what does not fit."""
+    """Draw seconds against bytes: the chosen setting, and those that need less memory."""
     plan = recommendation.plan
     if not isinstance(plan, Plan):
         return None
@@ -175,10 +175,10 @@ def front_picture(recommendation: Recommendation, where: str) -> Picture | None:
 
 
 def timeline_picture(recommendation: Recommendation, where: str) -> Picture | None:
-    """Bytes in use in the course of one step, by phase.
+    """Draw the bytes in use during one step, by phase.
 
     Returns:
-        None where a step's requests are not known.
+        None if there is no trace of the step.
     """
     plan = recommendation.plan
     if not isinstance(plan, Plan):
@@ -219,7 +219,7 @@ def timeline_picture(recommendation: Recommendation, where: str) -> Picture | No
         axis.set_xticks([])
         axis.grid(False, axis="x")
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
-        axis.set(xlabel="requests and releases of one optimizer step, in their order",
+        axis.set(xlabel="allocate and free events of one optimizer step, in their order",
                  ylabel="in use (MiB)")  # fmt: skip
         add_legend(figure, [axis])
         return figure

@@ -19,14 +19,14 @@ from reports.runs import Run, prediction_files
 _MOST_RUNS = 8
 _DRAWN = 800
 _METRICS = ("f1", "exact_match", "accuracy", "matthews", "pearson")
-"""Of several metrics the first of these is drawn."""
+"""Metrics by priority: the first that a run has is drawn."""
 
 _SMOOTHED = 40
-"""A curve is smoothed over this part of its steps."""
+"""A curve is smoothed over its number of steps, divided by this."""
 
 
 def training_picture(runs: Sequence[Run]) -> Picture | None:
-    """Loss and scores of runs by optimizer step."""
+    """Draw loss and scores of runs by optimizer step."""
     shown = [run for run in runs if len(run.steps) > 1][:_MOST_RUNS]
     if not shown:
         return None
@@ -70,7 +70,7 @@ def training_picture(runs: Sequence[Run]) -> Picture | None:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """Names for a legend, which leaves out what begins with an underscore; each only once."""
+    """Return different names for a legend, which leaves out names that begin with an underscore."""
     labels: list[str] = []
     for run in runs:
         name = f" {run.name}" if run.name.startswith("_") else run.name
@@ -80,12 +80,13 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 
 def precision_recall_picture(run: Run) -> Picture | None:
-    """Precision against recall of a SQuAD 2.0 run, with the threshold on the null odds marked.
+    """Draw precision against recall of a SQuAD 2.0 run, and mark the threshold on the null odds.
 
-    Every question has its best answer that is one, and is answered if its odds are low enough.
+    Each question gets its best candidate that is not empty. It counts as answered if its null odds
+    are below the threshold.
 
     Returns:
-        None for other runs, and where the data are gone or have changed.
+        None for other runs, and if the data are missing or have changed.
     """
     files = prediction_files(run)
     if files is None:
@@ -131,10 +132,10 @@ def precision_recall_picture(run: Run) -> Picture | None:
 
 
 def best_answers(candidates: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
-    """The best candidate that is an answer, by question; "" where there is none.
+    """Return the best candidate of each question that is not empty, or else "".
 
     Args:
-        candidates: what a run's `nbest_predictions.json` has, best first.
+        candidates: content of a run's `nbest_predictions.json`, the best first.
     """
     return {
         name: next((str(one["text"]) for one in some if one["text"]), "")
@@ -143,7 +144,7 @@ def best_answers(candidates: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[
 
 
 def point_at(scores: QuestionScores, threshold: float) -> tuple[float, float]:
-    """Precision and recall, by F1, of what is answered at a threshold on the null odds."""
+    """Return precision and recall, by F1, at a threshold on the null odds."""
     answered = scores.no_answer_odds <= threshold
     right = float(np.where(scores.has_answer & answered, scores.f1, 0.0).sum())
     return (

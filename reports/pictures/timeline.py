@@ -1,4 +1,4 @@
-"""Memory in the course of one optimizer step, by what the step asks of the allocator."""
+"""Memory during one optimizer step, from what the step allocates and frees."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bertbench.memory.traces.unroll import Unrolled
 
 FORWARD, BACKWARD, UPDATE = "forward pass", "backward pass", "update"
 BOTH_PASSES = "forward and backward pass"
-"""Where a model has so few layers that a trace does not tell the passes apart."""
+"""Name of both passes where a model has too few layers to separate them in a trace."""
 
 _MORE_LAYERS = 4
 _DRAWN = 600
@@ -35,7 +35,7 @@ class Phase:
     """A part of a step.
 
     Attributes:
-        name: one of those above.
+        name: name of the phase, one of the constants of this module.
         start: number of its first event.
         end: number of the first event after it.
     """
@@ -45,7 +45,7 @@ class Phase:
     end: int
 
     def extended(self, start: int, end: int) -> Phase:
-        """This one and a later part of it, either of which may be empty."""
+        """Return this phase, extended by a later part of it; either may be empty."""
         if start == end:
             return self
         return Phase(self.name, start if self.start == self.end else self.start, end)
@@ -53,14 +53,14 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """Bytes in use after every request and every release of one step.
+    """Bytes in use after each allocate and each free event of one step.
 
     Attributes:
-        state_bytes: weights and optimizer state, which are always there.
-        gradient_bytes: gradients, their sums over micro-batches, and what updates them.
-        activation_bytes: all that grows with the micro-batch.
-        phases: in order, without gaps.
-        micro_batches: that are shown of those of the step.
+        state_bytes: weights and optimizer state, which live during the whole step.
+        gradient_bytes: live bytes of gradients, their sums over micro-batches and their update.
+        activation_bytes: live bytes of all that grows with the micro-batch.
+        phases: the phases in order, without gaps.
+        micro_batches: how many of the step's micro-batches are shown.
     """
 
     state_bytes: int
@@ -71,12 +71,12 @@ class Timeline:
 
     @property
     def events(self) -> int:
-        """Number of requests and releases."""
+        """Number of allocate and free events."""
         return len(self.gradient_bytes)
 
     @functools.cached_property
     def sampled(self) -> list[int]:
-        """Events to draw: of every few the first and the one with most in use."""
+        """Events to draw: the first and the highest one of each interval."""
         total = self.gradient_bytes + self.activation_bytes
         width = -(-self.events // _DRAWN)
         highest = (n + int(total[n : n + width].argmax()) for n in range(0, self.events, width))
@@ -84,19 +84,19 @@ class Timeline:
 
     @property
     def peak_bytes(self) -> int:
-        """Most that is in use; without what the allocator loses in pieces."""
+        """Peak of the live bytes, without what the allocator loses to fragmentation."""
         return self.state_bytes + int((self.gradient_bytes + self.activation_bytes).max())
 
 
 _Bytes = npt.NDArray[np.int64]
 _Runs = dict[int, tuple[int, int]]
-"""First event of what is repeated, and the first after it, by the number of the item."""
+"""First event of a repeated item, and the first after it, by the item's number."""
 
 
 def step_timeline(workload: Workload, levers: Levers, micro_batch: int) -> Timeline | None:
-    """Write out the second step of a trace.
+    """Unroll the second step of a trace.
 
-    Of several micro-batches two are shown; all others are as the second.
+    Two micro-batches are shown; all others are like the second.
 
     Returns:
         None if there is no trace.
@@ -143,7 +143,7 @@ def step_timeline(workload: Workload, levers: Levers, micro_batch: int) -> Timel
 
 
 def _between_steps(total: _Bytes) -> int:
-    """The event with which the second step begins: before it, only the state is left."""
+    """Return the event that begins the second step; before it, only the state is live."""
     middle = len(total) // 3
     return _lowest(total, middle, 2 * middle)
 
@@ -203,5 +203,5 @@ def _merged(passes: Sequence[Phase]) -> list[Phase]:
 
 
 def _lowest(values: _Bytes, start: int, end: int) -> int:
-    """The event after the one at which least is in use."""
+    """Return the event after the one with the fewest live bytes."""
     return start + int(values[start:end].argmin()) + 1 if end > start else start

@@ -1,4 +1,4 @@
-"""Pictures of what trials have measured: limits, speed, and predictions beside it."""
+"""Pictures of trials: limits, speed, and predicted beside measured peaks."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _MOST_SETTINGS = 8
 
 
 def limits_picture(cells: Sequence[MeasuredCell], where: str) -> Picture | None:
-    """Largest micro-batch against sequence length, a panel for each model.
+    """Draw the largest micro-batch against sequence length, a panel for each model.
 
     Args:
-        cells: of one environment and one task.
-        where: names the two.
+        cells: cells of one environment and one task.
+        where: name of the environment and the task.
     """
     known = [cell for cell in cells if cell.max_batch is not None and cell.is_of_search]
     models = sorted({cell.model for cell in known}, key=model_order)[-_MOST_PANELS:]
@@ -99,7 +99,7 @@ def _limits_panel(
 
 
 _NOTHING = 0.5
-"""Where 0 is drawn on a logarithmic axis."""
+"""Position of 0 on a logarithmic axis."""
 
 
 def _log_counts(axis: Axes, values: Sequence[float]) -> None:
@@ -120,7 +120,7 @@ def _log_counts(axis: Axes, values: Sequence[float]) -> None:
 
 
 def _log_mib(axis: Axis, low: float, high: float) -> None:
-    """Label as many sizes of a logarithmic axis as there is room for."""
+    """Label as many sizes of a logarithmic axis as fit."""
     subs: tuple[float, ...] = (1.0, 3.0)
     if high / low < 60:
         subs = (1.0, 2.0, 5.0) if high / low > 6 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
@@ -132,7 +132,7 @@ def _log_mib(axis: Axis, low: float, high: float) -> None:
 def throughput_picture(
     cells: Sequence[MeasuredCell], names: Mapping[Environment, str]
 ) -> Picture | None:
-    """Examples a second against micro-batch, with the batch that runs out of memory."""
+    """Draw examples a second against the micro-batch, up to the one that runs out of memory."""
     timed = [cell for cell in cells if len(cell.rates) >= 2]
     if not timed:
         return None
@@ -172,7 +172,7 @@ def throughput_picture(
 
     return Picture(
         "throughput",
-        "Speed by micro-batch, up to the wall" + (f": {where[0]}" if same else ""),
+        "Speed by micro-batch, up to the limit" + (f": {where[0]}" if same else ""),
         caption,
         draw,
         wide=len(chosen) > 1,
@@ -181,7 +181,7 @@ def throughput_picture(
 
 
 def predictions_picture(predictions: Sequence[PeakPrediction]) -> Picture | None:
-    """Predicted against measured peaks, with a band of 5 %."""
+    """Draw predicted against measured peaks, with a band of 5 %."""
     if not predictions:
         return None
 
@@ -226,7 +226,8 @@ def predictions_picture(predictions: Sequence[PeakPrediction]) -> Picture | None
     return Picture(
         "predictions",
         "Predicted against measured peaks",
-        "Trials in fresh processes that fit; above 0 more was predicted than used.",
+        "Trials in fresh processes that fit; above 0 the predicted peak is larger than the "
+        "measured one.",
         draw,
         draw_narrow=functools.partial(draw, 1),
     )
