@@ -234,8 +234,8 @@ def timeline_picture(recommendation: Recommendation, where: str) -> Picture | No
     return Picture(
         f"timeline-{recommendation.workload.model}-{recommendation.workload.seq_len}",
         f"Memory over one step: {_plan_name(recommendation, plan).replace(chr(10), ', ')}",
-        f"{recommendation.task}, {where}. Replayed from what recorded steps{recorded} ask of the "
-        f"allocator.{more}",
+        f"{recommendation.task}, {where}. Replayed from the trace of steps that were "
+        f"recorded{recorded}.{more}",
         draw,
         wide=False,
     )
