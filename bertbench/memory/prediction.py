@@ -95,7 +95,25 @@ def room_of(budget: Budget) -> Room:
     return Room(budget.device.kind, budget.budget_bytes, replicas=budget.device.replicas)
 
 
-class MemoryPrediction(Protocol):
+class LimitSource(Protocol):
+    """Something that predicts the largest micro-batch of a setup: a trace, recordings, a formula.
+
+    A probe takes the first source that can tell.
+    """
+
+    def max_micro_batch(self, at_most: int, fitting: int) -> int | None:
+        """Predict the largest micro-batch that fits, as do all between `fitting` and it.
+
+        Args:
+            at_most: largest micro-batch of interest; a larger answer says that this one fits.
+            fitting: a micro-batch that fits, as a trial has said; 0 before the first.
+
+        Returns:
+            None if the source cannot tell, or cannot tell yet.
+        """
+
+
+class MemoryPrediction(LimitSource, Protocol):
     """Predicted memory of the steps of one setup in one room.
 
     A step is named by its micro-batch, the examples of one forward and backward pass.

@@ -12,10 +12,10 @@ from bertbench.core.workload import Setup
 from bertbench.ledger.database import Ledger
 from bertbench.ledger.question import Question
 from bertbench.memory.allocator.limit import empty_memory
-from bertbench.memory.prediction import FormulaPrediction, Room
+from bertbench.memory.prediction import FormulaPrediction, LimitSource, Room
 from bertbench.probe.evidence import Evidence
 from bertbench.probe.recorded_limit import RecordedLimit, chunk_sizes
-from bertbench.probe.search import LimitSource, Predictions, SearchResult, find_max_batch
+from bertbench.probe.search import Predictions, SearchResult, find_max_batch
 from bertbench.probe.seconds import default_timeout_seconds
 from bertbench.probe.traced_limit import NO_HOLES, Holes, find_traced_limit
 from bertbench.trials.measure import (

@@ -16,7 +16,7 @@ from finetune.spec.checkpointing import examples_per_chunk
 
 
 class RecordedLimit:
-    """A `bertbench.probe.search.LimitSource` by recordings, which can tell once there are enough.
+    """A `bertbench.memory.prediction.LimitSource` by recordings, if there are enough of them.
 
     Attributes:
         evidence: has the recordings; more of them may come while the search goes on.
@@ -30,7 +30,7 @@ class RecordedLimit:
         self._answers: dict[tuple[int, int], int | None] = {}
 
     def max_micro_batch(self, at_most: int, fitting: int) -> int | None:
-        """See `bertbench.probe.search.LimitSource`; an answer may be above `at_most`."""
+        """See `bertbench.memory.prediction.LimitSource`; an answer may be above `at_most`."""
         recordings = self.evidence.recordings
         key = len(recordings), fitting  # The search asks again after a trial that did not fit.
         if key not in self._answers:

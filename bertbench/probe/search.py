@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 from bertbench.core.bisection import largest_passing
 from bertbench.ledger.limit import Limit, contradictions, find_limit, verdicts
+from bertbench.memory.prediction import LimitSource, MemoryPrediction
 from bertbench.trials.trial import Trial
 
 LARGEST_BATCH = 1 << 16
@@ -88,28 +89,6 @@ class SearchResult:
     missing_bytes: int | None = None
 
 
-class LimitSource(Protocol):
-    """Something that predicts where memory ends: a step trace, recordings, or the formula."""
-
-    def max_micro_batch(self, at_most: int, fitting: int) -> int | None:
-        """Predict the largest batch that fits, as do all between `fitting` and it.
-
-        Args:
-            at_most: largest batch of interest; a larger answer says that this one fits.
-            fitting: a batch that fits, as a trial has said; 0 before the first.
-
-        Returns:
-            None if the source cannot tell, or cannot tell yet.
-        """
-
-
-class PeakSource(LimitSource, Protocol):
-    """A source that also predicts peaks."""
-
-    def peak_bytes(self, micro_batch: int) -> int:
-        """Predict the most bytes that a step needs; no less for a larger batch."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Predictions:
     """What is predicted of a limit before it is measured.
@@ -124,7 +103,7 @@ class Predictions:
     """
 
     replay: LimitSource | None = None
-    formula: PeakSource | None = None
+    formula: MemoryPrediction | None = None
     examples_per_chunk: int = 1
 
 

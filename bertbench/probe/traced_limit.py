@@ -61,7 +61,7 @@ NO_HOLES = Holes()
 
 @dataclasses.dataclass(frozen=True)
 class TracedLimit:
-    """A `bertbench.probe.search.LimitSource` by a step trace, until a trial refutes the trace.
+    """A `bertbench.memory.prediction.LimitSource` by a step trace, until a trial refutes the trace.
 
     Attributes:
         prediction: of the step's memory, by its trace.
@@ -72,7 +72,7 @@ class TracedLimit:
     trials: Sequence[Trial]
 
     def max_micro_batch(self, at_most: int, fitting: int) -> int | None:
-        """See `bertbench.probe.search.LimitSource`."""
+        """See `bertbench.memory.prediction.LimitSource`."""
         return None if self.is_refuted() else self.prediction.max_micro_batch(at_most, fitting)
 
     def is_refuted(self) -> bool:
