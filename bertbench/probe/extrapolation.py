@@ -1,15 +1,14 @@
 """Which batch fits, worked out from what smaller ones asked of TensorFlow's allocator.
 
-On a capped CPU a step asks for memory in an order that depends neither on its batch nor on its
-sequence length (`finetune.model.ordering`), and every request is a number of bytes that is a sum
-of few
-terms: a constant, one that grows with the examples, one that grows with the square of the length.
-Recordings of two batches, or of two batches each of two other lengths, tell which, and a replay of
-the requests of another batch (`bertbench.memory.allocator.bfc`) tells whether it fits.
+On a capped CPU the order of a step's requests depends neither on its batch nor on its sequence
+length (`finetune.model.ordering`). The bytes of a request are a sum of few terms: a constant, one
+that grows with the examples, one that grows with the square of the length. Recordings of two
+batches, or of two batches each of two other lengths, tell the terms. So the requests of any other
+batch are known, and a replay of them (`bertbench.memory.allocator.bfc`) tells whether it fits.
 
 Layers that are computed in chunks of examples ask more often, not for more, when the batch grows.
-Their recorded requests have as many like parts as there are chunks; for a larger batch one of them
-is repeated, with the sizes of that batch's chunks.
+Their recorded requests have one part for each chunk, and the parts are alike. For a larger batch
+one of them is repeated, with the sizes of that batch's chunks.
 
 All that is still a prediction. It tells which batch to try, and a trial decides.
 """
@@ -100,7 +99,7 @@ class Extrapolation:
         """Events and sizes of a batch; more chunks are added, but none are taken away."""
         events: list[int] = []
         sizes: list[int] = []
-        # What is alive of each stream, oldest first.
+        # The live allocations of each stream, oldest first.
         alive: dict[tuple[str, int, int], collections.deque[int]] = {
             origin.stream: collections.deque() for origin in self.origins
         }
@@ -135,7 +134,7 @@ class Extrapolation:
                 continue
             stream = self.origins[~event].stream
             ends[stream] -= 1
-            # What was never let go of by a chunk ends with the last of its stream.
+            # What a chunk did not free is freed with the last of its stream.
             while alive[stream]:
                 events.append(~alive[stream].popleft())
                 if ends[stream]:

@@ -1,11 +1,11 @@
 """Find the largest batch that fits with few trials, and certify it. Pure: it starts nothing.
 
-Where the limit should be is known before the first trial, by a trace of the step
-(`bertbench.memory.prediction`); or two small batches tell it, by a replay of what they asked of
-the allocator (`bertbench.memory.allocator.bfc`) or, where there is none, because the peak is close
-to affine in the batch once activations outweigh the optimizer's temporaries. A trial there and one
-beside it are usually all that is left. The cost to keep low is that of trials that do not fit:
-TensorFlow's allocator waits 10 seconds, sometimes several times, before it gives up.
+A `LimitSource` predicts where the limit is. A step trace tells it before the first trial
+(`bertbench.probe.traced_limit`). Otherwise two small batches are tried: recordings of them tell it
+(`bertbench.probe.recorded_limit`), or a line through their peaks, which are close to affine in the
+batch once activations outweigh the optimizer's temporaries. Then a trial at the predicted limit and
+one above it are usually enough. Trials that do not fit cost most: TensorFlow's allocator waits 10
+seconds, sometimes several times, before it gives up.
 """
 
 from __future__ import annotations

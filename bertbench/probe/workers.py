@@ -19,16 +19,16 @@ def share_out(
     workers: Sequence[_Worker],
     work: Callable[[_Worker, int, Callable[[], None]], None],
 ) -> None:
-    """Do `work(worker, index, check)` for every index, each worker one after the other.
+    """Do `work(worker, index, poll)` for every index; a worker does one at a time.
 
     A single worker works in the calling thread. With several, the first exception, or a Ctrl-C
-    here, cancels what the others do: the `check` that they are given raises then, and they are
+    here, cancels what the others do: the `poll` that they are given raises then, and they are
     waited for.
 
     Args:
         count: number of indices, from 0.
         workers: what there is one of for each thread.
-        work: is to call `check` now and then.
+        work: is to call `poll` now and then.
 
     Raises:
         KeyboardInterrupt: of this thread.
@@ -44,7 +44,7 @@ def share_out(
     cancelled = threading.Event()
     errors: list[BaseException] = []
 
-    def check() -> None:
+    def poll() -> None:
         if cancelled.is_set():
             raise CancelledError
 
@@ -55,7 +55,7 @@ def share_out(
                     index = indices.get_nowait()
                 except queue.Empty:
                     return
-                work(worker, index, check)
+                work(worker, index, poll)
         except CancelledError:
             return
         except BaseException as error:  # noqa: BLE001 -- raised again in the calling thread
