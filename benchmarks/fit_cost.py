@@ -1,8 +1,8 @@
-"""Fit the seconds of work of a CPU (`bertbench.devices.step_time`) to sweeps of `regret.py`.
+"""Fit the seconds of work of a CPU (`bertbench.hardware.step_time`) to sweeps of `regret.py`.
 
     python benchmarks/fit_cost.py SWEEP.json [SWEEP.json ...] [--leave-out CASE ...]
 
-Least squares of the relative errors, no number below 0. Prints what `bertbench.devices.step_time`
+Least squares of the relative errors, no number below 0. Prints what `bertbench.hardware.step_time`
 takes, and how far predictions are from the measurements: of the cases that were used, and of those
 left out.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from bertbench.core.workload import Setup, levers_from_json, published_workload
-from bertbench.devices.step_time import Work, work_of
+from bertbench.hardware.step_time import Work, work_of
 
 _NAMES = [field.name for field in dataclasses.fields(Work)]
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
-from bertbench.devices.device import Budget, make_budget
-from bertbench.devices.discover import resolve_device
+from bertbench.hardware.device import Budget, make_budget
+from bertbench.hardware.discover import resolve_device
 from bertbench.memory.footprint import predict_footprint
 from bertbench.memory.prediction import predict_memory, room_of
 from bertbench.trials.measure import TrialSettings, measure_step

@@ -22,12 +22,12 @@ from typing import Any
 
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
-from bertbench.devices.device import make_budget
-from bertbench.devices.discover import resolve_device
+from bertbench.hardware.device import make_budget
+from bertbench.hardware.discover import resolve_device
 from bertbench.memory.prediction import Room, predict_memory
-from bertbench.plan.min_memory import find_min_memory
-from bertbench.plan.planner import make_plan
-from bertbench.plan.requests import PlanRequest, attached_device
+from bertbench.planning.min_memory import find_min_memory
+from bertbench.planning.planner import make_plan
+from bertbench.planning.requests import PlanRequest, attached_device
 from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.spec.config import HEADS
 from finetune.spec.optimizers import OPTIMIZERS

@@ -31,12 +31,12 @@ from typing import Any
 
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
-from bertbench.devices.device import Budget, Device, make_budget
-from bertbench.devices.discover import resolve_device
+from bertbench.hardware.device import Budget, Device, make_budget
+from bertbench.hardware.discover import resolve_device
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import find_allocations
-from bertbench.probe.cell import probe_cell
+from bertbench.probing.cell import probe_cell
 from bertbench.trials.measure import measure_step
 from bertbench.trials.trial import Trial
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing

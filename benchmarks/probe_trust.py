@@ -27,12 +27,12 @@ import psutil
 
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
-from bertbench.devices.device import make_budget
-from bertbench.devices.discover import resolve_device
+from bertbench.hardware.device import make_budget
+from bertbench.hardware.discover import resolve_device
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question
 from bertbench.memory.allocator.limit import child_environment
-from bertbench.probe.cell import probe_cell
+from bertbench.probing.cell import probe_cell
 from bertbench.trials.isolation import run_isolated
 from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.spec.checkpointing import parse_checkpointing

@@ -24,8 +24,8 @@ from typing import Any
 
 from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Setup, TrainingStep, Workload, published_workload
-from bertbench.devices.device import Budget, make_budget
-from bertbench.devices.discover import resolve_device
+from bertbench.hardware.device import Budget, make_budget
+from bertbench.hardware.discover import resolve_device
 from bertbench.memory.allocator.recording import Recording
 from bertbench.memory.traces.archive import (
     FORMAT,

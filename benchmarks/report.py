@@ -18,8 +18,8 @@ from typing import Any
 
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
-from bertbench.devices.device import make_budget
-from bertbench.devices.discover import resolve_device
+from bertbench.hardware.device import make_budget
+from bertbench.hardware.discover import resolve_device
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import record

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertbench.devices.device import Budget
+from bertbench.hardware.device import Budget
 from bertbench.ledger.database import read_ledger
 from bertbench.ledger.question import QuestionKey
 from bertbench.ledger.records import LedgerRow, read_rows
-from bertbench.probe.probe_file import ProbeFile, read_probe_file
+from bertbench.probing.probe_file import ProbeFile, read_probe_file
 from finetune.errors import InputError
 from finetune.storage.json_files import json_text
 from reports.measured_cells import MeasuredCell, collect_cells, levers_order, model_order

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterable
 
 from bertbench.core.units import MIB_BYTES, format_bytes
-from bertbench.devices.device import Device
+from bertbench.hardware.device import Device
 from bertbench.ledger.records import LedgerRow
 from finetune.storage.json_files import parse_json
 

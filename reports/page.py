@@ -14,7 +14,7 @@ from bertbench.core.progress import Advance, describe_duration
 from bertbench.core.terminal import clean_text
 from bertbench.core.units import format_bytes
 from bertbench.ledger.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
-from bertbench.plan.planner import Plan, describe_setting
+from bertbench.planning.planner import Plan, describe_setting
 from reports.environments import Environment
 from reports.measured_cells import MeasuredCell, trial_rate
 from reports.peak_predictions import describe_errors

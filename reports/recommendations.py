@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Workload
-from bertbench.devices.accelerators import find_accelerator
-from bertbench.devices.step_time import device_rates
+from bertbench.hardware.accelerators import find_accelerator
+from bertbench.hardware.step_time import device_rates
 from bertbench.ledger.records import LedgerRow
-from bertbench.plan.calibration import calibrate
-from bertbench.plan.planner import Plan, make_plan
-from bertbench.plan.requests import PlannedDevice, PlanRequest
+from bertbench.planning.calibration import calibrate
+from bertbench.planning.planner import Plan, make_plan
+from bertbench.planning.requests import PlannedDevice, PlanRequest
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.config import PRESETS

@@ -13,7 +13,7 @@ from pathlib import Path
 from bertbench.core.published import PAPER_MODELS
 from bertbench.ledger.limit import CERTIFIED, FAILED
 from bertbench.ledger.records import LedgerRow
-from bertbench.plan.planner import Plan
+from bertbench.planning.planner import Plan
 from reports.environments import Environment, name_environments
 from reports.measured_cells import MeasuredCell, collect_cells
 from reports.peak_predictions import PeakPrediction, predict_peaks

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from bertbench.core.terminal import clean_text
-from bertbench.run.output.run_record import read_record
+from bertbench.running.output.run_record import read_record
 from finetune.errors import InputError
 from finetune.model_files.model_folder import RUN_FILE
 from finetune.storage.array_cache import hash_file

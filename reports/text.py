@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 
 from bertbench.core.terminal import terminal
 from bertbench.core.units import format_bytes
-from bertbench.plan.planner import Plan
+from bertbench.planning.planner import Plan
 from reports.measured_cells import MeasuredCell
 from reports.peak_predictions import describe_errors
 from reports.recommendations import Recommendation

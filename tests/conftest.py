@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from bertbench.devices.lock import LOCKS_VARIABLE
+from bertbench.hardware.lock import LOCKS_VARIABLE
 from helpers.paths import REPOSITORY
 
 # A busy machine is no failure.

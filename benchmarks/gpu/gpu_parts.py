@@ -13,8 +13,8 @@ from typing import NoReturn
 from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
-from bertbench.devices.accelerators import check_levers
-from bertbench.devices.device import Budget, make_budget
+from bertbench.hardware.accelerators import check_levers
+from bertbench.hardware.device import Budget, make_budget
 from bertbench.ledger.database import Ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import find
@@ -22,9 +22,9 @@ from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.prediction import Room, TracePrediction, predict_memory
 from bertbench.memory.traced_footprint import traced_footprint
 from bertbench.memory.traces.step import trace_of
-from bertbench.plan.planner import Plan, make_plan
-from bertbench.plan.requests import PlanRequest, attached_device
-from bertbench.probe.search import LARGEST_BATCH, SearchResult, find_max_batch
+from bertbench.planning.planner import Plan, make_plan
+from bertbench.planning.requests import PlanRequest, attached_device
+from bertbench.probing.search import LARGEST_BATCH, SearchResult, find_max_batch
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import POLICIES, Checkpointing

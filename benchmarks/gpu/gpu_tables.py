@@ -10,11 +10,11 @@ from gpu_parts import Timing, peak_on_capped_cpu, plan_timing, settled
 
 from bertbench.core.units import MIB_BYTES, format_bytes
 from bertbench.core.workload import Levers, Setup, Workload
-from bertbench.devices.device import Budget
+from bertbench.hardware.device import Budget
 from bertbench.ledger.database import Ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import find, read_rows
-from bertbench.plan.planner import Plan, describe_entry, describe_setting
+from bertbench.planning.planner import Plan, describe_entry, describe_setting
 
 Row = dict[str, Any]
 

@@ -61,7 +61,7 @@ from bertbench.core.progress import progress
 from bertbench.core.terminal import say
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Setup
-from bertbench.devices.device import (
+from bertbench.hardware.device import (
     GPU_CONTEXT_RESERVE_BYTES,
     Budget,
     budget_from_json,
@@ -69,12 +69,12 @@ from bertbench.devices.device import (
     check_free,
     make_budget,
 )
-from bertbench.devices.discover import resolve_device
-from bertbench.devices.lock import devices_held
+from bertbench.hardware.discover import resolve_device
+from bertbench.hardware.lock import devices_held
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question, versions_key
 from bertbench.ledger.records import find, record
-from bertbench.probe.cell import ProbeListener, ProbeSettings, probe_cell
+from bertbench.probing.cell import ProbeListener, ProbeSettings, probe_cell
 from bertbench.trials.measure import TrialListener, TrialSettings, measure_batches
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError

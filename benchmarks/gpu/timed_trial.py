@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bertbench.devices.lock import locked
+from bertbench.hardware.lock import locked
 
 TARGET = "timed_trial:run_in_turn"
 """Target of `bertbench.trials.measure.measure_batches`."""

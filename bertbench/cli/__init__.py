@@ -21,7 +21,7 @@ from bertbench.core.errors import (
 from bertbench.core.interruption import EXIT_CODE, end_quietly, handle_signals, was_interrupted
 from bertbench.core.standard_streams import give_up_stdout, prepare_standard_streams
 from bertbench.core.terminal import clean_warnings, say
-from bertbench.devices.threads import limit_library_threads
+from bertbench.hardware.threads import limit_library_threads
 from finetune.errors import InputError
 
 _VERBS = {

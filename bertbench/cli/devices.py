@@ -11,8 +11,8 @@ from rich.table import Table
 from bertbench.cli.options.common import CONTEXT, json_option, write_json
 from bertbench.core.terminal import terminal
 from bertbench.core.units import format_bytes
-from bertbench.devices.device import Device, default_budget_bytes
-from bertbench.devices.discover import list_devices
+from bertbench.hardware.device import Device, default_budget_bytes
+from bertbench.hardware.discover import list_devices
 from finetune.errors import InputError
 
 

@@ -14,7 +14,7 @@ from bertbench.cli.options.common import CONTEXT, json_option, write_json
 from bertbench.core.errors import WorkError
 from bertbench.core.quiet import muted_stderr
 from bertbench.core.terminal import echo, say
-from bertbench.run.model_files import load_config_and_tokenizer
+from bertbench.running.model_files import load_config_and_tokenizer
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import PREFIX, list_checkpoints
 from finetune.model_files.head_labels import read_trained_head

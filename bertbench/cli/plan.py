@@ -34,21 +34,21 @@ from bertbench.core.progress import Advance, progress
 from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload, check_layers, published_workload
-from bertbench.devices.accelerators import ACCELERATORS, find_accelerator, gpus_with
-from bertbench.devices.device import Budget
-from bertbench.devices.discover import resolve_devices
+from bertbench.hardware.accelerators import ACCELERATORS, find_accelerator, gpus_with
+from bertbench.hardware.device import Budget
+from bertbench.hardware.discover import resolve_devices
 from bertbench.ledger.database import default_ledger_path, open_ledger
-from bertbench.plan.min_memory import MinMemory
-from bertbench.plan.planner import Plan, describe_entry
-from bertbench.plan.plans import min_memories, plan_accelerators, plan_or_reason, plan_workload
-from bertbench.plan.requests import (
+from bertbench.planning.min_memory import MinMemory
+from bertbench.planning.planner import Plan, describe_entry
+from bertbench.planning.plans import min_memories, plan_accelerators, plan_or_reason, plan_workload
+from bertbench.planning.requests import (
     PlannedDevice,
     PlanRequest,
     attached_device,
     catalogue_device,
     check_request,
 )
-from bertbench.plan.verify import verify_plan
+from bertbench.planning.verify import verify_plan
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing

@@ -10,11 +10,11 @@ from rich.table import Table
 from bertbench.core.terminal import terminal
 from bertbench.core.units import GIB_BYTES, format_bytes
 from bertbench.core.workload import Levers, Workload
-from bertbench.devices.accelerators import Accelerator, gpus_with
-from bertbench.plan.min_memory import MinMemory
-from bertbench.plan.planner import Plan, PlanEntry, describe_split
-from bertbench.plan.plans import NoPlan
-from bertbench.plan.requests import PlannedDevice
+from bertbench.hardware.accelerators import Accelerator, gpus_with
+from bertbench.planning.min_memory import MinMemory
+from bertbench.planning.planner import Plan, PlanEntry, describe_split
+from bertbench.planning.plans import NoPlan
+from bertbench.planning.requests import PlannedDevice
 from bertbench.trials.trial import Trial
 from finetune.spec.recipes import find_recipe, train_steps
 

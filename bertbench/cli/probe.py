@@ -36,15 +36,15 @@ from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.core.terminal import say
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import MOST_BATCH, Levers, Setup
-from bertbench.devices.device import Budget, Device, TpuSettings
-from bertbench.devices.discover import resolve_device, tpu_device
-from bertbench.devices.lock import devices_held
+from bertbench.hardware.device import Budget, Device, TpuSettings
+from bertbench.hardware.discover import resolve_device, tpu_device
+from bertbench.hardware.lock import devices_held
 from bertbench.ledger.database import default_ledger_path, open_ledger
 from bertbench.ledger.question import versions_key
-from bertbench.probe.cell import ProbedCell, ProbeSettings
-from bertbench.probe.grid import check_usable, equal_budgets, make_grid, probe_grid
-from bertbench.probe.recheck import Check, check_claim, read_claims
-from bertbench.probe.seconds import predict_cell_seconds
+from bertbench.probing.cell import ProbedCell, ProbeSettings
+from bertbench.probing.grid import check_usable, equal_budgets, make_grid, probe_grid
+from bertbench.probing.recheck import Check, check_claim, read_claims
+from bertbench.probing.seconds import predict_cell_seconds
 from bertbench.trials.measure import measure_batches
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError

@@ -20,10 +20,10 @@ from bertbench.core.published import PUBLISHED_MAX_BATCH, published_ratio
 from bertbench.core.terminal import PlainConsole, clean_text, say, terminal
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Workload
-from bertbench.devices.device import Budget
+from bertbench.hardware.device import Budget
 from bertbench.ledger.limit import find_limit
-from bertbench.probe.cell import ProbedCell
-from bertbench.probe.recheck import Check
+from bertbench.probing.cell import ProbedCell
+from bertbench.probing.recheck import Check
 from bertbench.trials.trial import Trial
 
 _REFRESH_PER_SECOND = 4

@@ -17,8 +17,8 @@ from bertbench.cli.options.original_flags import OriginalCommand, local_files
 from bertbench.cli.options.run_flags import PATH, make_request, shared_options, switch
 from bertbench.core.errors import WorkError
 from bertbench.core.terminal import echo, say
-from bertbench.devices.threads import check_threads
-from bertbench.run.output.cloud_storage import is_url
+from bertbench.hardware.threads import check_threads
+from bertbench.running.output.cloud_storage import is_url
 from finetune.errors import InputError
 from finetune.model_files.model_folder import RUN_FILE
 from finetune.tasks.demo_data import demo_files
@@ -95,7 +95,7 @@ def _continued_run(flags: dict[str, Any]) -> Iterator[bool]:
 
 def _run_squad(context: click.Context, flags: dict[str, Any], continues: bool) -> None:
     check_threads()
-    from bertbench.run.squad import SquadSettings, run_squad
+    from bertbench.running.squad import SquadSettings, run_squad
 
     asked = flags["do_train"] or flags["do_predict"]
     if asked:
@@ -164,7 +164,7 @@ def classifier(context: click.Context, **flags: Any) -> None:
 
 def _run_classifier(context: click.Context, flags: dict[str, Any], continues: bool) -> None:
     check_threads()
-    from bertbench.run.classifier import ClassifierSettings, run_classifier
+    from bertbench.running.classifier import ClassifierSettings, run_classifier
 
     tables = {split: flags[f"{split}_file"] for split in _SPLIT_FLAGS}
     has_table = any(tables.values())
@@ -200,7 +200,7 @@ def _classifier_source(
     flags: dict[str, Any], tables: dict[str, Path | None], do: dict[str, bool]
 ) -> Any:
     """What to classify: a task's folder, or tables."""
-    from bertbench.run.classifier import GlueSource
+    from bertbench.running.classifier import GlueSource
     from finetune.tasks.table_files import TableTask
 
     given = {split: path for split, path in tables.items() if path is not None}

@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 
 from bertbench.core.workload import Setup
-from bertbench.devices.device import Budget
+from bertbench.hardware.device import Budget
 from finetune.storage.json_files import json_text
 
 
@@ -66,7 +66,7 @@ class QuestionKey:
     The texts of an older version may be ones that this version cannot read.
 
     Attributes:
-        budget: of device and bytes, see `bertbench.devices.device.Budget.key`.
+        budget: of device and bytes, see `bertbench.hardware.device.Budget.key`.
         versions: see `versions_key`.
         workload: see `bertbench.core.workload.Workload.key`.
         levers: see `bertbench.core.workload.Levers.key`.

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from typing import Any, TypeVar
 
 from bertbench.core.workload import Workload
-from bertbench.devices.device import Device
+from bertbench.hardware.device import Device
 from bertbench.ledger.database import Ledger, explained
 from bertbench.ledger.question import Question, QuestionKey
 from bertbench.memory.allocator.recording import Recording, recording_from_text, recording_to_text

@@ -18,7 +18,7 @@ from bertbench.core.bisection import largest_passing
 from bertbench.core.terminal import say
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Setup, TrainingStep
-from bertbench.devices.device import Budget
+from bertbench.hardware.device import Budget
 from bertbench.memory.allocator.bfc import Memory, Replay
 from bertbench.memory.allocator.limit import memory_of
 from bertbench.memory.footprint import (

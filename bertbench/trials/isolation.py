@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from bertbench.core.errors import WorkError
-from bertbench.devices.host import oom_kill_counts
+from bertbench.hardware.host import oom_kill_counts
 from bertbench.trials.fork_client import StartedProcess, read_number, start
 from bertbench.trials.fork_server import OWN_KEY, Message, ProcessRequest
 from bertbench.trials.temporary_folders import temporary_folder

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from bertbench.core.workload import Setup, TrainingStep
-from bertbench.devices.device import Budget
+from bertbench.hardware.device import Budget
 from bertbench.memory.allocator.limit import child_environment
 from bertbench.memory.allocator.recording import Recording, recording_from_text
 from bertbench.trials.isolation import Message, ProcessEnd, run_isolated

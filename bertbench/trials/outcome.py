@@ -149,7 +149,7 @@ def classify_exit(
     Args:
         exit_code: of the process; the negative number of the signal that ended it; None when it
             could not be ended.
-        oom_kills_before: `bertbench.devices.host.oom_kill_counts` before the process started.
+        oom_kills_before: `bertbench.hardware.host.oom_kill_counts` before the process started.
         oom_kills_after: the same after it ended.
         printed: what it printed, TensorFlow's log included.
 

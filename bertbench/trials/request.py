@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bertbench.core.workload import Setup, levers_from_json, workload_from_json
-from bertbench.devices.device import Budget, budget_from_json
+from bertbench.hardware.device import Budget, budget_from_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from bertbench.core.units import MIB_BYTES, format_bytes
-from bertbench.devices.device import Budget, Device, check_free
-from bertbench.devices.host import host_memory
-from bertbench.devices.nvml import list_gpus
+from bertbench.hardware.device import Budget, Device, check_free
+from bertbench.hardware.host import host_memory
+from bertbench.hardware.nvml import list_gpus
 from finetune.errors import InputError
 
 _HOST_RESERVE_SHARE = 0.02

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Setup
 from bertbench.memory.prediction import has_trace
-from bertbench.plan.planner import Plan, PlanEntry, describe_setting
+from bertbench.planning.planner import Plan, PlanEntry, describe_setting
 from reports.environments import Environment
 from reports.pictures.figures import INK, Picture, add_legend, look_of, panels
 from reports.pictures.timeline import step_timeline

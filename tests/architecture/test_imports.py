@@ -13,8 +13,8 @@ from helpers.wings import ROWS
 # These load TensorFlow when they are imported; importing anything else must not load it.
 LOADS_TENSORFLOW = (
     "bertbench.memory.allocator.profiler",
-    "bertbench.run.listeners",
-    "bertbench.run.training",
+    "bertbench.running.listeners",
+    "bertbench.running.training",
     "bertbench.trials.worker",
     "finetune.export.export_weights",
     "finetune.export.saved_model",
@@ -24,14 +24,14 @@ LOADS_TENSORFLOW = (
 # These load TensorFlow when one of their functions is called.
 LOADS_TENSORFLOW_LATER = (
     "bertbench.cli.export",
-    "bertbench.devices.tpu",
+    "bertbench.hardware.tpu",
     "bertbench.memory.allocator.limit",
     "bertbench.memory.allocator.tensorflow_setup",
-    "bertbench.run.device",
-    "bertbench.run.job",
-    "bertbench.run.model",
-    "bertbench.run.output.cloud_storage",
-    "bertbench.run.predict",
+    "bertbench.running.device",
+    "bertbench.running.job",
+    "bertbench.running.model",
+    "bertbench.running.output.cloud_storage",
+    "bertbench.running.predict",
     "finetune.spec.precisions",
 )
 
@@ -148,26 +148,26 @@ def test_tensorflow_is_loaded_later_where_the_table_says(repository: SourceTree)
 @pytest.mark.parametrize(
     "statement",
     [
-        "import bertbench.plan.planner",
-        "from bertbench.plan import planner",
-        "from bertbench.plan.planner import make_plan",
-        "from ..plan.planner import make_plan",
-        "def f():\n    from bertbench.plan import planner",
-        "class C:\n    async def f(self):\n        import bertbench.plan.planner",
-        "if TYPE_CHECKING:\n    from bertbench.plan.planner import make_plan",
-        "TARGET = 'bertbench.plan.planner:make_plan'",
+        "import bertbench.planning.planner",
+        "from bertbench.planning import planner",
+        "from bertbench.planning.planner import make_plan",
+        "from ..planning.planner import make_plan",
+        "def f():\n    from bertbench.planning import planner",
+        "class C:\n    async def f(self):\n        import bertbench.planning.planner",
+        "if TYPE_CHECKING:\n    from bertbench.planning.planner import make_plan",
+        "TARGET = 'bertbench.planning.planner:make_plan'",
     ],
 )
-@pytest.mark.parametrize("wing", ["probe", "trials"])
+@pytest.mark.parametrize("wing", ["probing", "trials"])
 def test_an_import_of_the_same_row_or_a_higher_one_is_found(
     tmp_path: Path, wing: str, statement: str
 ) -> None:
     source = write_source_tree(
-        tmp_path, {"bertbench/plan/planner.py": "", f"bertbench/{wing}/a.py": statement}
+        tmp_path, {"bertbench/planning/planner.py": "", f"bertbench/{wing}/a.py": statement}
     )
     (found,) = wrong_directions(source, ROWS)
     line = statement.count("\n") + 1
-    assert found.startswith(f"bertbench/{wing}/a.py:{line} imports bertbench.plan.planner")
+    assert found.startswith(f"bertbench/{wing}/a.py:{line} imports bertbench.planning.planner")
 
 
 def test_finetune_imports_no_bertbench_and_reports_no_command_line(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_folders_of_tests_mirror_the_wings() -> None:
 
 
 def test_a_folder_that_mirrors_nothing_is_found(tmp_path: Path) -> None:
-    for folder in ("plan", "finetune/model", "reports", "helpers", "planning", "finetune/deep"):
+    for folder in ("planning", "finetune/model", "reports", "helpers", "plans", "finetune/deep"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "test_a.py").touch()
-    assert folders_without_a_wing(tmp_path) == ["finetune/deep", "planning"]
+    assert folders_without_a_wing(tmp_path) == ["finetune/deep", "plans"]

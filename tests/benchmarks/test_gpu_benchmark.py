@@ -17,9 +17,9 @@ import pytest
 
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
-from bertbench.devices.device import Budget, Device, make_budget
-from bertbench.devices.discover import resolve_device
-from bertbench.devices.lock import locked
+from bertbench.hardware.device import Budget, Device, make_budget
+from bertbench.hardware.discover import resolve_device
+from bertbench.hardware.lock import locked
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import read_rows, record

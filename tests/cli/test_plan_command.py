@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from bertbench.cli.plan import command
 from bertbench.core.workload import Setup, levers_from_json, published_workload
-from bertbench.devices import discover
-from bertbench.devices.accelerators import ACCELERATORS, gpus_with
-from bertbench.devices.device import GPU_CONTEXT_RESERVE_BYTES, Device
+from bertbench.hardware import discover
+from bertbench.hardware.accelerators import ACCELERATORS, gpus_with
+from bertbench.hardware.device import GPU_CONTEXT_RESERVE_BYTES, Device
 from bertbench.memory.prediction import Room, predict_memory
 from finetune.errors import InputError
 

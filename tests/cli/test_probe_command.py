@@ -22,28 +22,28 @@ from bertbench.cli.probe_view import View, build_table, describe_holes, shown
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, TrainingStep, published_workload
-from bertbench.devices import discover
-from bertbench.devices.device import (
+from bertbench.hardware import discover
+from bertbench.hardware.device import (
     GPU_CONTEXT_RESERVE_BYTES,
     Budget,
     Device,
     check_alone,
     make_budget,
 )
-from bertbench.devices.discover import resolve_device
-from bertbench.devices.lock import devices_held, locked
-from bertbench.devices.step_time import device_rates, predict_step_seconds
+from bertbench.hardware.discover import resolve_device
+from bertbench.hardware.lock import devices_held, locked
+from bertbench.hardware.step_time import device_rates, predict_step_seconds
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import read_rows, record
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.limit_search import largest_batch
 from bertbench.memory.traces.step import replay_step
-from bertbench.probe.cell import ProbedCell, ProbeSettings, probe_cell
-from bertbench.probe.search import Certificate, SearchResult
-from bertbench.probe.seconds import default_timeout_seconds, predict_cell_seconds
-from bertbench.probe.traced_limit import NO_HOLES
-from bertbench.probe.workers import share_out
+from bertbench.probing.cell import ProbedCell, ProbeSettings, probe_cell
+from bertbench.probing.search import Certificate, SearchResult
+from bertbench.probing.seconds import default_timeout_seconds, predict_cell_seconds
+from bertbench.probing.traced_limit import NO_HOLES
+from bertbench.probing.workers import share_out
 from bertbench.trials.measure import TIMEOUT_SECONDS, TrialListener, TrialSettings
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from bertbench.cli import probe as probe_cli
 from bertbench.cli.options import common
 from bertbench.core.workload import Setup
-from bertbench.devices.device import TPU_CORE_BYTES, Budget
+from bertbench.hardware.device import TPU_CORE_BYTES, Budget
 from bertbench.trials.measure import TrialSettings, measure_batches
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from bertbench.cli.report import command
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
-from bertbench.devices.device import Budget
+from bertbench.hardware.device import Budget
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import record

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from bertbench.core.errors import WorkError
-from bertbench.devices import threads
-from bertbench.devices.threads import can_start_threads, check_threads
+from bertbench.hardware import threads
+from bertbench.hardware.threads import can_start_threads, check_threads
 from helpers.paths import REPOSITORY
 
 VERBS = (

@@ -26,19 +26,19 @@ from bertbench.cli import cli
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
-from bertbench.devices.device import Budget
 from bertbench.fetch.archives import ArchiveError, read_sums, unpack
+from bertbench.hardware.device import Budget
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import record
 from bertbench.memory.allocator.bfc import Memory, replay
 from bertbench.memory.allocator.recording import Recording, recording_from_text, recording_to_text
-from bertbench.plan.plan_file import read_plan
-from bertbench.plan.planner import make_plan
-from bertbench.plan.requests import PlannedDevice, PlanRequest
-from bertbench.probe.recheck import read_claims
-from bertbench.run.output.run_record import recorded_steps_down
-from bertbench.run.output.steps_down import step_down_from_json
+from bertbench.planning.plan_file import read_plan
+from bertbench.planning.planner import make_plan
+from bertbench.planning.requests import PlannedDevice, PlanRequest
+from bertbench.probing.recheck import read_claims
+from bertbench.running.output.run_record import recorded_steps_down
+from bertbench.running.output.steps_down import step_down_from_json
 from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import preferred_checkpoints
 from finetune.model_files.head_labels import read_trained_head
@@ -82,8 +82,8 @@ def text(name: str, content: str | bytes) -> Callable[[Path], None]:
 
 
 def plan_text() -> str:
-    from bertbench.devices.accelerators import find_accelerator
-    from bertbench.devices.step_time import gpu_rates
+    from bertbench.hardware.accelerators import find_accelerator
+    from bertbench.hardware.step_time import gpu_rates
 
     card = find_accelerator("rtx-2080")
     workload = published_workload("bert-base", 128)

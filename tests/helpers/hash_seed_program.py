@@ -12,12 +12,12 @@ from click.testing import CliRunner
 from bertbench.cli.plan import command as plan
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, published_workload
-from bertbench.devices.device import Budget, Device
+from bertbench.hardware.device import Budget, Device
 from bertbench.memory.allocator.recording import Recording, recording_to_text
 from bertbench.memory.traces.loops import Recorded
-from bertbench.probe.extrapolation import extrapolate
-from bertbench.run.classifier import ClassifierSettings
-from bertbench.run.output.run_record import settings_json
+from bertbench.probing.extrapolation import extrapolate
+from bertbench.running.classifier import ClassifierSettings
+from bertbench.running.output.run_record import settings_json
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.storage.array_cache import hash_key
 from finetune.tasks.demo_data import demo_files

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
-from bertbench.devices.device import Budget, Device
+from bertbench.hardware.device import Budget, Device
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import LedgerRow
 from bertbench.trials.trial import Trial

@@ -7,7 +7,7 @@ import sys
 import tensorflow as tf
 
 from bertbench.cli import main
-from bertbench.devices import tpu
+from bertbench.hardware import tpu
 
 
 def connect(settings: tpu.TpuSettings) -> tf.distribute.Strategy:

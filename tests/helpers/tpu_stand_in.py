@@ -7,8 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from bertbench.devices import tpu
-from bertbench.devices.device import TpuSettings
+from bertbench.hardware import tpu
+from bertbench.hardware.device import TpuSettings
 from bertbench.trials import worker
 
 LIMIT = 5

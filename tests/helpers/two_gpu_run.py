@@ -7,10 +7,10 @@ import sys
 import tensorflow as tf
 
 from bertbench.cli import main
-from bertbench.devices import discover
-from bertbench.devices.device import Budget, Device
+from bertbench.hardware import discover
+from bertbench.hardware.device import Budget, Device
 from bertbench.memory.allocator.limit import child_environment
-from bertbench.run import device
+from bertbench.running import device
 
 GIB_BYTES = 1 << 30
 CARDS = [

@@ -22,9 +22,9 @@ from bertbench.cli.plan import command as plan_command
 from bertbench.cli.report import command as report_command
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
-from bertbench.devices.device import Budget, make_budget
-from bertbench.devices.discover import resolve_device
-from bertbench.devices.step_time import device_rates
+from bertbench.hardware.device import Budget, make_budget
+from bertbench.hardware.discover import resolve_device
+from bertbench.hardware.step_time import device_rates
 from bertbench.ledger import database
 from bertbench.ledger.database import Ledger, open_ledger, read_ledger
 from bertbench.ledger.limit import find_limit
@@ -38,7 +38,7 @@ from bertbench.ledger.records import (
     record_allocations,
 )
 from bertbench.memory.allocator.recording import Recording
-from bertbench.plan.calibration import Calibration, read_calibration
+from bertbench.planning.calibration import Calibration, read_calibration
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from reports.comparison import read_either

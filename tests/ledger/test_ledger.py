@@ -16,7 +16,7 @@ import pytest
 
 from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
-from bertbench.devices.device import Device, make_budget
+from bertbench.hardware.device import Device, make_budget
 from bertbench.ledger import database
 from bertbench.ledger import records as ledger_module
 from bertbench.ledger.database import Ledger, default_ledger_path, open_ledger, read_ledger

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from bertbench.cli import ledger as ledger_cli
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
-from bertbench.devices.device import Device, make_budget
-from bertbench.devices.step_time import device_rates
+from bertbench.hardware.device import Device, make_budget
+from bertbench.hardware.step_time import device_rates
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.limit import (
     AT_LEAST,
@@ -31,8 +31,8 @@ from bertbench.ledger.limit import (
 )
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import find, read_rows, record
-from bertbench.plan.calibration import calibrate
-from bertbench.probe.search import find_max_batch
+from bertbench.planning.calibration import calibrate
+from bertbench.probing.search import find_max_batch
 from bertbench.trials.trial import Trial
 from helpers.ledger_rows import failed, fits, oom, rows_of
 from reports.measured_cells import collect_cells

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
-from bertbench.devices.device import make_budget
-from bertbench.devices.discover import resolve_device
+from bertbench.hardware.device import make_budget
+from bertbench.hardware.discover import resolve_device
 from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES, Memory, replay
 from bertbench.memory.allocator.limit import empty_memory
 from bertbench.memory.allocator.recording import Recording
@@ -33,7 +33,7 @@ from bertbench.memory.traces.step import (
     unroll_step,
 )
 from bertbench.memory.traces.trace import LAYERS, OTHER_LAYERS, PerLayer
-from bertbench.plan.candidates import all_policies
+from bertbench.planning.candidates import all_policies
 from bertbench.trials.measure import TrialListener, TrialSettings, measure_step
 from finetune.spec.checkpointing import examples_per_chunk, parse_checkpointing
 from finetune.spec.config import HEADS, preset

@@ -10,8 +10,8 @@ import pytest
 
 from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
-from bertbench.devices.device import make_budget
-from bertbench.devices.discover import resolve_device
+from bertbench.hardware.device import make_budget
+from bertbench.hardware.discover import resolve_device
 from bertbench.memory.prediction import Room, predict_memory
 from bertbench.memory.traces.archive import read_trace
 from bertbench.memory.traces.build.samples import UnlikeError

@@ -10,7 +10,7 @@ import json
 import pytest
 
 from bertbench.core.workload import published_workload
-from bertbench.devices.device import Device, TpuSettings
+from bertbench.hardware.device import Device, TpuSettings
 from bertbench.ledger.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
 from bertbench.ledger.question import QuestionKey
 from bertbench.trials.trial import Trial

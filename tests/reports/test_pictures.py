@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 
 from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
-from bertbench.devices.device import Device, TpuSettings
+from bertbench.hardware.device import Device, TpuSettings
 from bertbench.memory.traces.archive import read_trace
 from bertbench.memory.traces.peaks import traced_peak_bytes
-from bertbench.plan.planner import Plan
+from bertbench.planning.planner import Plan
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from helpers.ledger_rows import fits, oom, rows_of
 from reports.environments import name_environments

@@ -21,7 +21,7 @@ import pytest
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
-from bertbench.devices.device import Budget, Device
+from bertbench.hardware.device import Budget, Device
 from bertbench.memory.allocator import limit
 from bertbench.memory.allocator.limit import child_environment
 from bertbench.trials import isolation as isolation_module

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from bertbench.core.units import MIB_BYTES
-from bertbench.devices.host import CGROUP_ROOT
+from bertbench.hardware.host import CGROUP_ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -12,8 +12,8 @@ import click
 from bertbench.core.terminal import echo
 from bertbench.core.units import parse_bytes
 from bertbench.core.workload import MOST_BATCH, Levers
-from bertbench.devices.device import Budget, make_budget
-from bertbench.devices.discover import resolve_devices
+from bertbench.hardware.device import Budget, make_budget
+from bertbench.hardware.discover import resolve_devices
 from finetune.errors import InputError
 from finetune.spec.optimizers import OPTIMIZERS, PLACEMENTS
 from finetune.spec.precisions import PRECISIONS

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bertbench.run.output.cloud_storage import (
+from bertbench.running.output.cloud_storage import (
     fetch_beside,
     fetch_file,
     fetch_folder,

@@ -21,9 +21,9 @@ from bertbench.cli.options.common import (
     resolve_budget,
 )
 from bertbench.cli.options.original_flags import PathOrUrl
-from bertbench.devices.device import Budget, TpuSettings
-from bertbench.run.device import shrink_to_free, tpu_budget
-from bertbench.run.settings import RunRequest, RunSettings
+from bertbench.hardware.device import Budget, TpuSettings
+from bertbench.running.device import shrink_to_free, tpu_budget
+from bertbench.running.settings import RunRequest, RunSettings
 from finetune.errors import InputError
 from finetune.model_files.model_folder import ModelFiles, find_model_files
 from finetune.spec.checkpointing import parse_checkpointing

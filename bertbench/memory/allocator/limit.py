@@ -10,7 +10,7 @@ from typing import Any
 
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES, format_bytes
-from bertbench.devices.device import Budget
+from bertbench.hardware.device import Budget
 from bertbench.memory.allocator.bfc import Memory
 from finetune.errors import InputError
 

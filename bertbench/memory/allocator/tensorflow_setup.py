@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bertbench.core.quiet import muted_stderr
-from bertbench.devices.device import Budget
-from bertbench.devices.threads import check_threads
+from bertbench.hardware.device import Budget
+from bertbench.hardware.threads import check_threads
 from bertbench.memory.allocator.limit import apply_budget
 from finetune.spec.precisions import EXACT_PRECISION, allow_tensor_float_32
 

@@ -14,8 +14,8 @@ from helpers.paths import REPOSITORY
 
 PEAK = """
 import tensorflow as tf
-from bertbench.devices.discover import resolve_device
-from bertbench.devices.device import make_budget
+from bertbench.hardware.discover import resolve_device
+from bertbench.hardware.device import make_budget
 from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
 from bertbench.trials.worker import build_trainer, random_batch
 from bertbench.core.workload import Levers, Setup, published_workload

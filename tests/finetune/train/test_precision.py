@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from bertbench.devices.accelerators import check_precision
+from bertbench.hardware.accelerators import check_precision
 from finetune.errors import InputError
 from finetune.model.layers import attention, dense, layer_norm
 from finetune.model.modeling import create_variables

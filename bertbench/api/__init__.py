@@ -1,0 +1,1 @@
+"""The functions that `import bertbench` offers, for scripts and notebooks."""

@@ -1,0 +1,71 @@
+"""`bertbench.devices()`: what is attached to this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from bertbench.api.results import Result
+from bertbench.hardware.device import Device, default_budget_bytes
+from bertbench.hardware.discover import list_devices
+from finetune.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices(Result):
+    """The devices of a machine; iterate over it for each.
+
+    Attributes:
+        devices: GPUs in the driver's order, then the CPU.
+    """
+
+    devices: tuple[Device, ...]
+
+    def __iter__(self) -> Iterator[Device]:
+        return iter(self.devices)
+
+    def __len__(self) -> int:
+        return len(self.devices)
+
+    def describe(self) -> str:
+        """Describe the result in one line."""
+        return ", ".join(f"{device.label}: {device.name}" for device in self.devices)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each device."""
+        return [
+            {
+                "device": device.label,
+                "name": device.name,
+                "total_bytes": device.total_bytes,
+                "free_bytes": device.free_bytes,
+                "default_budget_bytes": _default_budget_bytes(device),
+                "driver": device.driver,
+            }
+            for device in self.devices
+        ]
+
+
+def devices() -> Devices:
+    """Find what is attached to this machine.
+
+    Example:
+        >>> import bertbench
+        >>> found = bertbench.devices()
+        >>> found.devices[-1].label
+        'cpu'
+        >>> list(found.to_frame().columns[:3])
+        ['device', 'name', 'total_bytes']
+
+    Returns:
+        The devices. A machine without a GPU, or without its driver, has only the CPU.
+    """
+    return Devices(tuple(list_devices()))
+
+
+def _default_budget_bytes(device: Device) -> int | None:
+    try:
+        return default_budget_bytes(device)
+    except InputError:  # too little is free
+        return None

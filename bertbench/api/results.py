@@ -1,0 +1,37 @@
+"""What every result can be turned into: a table of pandas, and HTML for a notebook."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Result:
+    """A result with rows.
+
+    A subclass is a frozen dataclass that says what its rows are, and how the whole is described in
+    one line.
+    """
+
+    def describe(self) -> str:
+        """Describe the result in one line."""
+        raise NotImplementedError
+
+    def rows(self) -> Sequence[dict[str, Any]]:
+        """Return the rows of the table, each with the same keys."""
+        raise NotImplementedError
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the rows as a table of pandas; bytes and seconds stay plain numbers."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.rows()))
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook, below the line that describes it."""
+        table: str = self.to_frame().to_html(index=False, border=0)
+        return f"<p>{html.escape(self.describe())}</p>\n{table}"

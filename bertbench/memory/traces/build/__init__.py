@@ -1,0 +1,1 @@
+"""Makes step traces out of recordings; for developers, no command needs it."""

@@ -1,0 +1,339 @@
+"""The fastest lever setting that fits: micro-batch, accumulation and checkpointing per layer.
+
+It decides from the predicted memory and the predicted seconds alone, in well under a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from bertbench.core.units import format_bytes
+from bertbench.core.workload import Setup, TrainingStep, Workload
+from bertbench.hardware.step_time import predict_step_seconds
+from bertbench.memory.footprint import Footprint
+from bertbench.memory.prediction import MemoryPrediction, note_other_tensorflow, predict_memory
+from bertbench.planning.calibration import Calibration
+from bertbench.planning.candidates import all_settings, cuts
+from bertbench.planning.min_memory import MinMemory, find_min_memory
+from bertbench.planning.requests import PlannedDevice, PlanRequest
+from finetune.errors import InputError
+from finetune.spec.optimizers import OPTIMIZERS
+
+_MOST_REJECTIONS = 20
+_REPLAYED_FOR_MESSAGE = 4
+"""Settings that are replayed to say how much memory is missing: exact enough for a message."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanEntry:
+    """A training step for a target batch, with what is predicted of it.
+
+    Attributes:
+        step: the training step of each replica; rows of padding are examples of it too.
+        footprint: predicted peak of each replica by part.
+        predicted_step_seconds: of one effective batch.
+        replicas: devices that share the effective batch.
+    """
+
+    step: TrainingStep
+    footprint: Footprint
+    predicted_step_seconds: float
+    replicas: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of an optimizer step on all replicas, padding included."""
+        return self.step.micro_batch * self.step.levers.accumulation_steps * self.replicas
+
+    def to_json(self) -> dict[str, Any]:
+        """Values under the keys of a plan file."""
+        return {
+            "micro_batch": self.step.micro_batch,
+            **self.step.levers.to_json(),
+            "replicas": self.replicas,
+            "exact": self.step.levers.exact,
+            "predicted_peak_bytes": self.footprint.peak_bytes,
+            "predicted_host_bytes": self.footprint.host_bytes,
+            "predicted_step_seconds": round(self.predicted_step_seconds, 6),
+            "footprint": dict(self.footprint.parts),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejection:
+    """A training step that does not fit, and why."""
+
+    step: TrainingStep
+    why: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Values under the keys of a plan file."""
+        step = self.step
+        return {"micro_batch": step.micro_batch, **step.levers.to_json(), "why": self.why}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The answer for a workload, a target batch and a budget.
+
+    Attributes:
+        workload: what is trained.
+        target_batch: effective batch.
+        budget_bytes: what the allocator may use.
+        device: name of the device.
+        device_kind: `cpu`, `gpu` or `tpu`.
+        chosen: the fastest setting that fits.
+        alternatives: slower settings that need less, each at least a tenth less than the one
+            before it.
+        rejected: faster settings that do not fit; first those that need the fewest bytes more than
+            there are.
+        timed_trials: trials on the device that its speed was taken from; 0 for none.
+    """
+
+    workload: Workload
+    target_batch: int
+    budget_bytes: int
+    device: str
+    device_kind: str
+    chosen: PlanEntry
+    alternatives: tuple[PlanEntry, ...]
+    rejected: tuple[Rejection, ...]
+    timed_trials: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Values of a plan file."""
+        return {
+            "target_batch": self.target_batch,
+            "model": self.workload.model,
+            "head": self.workload.head,
+            "seq_len": self.workload.seq_len,
+            "budget_bytes": self.budget_bytes,
+            "device": self.device,
+            "device_kind": self.device_kind,
+            "timed_trials": self.timed_trials,
+            "chosen": self.chosen.to_json(),
+            "alternatives": [entry.to_json() for entry in self.alternatives],
+            "rejected": [rejection.to_json() for rejection in self.rejected],
+        }
+
+
+def make_plan(
+    request: PlanRequest,
+    workload: Workload,
+    device: PlannedDevice,
+    calibration: Calibration | None = None,
+    *,
+    below_bytes: int | None = None,
+) -> Plan:
+    """Choose the fastest setting that is predicted to fit.
+
+    All settings are put in order of their predicted seconds, and the first that fits is taken, see
+    `bertbench.memory.prediction.MemoryPrediction.fits`.
+
+    Args:
+        request: what the plan must reach, and what it may choose from.
+        workload: what is trained.
+        device: the device that it is trained on.
+        calibration: what trials have shown of the workload on the device; none by default.
+        below_bytes: only settings with a smaller predicted peak are chosen, as after one with this
+            peak has run out of memory.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InputError: the target is not positive, or nothing fits; the missing bytes are named.
+    """
+    if request.target_batch < 1:
+        raise InputError(f"target batch {request.target_batch} is not positive")
+    if device.kind != "tpu":
+        note_other_tensorflow()
+    calibration = calibration or Calibration()
+
+    def choose(request: PlanRequest) -> _Found | None:
+        candidates = _candidates(request, workload, device, calibration)
+        if below_bytes is not None:
+            candidates = [one for one in candidates if one.peak_bytes < below_bytes]
+        return _choose(candidates, device, calibration)
+
+    found = choose(request)
+    one_gpu = device.kind == "gpu" and device.replicas == 1
+    if found is None and request.offload_if_needed and one_gpu:
+        # The last resort, because what it costs depends on the host as well.
+        request = _with_levers(request, placement="host")
+        found = choose(request)
+    if found is None:
+        raise _nothing_fits(request, workload, device)
+    chosen, alternatives, rejected = found
+    return Plan(
+        workload,
+        request.target_batch,
+        device.budget_bytes,
+        device.name,
+        device.kind,
+        _entry(chosen, device, replayed=True),
+        tuple(_entry(candidate, device, replayed=False) for candidate in alternatives),
+        tuple(rejected),
+        calibration.trials,
+    )
+
+
+def _with_levers(request: PlanRequest, **values: Any) -> PlanRequest:
+    """A request that allows only levers with these values."""
+    allowed = [dataclasses.replace(levers, **values) for levers in request.allowed]
+    return dataclasses.replace(request, allowed=allowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """A training step with what is predicted of it."""
+
+    step: TrainingStep
+    memory: MemoryPrediction
+    seconds: float
+    peak_bytes: int
+
+    @property
+    def missing_bytes(self) -> int:
+        """By how much the peak is too large; not above 0 if it is not."""
+        return self.peak_bytes - self.memory.usable_bytes
+
+
+def _candidates(
+    request: PlanRequest, workload: Workload, device: PlannedDevice, calibration: Calibration
+) -> list[_Candidate]:
+    """All settings with all cuts of a replica's share of the target, the fastest first.
+
+    Of equal seconds first what gives the published update, then what needs fewer bytes.
+    """
+    room = device.room(calibration.margin)
+    candidates = []
+    for levers in all_settings(request, workload):
+        for micro_batch, count in cuts(math.ceil(request.target_batch / device.replicas)):
+            setup = Setup(workload, dataclasses.replace(levers, accumulation_steps=count))
+            step, memory = setup.step(micro_batch), predict_memory(setup, room)
+            seconds = predict_step_seconds(step, device.rates, replicas=device.replicas)
+            seconds = calibration.seconds(seconds, micro_batch)
+            candidates.append(_Candidate(step, memory, seconds, memory.peak_bytes(micro_batch)))
+    return sorted(candidates, key=lambda c: (c.seconds, not c.step.levers.exact, c.peak_bytes))
+
+
+_Found = tuple[_Candidate, list[_Candidate], list[Rejection]]
+
+
+def _choose(
+    candidates: Sequence[_Candidate], device: PlannedDevice, calibration: Calibration
+) -> _Found | None:
+    """Take the first that fits.
+
+    Returns:
+        Three values: the first candidate that fits; slower ones that need clearly less memory than
+        any faster one; and of the faster ones those that need the fewest bytes too many. None if
+        nothing fits.
+    """
+    rejected: list[tuple[int, Rejection]] = []
+    for number, candidate in enumerate(candidates):
+        step = candidate.step
+        known = _known_to_fit(step, device, calibration)
+        fits = known
+        if known is None:
+            fits = candidate.memory.fits(step.micro_batch)
+        if fits:
+            rejected.sort(key=lambda pair: pair[0])
+            nearest = [rejection for _, rejection in rejected[:_MOST_REJECTIONS]]
+            return candidate, _front(candidates[number:]), nearest
+        why = "ran out of memory before" if known is False else _why_too_large(candidate)
+        rejected.append((candidate.missing_bytes, Rejection(step, why)))
+    return None
+
+
+def _known_to_fit(
+    step: TrainingStep, device: PlannedDevice, calibration: Calibration
+) -> bool | None:
+    """What trials have shown; None if nothing."""
+    if device.replicas > 1:
+        return None  # There is more to hold than a trial on one device has shown.
+    return calibration.fits(step.levers, step.micro_batch, device.available_bytes)
+
+
+def _why_too_large(candidate: _Candidate) -> str:
+    margin, missing_bytes = candidate.memory.margin, candidate.missing_bytes
+    with_margin = f" with a margin of {margin:.0%}" if margin else ""
+    what = "and what is free is in pieces that are too small"
+    if missing_bytes > 0:
+        what = f"{format_bytes(missing_bytes)} too much"
+    return f"needs {format_bytes(candidate.peak_bytes)}, {what}{with_margin}"
+
+
+def _front(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Settings that need clearly fewer bytes than any faster one, from the first on."""
+    front = []
+    smallest_bytes = candidates[0].peak_bytes
+    for candidate in candidates[1:]:
+        if candidate.peak_bytes < 0.9 * smallest_bytes:
+            smallest_bytes = candidate.peak_bytes
+            front.append(candidate)
+    return front
+
+
+def _entry(candidate: _Candidate, device: PlannedDevice, *, replayed: bool) -> PlanEntry:
+    step = candidate.step
+    footprint = candidate.memory.footprint(step.micro_batch, replayed=replayed)
+    return PlanEntry(step, footprint, candidate.seconds, device.replicas)
+
+
+def _nothing_fits(request: PlanRequest, workload: Workload, device: PlannedDevice) -> InputError:
+    """The error that says how much is missing, and what would need less."""
+    available_bytes = device.available_bytes
+
+    def smallest(request: PlanRequest, replicas: int = device.replicas) -> MinMemory:
+        return find_min_memory(
+            request, workload, device.kind, replicas=replicas, most_replayed=_REPLAYED_FOR_MESSAGE
+        )
+
+    def enough(request: PlanRequest, replicas: int = device.replicas) -> bool:
+        return smallest(request, replicas).budget_bytes <= available_bytes
+
+    share = math.ceil(request.target_batch / device.replicas)
+    hint = "use more memory, a shorter sequence or a smaller model"
+    if enough(_with_levers(request, optimizer=OPTIMIZERS[-1])):
+        hint = f"allow another update than AdamW's with --allow {OPTIMIZERS[-1]}, or {hint}"
+    if share > 1 and enough(dataclasses.replace(request, target_batch=device.replicas)):
+        hint = f"use a smaller target batch, or {hint}"
+    if device.replicas > 1 and enough(dataclasses.replace(request, target_batch=share), replicas=1):
+        hint = f"train on one device, which adds up no gradients with others, {hint}"
+    needed = smallest(request)
+    missing_bytes = needed.budget_bytes - available_bytes
+    what = f"{workload.model} at sequence length {workload.seq_len}"
+    if missing_bytes <= 0:
+        return InputError(
+            f"every setting of {what} that should fit in {format_bytes(available_bytes)} ran out "
+            "of memory before",
+            hint=hint,
+        )
+    return InputError(
+        f"{what} does not fit in {format_bytes(available_bytes)}: even micro-batch "
+        f"{needed.step.micro_batch} needs {format_bytes(needed.budget_bytes)}, "
+        f"{format_bytes(missing_bytes)} more",
+        hint=hint,
+    )
+
+
+def describe_entry(entry: PlanEntry) -> str:
+    """Write a plan's setting as `3 micro-batches of 11, checkpointing full`, with its replicas."""
+    share = f"{entry.replicas} replicas, each " if entry.replicas > 1 else ""
+    return share + describe_setting(entry.step)
+
+
+def describe_setting(step: TrainingStep) -> str:
+    """Write a setting as `3 micro-batches of 11, checkpointing full`."""
+    return f"{describe_split(step)}, checkpointing {step.levers.describe()}"
+
+
+def describe_split(step: TrainingStep) -> str:
+    """Write how an effective batch is split, as in `3 micro-batches of 11`."""
+    count = step.levers.accumulation_steps
+    return f"{count} micro-batch{'es' * (count != 1)} of {step.micro_batch}"
