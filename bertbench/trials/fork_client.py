@@ -13,7 +13,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from typing import IO
+
+import psutil
 
 from bertbench.core.errors import WorkError
 from bertbench.core.terminal import say
@@ -24,7 +27,10 @@ START_SECONDS = 600.0
 """Longest time in which a server imports TensorFlow, be it from a slow disk."""
 
 REPLY_SECONDS = 60.0
-"""Longest time in which a server that is up starts a trial."""
+"""Longest time in which a server that is up starts a trial, and in which one that starts may be
+stopped, as by SIGSTOP: that one makes no progress, however slow the disk is."""
+
+_ASK_EVERY_SECONDS = 1.0
 
 _END_SECONDS = 5.0
 
@@ -144,13 +150,30 @@ def _launch() -> _Server:
 
 
 def _wait_until_ready(server: _Server) -> None:
-    server.control.settimeout(START_SECONDS)
-    try:
-        answer = server.control.recv(1)
-    except TimeoutError as error:
-        raise _SilentError(f"was not ready within {START_SECONDS:g} s") from error
+    deadline = time.monotonic() + START_SECONDS
+    # Counted by looking, not by the clock: whoever stops the server may have stopped this process.
+    stopped_seconds = 0.0
+    server.control.settimeout(min(_ASK_EVERY_SECONDS, START_SECONDS))
+    while True:
+        try:
+            answer = server.control.recv(1)
+            break
+        except TimeoutError as error:
+            if time.monotonic() >= deadline:
+                raise _SilentError(f"was not ready within {START_SECONDS:g} s") from error
+            stopped_seconds = stopped_seconds + _ASK_EVERY_SECONDS if _is_stopped(server) else 0.0
+            if stopped_seconds >= REPLY_SECONDS:
+                raise _SilentError(f"was stopped for {REPLY_SECONDS:g} s") from error
     if answer != READY:
         raise EOFError
+
+
+def _is_stopped(server: _Server) -> bool:
+    try:
+        status = psutil.Process(server.process.pid).status()
+    except psutil.NoSuchProcess:  # its connection ends too
+        return False
+    return status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 
 def _ask(server: _Server, request: int, log: int) -> StartedProcess:

@@ -57,6 +57,23 @@ def test_another_server_takes_over(
     assert said == f"the process that starts trials {words}: starting another one\n"
 
 
+def test_a_server_that_is_stopped_while_it_starts_is_replaced(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Long before the time that a slow disk is given."""
+    python = tmp_path / "python"
+    stop_once = f"[ -e {tmp_path}/once ] || {{ touch {tmp_path}/once; kill -STOP $$; }}"
+    python.write_text(f'#!/bin/sh\n{stop_once}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    fork_client._stop()
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(fork_client, "_ASK_EVERY_SECONDS", 0.1)
+    _, ending = run("echo")
+    assert ending.exit_code == 0
+    said = capfd.readouterr().err
+    assert said == "the process that starts trials was stopped for 3 s: starting another one\n"
+
+
 @pytest.mark.parametrize("how", ["SIGSTOP", "SIGKILL"])
 def test_a_trial_does_not_need_its_server_any_more(how: str) -> None:
     old = server_pid()
