@@ -58,7 +58,7 @@ def plan(
     on: str | Budget = "auto",
     memory: str | int | None = None,
     allowed: Sequence[Levers] = (Levers(),),
-    ledger: Path | None = None,
+    ledger: str | Path | None = None,
 ) -> PlanResult:
     """Choose the fastest micro-batch, accumulation and checkpointing that fit.
 
@@ -88,6 +88,7 @@ def plan(
     Raises:
         finetune.errors.InputError: nothing fits, or the model, the device or a lever is unknown.
     """
-    request = PlanRequest(target_batch, allowed=tuple(allowed), ledger_file=ledger)
+    ledger_file = None if ledger is None else Path(ledger)
+    request = PlanRequest(target_batch, allowed=tuple(allowed), ledger_file=ledger_file)
     workload = find_workload(model, seq_len)
     return PlanResult(plan_workload(request, workload, find_planned_device(on, memory)))

@@ -67,7 +67,7 @@ def probe(
     memory: str | int | None = None,
     levers: Levers | None = None,
     settings: ProbeSettings | None = None,
-    ledger: Path | None = None,
+    ledger: str | Path | None = None,
 ) -> ProbeResult:
     """Find the largest batch that fits, by real training steps in processes of their own.
 
@@ -75,7 +75,7 @@ def probe(
         >>> import bertbench
         >>> found = bertbench.probe("bert-tiny", 128, on="cpu", memory="256MiB")  # doctest: +SKIP
         >>> found.max_batch, found.certified  # doctest: +SKIP
-        (46, True)
+        (64, True)
         >>> found.to_frame()[["batch", "outcome", "peak_bytes"]]  # doctest: +SKIP
 
     Args:

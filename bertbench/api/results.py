@@ -26,10 +26,12 @@ class Result:
         raise NotImplementedError
 
     def to_frame(self) -> pd.DataFrame:
-        """Return the rows as a table of pandas; bytes and seconds stay plain numbers."""
+        """Return the rows as a table of pandas; bytes stay integers where some are missing."""
         import pandas as pd
 
-        return pd.DataFrame(list(self.rows()))
+        frame = pd.DataFrame(list(self.rows()))
+        sizes = [name for name in frame if str(name).endswith("_bytes")]
+        return frame.astype(dict.fromkeys(sizes, "Int64"))
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook, below the line that describes it."""
