@@ -97,7 +97,10 @@ def _record(out: Path, tree: Path, inputs: Path | None, quick: bool) -> None:
 def _compare(before: Path, after: Path) -> int:
     """Show what differs; returns in how many files."""
     different = 0
-    names = sorted(path.name for path in before.glob("*.json"))
+    first, second = ({path.name for path in folder.glob("*.json")} for folder in (before, after))
+    names = sorted(first & second)
+    for name in sorted(first ^ second):  # as of a recording with --quick
+        print(f"{name}: in one of them only")
     for name in names:
         one, other = (_lines(folder / name) for folder in (before, after))
         lines = list(difflib.unified_diff(one, other, "before", "after", n=1, lineterm=""))
