@@ -8,6 +8,7 @@ from typing import Any
 
 from bertbench.api.inputs import find_budget, find_workload
 from bertbench.api.results import Result
+from bertbench.core.errors import WorkError
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Setup, Workload, check_layers
 from bertbench.hardware.accelerators import check_levers
@@ -32,8 +33,8 @@ class ProbeResult(Result):
     cell: ProbedCell
 
     @property
-    def max_batch(self) -> int | None:
-        """The largest batch that fits; None if that is unknown."""
+    def max_batch(self) -> int:
+        """The largest batch that fits; 0 if not even one example does."""
         return self.cell.result.max_batch
 
     @property
@@ -45,10 +46,11 @@ class ProbeResult(Result):
         """Describe the result in one line."""
         workload = self.cell.setup.workload
         evidence = "certified" if self.certified else "not certified"
+        limit = f"batch {self.max_batch} fits" if self.max_batch else "batch 1 does not fit"
         return (
             f"{workload.model}, sequence length {workload.seq_len}, in "
-            f"{format_bytes(self.budget.budget_bytes)} on {self.budget.device.name}: batch "
-            f"{self.max_batch} fits, {evidence}"
+            f"{format_bytes(self.budget.budget_bytes)} on {self.budget.device.name}: "
+            f"{limit}, {evidence}"
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -94,6 +96,7 @@ def probe(
     Raises:
         finetune.errors.InputError: the model, the device or a lever is unknown, or others use the
             device.
+        bertbench.core.errors.WorkError: a trial failed for another reason than memory.
     """
     setup = Setup(find_workload(model, seq_len), levers or Levers())
     budget = find_budget(on, memory)
@@ -101,6 +104,7 @@ def probe(
     check_layers(setup.workload, setup.levers.checkpointing)
     with devices_held([budget.device]), open_ledger(ledger) as opened:
         check_usable(budget, share=False)
-        return ProbeResult(
-            budget, probe_cell(opened, Question(budget, setup), settings or ProbeSettings())
-        )
+        cell = probe_cell(opened, Question(budget, setup), settings or ProbeSettings())
+    if cell.result.stopped_by == "failed":
+        raise WorkError(f"a trial failed: {cell.result.message}")
+    return ProbeResult(budget, cell)

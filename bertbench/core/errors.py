@@ -19,16 +19,19 @@ class NotFiniteError(WorkError, FloatingPointError):
 
 
 class OutOfMemoryError(WorkError):
-    """A training step ran out of the device's memory.
+    """A training step ran out of memory.
 
     Attributes:
         step: number of optimizer steps in the newest checkpoint, from which training can continue.
+        of_device: the device's own allocator had no memory left. Otherwise the host's memory ran
+            out, which says nothing about what fits on the device.
     """
 
-    def __init__(self, message: str, step: int) -> None:
-        """Keep the message and the number of saved steps."""
+    def __init__(self, message: str, step: int, *, of_device: bool = True) -> None:
+        """Keep the message, the number of saved steps, and whose memory it was."""
         super().__init__(message)
         self.step = step
+        self.of_device = of_device
 
 
 class SteppedDownError(WorkError):

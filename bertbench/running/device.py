@@ -13,7 +13,7 @@ from bertbench.hardware.accelerators import find_accelerator
 from bertbench.hardware.device import Budget, TpuSettings, check_free, make_budget
 from bertbench.hardware.discover import tpu_device
 from bertbench.memory.allocator.limit import child_environment
-from bertbench.trials.outcome import memory_ran_out, summarise_error
+from bertbench.trials.outcome import classify_error, memory_ran_out, summarise_error
 
 
 def tpu_budget(settings: TpuSettings, core_bytes: int | None) -> Budget:
@@ -97,8 +97,13 @@ def memory_errors_explained(what: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of TensorFlow says that the device's memory ran out."""
+    """Whether an error of TensorFlow says that memory ran out, the device's or the host's."""
     return memory_ran_out(type(error).__name__, str(error))
+
+
+def is_out_of_device_memory(error: Exception) -> bool:
+    """Whether an error of TensorFlow says that the device's own allocator had no memory left."""
+    return classify_error(type(error).__name__, str(error)) == "oom"
 
 
 def summarise(error: Exception) -> str:

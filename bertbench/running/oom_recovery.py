@@ -37,7 +37,7 @@ do again."""
 def step_down(request: RunRequest, failed: TrainingStep, error: OutOfMemoryError) -> NoReturn:
     """Record which smaller training step comes next, and end with an error that says so.
 
-    The user's ledger gets the training step that failed.
+    The user's ledger gets the training step that failed, unless the host's memory ran out.
 
     Args:
         request: what was asked for; names the output folder.
@@ -49,7 +49,8 @@ def step_down(request: RunRequest, failed: TrainingStep, error: OutOfMemoryError
         WorkError: it cannot: the user insists on the micro-batch, or no training step needs less.
     """
     settings, budget = request.settings, request.budget
-    note_out_of_memory(failed, budget, str(error))
+    if error.of_device:
+        note_out_of_memory(failed, budget, str(error))
     if settings.micro_batch is not None:
         raise WorkError(
             f"{error}; step {error.step} is saved: give a smaller --micro_batch, or none, and the "

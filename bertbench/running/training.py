@@ -17,7 +17,7 @@ from bertbench.core.progress import progress
 from bertbench.core.terminal import say
 from bertbench.core.workload import TrainingStep
 from bertbench.planning.planner import describe_setting
-from bertbench.running.device import is_out_of_memory, summarise
+from bertbench.running.device import is_out_of_device_memory, is_out_of_memory, summarise
 from bertbench.running.listeners import ProgressListener, cloud_copy, event_files, join_listeners
 from bertbench.running.model import Model
 from bertbench.running.predict import Predict, Scoring
@@ -146,7 +146,9 @@ def _make_trainer(model: Model, training: Training) -> tuple[Trainer, int]:
         if not is_out_of_memory(error):
             raise
         what = "out of memory while the optimizer's state was made"
-        raise OutOfMemoryError(what, _saved_step(training.folder)) from error
+        raise OutOfMemoryError(
+            what, _saved_step(training.folder), of_device=is_out_of_device_memory(error)
+        ) from error
 
 
 def _make_schedule(training: Training, replicas: int) -> Schedule:
@@ -200,7 +202,7 @@ def _errors_explained(
             raise StoppedEarlyError(
                 f"{what}; step {saved} is saved: the same command continues"
             ) from error
-        raise OutOfMemoryError(what, saved) from error
+        raise OutOfMemoryError(what, saved, of_device=is_out_of_device_memory(error)) from error
     except FloatingPointError as error:
         raise WorkError(str(error)) from error
     except FolderLostError:

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 
 import bertbench
+from bertbench.api.probe import ProbeResult
 from bertbench.api.results import Result
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.hardware.device import Budget, Device
 from bertbench.probing.cell import ProbeSettings
+from bertbench.trials.outcome import Outcome
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from helpers.paths import REPOSITORY
@@ -164,6 +166,27 @@ def test_a_probe_is_certified_and_keeps_its_trials(tmp_path: Path) -> None:
     again = bertbench.probe("bert-tiny", 128, on=CPU, settings=settings, ledger=ledger)
     assert again.max_batch == 40
     assert not measured
+
+
+@pytest.mark.parametrize("outcome", ["oom", "failed"])
+def test_a_probe_in_which_nothing_fits(outcome: Outcome, tmp_path: Path) -> None:
+    def measure(setup, budget, batches, settings, listener, *_):
+        trials = [Trial(batch, outcome, message="no luck", fresh=True) for batch in batches]
+        for trial in trials:
+            listener.on_trial(trial)
+        return trials
+
+    def probe() -> ProbeResult:
+        settings = ProbeSettings(measure=measure)
+        ledger = tmp_path / "ledger.sqlite"
+        return bertbench.probe("bert-tiny", 128, on=CPU, settings=settings, ledger=ledger)
+
+    if outcome == "oom":
+        assert probe().max_batch == 0
+        assert "batch 1 does not fit" in probe().describe()
+    else:
+        with pytest.raises(WorkError, match="a trial failed: no luck"):
+            probe()
 
 
 def test_a_run_has_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,6 +169,16 @@ def test_a_run_is_no_evidence_for_a_limit(tmp_path: Path) -> None:
     assert (limit.max_batch, limit.evidence) == (16, AT_LEAST)
 
 
+def test_host_memory_that_ran_out_is_no_evidence(tmp_path: Path) -> None:
+    """The run steps down; other plans for the device do not learn that the setting does not fit."""
+    failed = choose(settings(tmp_path))
+    on_host = OutOfMemoryError("out of memory in step 8 with something", 7, of_device=False)
+    with pytest.raises(SteppedDownError):
+        step_down(request(settings(tmp_path)), failed, on_host)
+    with open_ledger() as ledger:
+        assert read_rows(ledger) == []
+
+
 def test_of_several_devices_the_ledger_learns_nothing(tmp_path: Path) -> None:
     gpu = Device("gpu", 0, "NVIDIA Test", "GPU-0", 16 << 30, 16 << 30)
     both = dataclasses.replace(gpu, peers=(dataclasses.replace(gpu, index=1, uuid="GPU-1"),))
