@@ -18,8 +18,14 @@ CERTIFIED, MEASURED, AT_LEAST, BELOW, FAILED = (
     "below",
     "failed",
 )
-"""Evidence for a limit: both sides of it in fresh processes; both sides, but not in fresh ones, or
-not next to each other; only batches that fit; only batches that do not; no trial with an answer."""
+"""Evidence for a limit.
+
+- `certified`: batch b fits and batch b + 1 runs out of memory, each in a fresh process.
+- `measured`: both sides were tried, but not in fresh processes, or with batches between them.
+- `at least`: only batches that fit were tried.
+- `below`: only batches that run out of memory were tried.
+- `failed`: no trial has an answer.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Limit:
     """Where memory ends for a question, by its trials.
 
     Attributes:
-        fits: trial of the largest batch below which no tried batch ran out of memory.
+        fits: trial of the largest batch that fits and is smaller than the one of `oom`.
         oom: trial of the smallest batch that ran out of memory.
         fits_again: trials of batches above that one which fit all the same, the smallest first:
             memory was in other pieces, or another process held some of it before.

@@ -53,9 +53,10 @@ that were measured. Of the peak, where memory is plenty (`benchmarks/footprint.p
 | `fp16` | the same 9 | -7.3 % to -0.1 % |
 | ReLU | the same 9 | -9.9 % to +8.8 % |
 
-The smallest budget in which a step fits is larger, because the last memory is in pieces: of 471
-random settings of BERT-Tiny to BERT-Base with a trace by up to 20.2 % than the formula (BERT-Tiny,
-seq 96, `none`, 8 examples), of three of BERT-Tiny with `bf16`, by trials, by up to 21.2 %.
+The smallest budget in which a step fits is larger than the formula, because the last memory is in
+pieces. With a trace it was up to 20.2 % larger, in 471 random settings of BERT-Tiny to BERT-Base
+(most with BERT-Tiny, seq 96, `none`, 8 examples). By trials it was up to 21.2 % larger, in three
+settings of BERT-Tiny with `bf16`.
 """
 
 _BEGIN_SHARE = 0.98
@@ -86,7 +87,7 @@ class Room:
         return memory_of(self.device_kind, self.usable_bytes())
 
     def usable_bytes(self, margin: float = 0.0) -> int:
-        """What a prediction may reach to which a margin is added."""
+        """The largest prediction that fits with a margin added to it."""
         return int((self.budget_bytes - self.spare_bytes) / (1 + margin))
 
 
@@ -102,7 +103,7 @@ class LimitSource(Protocol):
     """
 
     def max_micro_batch(self, at_most: int, fitting: int) -> int | None:
-        """Predict the largest micro-batch that fits, as do all between `fitting` and it.
+        """Predict the largest micro-batch up to which all from `fitting` on fit.
 
         Args:
             at_most: largest micro-batch of interest; a larger answer says that this one fits.

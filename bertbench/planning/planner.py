@@ -88,8 +88,7 @@ class Plan:
         chosen: the fastest setting that fits.
         alternatives: slower settings that need less, each at least a tenth less than the one
             before it.
-        rejected: faster settings that do not fit; first those that need the fewest bytes more than
-            there are.
+        rejected: faster settings that do not fit, in the order of the bytes that they miss.
         timed_trials: trials on the device that its speed was taken from; 0 for none.
     """
 

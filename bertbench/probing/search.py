@@ -74,7 +74,7 @@ class SearchResult:
         measured: how many of them were measured now.
         contradictions: pairs (a, b) where a ran out of memory, and b, no smaller, fits. They may
             be the same batch, tried twice.
-        message: the cause if it failed; the error of the first batch that does not fit otherwise.
+        message: why it failed. If it did not fail: the error of the first batch that does not fit.
         missing_bytes: by how much the prediction for batch 1 exceeds the budget, if `max_batch` is
             0 and there is a prediction that does.
     """

@@ -243,8 +243,7 @@ class _Step:
             loss_scale = self.state.loss_scale
             scale = None if loss_scale is None else float(loss_scale.scale.numpy())
             result = StepResult(*self.compiled(tensors))
-            # What is not finite at the smallest scale, or in the loss itself, is not for a smaller
-            # scale to mend.
+            # A smaller scale cannot help where the loss itself is not finite, or at scale 1.
             if scale is None or scale <= 1.0 or not np.isfinite(result.loss):
                 return result
             if np.isfinite(result.gradient_norm):
