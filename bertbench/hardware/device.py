@@ -216,7 +216,8 @@ def budget_from_json(values: dict[str, Any]) -> Budget:
 def default_budget_bytes(device: Device) -> int:
     """Return the bytes of a budget for which the user names no size, in whole MiB.
 
-    - GPU: the free memory less `GPU_CONTEXT_RESERVE_BYTES`; with peers that of the GPU with the least free memory.
+    - GPU: the free memory less `GPU_CONTEXT_RESERVE_BYTES`; with peers that of the GPU with the
+      least free memory.
     - CPU: `CPU_FRACTION` of the available host memory.
     - TPU: all memory of a core. No other process shares it, and its limit cannot be set.
 

@@ -170,8 +170,8 @@ class LossGradients:
         _, loss, sums = tf.while_loop(
             lambda index, *_: index < count,
             one,
-            # The sums are tensors that the loop passes on, not variables. TensorFlow adds to both in
-            # place, but only tensors can be clipped in place and freed one by one in the update.
+            # The sums are tensors that the loop passes on, not variables. TensorFlow adds to both
+            # in place, but only tensors can be clipped in place and freed one by one in the update.
             (tf.zeros([], tf.int32), tf.zeros([]), [fresh_zeros(v) for v in self.trained.values()]),
             # Iterations that overlap would hold two sets of activations.
             parallel_iterations=1,
