@@ -15,6 +15,7 @@ from bertbench.hardware.device import Budget
 from bertbench.planning.planner import Plan, describe_entry
 from bertbench.planning.plans import plan_workload
 from bertbench.planning.requests import PlanRequest
+from finetune.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,8 @@ def plan(
     Raises:
         finetune.errors.InputError: nothing fits, or the model, the device or a lever is unknown.
     """
+    if not allowed:
+        raise InputError("no levers are allowed", hint="leave allowed out, or name one at least")
     ledger_file = None if ledger is None else Path(ledger)
     request = PlanRequest(target_batch, allowed=tuple(allowed), ledger_file=ledger_file)
     workload = find_workload(model, seq_len)

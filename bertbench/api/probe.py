@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from bertbench.api.inputs import find_budget, find_workload
+from bertbench.api.inputs import find_probed_device, find_workload
 from bertbench.api.results import Result
 from bertbench.core.errors import WorkError
 from bertbench.core.units import format_bytes
@@ -17,7 +17,7 @@ from bertbench.hardware.lock import devices_held
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question
 from bertbench.probing.cell import ProbedCell, ProbeSettings, probe_cell
-from bertbench.probing.grid import check_usable
+from bertbench.probing.grid import equal_budgets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,8 @@ def probe(
         model: a published model such as "bert-base", or a workload.
         seq_len: tokens of an example; not needed for a workload.
         on: a budget, or an attached device: "auto", "gpu:0", "cpu".
-        memory: bytes that the allocator may use, or text such as "12GiB"; None takes what is free.
+        memory: bytes that the allocator may use, or text such as "12GiB"; None takes what is free,
+            and 512 MiB of a CPU.
         levers: lever settings; None takes those of the published recipe.
         settings: largest batch of interest, whether to certify, steps of a trial; None takes the
             usual ones.
@@ -99,11 +100,12 @@ def probe(
         bertbench.core.errors.WorkError: a trial failed for another reason than memory.
     """
     setup = Setup(find_workload(model, seq_len), levers or Levers())
-    budget = find_budget(on, memory)
-    check_levers(budget.device.kind, budget.device.name, setup.levers)
+    device, budget_bytes = find_probed_device(on, memory)
+    check_levers(device.kind, device.name, setup.levers)
     check_layers(setup.workload, setup.levers.checkpointing)
-    with devices_held([budget.device]), open_ledger(ledger) as opened:
-        check_usable(budget, share=False)
+    with devices_held([device]), open_ledger(ledger) as opened:
+        # The device as it is now: another probe of it may have ended only just before.
+        (budget,) = equal_budgets([device], budget_bytes, share=False)
         cell = probe_cell(opened, Question(budget, setup), settings or ProbeSettings())
     if cell.result.stopped_by == "failed":
         raise WorkError(f"a trial failed: {cell.result.message}")

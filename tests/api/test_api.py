@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
+import os
 import re
+import signal
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 
 import bertbench
+from bertbench.api import run as run_api
 from bertbench.api.probe import ProbeResult
 from bertbench.api.results import Result
-from bertbench.core.errors import WorkError
+from bertbench.cli import run as run_cli
+from bertbench.core.errors import StoppedEarlyError, WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.hardware.device import Budget, Device
@@ -134,6 +141,37 @@ def test_a_wrong_workload_is_named(arguments: tuple[object, ...], words: str) ->
         bertbench.probe(*arguments, on=CPU)
 
 
+@pytest.mark.parametrize("on", ["RTX 3060", "rtx_3060", "NVIDIA GeForce RTX 3060"])
+def test_a_product_is_named_as_for_the_command(on: str) -> None:
+    assert bertbench.plan("bert-tiny", 128, on=on).plan.device == "rtx-3060"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"on": "t4", "memory": 0}, "below 1 MiB"),
+        ({"on": "t4", "memory": -5}, "not a memory size"),
+        ({"on": "tpu"}, "'tpu' is not in the catalogue"),
+        ({"on": "t4", "allowed": ()}, "no levers are allowed"),
+    ],
+)
+def test_wrong_input_of_a_plan_is_named(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        bertbench.plan("bert-tiny", 128, **arguments)
+
+
+def test_a_probe_is_of_one_device(tmp_path: Path) -> None:
+    """Its limit would be another one, and the ledger would take it for that of one device."""
+    gpu = Device("gpu", 0, "NVIDIA Test", "GPU-0", 16 << 30, 16 << 30)
+    both = dataclasses.replace(gpu, peers=(dataclasses.replace(gpu, index=1, uuid="GPU-1"),))
+    ledger = tmp_path / "ledger.sqlite"
+    with pytest.raises(InputError, match="a limit is that of one device"):
+        bertbench.probe("bert-tiny", 128, on=Budget(both, 1 << 30), ledger=ledger)
+    with pytest.raises(InputError, match="all memory of a core"):
+        bertbench.probe("bert-tiny", 128, on="tpu:x", memory="1GiB", ledger=ledger)
+    assert not ledger.exists()
+
+
 def test_memory_beside_a_budget_is_refused() -> None:
     with pytest.raises(InputError, match="says its memory already"):
         bertbench.plan("bert-tiny", 128, on=CPU, memory="1GiB")
@@ -161,6 +199,7 @@ def test_a_probe_is_certified_and_keeps_its_trials(tmp_path: Path) -> None:
     frame = found.to_frame()
     assert set(frame["batch"]) == set(measured)
     assert frame[frame["batch"] == 40]["examples_per_second"].item() == 80
+    assert (found.budget.device.label, found.budget.budget_bytes) == ("cpu", CPU.budget_bytes)
     assert "batch 40 fits, certified" in html_of(found)
     measured.clear()
     again = bertbench.probe("bert-tiny", 128, on=CPU, settings=settings, ledger=ledger)
@@ -204,11 +243,84 @@ def test_a_run_has_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFi
     assert "train" in capsys.readouterr().err
 
 
+def test_plain_flags_are_those_of_the_command_line() -> None:
+    plain = {
+        parameter.name
+        for command in run_cli.command.commands.values()
+        for parameter in command.params
+        if isinstance(parameter, click.Option) and parameter.is_flag and parameter.name != "help"
+    }
+    assert set(run_api._PLAIN_FLAGS) == plain
+    flags = {"demo": False, "resume": False, "seed": None, "a": 1, "b": True}
+    assert run_api._arguments(flags) == ["--resume=false", "--a=1", "--b"]
+
+
+INTERRUPTED = """
+import signal, sys, time
+asked = 0
+def count(number, frame):
+    global asked
+    asked += 1
+signal.signal(signal.SIGINT, count)
+print("ready", file=sys.stderr, flush=True)
+deadline = time.monotonic() + 60
+while not asked and time.monotonic() < deadline:
+    time.sleep(0.01)
+time.sleep(1)
+print(f"bertbench: asked {asked}", file=sys.stderr, flush=True)
+sys.exit(130)
+"""
+
+CALLER = """
+import sys
+from bertbench.api.run import _follow
+print(_follow([sys.executable, "-c", sys.argv[1]]), flush=True)
+"""
+
+
+def test_an_interruption_of_the_terminal_reaches_a_run_once() -> None:
+    """A second one would end it at once, unsaved."""
+    with subprocess.Popen(
+        [sys.executable, "-c", CALLER, INTERRUPTED], cwd=REPOSITORY, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    ) as caller:  # fmt: skip
+        assert caller.stderr is not None
+        assert caller.stderr.readline() == "ready\n"
+        os.killpg(caller.pid, signal.SIGINT)
+        output, _ = caller.communicate(timeout=120)
+    assert output == "(130, 'bertbench: asked 1')\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "words"),
+    [
+        (-9, WorkError, "killed by SIGKILL; it said: train: 1/10"),
+        (130, StoppedEarlyError, "train: 1/10"),
+        (2, InputError, "train: 1/10"),
+        (1, WorkError, "train: 1/10"),
+    ],
+)
+def test_exit_codes_are_errors(code: int, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        run_api._check(code, "train: 1/10")
+
+
+def test_a_run_that_leaves_no_record_has_its_results(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    results.write_text('{"f1": 50.0, "predictions": "here"}')
+    found = run_api._read("squad", tmp_path / "out", results)
+    assert found.scores == {"f1": 50.0}
+    assert found.to_frame().empty
+    assert found.describe() == "squad, 0 steps: f1 50"
+
+
 def test_errors_of_a_run_are_raised(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown task 'translate'"):
         bertbench.run("translate", output_dir=tmp_path)
     with pytest.raises(InputError, match=r"No such option .--learning-rates."):
         bertbench.run("squad", output_dir=tmp_path / "a", demo=True, learning_rates=1)
+    with pytest.raises(InputError, match="a folder of this machine"):
+        bertbench.run("squad", output_dir="gs://bucket/out", demo=True)
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises((InputError, WorkError)):
         bertbench.run("squad", output_dir=tmp_path / "full", demo=True, memory="400MiB")
