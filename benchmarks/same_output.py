@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.storage.json_files import json_text
+
 _CARDS = ("gtx-1060", "rtx-3090", "t4", "a100")
 
 _MEASURED = re.compile(
@@ -115,7 +117,7 @@ def _compare(before: Path, after: Path) -> int:
 def _lines(path: Path) -> list[str]:
     values = json.loads(path.read_text(encoding="utf-8"))
     measured = re.compile("^free_bytes") if path.name.startswith(_PLANS) else _MEASURED
-    return json.dumps(_unmeasured(values, measured), indent=1).splitlines()
+    return json_text(_unmeasured(values, measured), indent=1).splitlines()
 
 
 def _unmeasured(value: Any, measured: re.Pattern[str], key: str = "") -> Any:

@@ -17,7 +17,7 @@ def test_nothing_depends_on_the_hash_seed(tmp_path: Path) -> None:
     for seed in ("1", "2", "3"):
         result = subprocess.run(
             [sys.executable, str(program), str(tmp_path)],
-            env={**os.environ, "PYTHONHASHSEED": seed},
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True,
             text=True,
             timeout=300,

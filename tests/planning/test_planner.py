@@ -379,7 +379,7 @@ def test_only_a_gpu_has_a_host() -> None:
         check_levers("cpu", "AMD EPYC", levers)
     with pytest.raises(InputError, match="XLA"):
         check_levers("gpu", "Tesla T4", Levers(xla=True, placement="host"))
-    with pytest.raises(InputError, match="no fp16"):
+    with pytest.raises(InputError, match="does not support fp16"):
         check_levers("tpu", "TPU v2", Levers(precision="fp16"))
     with pytest.raises(InputError, match="on the host with several replicas"):
         check_levers("gpu", "Tesla T4", Levers(placement="host"), replicas=2)

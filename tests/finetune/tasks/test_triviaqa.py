@@ -500,7 +500,7 @@ def test_command_never_overwrites_its_input(arguments: list[str | Path], folder:
     [
         ({3: "no/such/folder"}, "no such folder"),
         ({1: "no.json"}, "no.json"),
-        ({5: "no/such/squad.json"}, "the folder of --squad_file is missing"),
+        ({5: "no/such/squad.json"}, "the folder of --squad_file does not exist"),
         ({2: "--wikipedia_dir", 3: "."}, "none of the 2 documents can be read"),
         ({2: "--max-words", 3: "0"}, "--max_words"),
         ({2: "--max_words", 3: "5"}, "give --data_dir"),
