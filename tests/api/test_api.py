@@ -272,8 +272,9 @@ sys.exit(130)
 """
 
 CALLER = """
-import sys
+import signal, sys
 from bertbench.api.run import _follow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts with &
 print(_follow([sys.executable, "-c", sys.argv[1]]), flush=True)
 """
 
