@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from bertbench.api.results import Result
-from bertbench.hardware.device import Device, default_budget_bytes
+from bertbench.hardware.device import Device, budget_bytes_if_free
 from bertbench.hardware.discover import list_devices
-from finetune.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Devices(Result):
                 "name": device.name,
                 "total_bytes": device.total_bytes,
                 "free_bytes": device.free_bytes,
-                "default_budget_bytes": _default_budget_bytes(device),
+                "default_budget_bytes": budget_bytes_if_free(device) or None,
                 "driver": device.driver,
             }
             for device in self.devices
@@ -62,10 +61,3 @@ def devices() -> Devices:
         The devices. A machine without a GPU, or without its driver, has only the CPU.
     """
     return Devices(tuple(list_devices()))
-
-
-def _default_budget_bytes(device: Device) -> int | None:
-    try:
-        return default_budget_bytes(device)
-    except InputError:  # too little is free
-        return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from bertbench.core.units import parse_bytes
 from bertbench.core.workload import Workload, published_workload
 from bertbench.hardware.accelerators import find_accelerator
@@ -36,10 +38,12 @@ def find_probed_device(on: str | Budget, memory: str | int | None) -> tuple[Devi
     Raises:
         InputError: there is no such device, there are several, or memory is named twice.
     """
+    budget_bytes: int | None
     if isinstance(on, Budget):
         _check_no_memory(memory)
-    device = on.device if isinstance(on, Budget) else resolve_devices(on)
-    budget_bytes = on.budget_bytes if isinstance(on, Budget) else _bytes(memory)
+        device, budget_bytes = on.device, on.budget_bytes
+    else:
+        device, budget_bytes = resolve_devices(on), _bytes(memory)
     if device.peers:
         raise InputError(
             f"{device.label}: a limit is that of one device", hint="probe one of them alone"
@@ -64,7 +68,7 @@ def find_planned_device(on: str | Budget, memory: str | int | None) -> PlannedDe
     if isinstance(on, Budget):
         _check_no_memory(memory)
         return attached_device(on)
-    if on.lower().partition(":")[0].partition(",")[0] not in ("auto", "cpu", "gpu"):
+    if re.split("[:,]", on.lower())[0] not in ("auto", "cpu", "gpu"):
         return catalogue_device(find_accelerator(on), _bytes(memory))
     return attached_device(make_budget(resolve_devices(on), _bytes(memory)))
 

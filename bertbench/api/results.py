@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,20 +11,20 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Result:
+class Result(abc.ABC):
     """A result with rows.
 
     A subclass is a frozen dataclass that says what its rows are, and how the whole is described in
     one line.
     """
 
+    @abc.abstractmethod
     def describe(self) -> str:
         """Describe the result in one line."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def rows(self) -> Sequence[dict[str, Any]]:
         """Return the rows of the table, each with the same keys."""
-        raise NotImplementedError
 
     def to_frame(self) -> pd.DataFrame:
         """Return the rows as a table of pandas; bytes stay integers where some are missing."""

@@ -11,9 +11,8 @@ from rich.table import Table
 from bertbench.cli.options.common import CONTEXT, json_option, write_json
 from bertbench.core.terminal import terminal
 from bertbench.core.units import format_bytes
-from bertbench.hardware.device import Device, default_budget_bytes
+from bertbench.hardware.device import Device, budget_bytes_if_free
 from bertbench.hardware.discover import list_devices
-from finetune.errors import InputError
 
 
 @click.command(context_settings=CONTEXT)
@@ -27,20 +26,12 @@ def command(json_file: Path | None) -> None:
     Example:
       bertbench devices --json devices.json
     """
-    devices = {device: _usable_bytes(device) for device in list_devices()}
+    devices = {device: budget_bytes_if_free(device) for device in list_devices()}
     if json_file is not None:
         rows = [{**d.to_json(), "usable_bytes": usable} for d, usable in devices.items()]
         write_json(json_file, {"devices": rows})
     if str(json_file) != "-":
         terminal().print(_table(devices))
-
-
-def _usable_bytes(device: Device) -> int:
-    """Bytes that a trial may use by default; 0 where too few are free."""
-    try:
-        return default_budget_bytes(device)
-    except InputError:
-        return 0
 
 
 def _table(devices: Mapping[Device, int]) -> Table:

@@ -237,6 +237,14 @@ def default_budget_bytes(device: Device) -> int:
     return budget_bytes
 
 
+def budget_bytes_if_free(device: Device) -> int:
+    """Return `default_budget_bytes`, or 0 where too little memory is free."""
+    try:
+        return default_budget_bytes(device)
+    except InputError:
+        return 0
+
+
 def make_budget(device: Device, budget_bytes: int | None = None) -> Budget:
     """Make a budget, rounded down to whole MiB.
 
