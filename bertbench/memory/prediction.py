@@ -344,17 +344,8 @@ def min_budget_bytes(step: TrainingStep, device_kind: str, *, replicas: int = 1)
         return predict_memory(step.setup, room)
 
     low = predict(1).peak_bytes(step.micro_batch) // MIB_BYTES - 1
-    width = 1
-    while not predict(low + width).fits(step.micro_batch):
-        low, width = low + width, 2 * width
-    high = low + width
-    while high - low > 1:
-        middle = (low + high) // 2
-        if predict(middle).fits(step.micro_batch):
-            high = middle
-        else:
-            low = middle
-    return high * MIB_BYTES
+    too_small = largest_passing(lambda size: not predict(size).fits(step.micro_batch), low)
+    return (too_small + 1) * MIB_BYTES
 
 
 def inference_batch(setup: Setup, budget_bytes: int, at_most: int) -> int:
