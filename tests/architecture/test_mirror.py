@@ -8,7 +8,7 @@ from helpers.paths import REPOSITORY
 from helpers.wings import ROWS
 
 # What is tested in them is no wing: the house itself, programs, and damage done to all of it.
-OTHERS = ("architecture", "benchmarks", "faults", "helpers")
+OTHERS = ("architecture", "benchmarks", "faults", "lib/helpers")
 
 
 def folders_without_a_wing(tests: Path) -> list[str]:
@@ -23,7 +23,14 @@ def test_folders_of_tests_mirror_the_wings() -> None:
 
 
 def test_a_folder_that_mirrors_nothing_is_found(tmp_path: Path) -> None:
-    for folder in ("planning", "finetune/model", "reports", "helpers", "plans", "finetune/deep"):
+    for folder in (
+        "planning",
+        "finetune/model",
+        "reports",
+        "lib/helpers",
+        "plans",
+        "finetune/deep",
+    ):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "test_a.py").touch()
     assert folders_without_a_wing(tmp_path) == ["finetune/deep", "plans"]

@@ -346,7 +346,11 @@ def test_a_ledger_that_may_only_be_read_is_read_by_all(open_meanwhile: bool) -> 
                 [sys.executable, "-c", AS_ANOTHER_USER, str(path), str(out), str(out / "own")],
                 capture_output=True,
                 text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(out)},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)]),
+                    "HOME": str(out),
+                },
             )
     assert found.stdout == "0 None\n" * 4, found.stdout + found.stderr
 

@@ -32,7 +32,7 @@ from bertbench.memory.allocator.recording import Recording
 from bertbench.trials.trial import Trial, trial_from_json
 from finetune.errors import InputError
 from finetune.spec.checkpointing import Checkpointing
-from helpers.paths import REPOSITORY, TESTS
+from helpers.paths import LIBRARY, REPOSITORY
 
 DEVICE = Device("cpu", 0, "Some CPU", None, 16 * GIB_BYTES, 8 * GIB_BYTES)
 BUDGET = make_budget(DEVICE, GIB_BYTES)
@@ -114,7 +114,10 @@ with t.open_ledger({path!r}) as ledger:
 
 def start_writer(path: Path, versions: str, last: int) -> subprocess.Popen[str]:
     code = WRITER.format(
-        root=[str(TESTS), str(TESTS / "ledger")], path=str(path), versions=versions, last=last
+        root=[str(LIBRARY), str(REPOSITORY / "tests/ledger")],
+        path=str(path),
+        versions=versions,
+        last=last,
     )
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY

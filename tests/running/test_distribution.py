@@ -21,10 +21,10 @@ from bertbench.hardware.tpu import connect
 from finetune.errors import InputError
 from finetune.tasks.demo_data import demo_files
 from finetune.train.training import read_log
-from helpers.paths import HELPERS, REPOSITORY, TESTS
+from helpers.paths import HELPERS, LIBRARY, REPOSITORY
 from helpers.tiny_models import eagerly, norm_of, random_batch, tiny_trainer, values_of
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(TESTS)])}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(LIBRARY)])}
 
 
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -41,7 +41,7 @@ from finetune.model_files.checkpoint_files import list_checkpoints
 from finetune.model_files.model_folder import RUN_FILE, ModelFiles
 from finetune.spec.checkpointing import Checkpointing
 from finetune.train.training import read_log
-from helpers.paths import HELPERS, REPOSITORY, TESTS
+from helpers.paths import HELPERS, LIBRARY, REPOSITORY
 from reports.measured_cells import collect_cells
 
 WORKLOAD = published_workload("bert-mini", 128)
@@ -295,7 +295,7 @@ def demo(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(script), "run", "squad", "--demo", "--memory=400MiB",
          "--num_train_epochs=1.5", *arguments],
         capture_output=True, text=True, check=False, timeout=240,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(TESTS)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(LIBRARY)])},
     )  # fmt: skip
 
 

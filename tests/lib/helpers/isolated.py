@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from bertbench.trials.isolation import ProcessEnd, run_isolated
-from helpers.paths import REPOSITORY, TESTS
+from helpers.paths import LIBRARY, REPOSITORY
 
 
 def run(
@@ -67,7 +67,7 @@ print("script ends", flush=True)
 
 def start_script(tmp_path: Path, then: str) -> subprocess.Popen[str]:
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(paths=[str(REPOSITORY), str(TESTS)], then=then))
+    script.write_text(SCRIPT.format(paths=[str(REPOSITORY), str(LIBRARY)], then=then))
     return subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, cwd=tmp_path, text=True
     )

@@ -5,5 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 HELPERS = Path(__file__).resolve().parent
-TESTS = HELPERS.parent
-REPOSITORY = TESTS.parent
+# The folder that `helpers` is imported from, for processes that a test starts.
+LIBRARY = HELPERS.parent
+REPOSITORY = LIBRARY.parents[1]
