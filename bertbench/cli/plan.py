@@ -34,7 +34,12 @@ from bertbench.core.progress import Advance, progress
 from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload, check_layers, published_workload
-from bertbench.hardware.accelerators import ACCELERATORS, find_accelerator, gpus_with
+from bertbench.hardware.accelerators import (
+    ACCELERATORS,
+    WITHOUT_KERNELS,
+    find_accelerator,
+    gpus_with,
+)
 from bertbench.hardware.device import Budget
 from bertbench.hardware.discover import resolve_devices
 from bertbench.ledger.database import default_ledger_path, open_ledger
@@ -203,8 +208,8 @@ def _device(
 
 def _list_catalogue(json_file: Path | None) -> None:
     products = list(ACCELERATORS.values())
-    values = [{**dataclasses.asdict(a), "usable_bytes": a.usable_bytes} for a in products]
-    _write_or_show(json_file, values, lambda: show_catalogue(products))
+    values = [dataclasses.asdict(a) for a in products]
+    _write_or_show(json_file, values, lambda: show_catalogue(products, WITHOUT_KERNELS))
 
 
 def _find_min_memory(

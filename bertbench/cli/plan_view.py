@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
@@ -10,7 +11,8 @@ from rich.table import Table
 from bertbench.core.terminal import terminal
 from bertbench.core.units import GIB_BYTES, format_bytes
 from bertbench.core.workload import Levers, Workload
-from bertbench.hardware.accelerators import Accelerator, gpus_with
+from bertbench.hardware.accelerators import Accelerator, gpus_with, match_accelerator
+from bertbench.hardware.tensorflow_support import TENSORFLOW
 from bertbench.planning.min_memory import MinMemory
 from bertbench.planning.planner import Plan, PlanEntry, describe_split
 from bertbench.planning.plans import NoPlan
@@ -97,8 +99,7 @@ def show_plan(plan: Plan, *, explain: bool = False, trials: Sequence[Trial] = ()
     for entry in plan.alternatives[:6]:
         table.add_row("smaller", *_row(entry, marks))
     console.print(table)
-    for note in (*marks.notes(), *_unmeasured([plan])):
-        console.print(note, soft_wrap=True)
+    _print_notes(console, marks, [plan], on_host=False)
     padding = plan.chosen.rows - plan.target_batch
     if padding:
         console.print(f"{padding} of {plan.chosen.rows} rows are padding and weigh nothing.")
@@ -231,11 +232,15 @@ def show_accelerators(
     console.print("Batch is the micro-batch. Peak and time, of an effective batch, are predicted.")
 
 
-def _print_notes(console: Console, marks: _Marks, plans: Sequence[Plan]) -> None:
+def _print_notes(
+    console: Console, marks: _Marks, plans: Sequence[Plan], on_host: bool = True
+) -> None:
     """Print what a reader must know of the plans in a table."""
     for note in (*marks.notes(), *_unmeasured(plans)):
         console.print(note, soft_wrap=True)
-    if any(_on_host(plan.chosen.step.levers) for plan in plans):
+    products = {plan.device: match_accelerator(plan.device) for plan in plans}
+    _print_cautions(console, [found for found in products.values() if found is not None])
+    if on_host and any(_on_host(plan.chosen.step.levers) for plan in plans):
         console.print("host: the optimizer's state is in the host's memory")
 
 
@@ -261,18 +266,49 @@ def show_min_memory(target_batch: int, found: Sequence[MinMemory]) -> None:
     console.print(table)
 
 
-def show_catalogue(products: Sequence[Accelerator]) -> None:
-    """Show the accelerators of the catalogue, a line for each."""
+def show_catalogue(products: Sequence[Accelerator], refused: Mapping[str, float]) -> None:
+    """Show the accelerators of the catalogue, a line for each, under the names of generations.
+
+    Args:
+        products: the accelerators, those of a generation one after the other.
+        refused: GPUs that TensorFlow has no kernels for, with their compute capability.
+    """
+    console = terminal()
     table = Table(box=None, pad_edge=False)
-    for title in ("name", "devices", "memory", "usable", "float32", "bandwidth"):
-        table.add_column(title, justify="left" if title == "name" else "right")
+    for title in ("name", "memory", "usable", "float32", "bandwidth"):
+        table.add_column(title, justify="left" if title == "name" else "right", no_wrap=True)
+    for generation, group in itertools.groupby(products, key=lambda product: product.generation):
+        members = list(group)
+        if table.row_count:
+            table.add_row()
+        table.add_row(_heading(generation, members))
+        for product in members:
+            many = f"{product.replicas} x " if product.replicas > 1 else ""
+            table.add_row(
+                f"  {product.name}",
+                f"{many}{product.memory_bytes // GIB_BYTES} GiB",
+                format_bytes(product.usable_bytes),
+                f"{product.flops_per_second / 1e12:,.1f} TFLOP/s",
+                f"{product.bytes_per_second / 1e9:,.0f} GB/s",
+            )
+    console.print(table)
+    console.print("Of a TPU: each of its devices, and the rate of bfloat16.")
+    _print_cautions(console, products)
+    names = ", ".join(f"{name} ({capability})" for name, capability in refused.items())
+    console.print(f"{TENSORFLOW} has no kernels for these, which are refused: {names}.")
+
+
+def _heading(generation: str, members: Sequence[Accelerator]) -> str:
+    """Name a generation, and the compute capabilities of its GPUs."""
+    capabilities = sorted({a.compute_capability for a in members if a.compute_capability})
+    return " ".join([generation, ", ".join(map(str, capabilities))]).strip()
+
+
+def _print_cautions(console: Console, products: Iterable[Accelerator]) -> None:
+    """Print, once each, why TensorFlow may not run on some products."""
+    named: dict[str, list[str]] = {}
     for product in products:
-        table.add_row(
-            product.name,
-            str(product.replicas),
-            format_bytes(product.memory_bytes),
-            format_bytes(product.usable_bytes),
-            f"{product.flops_per_second / 1e12:.1f} TFLOP/s",
-            f"{product.bytes_per_second / 1e9:,.0f} GB/s",
-        )
-    terminal().print(table)
+        if product.caution is not None:
+            named.setdefault(product.caution, []).append(product.name)
+    for caution, names in named.items():
+        console.print(f"{', '.join(names)}: {caution}.")

@@ -6,12 +6,13 @@ import re
 
 from finetune.errors import InputError
 
+KIB_BYTES = 1 << 10
 MIB_BYTES = 1 << 20
 GIB_BYTES = 1 << 30
 
 _UNITS = {
     "": 1, "b": 1,
-    "k": 1 << 10, "kib": 1 << 10, "kb": 10**3,
+    "k": KIB_BYTES, "kib": KIB_BYTES, "kb": 10**3,
     "m": MIB_BYTES, "mib": MIB_BYTES, "mb": 10**6,
     "g": GIB_BYTES, "gib": GIB_BYTES, "gb": 10**9,
     "t": 1 << 40, "tib": 1 << 40, "tb": 10**12,

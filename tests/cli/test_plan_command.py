@@ -43,6 +43,29 @@ def test_every_card_of_the_catalogue_is_told_of(tmp_path: Path) -> None:
     assert "gtx-1060 " in text
 
 
+def test_the_catalogue_is_listed_by_generation(tmp_path: Path) -> None:
+    path = tmp_path / "catalogue.json"
+    text = plan("--gpu", "list", "--json", str(path))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    headings = [line.strip() for line in lines if line.startswith(("Pascal", "Ampere", "TPU"))]
+    assert headings == ["Pascal 6.0, 6.1", "Ampere 8.0, 8.6", "TPU"]
+    listed = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert listed == list(ACCELERATORS)
+    assert "k80 (3.7)" in " ".join(lines)
+    rows = {row["name"]: row for row in json.loads(path.read_text())}
+    assert rows["tpu-v2-8"]["usable_bytes"] == ACCELERATORS["tpu-v2-8"].usable_bytes
+    assert rows["t4"]["chip"]["multiprocessors"] == 40
+
+
+def test_a_card_that_tensorflow_cannot_use_is_refused_or_warned_of() -> None:
+    with pytest.raises(InputError, match=r"no kernels for k80: compute capability 3\.7"):
+        plan(*BASE, "--gpu", "Tesla K80")
+    assert "CUDA_ERROR_INVALID_PTX" in plan(*BASE, "--gpu", "rtx-5090")
+    assert "PTX" not in plan(*BASE, "--gpu", "rtx-4090")
+    assert "TensorFlow is not supported" in " ".join(plan(*BASE, "--gpu", "tpu7x-8").split())
+
+
 def test_the_smallest_memory_and_its_cards() -> None:
     found = json.loads(plan(*BASE, "--device", "cpu", "--min-memory", "--json", "-"))
     assert found["target_batch"] == 24
@@ -66,7 +89,7 @@ def test_smallest_cards_first() -> None:
     names = [card.name for card in gpus_with(11 << 30)]
     assert names[0] == "titan-x"
     assert "gtx-1080-ti" not in names
-    assert names[-1] == "h200"
+    assert names[-1] == "b200"
     assert gpus_with(1 << 50) == []
 
 
