@@ -9,7 +9,14 @@ from typing import Any
 
 import click
 
-from bertbench.cli.options.common import CONTEXT, MOST_SEED, Whole, json_option, write_json
+from bertbench.cli.options.common import (
+    CONTEXT,
+    MOST_SEED,
+    PathName,
+    Whole,
+    json_option,
+    write_json,
+)
 from bertbench.core.progress import progress
 from bertbench.core.terminal import echo, say
 from finetune.errors import InputError
@@ -25,7 +32,7 @@ from finetune.tasks.triviaqa import (
     read_triviaqa,
 )
 
-_FOLDER = click.Path(file_okay=False, path_type=Path)
+_FOLDER = PathName(file_okay=False)
 
 
 @click.group(context_settings=CONTEXT)
@@ -41,7 +48,7 @@ def command() -> None:
 @command.command(context_settings=CONTEXT)
 @click.option(
     "--triviaqa_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=PathName(exists=True, dir_okay=False),
     required=True,
     help="File of questions, as qa/wikipedia-train.json.",
 )
@@ -52,7 +59,7 @@ def command() -> None:
 @click.option("--web_dir", type=_FOLDER, help="Default: web in --data_dir.")
 @click.option(
     "--squad_file",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathName(dir_okay=False),
     required=True,
     help="File to write, in SQuAD's format.",
 )

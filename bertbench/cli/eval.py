@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bertbench.cli.options.common import CONTEXT, Number, json_option, write_json
+from bertbench.cli.options.common import CONTEXT, Number, PathName, json_option, write_json
 from bertbench.core.terminal import echo, say
 from finetune.errors import InputError
 from finetune.storage.json_files import load_json
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SCRIPT_THRESHOLD = 1.0
 """Default of `--na-prob-thresh` in evaluate-v2.0.py, which is meant for probabilities."""
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
+_FILE = PathName(dir_okay=False)
 
 
 @click.group(context_settings=CONTEXT)
@@ -49,7 +49,7 @@ def command() -> None:
     "script; inf keeps all answers.",
 )
 @click.option("--out_file", type=_FILE, help="Also write the scores as JSON to this file.")
-@click.option("--out_image_dir", type=click.Path(file_okay=False, path_type=Path),
+@click.option("--out_image_dir", type=PathName(file_okay=False),
               help="Draw precision-recall curves and histograms (2.0).")  # fmt: skip
 @json_option
 def squad(

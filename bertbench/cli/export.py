@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bertbench.cli.options.common import CONTEXT, json_option, write_json
+from bertbench.cli.options.common import CONTEXT, PathName, json_option, write_json
 from bertbench.core.errors import WorkError
 from bertbench.core.quiet import muted_stderr
 from bertbench.core.terminal import echo, say
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from finetune.export.export_weights import StoredModel
     from finetune.text.tokenization import Tokenizer
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-_FOLDER = click.Path(file_okay=False, path_type=Path)
+_FILE = PathName(dir_okay=False)
+_FOLDER = PathName(file_okay=False)
 
 
 @click.command(context_settings=CONTEXT)

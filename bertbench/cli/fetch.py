@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from bertbench.cli.options.common import CONTEXT, json_option, write_json
+from bertbench.cli.options.common import CONTEXT, PathName, json_option, write_json
 from bertbench.core.errors import StoppedEarlyError
 from bertbench.core.terminal import echo, terminal
 from bertbench.core.units import MIB_BYTES
@@ -34,7 +34,7 @@ _COMPARED: dict[Comparison, str] = {
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option(
     "--to",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=PathName(file_okay=False),
     default=Path("bert-data"),
     show_default=True,
     help="Folder for all files.",

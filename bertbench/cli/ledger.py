@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from bertbench.cli.options.common import CONTEXT, json_option, ledger_option, write_json
+from bertbench.cli.options.common import CONTEXT, PathName, json_option, ledger_option, write_json
 from bertbench.core.terminal import echo, terminal
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import levers_from_json
@@ -110,7 +110,7 @@ def _limits_table(limits: Sequence[dict[str, Any]], with_head: bool) -> Table:
 
 
 @command.command("export", context_settings=CONTEXT)
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=PathName(dir_okay=False))
 @ledger_option
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 def export_(file: Path, ledger_file: Path | None, force: bool) -> None:

@@ -17,6 +17,7 @@ from bertbench.cli.options.common import (
     REPLICAS,
     FiniteFloat,
     MemorySize,
+    PathName,
     Whole,
     given_flags,
     json_option,
@@ -126,7 +127,7 @@ _BESIDE_CHECK = ("checked_file", "ledger_file", "json_file", "share", "trial_tim
 @click.option(
     "--check",
     "checked_file",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathName(dir_okay=False),
     help="Repeat both trials of every certificate in an earlier probe's --json FILE.",
 )
 @json_option

@@ -12,6 +12,7 @@ import click
 from bertbench.cli.options.common import (
     BATCH,
     CONTEXT,
+    PathName,
     given_flags,
     json_option,
     ledger_option,
@@ -36,12 +37,12 @@ _PAGE = ".html"
     "--run",
     "run_dirs",
     multiple=True,
-    type=click.Path(file_okay=False, path_type=Path),
+    type=PathName(file_okay=False),
     help="An --output_dir of `bertbench run`; may be given several times.",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PathName(),
     help="Write the report as a page (.html), the limits as a table (.md, .csv, .tex, .json), or "
     "everything with the pictures (PNG and SVG) into a folder.",
 )
@@ -49,7 +50,7 @@ _PAGE = ".html"
 @click.option(
     "--compare",
     nargs=2,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathName(dir_okay=False),
     metavar="A B",
     help="Compare B with A; each is a ledger, or a file of `bertbench probe --json`.",
 )

@@ -166,7 +166,7 @@ def read_ledger(path: Path) -> Iterator[Ledger]:
 def _open_to_read(path: Path) -> Ledger:
     """Open a file and begin to read it; what others write from now on is not seen."""
     ways = ["mode=rw"]
-    log = path.with_name(f"{path.name}-wal")
+    log = Path(f"{path}-wal")
     if not log.exists() or not log.stat().st_size:
         # Even a reader writes beside a file in WAL mode. Where it cannot, nobody else can, and all
         # that there is is in the file.

@@ -168,6 +168,32 @@ def test_wrong_command_lines_end_in_one_line(files: Path, count: int) -> None:
     assert codes.count(2) > count // 2
 
 
+def paths_of(command: click.Command) -> list[click.Parameter]:
+    """Options and arguments of a command that name a file or folder."""
+    return [p for p in command.params if p.type.name in ("path", "file", "directory")]
+
+
+PATHS = [(*words, one.opts[0]) for words, command in VERBS.items() for one in paths_of(command)]
+
+
+@pytest.mark.parametrize("place", PATHS, ids=" ".join)
+def test_an_empty_name_is_no_file(files: Path, place: tuple[str, ...]) -> None:
+    *words, option = place
+    start = [*words, *STARTS[tuple(words)]]
+    if option.startswith("-"):
+        line = [*start, option, ""]
+    else:
+        arguments = [p for p in VERBS[tuple(words)].params if isinstance(p, click.Argument)]
+        line = [*words, *("" if one.opts[0] == option else "folder" for one in arguments)]
+    code, _, err = run_line(line)
+    assert code == 2, (line, err)
+    assert err.rstrip("\n").split("\n")[-1].startswith("bertbench: "), err
+
+
+def test_paths_are_found_in_all_verbs_that_take_any() -> None:
+    assert len(PATHS) > 40
+
+
 @pytest.mark.parametrize(
     "text", ["1e400GiB", "9" * 400 + "GiB", "9" * 30, "99999999999999TiB", "nan", "inf GiB", "²GiB"]
 )

@@ -54,6 +54,19 @@ class MemorySize(click.ParamType):
         return value if isinstance(value, int) else parse_bytes(str(value))
 
 
+class PathName(click.Path):
+    """A file or folder by its name; an empty one, which Python takes for `.`, is refused."""
+
+    def __init__(self, *, exists: bool = False, file_okay: bool = True, dir_okay: bool = True):
+        super().__init__(exists=exists, file_okay=file_okay, dir_okay=dir_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check the name."""
+        if value == "":
+            self.fail("an empty name is no file and no folder.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Whole(click.IntRange):
     """An integer within bounds; help shows only the lower one, because the upper one is huge."""
 
@@ -125,7 +138,7 @@ def json_option(command: _Command) -> _Command:
     return click.option(
         "--json",
         "json_file",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=PathName(dir_okay=False),
         help="Also write the result as JSON to this file; - prints only the JSON.",
     )(command)
 
@@ -135,7 +148,7 @@ def ledger_option(command: _Command) -> _Command:
     return click.option(
         "--ledger",
         "ledger_file",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=PathName(dir_okay=False),
         help="File with the record of all trials. Default: the user's ledger.",
     )(command)
 

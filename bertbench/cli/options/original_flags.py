@@ -57,6 +57,8 @@ class PathOrUrl(click.ParamType):
     ) -> Path | str:
         """Tell addresses from paths; neither needs to exist yet."""
         text = str(value)
+        if not text:
+            self.fail("an empty name is no file and no folder.", param, ctx)
         return text if is_url(text) else Path(text)
 
 
