@@ -50,7 +50,7 @@ def test_the_catalogue_is_listed_by_generation(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 80
     headings = [line.strip() for line in lines if line.startswith(("Pascal", "Ampere", "TPU"))]
     assert headings == ["Pascal 6.0, 6.1", "Ampere 8.0, 8.6", "TPU"]
-    listed = [line.split()[0] for line in lines if line.startswith("  ")]
+    listed = [line.split()[0] for line in lines if line.startswith("  ") and line.strip()]
     assert listed == list(ACCELERATORS)
     assert "k80 (3.7)" in " ".join(lines)
     rows = {row["name"]: row for row in json.loads(path.read_text())}
