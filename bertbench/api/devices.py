@@ -9,6 +9,7 @@ from typing import Any
 from bertbench.api.results import Result
 from bertbench.hardware.device import Device, budget_bytes_if_free
 from bertbench.hardware.discover import list_devices
+from bertbench.hardware.tensorflow_support import Software, device_support, find_software
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +18,11 @@ class Devices(Result):
 
     Attributes:
         devices: GPUs in the driver's order, then the CPU.
+        software: what is installed, by which TensorFlow can use them or not.
     """
 
     devices: tuple[Device, ...]
+    software: Software
 
     def __iter__(self) -> Iterator[Device]:
         return iter(self.devices)
@@ -41,9 +44,15 @@ class Devices(Result):
                 "free_bytes": device.free_bytes,
                 "default_budget_bytes": budget_bytes_if_free(device) or None,
                 "driver": device.driver,
+                "compute_capability": device.compute_capability,
+                "tensorflow": self._support(device),
             }
             for device in self.devices
         ]
+
+    def _support(self, device: Device) -> str | None:
+        support = device_support(device, self.software)
+        return None if support is None else support.describe()
 
 
 def devices() -> Devices:
@@ -60,4 +69,4 @@ def devices() -> Devices:
     Returns:
         The devices. A machine without a GPU, or without its driver, has only the CPU.
     """
-    return Devices(tuple(list_devices()))
+    return Devices(tuple(list_devices()), find_software())

@@ -60,6 +60,8 @@ class Device:
         tpu: address of a TPU; None for other kinds.
         peers: further GPUs of the same kind that share an effective batch with this one, each with
             memory of its own; see `join_gpus`.
+        compute_capability: CUDA's version of what a GPU can do; None if the driver does not tell
+            it, and for other kinds.
     """
 
     kind: str
@@ -72,6 +74,7 @@ class Device:
     driver: str | None = None
     tpu: TpuSettings | None = None
     peers: tuple[Device, ...] = ()
+    compute_capability: float | None = None
 
     @property
     def label(self) -> str:

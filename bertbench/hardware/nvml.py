@@ -66,7 +66,25 @@ def _nvml_gpu(index: int, driver: str) -> Device:
         for process in found:
             held[process.pid] = max(held.get(process.pid, 0), int(process.usedGpuMemory or 0))
     held_by = tuple((pid, _process_name(pid), size) for pid, size in sorted(held.items()))
-    return Device("gpu", index, _text(name), _text(uuid), total_bytes, free_bytes, held_by, driver)
+    return Device(
+        "gpu",
+        index,
+        _text(name),
+        _text(uuid),
+        total_bytes,
+        free_bytes,
+        held_by,
+        driver,
+        compute_capability=_compute_capability(handle),
+    )
+
+
+def _compute_capability(handle: object) -> float | None:
+    try:
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    except pynvml.NVMLError:
+        return None
+    return float(f"{major}.{minor}")
 
 
 def _process_name(pid: int) -> str:

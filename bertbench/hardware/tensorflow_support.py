@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from bertbench.hardware.device import Device
 from finetune.errors import InputError
 
 TENSORFLOW = "TensorFlow 2.21"
@@ -87,6 +88,11 @@ class Software:
         """TensorFlow's name and version."""
         return " and ".join(f"{name} {version}" for name, version in self.packages)
 
+    @property
+    def for_tpu(self) -> bool:
+        """Whether a TensorFlow for TPUs is among the packages."""
+        return any(name.endswith("-tpu") for name, _ in self.packages)
+
 
 @dataclasses.dataclass(frozen=True)
 class Support:
@@ -140,6 +146,18 @@ def check_kernels(product: str, capability: float) -> None:
         )
 
 
+def device_support(device: Device, software: Software) -> Support | None:
+    """Tell whether the installed TensorFlow can use a device; None for a CPU, which it always can.
+
+    Args:
+        device: an attached device.
+        software: what is installed.
+    """
+    if device.kind == "gpu":
+        return gpu_support(device.compute_capability, software)
+    return tpu_support(software) if device.kind == "tpu" else None
+
+
 def gpu_support(capability: float | None, software: Software) -> Support:
     """Tell whether the installed TensorFlow can use an attached GPU.
 
@@ -189,7 +207,7 @@ def gpu_support(capability: float | None, software: Software) -> Support:
 
 def tpu_support(software: Software) -> Support:
     """Tell whether the installed TensorFlow can use a TPU."""
-    if not any(name.endswith("-tpu") for name, _ in software.packages):
+    if not software.for_tpu:
         found = software.name or "no TensorFlow"
         return Support(False, f"{found} is installed, not tensorflow-tpu", INSTALL_TPU)
     if len(software.packages) > 1:

@@ -8,26 +8,25 @@ from importlib import metadata
 
 from bertbench.core.workload import Setup
 from bertbench.hardware.device import Budget
+from bertbench.hardware.tensorflow_support import tensorflow_version
 from finetune.storage.json_files import json_text
 
 
 def versions_key() -> str:
     """Canonical text of the versions that decide a trial's outcome, without importing them."""
     versions = {
-        "tensorflow": _version("tensorflow", "tensorflow-cpu", "tf-nightly", "tf-nightly-cpu"),
-        "bertbench": _version("bertbench"),
+        "tensorflow": tensorflow_version() or "unknown",
+        "bertbench": _bertbench_version(),
         "python": ".".join(platform.python_version_tuple()[:2]),
     }
     return json_text(versions, sort_keys=True)
 
 
-def _version(*distributions: str) -> str:
-    for name in distributions:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "unknown"
+def _bertbench_version() -> str:
+    try:
+        return metadata.version("bertbench")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -265,6 +265,11 @@ def test_gpus_come_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     def graphics(handle: int) -> list[SimpleNamespace]:
         raise pynvml.NVMLError_NoPermission(pynvml.NVML_ERROR_NO_PERMISSION)
 
+    def capability(handle: int) -> list[int]:
+        if handle == 1:
+            raise pynvml.NVMLError_NotSupported(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return [12, 0]
+
     fakes = {
         "nvmlInit": lambda: None,
         "nvmlShutdown": lambda: None,
@@ -279,6 +284,7 @@ def test_gpus_come_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
             SimpleNamespace(pid=2**22 + 1, usedGpuMemory=None),
         ],
         "nvmlDeviceGetGraphicsRunningProcesses": graphics,
+        "nvmlDeviceGetCudaComputeCapability": capability,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(pynvml, name, fake)
@@ -291,6 +297,7 @@ def test_gpus_come_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
         "550.1",
     )
     assert (first.total_bytes, first.free_bytes) == (100, 60)
+    assert (first.compute_capability, second.compute_capability) == (12.0, None)
     assert [(pid, size) for pid, _, size in first.held_by] == [(os.getpid(), 40), (2**22 + 1, 0)]
     assert first.held_by[0][1] != "unknown"
     assert first.held_by[1][1] == "unknown"

@@ -18,10 +18,11 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from bertbench.hardware.tensorflow_support import tensorflow_version
 from bertbench.memory.traces.trace import (
     Allocate,
     CandidatePeak,
@@ -182,17 +183,10 @@ def other_tensorflow(installed: str | None = None) -> str | None:
     Returns:
         None if the versions are the same, or if no TensorFlow is installed.
     """
-    installed = installed or _installed_tensorflow()
+    installed = installed or tensorflow_version()
     if installed is None or _minor(installed) == _minor(package_archive().manifest.tensorflow):
         return None
     return installed
-
-
-def _installed_tensorflow() -> str | None:
-    try:
-        return metadata.version("tensorflow")
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _minor(version: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bertbench.core.errors import WorkError
+from bertbench.hardware.tensorflow_support import tensorflow_version
 from bertbench.running.output.cloud_storage import RemoteFolder
 from bertbench.running.settings import RunSettings
 from finetune.errors import InputError
@@ -270,8 +271,12 @@ def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    names = ("bertbench", "tensorflow", "numpy", "tokenizers", "safetensors")
-    versions = {"python": platform.python_version(), "system": platform.platform()}
+    names = ("bertbench", "numpy", "tokenizers", "safetensors")
+    versions = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "tensorflow": tensorflow_version() or "not installed",
+    }
     for name in names:
         try:
             versions[name] = metadata.version(name)
