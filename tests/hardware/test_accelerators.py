@@ -22,8 +22,8 @@ GPUS = [a for a in ACCELERATORS.values() if a.kind == "gpu"]
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 def test_the_rate_of_a_gpu_is_that_of_its_cores_and_clock(gpu) -> None:
     cores = gpu.chip.multiprocessors * MULTIPROCESSORS[gpu.compute_capability].float32_cores
-    # The Titan X's rate is that at its base clock, the others' that at the boost clock.
-    least = 0.92 if gpu.name == "titan-x" else 0.98
+    # The rate of these two is that at a lower clock than the highest one.
+    least = 0.92 if gpu.name in ("titan-x", "p4") else 0.98
     assert least < gpu.flops_per_second / (2 * cores * gpu.chip.clock_hertz) < 1.02
 
 
