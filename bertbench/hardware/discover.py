@@ -10,6 +10,7 @@ from pathlib import Path
 from bertbench.hardware.device import TPU_CORE_BYTES, Device, TpuSettings, join_gpus
 from bertbench.hardware.host import host_memory
 from bertbench.hardware.nvml import list_gpus
+from bertbench.hardware.tensorflow_support import has_kernels
 from bertbench.hardware.threads import usable_cores
 from finetune.errors import InputError
 
@@ -49,12 +50,13 @@ def resolve_device(text: str, devices: Iterable[Device] | None = None) -> Device
     """Find the device that a `--device` value names.
 
     Args:
-        text: `auto` (the GPU with the most free memory, else the CPU), `gpu`, `gpu:N`,
-            `gpu:UUID` (its beginning is enough), `cpu`, `tpu` or `tpu:NAME`.
+        text: `auto` (the GPU with the most free memory that TensorFlow has kernels for, else the
+            CPU), `gpu`, `gpu:N`, `gpu:UUID` (its beginning is enough), `cpu`, `tpu` or `tpu:NAME`.
         devices: the devices to choose from; None takes those of this machine.
 
     Raises:
-        InputError: the text is not a device name, or there is no such device.
+        InputError: the text is not a device name, there is no such device, or TensorFlow has no
+            kernels for it.
     """
     kind, _, which = text.strip().partition(":")
     kind = kind.lower()
@@ -62,6 +64,9 @@ def resolve_device(text: str, devices: Iterable[Device] | None = None) -> Device
         return tpu_device(TpuSettings(which or None))
     devices = list_devices() if devices is None else list(devices)
     gpus = sorted((d for d in devices if d.kind == "gpu"), key=lambda d: (-d.free_bytes, d.index))
+    if not which:
+        # If there are none with kernels, `gpu` is refused below.
+        gpus = [d for d in gpus if has_kernels(d)] or (gpus if kind == "gpu" else [])
     if kind == "cpu" or (kind == "auto" and not gpus and not which):
         return next(device for device in devices if device.kind == "cpu")
     if kind == "auto" and not which:
@@ -77,6 +82,12 @@ def resolve_device(text: str, devices: Iterable[Device] | None = None) -> Device
     if not found:
         there = ", ".join(gpu.label for gpu in sorted(gpus, key=lambda gpu: gpu.index))
         raise InputError(f"there is no device {text!r}", hint=f"attached: {there}")
+    if not has_kernels(found[0]):
+        raise InputError(
+            f"TensorFlow has no kernels for {found[0].label} ({found[0].name}): compute capability "
+            f"{found[0].compute_capability}",
+            hint="use another --device; see `bertbench devices`",
+        )
     return found[0]
 
 

@@ -131,8 +131,20 @@ def kernels_for(capability: float, built_for: Iterable[str] = CUDA_CAPABILITIES)
     return found
 
 
+def has_kernels(gpu: Device) -> bool:
+    """Whether the installed TensorFlow has kernels for an attached GPU.
+
+    Where the driver does not tell the capability, or the package not what it was built for, the
+    answer is that of `CUDA_CAPABILITIES`, or yes. A package without CUDA is another matter.
+    """
+    capability = gpu.compute_capability
+    if capability is None:
+        return True
+    return kernels_for(capability, _built_for(_build_info_file()) or CUDA_CAPABILITIES) != "none"
+
+
 def check_kernels(product: str, capability: float) -> None:
-    """Check that TensorFlow's package has kernels for a GPU.
+    """Check that TensorFlow's package has kernels for a GPU that need not be attached.
 
     Raises:
         InputError: it has none.

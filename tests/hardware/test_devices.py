@@ -115,6 +115,19 @@ def test_a_budget_of_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         apply_budget(budget)
 
 
+OLD = dataclasses.replace(FREE, index=3, name="GTX 960M", uuid="GPU-d", compute_capability=5.0)
+
+
+def test_a_gpu_without_kernels_is_not_chosen_and_refused_where_it_is_named() -> None:
+    newer = dataclasses.replace(LIKE, compute_capability=12.0)
+    for text in ("auto", "gpu"):
+        assert resolve_device(text, [OLD, newer, CPU]) == newer
+    assert resolve_device("auto", [OLD, CPU]) == CPU
+    for text in ("gpu", "gpu:3", "gpu:GPU-d"):
+        with pytest.raises(InputError, match=r"no kernels for gpu:3 \(GTX 960M\).*5\.0"):
+            resolve_device(text, [OLD, CPU])
+
+
 def test_auto_without_a_gpu_is_the_cpu() -> None:
     assert resolve_device("auto", [CPU]) == CPU
 
