@@ -41,7 +41,7 @@ from bertbench.hardware.device import Budget, make_budget
 from bertbench.hardware.discover import resolve_device
 from bertbench.memory.footprint import predict_footprint
 from bertbench.memory.prediction import FormulaPrediction, TracePrediction, predict_memory, room_of
-from bertbench.probing.traced_limit import is_traced
+from bertbench.probing.limit_from_trace import is_traced
 from bertbench.trials.measure import TrialSettings, measure_batches, measure_step
 from bertbench.trials.trial import Trial
 from finetune.spec.checkpointing import POLICIES, Checkpointing

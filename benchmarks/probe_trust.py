@@ -31,7 +31,7 @@ from bertbench.hardware.device import make_budget
 from bertbench.hardware.discover import resolve_device
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question
-from bertbench.memory.allocator.limit import child_environment
+from bertbench.memory.allocator.budget import child_environment
 from bertbench.probing.cell import probe_cell
 from bertbench.trials.isolation import run_isolated
 from bertbench.trials.measure import TrialSettings, measure_step

@@ -35,13 +35,13 @@ from bertbench.memory.traces.archive import (
     read_archive,
     write_archive,
 )
-from bertbench.memory.traces.build.building import build_trace
 from bertbench.memory.traces.build.comparison import first_difference
-from bertbench.memory.traces.build.peaks import find_peaks, keep_highest
+from bertbench.memory.traces.build.make_trace import build_trace
+from bertbench.memory.traces.build.peak_search import find_peaks, keep_highest
 from bertbench.memory.traces.build.samples import Sample
 from bertbench.memory.traces.build.sources import sources_hash
 from bertbench.memory.traces.build.variants import with_optimizer
-from bertbench.memory.traces.step import pattern_of
+from bertbench.memory.traces.step_requests import pattern_of
 from bertbench.memory.traces.trace import LAYERS, OTHER_LAYERS, StepTrace
 from bertbench.trials.measure import TrialListener, TrialSettings, measure_step
 from finetune.spec.checkpointing import parse_checkpointing

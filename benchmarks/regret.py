@@ -35,7 +35,7 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload, levers_from_json, published_workload
 from bertbench.hardware.device import Budget, Device, make_budget
 from bertbench.hardware.discover import resolve_device
-from bertbench.memory.allocator.limit import child_environment
+from bertbench.memory.allocator.budget import child_environment
 from bertbench.memory.prediction import Room, predict_memory
 from bertbench.planning.candidates import all_policies, cuts
 from bertbench.planning.min_memory import find_min_memory

@@ -33,7 +33,7 @@ class Run:
     Attributes:
         folder: its output folder.
         record: content of its `run.json`.
-        steps: a row for every optimizer step, see `finetune.train.training.StepRecord`.
+        steps: a row for every optimizer step, see `finetune.train.training_loop.StepRecord`.
         evaluations: a row for every evaluation: the step, and a column for each metric.
     """
 

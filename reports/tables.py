@@ -10,8 +10,8 @@ import pandas as pd
 
 from bertbench.core.published import PAPER_MODELS, PUBLISHED_MAX_BATCH
 from bertbench.core.terminal import clean_text
-from bertbench.ledger.export import neutralised
 from bertbench.ledger.limit import AT_LEAST, BELOW, CERTIFIED
+from bertbench.ledger.trial_table import neutralised
 from finetune.storage.json_files import json_text
 from reports.environments import Environment, name_environments
 from reports.measured_cells import MeasuredCell, levers_order, model_order

@@ -18,10 +18,10 @@ from bertbench.hardware.device import Budget, make_budget
 from bertbench.ledger.database import Ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import find
-from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.allocator.budget import empty_memory
 from bertbench.memory.prediction import Room, TracePrediction, predict_memory
 from bertbench.memory.traced_footprint import traced_footprint
-from bertbench.memory.traces.step import trace_of
+from bertbench.memory.traces.step_requests import trace_of
 from bertbench.planning.planner import Plan, make_plan
 from bertbench.planning.requests import PlanRequest, attached_device
 from bertbench.probing.search import LARGEST_BATCH, SearchResult, find_max_batch

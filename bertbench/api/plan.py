@@ -13,8 +13,8 @@ from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Workload
 from bertbench.hardware.device import Budget
 from bertbench.planning.planner import Plan, describe_entry
-from bertbench.planning.plans import plan_workload
 from bertbench.planning.requests import PlanRequest
+from bertbench.planning.workload_plans import plan_workload
 from finetune.errors import InputError
 
 

@@ -122,7 +122,7 @@ def export_(file: Path, ledger_file: Path | None, force: bool) -> None:
     Example:
       bertbench ledger export trials.csv
     """
-    from bertbench.ledger.export import export
+    from bertbench.ledger.trial_table import export
 
     _, rows = _read(ledger_file)
     export(rows, file, overwrite=force)

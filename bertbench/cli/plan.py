@@ -45,7 +45,6 @@ from bertbench.hardware.discover import resolve_devices
 from bertbench.ledger.database import default_ledger_path, open_ledger
 from bertbench.planning.min_memory import MinMemory
 from bertbench.planning.planner import Plan, describe_entry
-from bertbench.planning.plans import min_memories, plan_accelerators, plan_or_reason, plan_workload
 from bertbench.planning.requests import (
     PlannedDevice,
     PlanRequest,
@@ -54,6 +53,12 @@ from bertbench.planning.requests import (
     check_request,
 )
 from bertbench.planning.verify import verify_plan
+from bertbench.planning.workload_plans import (
+    min_memories,
+    plan_accelerators,
+    plan_or_reason,
+    plan_workload,
+)
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing

@@ -15,8 +15,8 @@ from bertbench.hardware.accelerators import Accelerator, gpus_with, match_accele
 from bertbench.hardware.tensorflow_support import TENSORFLOW
 from bertbench.planning.min_memory import MinMemory
 from bertbench.planning.planner import Plan, PlanEntry, describe_split
-from bertbench.planning.plans import NoPlan
 from bertbench.planning.requests import PlannedDevice
+from bertbench.planning.workload_plans import NoPlan
 from bertbench.trials.trial import Trial
 from finetune.spec.recipes import find_recipe, train_steps
 

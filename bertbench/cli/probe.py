@@ -45,7 +45,7 @@ from bertbench.ledger.question import versions_key
 from bertbench.probing.cell import ProbedCell, ProbeSettings
 from bertbench.probing.grid import check_usable, equal_budgets, make_grid, probe_grid
 from bertbench.probing.recheck import Check, check_claim, read_claims
-from bertbench.probing.seconds import predict_cell_seconds
+from bertbench.probing.time_estimates import predict_cell_seconds
 from bertbench.trials.measure import measure_batches
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError

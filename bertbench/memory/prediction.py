@@ -20,7 +20,7 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Setup, TrainingStep
 from bertbench.hardware.device import Budget
 from bertbench.memory.allocator.bfc import Memory, Replay
-from bertbench.memory.allocator.limit import memory_of
+from bertbench.memory.allocator.budget import memory_of
 from bertbench.memory.footprint import (
     Footprint,
     all_reduce_footprint,
@@ -30,8 +30,8 @@ from bertbench.memory.footprint import (
 from bertbench.memory.limit_search import largest_batch
 from bertbench.memory.traced_footprint import traced_footprint
 from bertbench.memory.traces.archive import other_tensorflow, package_archive
-from bertbench.memory.traces.peaks import traced_peak_bytes
-from bertbench.memory.traces.step import left_out_bytes, replay_step, trace_of
+from bertbench.memory.traces.step_requests import left_out_bytes, replay_step, trace_of
+from bertbench.memory.traces.traced_peak import traced_peak_bytes
 
 SAFETY_MARGIN = 0.08
 """Part of a prediction by a trace to add on a device that no trace was recorded on."""

@@ -21,8 +21,7 @@ import math
 from bertbench.core.workload import TrainingStep, Workload
 from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES, Memory
 from bertbench.memory.footprint import Footprint
-from bertbench.memory.traces.peaks import candidate_peaks, highest_peak, term_bytes
-from bertbench.memory.traces.step import (
+from bertbench.memory.traces.step_requests import (
     allocated_bytes,
     layers_of,
     replay_step,
@@ -30,6 +29,7 @@ from bertbench.memory.traces.step import (
     trace_of,
 )
 from bertbench.memory.traces.trace import LAYERS, OTHER_LAYERS, UPDATE, StepTrace, Term
+from bertbench.memory.traces.traced_peak import candidate_peaks, highest_peak, term_bytes
 
 _SMALL_TENSORS = 22
 """Of each variable, at the peak; of 256 bytes each."""

@@ -11,13 +11,13 @@ from typing import Any
 from bertbench.core.workload import Setup
 from bertbench.ledger.database import Ledger
 from bertbench.ledger.question import Question
-from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.allocator.budget import empty_memory
 from bertbench.memory.prediction import FormulaPrediction, LimitSource, Room
 from bertbench.probing.evidence import Evidence
-from bertbench.probing.recorded_limit import RecordedLimit, chunk_sizes
+from bertbench.probing.limit_from_recordings import LimitFromRecordings, chunk_sizes
+from bertbench.probing.limit_from_trace import NO_HOLES, Holes, limit_from_trace
 from bertbench.probing.search import Predictions, SearchResult, find_max_batch
-from bertbench.probing.seconds import default_timeout_seconds
-from bertbench.probing.traced_limit import NO_HOLES, Holes, find_traced_limit
+from bertbench.probing.time_estimates import default_timeout_seconds
 from bertbench.trials.measure import (
     MeasureBatches,
     TrialListener,
@@ -137,8 +137,8 @@ def probe_cell(
     began = time.monotonic()
     setup, budget = question.setup, question.budget
     evidence = Evidence(ledger, question, fresh=settings.fresh)
-    recorded = RecordedLimit(evidence, empty_memory(budget))
-    traced = find_traced_limit(question, evidence.trials, listener.poll)
+    recorded = LimitFromRecordings(evidence, empty_memory(budget))
+    traced = limit_from_trace(question, evidence.trials, listener.poll)
     result = find_max_batch(
         functools.partial(_measure, evidence, settings, listener),
         budget_bytes=budget.budget_bytes,

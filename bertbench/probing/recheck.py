@@ -15,7 +15,7 @@ from bertbench.ledger.question import Question
 from bertbench.ledger.records import find, record
 from bertbench.probing.cell import ProbeSettings
 from bertbench.probing.probe_file import read_probe_file
-from bertbench.probing.seconds import default_timeout_seconds
+from bertbench.probing.time_estimates import default_timeout_seconds
 from bertbench.trials.measure import TrialListener, TrialSettings
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError

@@ -1,11 +1,11 @@
 """Find the largest batch that fits with few trials, and certify it. Pure: it starts nothing.
 
 A `LimitSource` predicts where the limit is. A step trace tells it before the first trial
-(`bertbench.probing.traced_limit`). Otherwise two small batches are tried: recordings of them tell
-it (`bertbench.probing.recorded_limit`), or a line through their peaks, which are close to affine in
-the batch once activations outweigh the optimizer's temporaries. Then a trial at the predicted
-limit and one above it are usually enough. Trials that do not fit cost most: TensorFlow's allocator
-waits 10 seconds, sometimes several times, before it gives up.
+(`bertbench.probing.limit_from_trace`). Otherwise two small batches are tried. Recordings of them
+tell it (`bertbench.probing.limit_from_recordings`), or a line through their peaks: peaks are close
+to affine in the batch once activations outweigh the optimizer's temporaries. Then a trial at the
+predicted limit and one above it are usually enough. Trials that do not fit cost most: TensorFlow's
+allocator waits 10 seconds, sometimes several times, before it gives up.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from bertbench.core.errors import OutOfMemoryError, WorkError
 from bertbench.core.terminal import say
 from bertbench.core.workload import TrainingStep, Workload
 from bertbench.memory.prediction import inference_batch
+from bertbench.running.bind_device import open_device
 from bertbench.running.choose_plan import choose_step
-from bertbench.running.device import open_device
 from bertbench.running.model import Model, create_model, load_initial_weights, random_head_names
 from bertbench.running.oom_recovery import step_down
 from bertbench.running.output.run_folder import OutputFolder, open_output, write_model_files
@@ -29,7 +29,7 @@ from finetune.storage.folders import FolderLostError
 from finetune.text.tokenization import Tokenizer
 
 if TYPE_CHECKING:
-    from bertbench.running.training import Training
+    from bertbench.running.train import Training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _train(job: Job, data: TrainingData, held: contextlib.ExitStack) -> FineTune
     model = create_model(job.workload, settings.seed, open_device(request.budget))
     if request.files.init_checkpoint is not None:
         load_initial_weights(model, request.files.init_checkpoint, job.labels, trains=True)
-    from bertbench.running.training import Training, train_model
+    from bertbench.running.train import Training, train_model
 
     training = Training(settings, step, data.arrays, num_train_steps, job.scoring)
     # The folder is made once everything that can be wrong with the input has been read.

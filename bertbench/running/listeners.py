@@ -12,7 +12,7 @@ from bertbench.running.output.cloud_storage import RemoteFolder
 from bertbench.running.settings import RunSettings
 from finetune.train.evaluation import EvalRecord
 from finetune.train.tensorboard import ScalarWriter
-from finetune.train.training import Listener, StepRecord
+from finetune.train.training_loop import Listener, StepRecord
 
 
 class ProgressListener:

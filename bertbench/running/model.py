@@ -12,7 +12,7 @@ import numpy as np
 
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
-from bertbench.running.device import memory_errors_explained
+from bertbench.running.bind_device import memory_errors_explained
 from finetune.errors import InputError
 from finetune.model_files.head_labels import TrainedHead, read_trained_head, rows_of
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from bertbench.core.errors import NotFiniteError
 from bertbench.core.progress import progress
-from bertbench.running.device import memory_errors_explained
+from bertbench.running.bind_device import memory_errors_explained
 from bertbench.running.model import Model
 
 OnProgress = Callable[[int, int], None]
@@ -46,7 +46,7 @@ def make_predict(model: Model, batch_size: int) -> Predict:
         The function. It raises `NotFiniteError` for logits that are not finite, and `WorkError`
         if memory runs out.
     """
-    from finetune.train.prediction import make_predictor, predict
+    from finetune.train.inference import make_predictor, predict
 
     predictor = make_predictor(model.variables, model.workload.spec, model.strategy)
     batch_size *= model.replicas

@@ -21,9 +21,9 @@ from bertbench.running.settings import RunRequest, RunSettings
 from finetune.errors import InputError
 from finetune.spec.config import INPUT_NAMES, TARGET_NAMES
 from finetune.storage.files import write_atomically
-from finetune.tasks.squad import SquadFeatures
 from finetune.tasks.squad_cache import SquadSource, default_cache_dir, load_squad_features
 from finetune.tasks.squad_examples import SquadExamples, describe_skipped
+from finetune.tasks.squad_features import SquadFeatures
 from finetune.tasks.squad_metrics import (
     evaluate_v1,
     evaluate_v2,

@@ -9,8 +9,9 @@ from typing import Protocol
 
 from bertbench.core.workload import Setup, TrainingStep
 from bertbench.hardware.device import Budget
-from bertbench.memory.allocator.limit import child_environment
+from bertbench.memory.allocator.budget import child_environment
 from bertbench.memory.allocator.recording import Recording, recording_from_text
+from bertbench.trials.interference import THIS_MACHINE, Machine
 from bertbench.trials.isolation import Message, ProcessEnd, run_isolated
 from bertbench.trials.outcome import (
     Outcome,
@@ -20,7 +21,6 @@ from bertbench.trials.outcome import (
     summarise_error,
 )
 from bertbench.trials.request import TrialRequest
-from bertbench.trials.surroundings import THIS_MACHINE, Surroundings
 from bertbench.trials.trial import Trial
 
 TARGET = "bertbench.trials.worker:run_trial"
@@ -94,7 +94,7 @@ def measure_batches(
     batches: Sequence[int],
     settings: TrialSettings = TrialSettings(),
     listener: TrialListener = TrialListener(),
-    surroundings: Surroundings = THIS_MACHINE,
+    machine: Machine = THIS_MACHINE,
 ) -> list[Trial]:
     """Try rising batches until one does not fit.
 
@@ -117,7 +117,7 @@ def measure_batches(
         batches: micro-batch sizes, rising.
         settings: how the trials are made.
         listener: what is called meanwhile.
-        surroundings: what may end a trial besides its batch.
+        machine: what may end a trial besides its batch.
 
     Returns:
         Trials in the order of `batches`; only the last may be `oom` or `failed`.
@@ -129,7 +129,7 @@ def measure_batches(
     trials: list[Trial] = []
     for group in groups:
         part = dataclasses.replace(request, batches=group, record=record)
-        trials += _OneProcess(part, listener, surroundings).run(settings)
+        trials += _OneProcess(part, listener, machine).run(settings)
         if trials[-1].outcome != "fits":
             break
     return trials
@@ -138,18 +138,16 @@ def measure_batches(
 class _OneProcess:
     """The trials of one process, put together from what it sends."""
 
-    def __init__(
-        self, request: TrialRequest, listener: TrialListener, surroundings: Surroundings
-    ) -> None:
+    def __init__(self, request: TrialRequest, listener: TrialListener, machine: Machine) -> None:
         """Begin without trials; the time of the first one counts from here."""
         self._request = request
         self._listener = listener
-        self._surroundings = surroundings
+        self._machine = machine
         self._trials: list[Trial] = []
         self._recordings: list[str] = []
         self._paused = False
         self._began = time.monotonic()
-        self._clock_offset = surroundings.clock_offset()
+        self._clock_offset = machine.clock_offset()
 
     def run(self, settings: TrialSettings) -> list[Trial]:
         """Run the process until its end."""
@@ -174,7 +172,7 @@ class _OneProcess:
 
     def _reason_to_stop(self) -> str:
         self._listener.poll()
-        return self._surroundings.reason_to_stop(self._clock_offset)
+        return self._machine.reason_to_stop(self._clock_offset)
 
     def _receive(self, message: Message) -> None:
         if self._is_complete():
@@ -203,7 +201,7 @@ class _OneProcess:
         """Add the trial of the batch that is next, unless its outcome is doubtful: then failed."""
         now = time.monotonic()
         if outcome == "oom":
-            doubt = self._surroundings.reason_to_doubt(
+            doubt = self._machine.reason_to_doubt(
                 self._request.budget, self._clock_offset, self._paused
             )
             if doubt:

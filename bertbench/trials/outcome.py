@@ -36,7 +36,7 @@ _KERNEL_KILLED = "killed by the kernel for want of host memory"
 
 # Host memory that ran out: the kernel, the system's calls, the C++ and Python runtimes, oneDNN,
 # TensorFlow's allocators of host memory, and the refusal of a capped CPU's whole budget (see
-# `bertbench.memory.allocator.limit`), which is asked for in rows of a MiB.
+# `bertbench.memory.allocator.budget`), which is asked for in rows of a MiB.
 _HOST_MEMORY_RE = re.compile(
     _KERNEL_KILLED + r"|cannot allocate memory|\bENOMEM\b|bad_alloc|MemoryError"
     r"|could not (?:create|allocate) (?:a )?(?:memory object|scratch)"

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from bertbench.core.workload import Setup, Workload
 from bertbench.hardware import tpu
-from bertbench.hardware.process import process_peak_bytes
+from bertbench.hardware.process_memory import process_peak_bytes
 from bertbench.memory.allocator.recording import recording_to_text
 from bertbench.memory.allocator.tensorflow_setup import start_tensorflow
 from bertbench.trials.request import TrialRequest, request_from_payload

@@ -16,8 +16,8 @@ import numpy as np
 
 from finetune.errors import InputError
 from finetune.storage.array_cache import CacheEntry, hash_file, hash_key, load_or_make
-from finetune.tasks.squad import feature_parts
 from finetune.tasks.squad_examples import SquadExamples, read_squad
+from finetune.tasks.squad_features import feature_parts
 from finetune.text.tokenization import Tokenizer
 
 # Raise it with every change that gives other features.
@@ -31,10 +31,10 @@ class SquadSource:
     Attributes:
         path: a file of questions in SQuAD's format.
         tokenizer: tokenizer of the model.
-        max_seq_length: see `finetune.tasks.squad.featurize`.
-        doc_stride: see `finetune.tasks.squad.featurize`.
-        max_query_length: see `finetune.tasks.squad.featurize`.
-        is_training: see `finetune.tasks.squad.featurize`.
+        max_seq_length: see `finetune.tasks.squad_features.featurize`.
+        doc_stride: see `finetune.tasks.squad_features.featurize`.
+        max_query_length: see `finetune.tasks.squad_features.featurize`.
+        is_training: see `finetune.tasks.squad_features.featurize`.
         version_2_with_negative: see `finetune.tasks.squad_examples.read_squad`.
         max_examples: number of questions to take from the file's beginning; None takes all.
     """
@@ -100,8 +100,8 @@ def load_squad_features(
         examples: result of `source.read`, if the caller has it.
 
     Returns:
-        The arrays of `finetune.tasks.squad.SquadFeatures`, and as `extra` the values `num_examples`
-        and `skipped`, the number of skipped questions by reason.
+        The arrays of `finetune.tasks.squad_features.SquadFeatures`, and as `extra` the values
+        `num_examples` and `skipped`, the number of skipped questions by reason.
 
     Raises:
         InputError: see `SquadSource.read` and `featurize`; or no question has a window.

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from finetune.errors import InputError
 from finetune.storage.files import write_atomically
 from finetune.storage.json_files import json_text
-from finetune.tasks.squad import SquadFeatures
 from finetune.tasks.squad_examples import SquadExample, SquadExamples
+from finetune.tasks.squad_features import SquadFeatures
 from finetune.text.tokenization import Normalization, basic_tokenize
 
 

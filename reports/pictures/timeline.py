@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bertbench.core.workload import Levers, Setup, TrainingStep, Workload
-from bertbench.memory.traces.step import (
+from bertbench.memory.traces.step_requests import (
     allocated_bytes,
     chunks_of,
     layers_of,

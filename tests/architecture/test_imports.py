@@ -14,7 +14,7 @@ from helpers.wings import ROWS
 LOADS_TENSORFLOW = (
     "bertbench.memory.allocator.profiler",
     "bertbench.running.listeners",
-    "bertbench.running.training",
+    "bertbench.running.train",
     "bertbench.trials.worker",
     "finetune.export.export_weights",
     "finetune.export.saved_model",
@@ -25,9 +25,9 @@ LOADS_TENSORFLOW = (
 LOADS_TENSORFLOW_LATER = (
     "bertbench.cli.export",
     "bertbench.hardware.tpu",
-    "bertbench.memory.allocator.limit",
+    "bertbench.memory.allocator.budget",
     "bertbench.memory.allocator.tensorflow_setup",
-    "bertbench.running.device",
+    "bertbench.running.bind_device",
     "bertbench.running.job",
     "bertbench.running.model",
     "bertbench.running.output.cloud_storage",

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from finetune.errors import InputError
 from finetune.tasks.demo_data import demo_files
 from finetune.tasks.glue import find_task, read_examples
-from finetune.tasks.squad import featurize
 from finetune.tasks.squad_examples import read_squad
+from finetune.tasks.squad_features import featurize
 from finetune.tasks.squad_predictions import AnswerSettings, predict_answers
 from finetune.text.tokenization import UNCASED, Tokenizer, load_tokenizer
 from helpers.command_line import bertbench, fails_with_one_line, squad_arguments

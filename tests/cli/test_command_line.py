@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from finetune.tasks.demo_data import demo_files
-from finetune.train.training import read_log
+from finetune.train.training_loop import read_log
 from helpers.command_line import (
     bertbench,
     classifier_arguments,

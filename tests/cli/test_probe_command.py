@@ -36,13 +36,13 @@ from bertbench.hardware.step_time import device_rates, predict_step_seconds
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import read_rows, record
-from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.allocator.budget import empty_memory
 from bertbench.memory.limit_search import largest_batch
-from bertbench.memory.traces.step import replay_step
+from bertbench.memory.traces.step_requests import replay_step
 from bertbench.probing.cell import ProbedCell, ProbeSettings, probe_cell
+from bertbench.probing.limit_from_trace import NO_HOLES
 from bertbench.probing.search import Certificate, SearchResult
-from bertbench.probing.seconds import default_timeout_seconds, predict_cell_seconds
-from bertbench.probing.traced_limit import NO_HOLES
+from bertbench.probing.time_estimates import default_timeout_seconds, predict_cell_seconds
 from bertbench.probing.workers import share_out
 from bertbench.trials.measure import TIMEOUT_SECONDS, TrialListener, TrialSettings
 from bertbench.trials.trial import Trial

@@ -20,8 +20,8 @@ from rich.table import Table
 from bertbench.cli import main
 from bertbench.core.progress import progress
 from bertbench.core.terminal import clean_text, clean_warnings, echo, say, terminal
-from bertbench.ledger.export import export, to_frame
 from bertbench.ledger.records import LedgerRow
+from bertbench.ledger.trial_table import export, to_frame
 from helpers.ledger_rows import fits, oom, rows_of
 from helpers.paths import REPOSITORY
 from helpers.run_folders import squad_run

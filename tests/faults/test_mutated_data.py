@@ -21,8 +21,8 @@ from finetune.tasks import classification
 from finetune.tasks.classification_metrics import evaluate
 from finetune.tasks.demo_data import demo_files
 from finetune.tasks.glue import find_task, read_examples
-from finetune.tasks.squad import featurize
 from finetune.tasks.squad_examples import read_squad
+from finetune.tasks.squad_features import featurize
 from finetune.tasks.squad_predictions import AnswerSettings, predict_answers, write_predictions
 from finetune.tasks.table_files import TableTask, read_table_task
 from finetune.tasks.triviaqa import read_triviaqa

@@ -29,9 +29,9 @@ from bertbench.hardware.device import (
 )
 from bertbench.hardware.discover import list_devices, resolve_device, resolve_devices, visible_gpus
 from bertbench.hardware.host import cgroup_limits, memory_cgroups, oom_kill_counts
-from bertbench.memory.allocator import limit
+from bertbench.memory.allocator import budget as allocator_budget
 from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES
-from bertbench.memory.allocator.limit import apply_budget, child_environment, empty_memory
+from bertbench.memory.allocator.budget import apply_budget, child_environment, empty_memory
 from finetune.errors import InputError
 from helpers.paths import REPOSITORY
 
@@ -105,7 +105,9 @@ def test_a_budget_of_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         "set_logical_device_configuration",
         lambda card, parts: limits.update({card: [part.memory_limit for part in parts]}),
     )
-    monkeypatch.setattr(limit, "_set_small_pieces_aside", lambda _, *what: set_aside.append(what))
+    monkeypatch.setattr(
+        allocator_budget, "_set_small_pieces_aside", lambda _, *what: set_aside.append(what)
+    )
     assert apply_budget(budget) == "GPU:0"
     assert limits == {"first": [1024], "second": [1024]}
     pieces = empty_memory(budget).small_pieces
@@ -224,7 +226,7 @@ def test_a_budget_without_its_environment_is_refused(monkeypatch: pytest.MonkeyP
 APPLY = """
 import sys
 from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES
-from bertbench.memory.allocator.limit import empty_memory, apply_budget
+from bertbench.memory.allocator.budget import empty_memory, apply_budget
 from bertbench.hardware.discover import list_devices
 from bertbench.hardware.device import make_budget
 assert "tensorflow" not in sys.modules, "listing devices needs no TensorFlow"

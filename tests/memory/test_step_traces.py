@@ -15,15 +15,14 @@ from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.hardware.device import make_budget
 from bertbench.hardware.discover import resolve_device
 from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES, Memory, replay
-from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.allocator.budget import empty_memory
 from bertbench.memory.allocator.recording import Recording
-from bertbench.memory.traces import step
-from bertbench.memory.traces.build.building import build_trace
+from bertbench.memory.traces import step_requests as requests_module
 from bertbench.memory.traces.build.comparison import first_difference, matches
 from bertbench.memory.traces.build.layers import insertions
+from bertbench.memory.traces.build.make_trace import build_trace
 from bertbench.memory.traces.build.samples import Sample, UnlikeError
-from bertbench.memory.traces.peaks import candidate_peaks, highest_peak
-from bertbench.memory.traces.step import (
+from bertbench.memory.traces.step_requests import (
     allocated_bytes,
     layers_of,
     replay_step,
@@ -33,6 +32,7 @@ from bertbench.memory.traces.step import (
     unroll_step,
 )
 from bertbench.memory.traces.trace import LAYERS, OTHER_LAYERS, PerLayer
+from bertbench.memory.traces.traced_peak import candidate_peaks, highest_peak
 from bertbench.planning.candidates import all_policies
 from bertbench.trials.measure import TrialListener, TrialSettings, measure_step
 from finetune.spec.checkpointing import examples_per_chunk, parse_checkpointing
@@ -274,7 +274,7 @@ def test_too_few_layers_are_not_unrolled(monkeypatch: pytest.MonkeyPatch) -> Non
         for item in trace.items
     ]
     needs_three = dataclasses.replace(trace, items=tuple(items))
-    monkeypatch.setattr(step, "read_trace", lambda pattern: needs_three)
+    monkeypatch.setattr(requests_module, "read_trace", lambda pattern: needs_three)
     assert trace_of(Setup(workload)) is None
     assert trace_of(Setup(published_workload("bert-mini", 64))) is needs_three
 

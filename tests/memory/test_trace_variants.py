@@ -16,7 +16,7 @@ from bertbench.memory.prediction import Room, predict_memory
 from bertbench.memory.traces.archive import read_trace
 from bertbench.memory.traces.build.samples import UnlikeError
 from bertbench.memory.traces.build.variants import with_optimizer
-from bertbench.memory.traces.step import trace_of, unroll_step
+from bertbench.memory.traces.step_requests import trace_of, unroll_step
 from bertbench.memory.traces.trace import StepTrace
 from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.spec.checkpointing import parse_checkpointing

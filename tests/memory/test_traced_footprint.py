@@ -9,11 +9,11 @@ import pytest
 from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.memory.allocator.bfc import Memory
-from bertbench.memory.allocator.limit import memory_of
+from bertbench.memory.allocator.budget import memory_of
 from bertbench.memory.traced_footprint import traced_footprint
-from bertbench.memory.traces.peaks import traced_peak_bytes
-from bertbench.memory.traces.step import replay_step
+from bertbench.memory.traces.step_requests import replay_step
 from bertbench.memory.traces.trace import UPDATE
+from bertbench.memory.traces.traced_peak import traced_peak_bytes
 from finetune.spec.checkpointing import parse_checkpointing
 
 PLENTY = memory_of("cpu", 16 * GIB_BYTES)

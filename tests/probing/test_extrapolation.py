@@ -14,7 +14,7 @@ from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.hardware.device import make_budget
 from bertbench.hardware.discover import resolve_device
 from bertbench.memory.allocator.bfc import Memory, Replay, replay
-from bertbench.memory.allocator.limit import empty_memory
+from bertbench.memory.allocator.budget import empty_memory
 from bertbench.memory.allocator.recording import Recording
 from bertbench.memory.limit_search import _last_that_fits, largest_batch
 from bertbench.memory.traces.loops import Recorded

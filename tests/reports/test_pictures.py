@@ -16,7 +16,7 @@ from bertbench.core.units import GIB_BYTES, MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.hardware.device import Device, TpuSettings
 from bertbench.memory.traces.archive import read_trace
-from bertbench.memory.traces.peaks import traced_peak_bytes
+from bertbench.memory.traces.traced_peak import traced_peak_bytes
 from bertbench.planning.planner import Plan
 from finetune.spec.checkpointing import POLICIES, parse_checkpointing
 from helpers.ledger_rows import fits, oom, rows_of

@@ -22,7 +22,7 @@ from bertbench.running.output.cloud_storage import (
 )
 from finetune.errors import InputError
 from finetune.tasks.demo_data import demo_files
-from finetune.train.training import read_log
+from finetune.train.training_loop import read_log
 
 
 @pytest.fixture

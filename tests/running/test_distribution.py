@@ -20,7 +20,7 @@ from bertbench.hardware.discover import tpu_device
 from bertbench.hardware.tpu import connect
 from finetune.errors import InputError
 from finetune.tasks.demo_data import demo_files
-from finetune.train.training import read_log
+from finetune.train.training_loop import read_log
 from helpers.paths import HELPERS, LIBRARY, REPOSITORY
 from helpers.tiny_models import eagerly, norm_of, random_batch, tiny_trainer, values_of
 
@@ -195,7 +195,7 @@ def test_budget_of_a_core() -> None:
 def test_what_one_of_several_replicas_says_of_an_update_is_not_enough() -> None:
     from types import SimpleNamespace
 
-    from finetune.train.training import _update_began
+    from finetune.train.training_loop import _update_began
 
     alone = SimpleNamespace(state=SimpleNamespace(step=tf.Variable(3, dtype=tf.int64)))
     assert [_update_began(alone, step) for step in (2, 3)] == [True, False]  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from bertbench.running.listeners import ProgressListener, cloud_copy, event_file
 from bertbench.running.output.cloud_storage import RemoteFolder
 from bertbench.running.settings import RunSettings
 from finetune.train.evaluation import EvalRecord
-from finetune.train.training import Listener, StepRecord
+from finetune.train.training_loop import Listener, StepRecord
 
 STEP = StepRecord(3, 0.5, 1e-4, 1.0, 2.0)
 EVALUATION = EvalRecord(3, {"f1": 80.25})

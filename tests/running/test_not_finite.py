@@ -20,7 +20,7 @@ from finetune.tasks.classification import ClassificationData, ClassificationFeat
 from finetune.tasks.demo_data import demo_files
 from finetune.train.checkpoints import list_checkpoints, save_weights
 from finetune.train.evaluation import EVAL_LOG_NAME, Evaluation
-from finetune.train.training import Schedule, train
+from finetune.train.training_loop import Schedule, train
 from helpers.command_line import bertbench, classifier_arguments, squad_arguments
 from helpers.tiny_models import CONFIG, random_batch, tiny_trainer
 

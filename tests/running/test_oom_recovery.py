@@ -40,7 +40,7 @@ from finetune.errors import InputError
 from finetune.model_files.checkpoint_files import list_checkpoints
 from finetune.model_files.model_folder import RUN_FILE, ModelFiles
 from finetune.spec.checkpointing import Checkpointing
-from finetune.train.training import read_log
+from finetune.train.training_loop import read_log
 from helpers.paths import HELPERS, LIBRARY, REPOSITORY
 from reports.measured_cells import collect_cells
 

@@ -22,13 +22,13 @@ from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
 from bertbench.hardware.device import Budget, Device
-from bertbench.memory.allocator import limit
-from bertbench.memory.allocator.limit import child_environment
+from bertbench.memory.allocator import budget as allocator_budget
+from bertbench.memory.allocator.budget import child_environment
 from bertbench.trials import isolation as isolation_module
+from bertbench.trials.interference import THIS_MACHINE, Machine
 from bertbench.trials.measure import TrialListener, TrialSettings, measure_batches
 from bertbench.trials.outcome import classify_error, classify_exit
 from bertbench.trials.request import TrialRequest, request_from_payload
-from bertbench.trials.surroundings import THIS_MACHINE, Surroundings
 from bertbench.trials.trial import Trial
 from helpers.isolated import run, start_script, wait_until_gone
 
@@ -201,7 +201,7 @@ def test_a_system_that_refuses_the_budget_is_no_limit() -> None:
         uint8=None,
     )
     with pytest.raises(WorkError, match=r"does not give a process 2,000 MiB") as refused:
-        limit._reserve(tensorflow, 2000 * MIB_BYTES)
+        allocator_budget._reserve(tensorflow, 2000 * MIB_BYTES)
     assert classify_error("WorkError", str(refused.value)) == "failed"
 
 
@@ -213,7 +213,7 @@ def measure(
     script: str,
     batches: Sequence[int],
     listener: TrialListener = NO_LISTENER,
-    surroundings: Surroundings = THIS_MACHINE,
+    machine: Machine = THIS_MACHINE,
     device: Device = CPU,
     **settings: Any,
 ) -> list[Trial]:
@@ -224,7 +224,7 @@ def measure(
         batches,
         dataclasses.replace(SETTINGS, **settings),
         listener,
-        surroundings,
+        machine,
     )
 
 
@@ -324,12 +324,12 @@ def test_a_silent_process_is_killed_with_a_guard_too() -> None:
     assert (ending.stopped, ending.timed_out) == ("", True)
 
 
-FULL_HOST = Surroundings(host_memory=lambda: (1 << 34, 300 * MIB_BYTES))
+FULL_HOST = Machine(host_memory=lambda: (1 << 34, 300 * MIB_BYTES))
 
 
 def test_a_trial_is_stopped_before_the_machine_swaps() -> None:
     """Whoever fills the machine, it says nothing about the batch."""
-    (trial,) = measure("hang@4", [4], surroundings=FULL_HOST)
+    (trial,) = measure("hang@4", [4], machine=FULL_HOST)
     assert trial.outcome == "failed"
     assert "300 MiB of its 16.0 GiB were left; give a smaller --memory" in trial.message
 
@@ -368,15 +368,15 @@ def test_a_gpu_that_others_took_memory_of_meanwhile_is_no_limit(
     now = dataclasses.replace(
         gpu, free_bytes=free_mib * MIB_BYTES, held_by=((77, "other", 900 * MIB_BYTES),)
     )
-    taken = Surroundings(list_gpus=lambda: [now], given_back_seconds=0.3)
-    (trial,) = measure("oom@4", [4], surroundings=taken, device=gpu)
+    taken = Machine(list_gpus=lambda: [now], given_back_seconds=0.3)
+    (trial,) = measure("oom@4", [4], machine=taken, device=gpu)
     assert trial.outcome == outcome
     assert ("process 77 (other) holds 900 MiB" in trial.message) is (outcome == "failed")
 
 
 def test_a_result_that_is_there_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation_module, "_ASK_EVERY_SECONDS", 20.0)
-    (trial,) = measure("", [4], surroundings=FULL_HOST)
+    (trial,) = measure("", [4], machine=FULL_HOST)
     assert trial.outcome == "fits"
 
 
@@ -405,8 +405,8 @@ def test_a_clock_that_jumps_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_clock_that_is_set_is_no_limit_and_no_long_wait(script: str, seconds: float) -> None:
     """TensorFlow waits for memory by that clock: too short when it is set forward."""
     offsets = itertools.chain([0.0], itertools.repeat(seconds))
-    set_clock = Surroundings(clock_offset=lambda: next(offsets))
-    (trial,) = measure(script, [4], surroundings=set_clock)
+    set_clock = Machine(clock_offset=lambda: next(offsets))
+    (trial,) = measure(script, [4], machine=set_clock)
     assert trial.outcome == "failed"
     assert trial.message.startswith("the system's clock was set during the trial")
     assert trial.seconds < 600

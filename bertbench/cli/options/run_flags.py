@@ -22,7 +22,7 @@ from bertbench.cli.options.common import (
 )
 from bertbench.cli.options.original_flags import PathOrUrl
 from bertbench.hardware.device import Budget, TpuSettings
-from bertbench.running.device import shrink_to_free, tpu_budget
+from bertbench.running.bind_device import shrink_to_free, tpu_budget
 from bertbench.running.settings import RunRequest, RunSettings
 from finetune.errors import InputError
 from finetune.model_files.model_folder import ModelFiles, find_model_files

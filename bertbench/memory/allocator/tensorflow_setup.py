@@ -5,7 +5,7 @@ from __future__ import annotations
 from bertbench.core.quiet import muted_stderr
 from bertbench.hardware.device import Budget
 from bertbench.hardware.threads import check_threads
-from bertbench.memory.allocator.limit import apply_budget
+from bertbench.memory.allocator.budget import apply_budget
 from finetune.spec.precisions import EXACT_PRECISION, allow_tensor_float_32
 
 
@@ -21,7 +21,7 @@ def start_tensorflow(budget: Budget) -> str:
 
     Args:
         budget: what this process's environment was set for by
-            `bertbench.memory.allocator.limit.child_environment`.
+            `bertbench.memory.allocator.budget.child_environment`.
 
     Returns:
         TensorFlow's name of the device, as in `GPU:0`.

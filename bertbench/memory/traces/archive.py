@@ -165,7 +165,7 @@ def read_trace(pattern: str) -> StepTrace | None:
     """Read one of the package's traces, see `Archive.trace`.
 
     Args:
-        pattern: its name, see `bertbench.memory.traces.step.pattern_of`.
+        pattern: its name, see `bertbench.memory.traces.step_requests.pattern_of`.
     """
     return package_archive().trace(pattern)
 

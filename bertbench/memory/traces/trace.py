@@ -2,13 +2,13 @@
 
 A *step trace* is the list of allocations and releases of the first two optimizer steps. Sizes are
 products of dimensions such as the hidden size. What every layer and every chunk of examples
-repeats is written once. `bertbench.memory.traces.step` unrolls a trace: for a model and a batch it
-gives the list of all requests, in bytes.
+repeats is written once. `bertbench.memory.traces.step_requests` unrolls a trace: for a model and a
+micro-batch it gives the list of all requests, in bytes.
 
-Traces are made from recordings of small models (`bertbench.memory.traces.build.building`) and come
-with the package (`bertbench.memory.traces.archive`).
+Traces are made from recordings of small models (`bertbench.memory.traces.build.make_trace`). They
+come with the package (`bertbench.memory.traces.archive`).
 
-Requests of up to 256 bytes are left out, because `bertbench.memory.allocator.limit` sets small
+Requests of up to 256 bytes are left out, because `bertbench.memory.allocator.budget` sets small
 pieces aside for them. All others are exact, but for the workspaces of some matrix products, which
 are freed at once. Those depend on the number of cores and differ by some hundred kilobytes at most
 (measured on two cores with TensorFlow 2.21).

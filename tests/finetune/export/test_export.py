@@ -29,7 +29,7 @@ from finetune.spec.config import INPUT_NAMES, BertConfig, from_json_file
 from finetune.spec.step_settings import ModelSpec
 from finetune.text.tokenization import CASED, load_tokenizer, make_tokenizer
 from finetune.text.vocabulary import read_vocabulary
-from finetune.train.prediction import make_predictor
+from finetune.train.inference import make_predictor
 from helpers.exports import VOCAB, assert_same, save_tf
 from helpers.tiny_models import CONFIG, NUM_LABELS, Arrays, random_batch
 from helpers.weight_files import hugging_face_arrays, random_values

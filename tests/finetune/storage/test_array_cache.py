@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from finetune.errors import InputError
 from finetune.storage.array_cache import Arrays, CacheEntry, hash_key, load_or_make
 from finetune.tasks.demo_data import demo_files
-from finetune.tasks.squad import SquadFeatures, feature_parts, featurize
 from finetune.tasks.squad_cache import SquadSource, load_squad_features
 from finetune.tasks.squad_examples import read_squad
+from finetune.tasks.squad_features import SquadFeatures, feature_parts, featurize
 from finetune.text.tokenization import (
     CASED,
     UNCASED,

@@ -22,9 +22,9 @@ from finetune.storage.json_files import (
     load_object,
     parse_json,
 )
-from finetune.train import training
+from finetune.train import training_loop
 from finetune.train.evaluation import read_eval_log, truncate_eval_log
-from finetune.train.training import StepRecord, read_log
+from finetune.train.training_loop import StepRecord, read_log
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -163,11 +163,11 @@ def test_fields_are_taken_and_unknown_ones_left_out() -> None:
 def test_resuming_says_how_many_lines_it_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(training, "restore_state", lambda *arguments: 4)
-    log, evaluations = tmp_path / training.LOG_NAME, tmp_path / "eval_log.jsonl"
+    monkeypatch.setattr(training_loop, "restore_state", lambda *arguments: 4)
+    log, evaluations = tmp_path / training_loop.LOG_NAME, tmp_path / "eval_log.jsonl"
     log.write_bytes(line(1) + b"\xff\n" + line(3) + b"{}\n" + line(4) + line(5))
     evaluations.write_text('{"step": 2, "f1": 1.5}\n[\n{"step": 4, "f1": null}\n')
-    assert training.resume(SimpleNamespace(variables={}, state=None), tmp_path) == 4
+    assert training_loop.resume(SimpleNamespace(variables={}, state=None), tmp_path) == 4
     assert [record.step for record in read_log(log)] == [1, 3, 4]
     assert log.read_bytes() == line(1) + line(3) + line(4)
     assert [record.step for record in read_eval_log(tmp_path)] == [2, 4]

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.errors import InputError
-from finetune.tasks.squad import SquadFeatures, featurize
 from finetune.tasks.squad_examples import SquadExample, SquadExamples, SquadParagraph, read_squad
+from finetune.tasks.squad_features import SquadFeatures, featurize
 from finetune.tasks.squad_predictions import (
     AnswerSettings,
     predict_answers,

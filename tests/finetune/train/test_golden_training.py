@@ -12,8 +12,8 @@ from finetune.model.weights import load_weights
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import INPUT_NAMES, from_json_file
 from finetune.spec.step_settings import PLAIN_STEP, ModelSpec, StepSettings
+from finetune.train.inference import make_predictor
 from finetune.train.optimization import OptimizerSettings
-from finetune.train.prediction import make_predictor
 from finetune.train.step import Trainer, make_trainer
 
 SEQ_LEN = 24

@@ -19,7 +19,7 @@ from finetune.model.weights import find_checkpoint, load_weights
 from finetune.model_files.checkpoint_files import list_checkpoints, remove_half_written
 from finetune.train.evaluation import BEST_FOLDER, Evaluation, read_eval_log
 from finetune.train.step import Trainer
-from finetune.train.training import LOG_NAME, Schedule, StopReason, read_log, resume, train
+from finetune.train.training_loop import LOG_NAME, Schedule, StopReason, read_log, resume, train
 from helpers.tiny_models import eagerly, random_batch, tiny_trainer, values_of
 
 SEQ_LEN = 5

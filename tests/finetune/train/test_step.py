@@ -18,8 +18,8 @@ from finetune.spec.step_settings import ModelSpec, StepSettings
 from finetune.train import gradients
 from finetune.train.batches import pad_batch
 from finetune.train.gradients import example_losses
+from finetune.train.inference import make_predictor
 from finetune.train.optimization import OptimizerSettings
-from finetune.train.prediction import make_predictor
 from finetune.train.step import Trainer, make_trainer
 from helpers.paths import REPOSITORY
 from helpers.tiny_models import (

@@ -20,7 +20,7 @@ from finetune.model.modeling import create_variables  # noqa: E402
 from finetune.spec.checkpointing import parse_checkpointing  # noqa: E402
 from finetune.spec.step_settings import ModelSpec, StepSettings  # noqa: E402
 from finetune.train.batches import pad_batch  # noqa: E402
-from finetune.train.prediction import make_predictor  # noqa: E402
+from finetune.train.inference import make_predictor  # noqa: E402
 from finetune.train.step import Trainer, make_trainer  # noqa: E402
 from helpers.tiny_models import (  # noqa: E402
     CONFIG,

@@ -16,8 +16,8 @@ from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import BertConfig, is_trained
 from finetune.spec.step_settings import ModelSpec, StepSettings
 from finetune.train.gradients import example_losses
+from finetune.train.inference import make_predictor
 from finetune.train.optimization import OptimizerSettings
-from finetune.train.prediction import make_predictor
 from finetune.train.step import Trainer, make_trainer
 
 CONFIG = BertConfig(

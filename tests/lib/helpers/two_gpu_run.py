@@ -9,8 +9,8 @@ import tensorflow as tf
 from bertbench.cli import main
 from bertbench.hardware import discover
 from bertbench.hardware.device import Budget, Device
-from bertbench.memory.allocator.limit import child_environment
-from bertbench.running import device
+from bertbench.memory.allocator.budget import child_environment
+from bertbench.running import bind_device
 
 GIB_BYTES = 1 << 30
 CARDS = [
@@ -21,7 +21,7 @@ Mirrored = tf.distribute.MirroredStrategy
 
 
 def bind_budget(budget: Budget) -> str:
-    device.check_free(budget)
+    bind_device.check_free(budget)
     assert child_environment(budget)["CUDA_VISIBLE_DEVICES"] == "GPU-0,GPU-1"
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
@@ -35,6 +35,6 @@ def mirrored(devices: list[str]) -> tf.distribute.Strategy:
 
 
 discover.list_gpus = lambda: CARDS
-device.bind_budget = bind_budget
+bind_device.bind_budget = bind_budget
 tf.distribute.MirroredStrategy = mirrored
 main(sys.argv[1:])

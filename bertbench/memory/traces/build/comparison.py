@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from bertbench.memory.traces.build.samples import Sample, Steps
-from bertbench.memory.traces.step import step_requests, unroll_step
+from bertbench.memory.traces.step_requests import step_requests, unroll_step
 from bertbench.memory.traces.trace import StepTrace
 from bertbench.memory.traces.unroll import NothingLiveError
 

@@ -11,7 +11,7 @@ from bertbench.core.workload import TrainingStep
 from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES
 from bertbench.memory.allocator.recording import Recording
 from bertbench.memory.traces.loops import Recorded, loops_and_origins
-from bertbench.memory.traces.step import state_requests
+from bertbench.memory.traces.step_requests import state_requests
 from finetune.spec.checkpointing import examples_per_chunk
 
 

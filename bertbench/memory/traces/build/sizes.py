@@ -9,7 +9,7 @@ import numpy as np
 
 from bertbench.memory.traces.build.samples import Sample, StepItem, Steps, UnlikeError
 from bertbench.memory.traces.loops import examples_of_chunk
-from bertbench.memory.traces.step import dimensions_of
+from bertbench.memory.traces.step_requests import dimensions_of
 from bertbench.memory.traces.trace import Size
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOTS = (
-    "bertbench/memory/allocator/limit.py",
+    "bertbench/memory/allocator/budget.py",
     "bertbench/memory/allocator/tensorflow_setup.py",
     "bertbench/trials/worker.py",
     "finetune/train/optimization.py",

@@ -1,4 +1,4 @@
-"""Tests of finetune.train.training and finetune.train.evaluation: the loop around the step."""
+"""Tests of finetune.train.training_loop and finetune.train.evaluation: the loop around the step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from finetune.train.evaluation import (
     read_eval_log,
 )
 from finetune.train.step import StepResult, Trainer
-from finetune.train.training import (
+from finetune.train.training_loop import (
     LOG_NAME,
     Listener,
     Schedule,

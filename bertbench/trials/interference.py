@@ -1,4 +1,4 @@
-"""What around a trial may end it, or be taken for the end of the budget's memory.
+"""What on the machine may disturb a trial: end it, or be taken for the end of its budget.
 
 The host may run out of memory, the clock may be set, and other processes may take memory of a GPU.
 None of that says anything about the batch, so such a trial has failed.
@@ -29,7 +29,7 @@ def _clock_offset() -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Surroundings:
+class Machine:
     """What is asked about the machine while trials run. Tests replace what it tells.
 
     Attributes:
@@ -101,4 +101,4 @@ class Surroundings:
                 check_free(dataclasses.replace(budget, device=now[device.uuid]))
 
 
-THIS_MACHINE = Surroundings()
+THIS_MACHINE = Machine()

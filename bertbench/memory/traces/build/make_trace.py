@@ -19,11 +19,11 @@ from bertbench.memory.traces.build.layers import (
     joined,
     separated,
 )
-from bertbench.memory.traces.build.peaks import find_peaks
+from bertbench.memory.traces.build.peak_search import find_peaks
 from bertbench.memory.traces.build.samples import Sample, StepItem, Steps, UnlikeError, step_items
 from bertbench.memory.traces.build.sites import Sites, find_sites
 from bertbench.memory.traces.build.sizes import find_sizes
-from bertbench.memory.traces.step import layers_of
+from bertbench.memory.traces.step_requests import layers_of
 from bertbench.memory.traces.trace import (
     ALL_LAYERS,
     Allocate,

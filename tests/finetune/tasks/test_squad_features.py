@@ -1,4 +1,4 @@
-"""Tests of finetune.tasks.squad and squad_examples: reading SQuAD files, making features."""
+"""Tests of finetune.tasks.squad_features and squad_examples: questions read, and cut in windows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import InputError
-from finetune.tasks.squad import SquadFeatures, featurize
 from finetune.tasks.squad_examples import (
     BEFORE_WORDS,
     ELSEWHERE,
@@ -24,6 +23,7 @@ from finetune.tasks.squad_examples import (
     SquadParagraph,
     read_squad,
 )
+from finetune.tasks.squad_features import SquadFeatures, featurize
 from finetune.tasks.squad_predictions import AnswerSettings, predict_answers
 from finetune.text.tokenization import UNCASED, Tokenizer, load_tokenizer
 

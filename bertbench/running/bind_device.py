@@ -12,7 +12,7 @@ from bertbench.hardware import tpu
 from bertbench.hardware.accelerators import find_accelerator
 from bertbench.hardware.device import Budget, TpuSettings, check_free, make_budget
 from bertbench.hardware.discover import tpu_device
-from bertbench.memory.allocator.limit import child_environment
+from bertbench.memory.allocator.budget import child_environment
 from bertbench.trials.outcome import classify_error, memory_ran_out, summarise_error
 
 

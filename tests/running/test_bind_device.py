@@ -1,4 +1,4 @@
-"""Tests of bertbench.running.device: the budget of a run, before and after others took memory."""
+"""Tests of bertbench.running.bind_device: a run's budget, before and after others took memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from bertbench.hardware.accelerators import find_accelerator
 from bertbench.hardware.device import Device, TpuSettings, default_budget_bytes, make_budget
-from bertbench.running.device import (
+from bertbench.running.bind_device import (
     is_out_of_device_memory,
     is_out_of_memory,
     shrink_to_free,

@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from bertbench.core.workload import Levers, Setup, Workload
-from bertbench.memory.traces.peaks import candidate_peaks, highest_peak
 from bertbench.memory.traces.trace import (
     ALL_LAYERS,
     BACKWARD,
@@ -33,6 +32,7 @@ from bertbench.memory.traces.trace import (
     StepTrace,
     Term,
 )
+from bertbench.memory.traces.traced_peak import candidate_peaks, highest_peak
 from bertbench.memory.traces.unroll import Section, Unrolled
 
 _CHUNKS = 4

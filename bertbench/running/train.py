@@ -17,7 +17,7 @@ from bertbench.core.progress import progress
 from bertbench.core.terminal import say
 from bertbench.core.workload import TrainingStep
 from bertbench.planning.planner import describe_setting
-from bertbench.running.device import is_out_of_device_memory, is_out_of_memory, summarise
+from bertbench.running.bind_device import is_out_of_device_memory, is_out_of_memory, summarise
 from bertbench.running.listeners import ProgressListener, cloud_copy, event_files, join_listeners
 from bertbench.running.model import Model
 from bertbench.running.predict import Predict, Scoring
@@ -28,7 +28,7 @@ from finetune.storage.folders import FolderLostError
 from finetune.train.evaluation import BEST_FOLDER, Evaluation, best_record, read_eval_log
 from finetune.train.optimization import OptimizerSettings
 from finetune.train.step import Trainer, make_trainer
-from finetune.train.training import (
+from finetune.train.training_loop import (
     LOG_NAME,
     Listener,
     Schedule,

@@ -10,7 +10,7 @@ from bertbench.hardware.device import Budget
 from bertbench.ledger.limit import verdicts
 from bertbench.ledger.question import Question
 from bertbench.memory.prediction import Room, TracePrediction, has_trace
-from bertbench.memory.traces.step import step_requests
+from bertbench.memory.traces.step_requests import step_requests
 from bertbench.probing.search import SearchResult
 from bertbench.trials.trial import Trial
 
@@ -25,20 +25,20 @@ def is_traced(budget: Budget, setup: Setup) -> bool:
     return kind == "cpu" and has_trace(setup, kind)
 
 
-def find_traced_limit(
+def limit_from_trace(
     question: Question, trials: Sequence[Trial], poll: Callable[[], None] = lambda: None
-) -> TracedLimit | None:
+) -> LimitFromTrace | None:
     """Return what tells the limit by the step's trace; None if no exact trace is there.
 
     Args:
         question: whose limit is asked for.
-        trials: see `TracedLimit`.
+        trials: see `LimitFromTrace`.
         poll: called before each replay; what it raises ends the replays and is raised on.
     """
     if not is_traced(question.budget, question.setup):
         return None
     room = Room(question.budget.device.kind, question.budget.budget_bytes)
-    return TracedLimit(TracePrediction(question.setup, room, before_replay=poll), trials)
+    return LimitFromTrace(TracePrediction(question.setup, room, before_replay=poll), trials)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ NO_HOLES = Holes()
 
 
 @dataclasses.dataclass(frozen=True)
-class TracedLimit:
+class LimitFromTrace:
     """A `bertbench.memory.prediction.LimitSource` by a step trace, until a trial refutes the trace.
 
     Attributes:

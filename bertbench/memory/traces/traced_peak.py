@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from bertbench.core.workload import Levers, Setup, TrainingStep, Workload
 from bertbench.memory.traces.archive import read_trace
-from bertbench.memory.traces.step import (
+from bertbench.memory.traces.step_requests import (
     allocated_bytes,
     chunks_of,
     layers_of,

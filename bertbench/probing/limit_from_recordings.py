@@ -15,7 +15,7 @@ from bertbench.probing.search import LARGEST_BATCH
 from finetune.spec.checkpointing import examples_per_chunk
 
 
-class RecordedLimit:
+class LimitFromRecordings:
     """A `bertbench.memory.prediction.LimitSource` by recordings, if there are enough of them.
 
     Attributes:
