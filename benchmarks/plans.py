@@ -117,7 +117,7 @@ def _of_kind(workload: Workload, kind: str) -> tuple[Workload, Levers]:
 def _range_mib(workload: Workload, levers: Levers, target: int) -> tuple[float, float]:
     """The smallest budget for a target, and one in which no lever is needed."""
     smallest = find_min_memory(
-        PlanRequest(target, allowed=[levers]), workload, "cpu", most_replayed=4
+        PlanRequest(target, allowed=[levers]), workload, "cpu", max_replayed=4
     )
     predicted = predict_memory(Setup(workload, levers), Room("cpu", 1 << 40))
     plenty_bytes = round(predicted.peak_bytes(target) * (1.02 + predicted.margin))

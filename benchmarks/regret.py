@@ -80,7 +80,7 @@ def main() -> None:
         rows = _sweep(device, case, workload, target, swept, arguments.sweep)
         if arguments.sweep_only:
             continue
-        smallest = find_min_memory(PlanRequest(target), workload, "cpu", most_replayed=4)
+        smallest = find_min_memory(PlanRequest(target), workload, "cpu", max_replayed=4)
         min_bytes = smallest.budget_bytes
         plenty = Room("cpu", 1 << 40)
         most_bytes = predict_memory(Setup(workload), plenty).peak_bytes(target)

@@ -23,7 +23,7 @@ from reports.report import Report, version
 from reports.runs import Run
 from reports.tables import NOTE, limit_text, system_name
 
-_MOST_ENVIRONMENTS, _MOST_TABLES, _MOST_CELLS, _MOST_TRIALS = 8, 12, 800, 1200
+_MAX_ENVIRONMENTS, _MAX_TABLES, _MAX_CELLS, _MAX_TRIALS = 8, 12, 800, 1200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +99,9 @@ def _values(report: Report, advance: Advance) -> dict[str, Any]:
         "contents": [(name, title) for name, (title, there) in sections.items() if there],
         "environments": [
             _environment(report, environment)
-            for environment in report.environments[:_MOST_ENVIRONMENTS]
+            for environment in report.environments[:_MAX_ENVIRONMENTS]
         ],
-        "more_environments": max(len(report.environments) - _MOST_ENVIRONMENTS, 0),
+        "more_environments": max(len(report.environments) - _MAX_ENVIRONMENTS, 0),
         **_plan_values(report),
         **_limit_values(report),
         "pictures": pictures,
@@ -111,7 +111,7 @@ def _values(report: Report, advance: Advance) -> dict[str, Any]:
         **_cell_values(report),
         "trial_columns": _TRIAL_COLUMNS,
         "trial_rows": list(_trial_rows(report)),
-        "more_trials": len(report.rows) if len(report.rows) > _MOST_TRIALS else 0,
+        "more_trials": len(report.rows) if len(report.rows) > _MAX_TRIALS else 0,
     }
 
 
@@ -151,17 +151,17 @@ def _limit_values(report: Report) -> dict[str, Any]:
             "columns": list(table.frame.columns),
             "rows": list(table.frame.itertuples(index=False)),
         }
-        for table in report.tables[:_MOST_TABLES]
+        for table in report.tables[:_MAX_TABLES]
     ]
     return {
         "tables": tables,
-        "more_tables": max(len(report.tables) - _MOST_TABLES, 0),
+        "more_tables": max(len(report.tables) - _MAX_TABLES, 0),
         "note": NOTE,
     }
 
 
 def _cell_values(report: Report) -> dict[str, Any]:
-    newest = sorted(report.cells, key=lambda cell: -cell.newest.id)[:_MOST_CELLS]
+    newest = sorted(report.cells, key=lambda cell: -cell.newest.id)[:_MAX_CELLS]
     shown = {id(cell) for cell in newest}
     return {
         "cell_columns": _CELL_COLUMNS,
@@ -171,7 +171,7 @@ def _cell_values(report: Report) -> dict[str, Any]:
             for cell in report.cells
             if id(cell) in shown
         ],
-        "more_cells": len(report.cells) if len(report.cells) > _MOST_CELLS else 0,
+        "more_cells": len(report.cells) if len(report.cells) > _MAX_CELLS else 0,
     }
 
 
@@ -337,7 +337,7 @@ _TRIAL_COLUMNS = [
 
 def _trial_rows(report: Report) -> Iterable[list[Entry]]:
     cells = {cell.newest.question: cell for cell in report.cells}
-    for row in reversed(report.rows[-_MOST_TRIALS:]):
+    for row in reversed(report.rows[-_MAX_TRIALS:]):
         cell, trial = cells[row.question], row.trial
         yield [
             Entry(row.time_utc[:19].replace("T", " ")),

@@ -10,7 +10,7 @@ from bertbench.core.workload import Setup
 from bertbench.memory.prediction import Room, predict_memory
 from reports.measured_cells import MeasuredCell
 
-_MOST = 200
+_MAX_TRIALS = 200
 """Number of the newest trials that are predicted; a replay takes some hundredths of a second."""
 
 
@@ -42,7 +42,7 @@ def predict_peaks(cells: Sequence[MeasuredCell]) -> list[PeakPrediction]:
         for row in cell.rows
         if row.trial.outcome == "fits" and row.trial.fresh and row.trial.peak_bytes
     }
-    newest = sorted(trials.values(), key=lambda pair: -pair[0].id)[:_MOST]
+    newest = sorted(trials.values(), key=lambda pair: -pair[0].id)[:_MAX_TRIALS]
     found = []
     for row, cell in newest:
         workload, levers, peak_bytes = cell.workload, cell.levers, row.trial.peak_bytes

@@ -19,10 +19,10 @@ from finetune.spec.config import PRESETS
 from reports.environments import Environment
 from reports.measured_cells import MeasuredCell, model_order
 
-_MOST_ROWS = 400
+_MAX_ROWS = 400
 """Number of the newest trials that calibrate a plan: of its own workload, and of others."""
 
-_MOST_PLANS = 12
+_MAX_PLANS = 12
 _TPU = "tpu-v2-8"
 """The TPU of the catalogue that a TPU in a ledger is planned as."""
 
@@ -88,7 +88,7 @@ def recommend_plans(cells: Sequence[MeasuredCell], target_batch: int) -> list[Re
             newest[key] = max(cell, newest.get(key, cell), key=lambda c: c.newest.id)
     for some in rows.values():
         some.sort(key=lambda row: row.id)
-    wanted = sorted(newest.values(), key=lambda cell: -cell.newest.id)[:_MOST_PLANS]
+    wanted = sorted(newest.values(), key=lambda cell: -cell.newest.id)[:_MAX_PLANS]
     found = [
         _plan(cell.workload, cell, rows[cell.environment], target_batch)
         for cell in wanted
@@ -116,7 +116,7 @@ def _plan(
     usable = [row for row in rows if row.trial.outcome != "failed"]
     own = [row for row in usable if row.question.workload == key]
     others = [row for row in usable if row.question.workload != key]
-    known = [*others[-_MOST_ROWS:], *own[-_MOST_ROWS:]]
+    known = [*others[-_MAX_ROWS:], *own[-_MAX_ROWS:]]
     try:
         calibration = calibrate(known, workload, rates, environment.kind)
         plan = make_plan(PlanRequest(target_batch), workload, device, calibration)

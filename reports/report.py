@@ -25,7 +25,7 @@ from reports.recommendations import Recommendation, recommend_plans
 from reports.runs import Run
 from reports.tables import Table, count_cells, published_tables
 
-_MOST_LIMITS, _MOST_STEPS = 4, 3
+_MAX_LIMITS, _MAX_STEPS = 4, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +124,9 @@ class Report:
         # The largest ones have most to decide.
         largest = sorted(
             plans, key=lambda p: (p.workload.config.hidden_size, p.workload.seq_len), reverse=True
-        )[:_MOST_STEPS]
+        )[:_MAX_STEPS]
         found = [
-            *[one for one in limits if one is not None][:_MOST_LIMITS],
+            *[one for one in limits if one is not None][:_MAX_LIMITS],
             throughput_picture(self.cells, self.names),
             footprint_picture(self.recommendations, self.names),
             *(front_picture(one, self.names[one.environment]) for one in largest),

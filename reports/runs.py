@@ -19,7 +19,7 @@ from finetune.storage.json_files import JsonLines, load_json_lines, warn_of_dama
 
 TRAIN_LOG, EVAL_LOG = "train_log.jsonl", "eval_log.jsonl"
 _STEP_COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "seconds")
-_MOST = 1e15
+_MAX_NUMBER = 1e15
 _NO_SCORES = {
     "best_step", "global_step", "micro_batch", "skipped_answers", "total", "train_loss",
     "train_seconds", "weights_step",
@@ -126,7 +126,7 @@ def _read_lines(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         numbers = {
             clean_text(name): float(v)  # a column's name must not have half of a surrogate pair
             for name, v in values.items()
-            if isinstance(v, (int, float)) and abs(v) <= _MOST
+            if isinstance(v, (int, float)) and abs(v) <= _MAX_NUMBER
         }
         if set(columns) <= numbers.keys():
             found.append(numbers)

@@ -19,7 +19,7 @@ from reports.runs import Run
 from reports.tables import NOTE, PUBLISHED, SYSTEM, Table, limit_text, system_name
 
 _BAR_COLUMNS = 18
-_MOST_LINES = 40
+_MAX_LINES = 40
 
 
 def show_report(report: Report) -> None:
@@ -35,14 +35,14 @@ def show_report(report: Report) -> None:
     errors = describe_errors(report.predictions)
     if errors:
         console.print(f"\n{errors}")
-    for cell in report.failed[:_MOST_LINES]:
+    for cell in report.failed[:_MAX_LINES]:
         trial = cell.newest.trial
         console.print(
             f"failed: {system_name(cell.model)} {cell.newest.seq_len} {cell.levers_text}, "
             f"{cell.task}, {report.names[cell.environment]}, batch {trial.batch}: {trial.message}",
             soft_wrap=True,
         )
-    _print_more(console, len(report.failed) - _MOST_LINES, "failed cells")
+    _print_more(console, len(report.failed) - _MAX_LINES, "failed cells")
     _show_runs(console, report.runs)
 
 
@@ -86,7 +86,7 @@ def _in_lines(table: Table) -> pd.DataFrame:
 def _show_bars(console: Console, report: Report) -> None:
     """Print examples a second at the largest batch, a table for each task and place."""
     timed = [(cell, rate) for cell in report.cells if (rate := cell.examples_per_second)]
-    newest = sorted(timed, key=lambda pair: -pair[0].newest.id)[:_MOST_LINES]
+    newest = sorted(timed, key=lambda pair: -pair[0].newest.id)[:_MAX_LINES]
     shown_ids = {id(cell) for cell, _ in newest}
     groups: dict[str, list[tuple[MeasuredCell, float]]] = {}
     for cell, rate in timed:

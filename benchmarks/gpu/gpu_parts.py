@@ -24,7 +24,7 @@ from bertbench.memory.traced_footprint import traced_footprint
 from bertbench.memory.traces.step_requests import trace_of
 from bertbench.planning.planner import Plan, make_plan
 from bertbench.planning.requests import PlanRequest, attached_device
-from bertbench.probing.search import LARGEST_BATCH, SearchResult, find_max_batch
+from bertbench.probing.search import MAX_PROBED_BATCH, SearchResult, find_max_batch
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import POLICIES, Checkpointing
@@ -130,7 +130,7 @@ def limit_on_capped_cpu(budget: Budget, workload: Workload, levers: Levers) -> i
     if trace_of(setup) is None:
         return None
     room = Room(budget.device.kind, budget.budget_bytes)
-    return TracePrediction(setup, room).max_micro_batch(LARGEST_BATCH)
+    return TracePrediction(setup, room).max_micro_batch(MAX_PROBED_BATCH)
 
 
 def peak_on_capped_cpu(

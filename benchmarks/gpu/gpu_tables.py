@@ -14,7 +14,7 @@ from bertbench.hardware.device import Budget
 from bertbench.ledger.database import Ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import find, read_rows
-from bertbench.planning.planner import Plan, describe_entry, describe_setting
+from bertbench.planning.planner import Plan, describe_planned_step, describe_setting
 
 Row = dict[str, Any]
 
@@ -96,7 +96,7 @@ def plan_row(target: int, budget: Budget, plan: Plan | None, ledger: Ledger) -> 
     trial = plan_timing(plan, budget).answers(ledger).get(chosen.step.micro_batch)
     return {
         **row,
-        "plan": describe_entry(chosen),
+        "plan": describe_planned_step(chosen),
         "predicted_peak_bytes": chosen.footprint.peak_bytes,
         "predicted_step_seconds": chosen.predicted_step_seconds,
         "outcome": trial.outcome if trial else None,

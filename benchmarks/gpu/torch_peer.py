@@ -21,7 +21,7 @@ from bertbench.core.workload import published_workload
 from finetune.storage.json_files import json_text
 
 _STEPS = 4
-_LARGEST = 4096
+_MAX_BATCH = 4096
 
 
 def main() -> None:
@@ -108,7 +108,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seq_len": arguments.seq_len,
         "attention": arguments.attention,
         "checkpointing": arguments.checkpointing,
-        "max_batch": largest_passing(fits, at_most=_LARGEST) if on_gpu else None,
+        "max_batch": largest_passing(fits, at_most=_MAX_BATCH) if on_gpu else None,
         "examples_per_second": rates,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

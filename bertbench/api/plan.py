@@ -12,7 +12,7 @@ from bertbench.api.results import Result
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Workload
 from bertbench.hardware.device import Budget
-from bertbench.planning.planner import Plan, describe_entry
+from bertbench.planning.planner import Plan, describe_planned_step
 from bertbench.planning.requests import PlanRequest
 from bertbench.planning.workload_plans import plan_workload
 from finetune.errors import InputError
@@ -34,20 +34,20 @@ class PlanResult(Result):
         return (
             f"{plan.workload.model}, sequence length {plan.workload.seq_len}, effective batch "
             f"{plan.target_batch}, in {format_bytes(plan.budget_bytes)} on {plan.device}: "
-            f"{describe_entry(chosen)}"
+            f"{describe_planned_step(chosen)}"
         )
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each setting, the fastest first."""
         return [
             {
-                "chosen": entry is self.plan.chosen,
-                "micro_batch": entry.step.micro_batch,
-                **entry.step.levers.to_json(),
-                "predicted_peak_bytes": entry.footprint.peak_bytes,
-                "predicted_step_seconds": entry.predicted_step_seconds,
+                "chosen": planned is self.plan.chosen,
+                "micro_batch": planned.step.micro_batch,
+                **planned.step.levers.to_json(),
+                "predicted_peak_bytes": planned.footprint.peak_bytes,
+                "predicted_step_seconds": planned.predicted_step_seconds,
             }
-            for entry in (self.plan.chosen, *self.plan.alternatives)
+            for planned in (self.plan.chosen, *self.plan.alternatives)
         ]
 
 

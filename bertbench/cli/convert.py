@@ -11,7 +11,7 @@ import click
 
 from bertbench.cli.options.common import (
     CONTEXT,
-    MOST_SEED,
+    MAX_SEED,
     PathName,
     Whole,
     json_option,
@@ -90,7 +90,7 @@ def command() -> None:
 )
 @click.option(
     "--seed",
-    type=Whole(-MOST_SEED, MOST_SEED),
+    type=Whole(-MAX_SEED, MAX_SEED),
     default=SEED,
     show_default=True,
     help="Seed for the order and the sample.",

@@ -44,7 +44,7 @@ from bertbench.hardware.device import Budget
 from bertbench.hardware.discover import resolve_devices
 from bertbench.ledger.database import default_ledger_path, open_ledger
 from bertbench.planning.min_memory import MinMemory
-from bertbench.planning.planner import Plan, describe_entry
+from bertbench.planning.planner import Plan, describe_planned_step
 from bertbench.planning.requests import (
     PlannedDevice,
     PlanRequest,
@@ -140,7 +140,7 @@ def command(
         target_batch,
         None if checkpointing is None else [parse_checkpointing(checkpointing)],
         allowed_levers(precision, optimizer, placement, allow),
-        offload_if_needed=placement is None,
+        host_if_needed=placement is None,
         ledger_file=ledger_file,
     )
     single = model is not None and seq_len is not None
@@ -176,7 +176,7 @@ def _check_min_memory(given: dict[str, bool], gpu: str | None) -> None:
     if gpu is not None and gpu.lower() != "all":
         raise InputError(
             f"--min-memory does not go with --gpu {gpu}",
-            hint="leave --gpu out; --min-memory shows which cards are large enough",
+            hint="leave --gpu out; --min-memory shows which GPUs are large enough",
         )
 
 
@@ -301,7 +301,7 @@ def _verified(
             ),
             Budget(device.attached, device.budget_bytes),
             ledger,
-            on_attempt=lambda tried: say(f"trying {describe_entry(tried.chosen)}"),
+            on_attempt=lambda tried: say(f"trying {describe_planned_step(tried.chosen)}"),
         )
     return plan, [*refuted, trial]
 

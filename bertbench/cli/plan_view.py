@@ -14,7 +14,7 @@ from bertbench.core.workload import Levers, Workload
 from bertbench.hardware.accelerators import Accelerator, gpus_with, match_accelerator
 from bertbench.hardware.tensorflow_support import TENSORFLOW
 from bertbench.planning.min_memory import MinMemory
-from bertbench.planning.planner import Plan, PlanEntry, describe_split
+from bertbench.planning.planner import Plan, PlannedStep, describe_split
 from bertbench.planning.requests import PlannedDevice
 from bertbench.planning.workload_plans import NoPlan
 from bertbench.trials.trial import Trial
@@ -56,19 +56,19 @@ def _on_host(levers: Levers) -> str:
     return " + host" if levers.placement == "host" else ""
 
 
-def _row(entry: PlanEntry, marks: _Marks) -> tuple[str, ...]:
-    levers = entry.step.levers
+def _row(planned: PlannedStep, marks: _Marks) -> tuple[str, ...]:
+    levers = planned.step.levers
     steps = levers.accumulation_steps
     return (
-        str(entry.step.micro_batch),
+        str(planned.step.micro_batch),
         str(steps),
         f"{levers.checkpointing}{marks.star(levers)}{_on_host(levers)}",
-        format_bytes(entry.footprint.peak_bytes),
-        f"{entry.predicted_step_seconds:.3g} s",
+        format_bytes(planned.footprint.peak_bytes),
+        f"{planned.predicted_step_seconds:.3g} s",
     )
 
 
-_TITLES = ("micro-batch", "count", "checkpointing", "peak", "time/batch")
+_TITLES = ("micro-batch", "accum", "checkpointing", "peak", "time/batch")
 
 
 def _table(*first: str) -> Table:
@@ -96,8 +96,8 @@ def show_plan(plan: Plan, *, explain: bool = False, trials: Sequence[Trial] = ()
     )
     table, marks = _table(""), _Marks()
     table.add_row("chosen", *_row(plan.chosen, marks))
-    for entry in plan.alternatives[:6]:
-        table.add_row("smaller", *_row(entry, marks))
+    for planned in plan.alternatives[:6]:
+        table.add_row("smaller", *_row(planned, marks))
     console.print(table)
     _print_notes(console, marks, [plan], on_host=False)
     padding = plan.chosen.rows - plan.target_batch
@@ -163,10 +163,10 @@ def _duration(seconds: float) -> str:
 _BAR_COLUMNS = 42
 
 
-def show_parts(entry: PlanEntry, budget_bytes: int) -> None:
+def show_parts(planned: PlannedStep, budget_bytes: int) -> None:
     """Show the footprint as bars, a line for each part, from 0 bytes to the budget."""
     console = terminal()
-    footprint = entry.footprint
+    footprint = planned.footprint
     console.print(
         f"{format_bytes(footprint.peak_bytes)} of {format_bytes(budget_bytes)} at the peak, in the "
         f"{footprint.phase}",
@@ -216,8 +216,8 @@ def show_accelerators(
         soft_wrap=True,
     )
     table, marks = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0)), _Marks()
-    for title in ("card", "memory", "batch", "count", "checkpointing", "peak", "time"):
-        left = title in ("card", "checkpointing")
+    for title in ("accelerator", "memory", "batch", "accum", "checkpointing", "peak", "time"):
+        left = title in ("accelerator", "checkpointing")
         table.add_column(title, justify="left" if left else "right", no_wrap=True)
     plans = {a: answer for a, answer in answers.items() if isinstance(answer, Plan)}
     for accelerator, plan in plans.items():
@@ -238,8 +238,8 @@ def _print_notes(
     """Print what a reader must know of the plans in a table."""
     for note in (*marks.notes(), *_unmeasured(plans)):
         console.print(note, soft_wrap=True)
-    products = {plan.device: match_accelerator(plan.device) for plan in plans}
-    _print_cautions(console, [found for found in products.values() if found is not None])
+    accelerators = {plan.device: match_accelerator(plan.device) for plan in plans}
+    _print_cautions(console, [found for found in accelerators.values() if found is not None])
     if on_host and any(_on_host(plan.chosen.step.levers) for plan in plans):
         console.print("host: the optimizer's state is in the host's memory")
 
@@ -249,11 +249,11 @@ def show_min_memory(target_batch: int, found: Sequence[MinMemory]) -> None:
     console = terminal()
     console.print(f"smallest memory for an effective batch of {target_batch}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    for title in ("model", "seq", "memory", "micro-batch", "count", "checkpointing", "card"):
-        left = title in ("model", "checkpointing", "card")
+    for title in ("model", "seq", "memory", "micro-batch", "accum", "checkpointing", "GPU"):
+        left = title in ("model", "checkpointing", "GPU")
         table.add_column(title, justify="left" if left else "right", no_wrap=True)
     for smallest in found:
-        step, cards = smallest.step, gpus_with(smallest.on_gpu_bytes)
+        step, gpus = smallest.step, gpus_with(smallest.on_gpu_bytes)
         table.add_row(
             step.workload.model,
             str(step.workload.seq_len),
@@ -261,39 +261,39 @@ def show_min_memory(target_batch: int, found: Sequence[MinMemory]) -> None:
             str(step.micro_batch),
             str(step.levers.accumulation_steps),
             str(step.levers.checkpointing),
-            cards[0].name if cards else "none",
+            gpus[0].name if gpus else "none",
         )
     console.print(table)
 
 
-def show_catalogue(products: Sequence[Accelerator], refused: Mapping[str, float]) -> None:
+def show_catalogue(accelerators: Sequence[Accelerator], refused: Mapping[str, float]) -> None:
     """Show the accelerators of the catalogue, a line for each, under the names of generations.
 
     Args:
-        products: the accelerators, those of a generation one after the other.
+        accelerators: the accelerators, those of a generation one after the other.
         refused: GPUs that TensorFlow has no kernels for, with their compute capability.
     """
     console = terminal()
     table = Table(box=None, pad_edge=False)
     for title in ("name", "memory", "usable", "float32", "bandwidth"):
         table.add_column(title, justify="left" if title == "name" else "right", no_wrap=True)
-    for generation, group in itertools.groupby(products, key=lambda product: product.generation):
+    for generation, group in itertools.groupby(accelerators, key=lambda one: one.generation):
         members = list(group)
         if table.row_count:
             table.add_row()
         table.add_row(_heading(generation, members))
-        for product in members:
-            many = f"{product.replicas} x " if product.replicas > 1 else ""
+        for accelerator in members:
+            many = f"{accelerator.replicas} x " if accelerator.replicas > 1 else ""
             table.add_row(
-                f"  {product.name}",
-                f"{many}{product.memory_bytes // GIB_BYTES} GiB",
-                format_bytes(product.usable_bytes),
-                f"{product.flops_per_second / 1e12:,.1f} TFLOP/s",
-                f"{product.bytes_per_second / 1e9:,.0f} GB/s",
+                f"  {accelerator.name}",
+                f"{many}{accelerator.memory_bytes // GIB_BYTES} GiB",
+                format_bytes(accelerator.usable_bytes),
+                f"{accelerator.flops_per_second / 1e12:,.1f} TFLOP/s",
+                f"{accelerator.bytes_per_second / 1e9:,.0f} GB/s",
             )
     console.print(table)
     console.print("Of a TPU: each of its devices, and the rate of bfloat16.")
-    _print_cautions(console, products)
+    _print_cautions(console, accelerators)
     names = ", ".join(f"{name} ({capability})" for name, capability in refused.items())
     console.print(f"{TENSORFLOW} has no kernels for these, which are refused: {names}.")
 
@@ -304,11 +304,11 @@ def _heading(generation: str, members: Sequence[Accelerator]) -> str:
     return " ".join([generation, ", ".join(map(str, capabilities))]).strip()
 
 
-def _print_cautions(console: Console, products: Iterable[Accelerator]) -> None:
-    """Print, once each, why TensorFlow may not run on some products."""
+def _print_cautions(console: Console, accelerators: Iterable[Accelerator]) -> None:
+    """Print, once each, why TensorFlow may not run on some accelerators."""
     named: dict[str, list[str]] = {}
-    for product in products:
-        if product.caution is not None:
-            named.setdefault(product.caution, []).append(product.name)
+    for accelerator in accelerators:
+        if accelerator.caution is not None:
+            named.setdefault(accelerator.caution, []).append(accelerator.name)
     for caution, names in named.items():
         console.print(f"{', '.join(names)}: {caution}.")

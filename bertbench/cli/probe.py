@@ -13,7 +13,7 @@ import click
 from bertbench.cli.options.common import (
     BATCH,
     CONTEXT,
-    MOST_SECONDS,
+    MAX_SECONDS,
     REPLICAS,
     FiniteFloat,
     MemorySize,
@@ -36,7 +36,7 @@ from bertbench.core.errors import WorkError
 from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.core.terminal import say
 from bertbench.core.units import format_bytes
-from bertbench.core.workload import MOST_BATCH, Levers, Setup
+from bertbench.core.workload import MAX_BATCH, Levers, Setup
 from bertbench.hardware.device import Budget, Device, TpuSettings
 from bertbench.hardware.discover import resolve_device, tpu_device
 from bertbench.hardware.lock import devices_held
@@ -107,10 +107,10 @@ _BESIDE_CHECK = ("checked_file", "ledger_file", "json_file", "share", "trial_tim
     help="Where the optimizer's state is.",
 )
 @click.option("--xla", is_flag=True, help="Compile the step with XLA.")
-@click.option("--max-batch", type=Whole(1, MOST_BATCH), help="Look no further than this batch.")
+@click.option("--max-batch", type=Whole(1, MAX_BATCH), help="Look no further than this batch.")
 @click.option(
     "--trial-timeout",
-    type=FiniteFloat(1, MOST_SECONDS),
+    type=FiniteFloat(1, MAX_SECONDS),
     metavar="SECONDS",
     help="Kill a trial that takes longer. Default: ten times what the others let expect, at "
     "least 15 minutes.",

@@ -18,7 +18,7 @@ _UNITS = {
     "t": 1 << 40, "tib": 1 << 40, "tb": 10**12,
 }  # fmt: skip
 
-_MOST_BYTES = 1 << 60
+_MAX_BYTES = 1 << 60
 
 
 def parse_bytes(text: str) -> int:
@@ -31,7 +31,7 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2].lower() not in _UNITS:
         raise InputError(f"{text!r} is not a memory size", hint="write it like 12GiB or 11430MiB")
     size = float(match[1]) * _UNITS[match[2].lower()]
-    if size > _MOST_BYTES:
+    if size > _MAX_BYTES:
         raise InputError(f"{text[:40]!r} is more than any memory", hint="write it like 12GiB")
     size_bytes = int(size)
     if size_bytes < MIB_BYTES:

@@ -17,10 +17,10 @@ from finetune.spec.precisions import EXACT_PRECISION, PRECISIONS
 from finetune.spec.step_settings import ModelSpec, StepSettings
 from finetune.storage.json_files import build, get_whole, json_text, parse_json
 
-MOST_BATCH = 1 << 20
+MAX_BATCH = 1 << 20
 """Largest batch that is accepted; BERT has been trained with 2 ** 16 (You et al. 2020, "LAMB")."""
 
-_MOST_LABELS = 1 << 20
+_MAX_LABELS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Workload:
         """Refuse a workload that no graph could be built for."""
         if self.head not in HEADS:
             raise InputError(f"unknown task head {self.head!r}", hint=f"use {' or '.join(HEADS)}")
-        if not 1 <= self.num_labels <= _MOST_LABELS:
-            raise InputError(f"{self.num_labels:,} labels; a classifier has 1 to {_MOST_LABELS:,}")
+        if not 1 <= self.num_labels <= _MAX_LABELS:
+            raise InputError(f"{self.num_labels:,} labels; a classifier has 1 to {_MAX_LABELS:,}")
         if not 1 <= self.seq_len <= self.config.max_position_embeddings:
             raise InputError(
                 f"sequence length {self.seq_len} is outside 1 to "
@@ -212,7 +212,7 @@ def levers_from_json(values: dict[str, Any]) -> Levers:
         if not isinstance(chosen["checkpointing"], str):
             raise InputError(f"{chosen['checkpointing']!r} is not a checkpointing policy")
         chosen["checkpointing"] = parse_checkpointing(chosen["checkpointing"])
-    get_whole(chosen, "accumulation_steps", 1, MOST_BATCH, default=1)
+    get_whole(chosen, "accumulation_steps", 1, MAX_BATCH, default=1)
     levers = build(Levers, chosen)
     for kind, name, known_names in (
         ("optimizer", levers.optimizer, OPTIMIZERS),

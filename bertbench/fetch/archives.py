@@ -30,7 +30,7 @@ SUMS_FILE = "SHA256SUMS"
 
 _CHUNK_BYTES = 1 << 20
 
-_MOST_RATIO = 100
+_MAX_RATIO = 100
 _ALWAYS_BYTES = 64 * MIB_BYTES
 """An archive may unpack to this many times its size, and always to this many bytes. Text is
 compressed to a fifth of its size; an archive of zeros, made to fill a disk, to a thousandth."""
@@ -38,7 +38,7 @@ compressed to a fifth of its size; an archive of zeros, made to fill a disk, to 
 _HEADER_BYTES = 512
 """Bytes that each file counts in addition to its content, so that empty files are limited too."""
 
-_LARGEST_READ_BYTES = 16 * MIB_BYTES
+_MAX_READ_BYTES = 16 * MIB_BYTES
 
 _COMPRESSIONS: Mapping[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
@@ -93,7 +93,7 @@ def unpack(archive: Path, folder: Path) -> None:
             a path outside of the folder, a link or a device.
     """
     size_bytes = archive.stat().st_size
-    left_bytes = max(_ALWAYS_BYTES, _MOST_RATIO * size_bytes)
+    left_bytes = max(_ALWAYS_BYTES, _MAX_RATIO * size_bytes)
     inner = folder.with_name(f"{folder.name}-{archive.stem}")
     inner.mkdir()
     try:
@@ -250,7 +250,7 @@ class _BoundedReader:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= _LARGEST_READ_BYTES:
+        if not 0 <= size <= _MAX_READ_BYTES:
             raise ArchiveError(f"has a damaged header, which asks for {size:,} bytes")
         return self._file.read(size)
 
@@ -290,7 +290,7 @@ def _write(name: str, opener: _Opener | None, folder: Path, left_bytes: int) -> 
 
 
 def _too_much() -> ArchiveError:
-    return ArchiveError(f"unpacks to more than {_MOST_RATIO} times its own size")
+    return ArchiveError(f"unpacks to more than {_MAX_RATIO} times its own size")
 
 
 def _lines(path: Path) -> list[str]:

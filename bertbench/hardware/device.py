@@ -9,7 +9,7 @@ from typing import Any
 from bertbench.core.units import GIB_BYTES, MIB_BYTES, format_bytes
 from bertbench.hardware.host import host_memory
 from finetune.errors import InputError
-from finetune.storage.json_files import MOST_WHOLE, build, get_whole, json_text
+from finetune.storage.json_files import MAX_WHOLE, build, get_whole, json_text
 
 GPU_CONTEXT_RESERVE_BYTES = 600 * MIB_BYTES
 """Bytes of a GPU that the default budget leaves free. The CUDA context and the workspaces of
@@ -212,7 +212,7 @@ def budget_from_json(values: dict[str, Any]) -> Budget:
     Raises:
         InputError: the values are not those of a budget.
     """
-    size_bytes = get_whole(values, "budget_bytes", 1, MOST_WHOLE)
+    size_bytes = get_whole(values, "budget_bytes", 1, MAX_WHOLE)
     return Budget(device_from_json(values.get("device", {})), size_bytes)
 
 

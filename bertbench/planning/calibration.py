@@ -36,7 +36,7 @@ from finetune.errors import InputError
 _MIN_TRIALS = 4
 """Fewest trials that the speed of a device is taken from; the margin needs twice as many."""
 
-_MOST_TRIALS = 400
+_MAX_TRIALS = 400
 """Most trials of other workloads that are read, the newest first."""
 
 _MIN_MARGIN = 0.01
@@ -45,7 +45,9 @@ _CLEARLY_MORE = 1.1
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-    """What trials have shown of one setting of a workload, each in a process of its own.
+    """What trials have shown of one setting (levers and micro-batch) of a workload.
+
+    Each trial ran in a process of its own.
 
     Attributes:
         fits_bytes: budgets in which the setting has fitted.
@@ -165,7 +167,7 @@ def read_calibration(
         if not ledger_exists(path):
             return Calibration()
         with read_ledger(path) as ledger:
-            rows = read_device_rows(ledger, device, versions_key(), workload, _MOST_TRIALS)
+            rows = read_device_rows(ledger, device, versions_key(), workload, _MAX_TRIALS)
     except InputError as error:
         if ledger_file is not None:
             raise

@@ -1,4 +1,4 @@
-"""All lever settings that a target batch can be reached with."""
+"""All settings that a target batch can be reached with."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from finetune.spec.checkpointing import NO_CHECKPOINTING, POLICIES, Checkpointin
 
 
 def all_policies(layers: int) -> list[Checkpointing]:
-    """Checkpointing to choose from: no policy, one, or two next to each other in bytes.
+    """Checkpointing to choose from: one policy for all layers, or one for the first layers only.
 
-    Layers are alike, so that only the number under each policy matters. Of a single layer under the
-    first policy there are no step traces.
+    Layers are alike, so only the number of layers under each policy matters. The first policy of
+    two has at least two layers, because no step trace is for one.
+
+    Example:
+        >>> [str(policy) for policy in all_policies(2)]
+        ['none', 'selective', 'full', 'nested']
     """
     return [
         NO_CHECKPOINTING,
@@ -32,8 +36,8 @@ def all_policies(layers: int) -> list[Checkpointing]:
     ]
 
 
-def all_settings(request: PlanRequest, workload: Workload) -> list[Levers]:
-    """All combinations that a request allows, with one micro-batch."""
+def all_levers(request: PlanRequest, workload: Workload) -> list[Levers]:
+    """All levers that a request allows, with accumulation_steps 1; `cuts` has the others."""
     policies = request.policies
     if policies is None:
         policies = all_policies(workload.config.num_hidden_layers)
@@ -45,9 +49,14 @@ def all_settings(request: PlanRequest, workload: Workload) -> list[Levers]:
 
 
 def cuts(target_batch: int) -> list[tuple[int, int]]:
-    """Micro-batches and their numbers that reach a target, without needless rows.
+    """All cuts of a target batch: pairs of a micro-batch size and a number of micro-batches.
 
-    They need not divide it: 32 may run as 3 x 11, with one row that pads.
+    The size need not divide the target. The last micro-batch then has rows of padding, as few as
+    this number of micro-batches allows: 7 examples may run as 2 micro-batches of 4 rows.
+
+    Example:
+        >>> cuts(7)
+        [(7, 1), (4, 2), (3, 3), (2, 4), (1, 7)]
     """
     micro_batches = {math.ceil(target_batch / steps) for steps in range(1, target_batch + 1)}
     return [(size, math.ceil(target_batch / size)) for size in sorted(micro_batches, reverse=True)]

@@ -15,7 +15,7 @@ from bertbench.memory.prediction import (
     note_other_tensorflow,
     predict_memory,
 )
-from bertbench.planning.candidates import all_settings, cuts
+from bertbench.planning.candidates import all_levers, cuts
 from bertbench.planning.requests import PlanRequest
 from finetune.spec.checkpointing import POLICIES, Checkpointing
 
@@ -58,7 +58,7 @@ def find_min_memory(
     device_kind: str,
     *,
     replicas: int = 1,
-    most_replayed: int | None = None,
+    max_replayed: int | None = None,
 ) -> MinMemory:
     """Find the smallest budget for a target batch.
 
@@ -68,8 +68,8 @@ def find_min_memory(
         workload: what is trained.
         device_kind: `cpu`, `gpu` or `tpu`.
         replicas: devices that share the target; the budget is that of each.
-        most_replayed: settings that are replayed at most, those with the smallest peaks; None for
-            all.
+        max_replayed: number of settings that are replayed, those with the smallest predicted
+            peaks; None for all.
     """
     if device_kind != "tpu":
         note_other_tensorflow()
@@ -78,13 +78,13 @@ def find_min_memory(
     share = math.ceil(request.target_batch / replicas)
     steps = [
         Setup(workload, dataclasses.replace(levers, accumulation_steps=count)).step(micro_batch)
-        for levers in all_settings(request, workload)
+        for levers in all_levers(request, workload)
         for micro_batch, count in cuts(share)
     ]
     room = Room(device_kind, 0, replicas=replicas)
     peaks = [(predict_memory(s.setup, room).peak_bytes(s.micro_batch), s) for s in steps]
     best: MinMemory | None = None
-    for peak_bytes, step in sorted(peaks, key=lambda peak: peak[0])[:most_replayed]:
+    for peak_bytes, step in sorted(peaks, key=lambda peak: peak[0])[:max_replayed]:
         if best is not None:
             below = Room(device_kind, best.budget_bytes - MIB_BYTES, replicas=replicas)
             if peak_bytes > below.budget_bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from bertbench.core.workload import MOST_BATCH, Levers, levers_from_json
+from bertbench.core.workload import MAX_BATCH, Levers, levers_from_json
 from finetune.errors import InputError
 from finetune.storage.json_files import get_whole, load_object
 
@@ -13,8 +13,15 @@ _HINT = "make one with `bertbench plan --json FILE`"
 
 
 @dataclasses.dataclass(frozen=True)
-class PlannedSetting:
-    """What `run` needs of a plan file; see `bertbench.planning.planner.PlanEntry`."""
+class PlanFile:
+    """What `run` needs of a plan file.
+
+    Attributes:
+        target_batch: effective batch.
+        micro_batch: rows of each micro-batch.
+        levers: lever settings, with the number of accumulation steps.
+        replicas: devices that share the effective batch.
+    """
 
     target_batch: int
     micro_batch: int
@@ -22,7 +29,7 @@ class PlannedSetting:
     replicas: int
 
 
-def read_plan(path: Path) -> PlannedSetting:
+def read_plan(path: Path) -> PlanFile:
     """Read a plan file.
 
     Raises:
@@ -37,11 +44,11 @@ def read_plan(path: Path) -> PlannedSetting:
     if not isinstance(chosen, dict):
         raise InputError("not a plan (no setting is chosen)", path=path, hint=_HINT)
     try:
-        planned = PlannedSetting(
-            get_whole(values, "target_batch", 1, MOST_BATCH),
-            get_whole(chosen, "micro_batch", 1, MOST_BATCH),
+        planned = PlanFile(
+            get_whole(values, "target_batch", 1, MAX_BATCH),
+            get_whole(chosen, "micro_batch", 1, MAX_BATCH),
             levers_from_json(chosen),
-            get_whole(chosen, "replicas", 1, MOST_BATCH, default=1),
+            get_whole(chosen, "replicas", 1, MAX_BATCH, default=1),
         )
     except InputError as error:
         raise InputError(f"not a plan ({error})", path=path, hint=_HINT) from error

@@ -1,4 +1,4 @@
-"""The fastest lever setting that fits: micro-batch, accumulation and checkpointing per layer.
+"""The fastest setting that fits: micro-batch, accumulation steps and checkpointing per layer.
 
 It decides from the predicted memory and the predicted seconds alone, in well under a second.
 """
@@ -16,25 +16,25 @@ from bertbench.hardware.step_time import predict_step_seconds
 from bertbench.memory.footprint import Footprint
 from bertbench.memory.prediction import MemoryPrediction, note_other_tensorflow, predict_memory
 from bertbench.planning.calibration import Calibration
-from bertbench.planning.candidates import all_settings, cuts
+from bertbench.planning.candidates import all_levers, cuts
 from bertbench.planning.min_memory import MinMemory, find_min_memory
 from bertbench.planning.requests import PlannedDevice, PlanRequest
 from finetune.errors import InputError
 from finetune.spec.optimizers import OPTIMIZERS
 
-_MOST_REJECTIONS = 20
+_MAX_REJECTIONS = 20
 _REPLAYED_FOR_MESSAGE = 4
-"""Settings that are replayed to say how much memory is missing: exact enough for a message."""
+"""Settings that are replayed to say how much memory is missing; a message needs no more."""
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanEntry:
-    """A training step for a target batch, with what is predicted of it.
+class PlannedStep:
+    """A setting of a plan: a training step for a target batch, with what is predicted of it.
 
     Attributes:
-        step: the training step of each replica; rows of padding are examples of it too.
+        step: the training step of each replica. Its micro-batches hold the rows of padding too.
         footprint: predicted peak of each replica by part.
-        predicted_step_seconds: of one effective batch.
+        predicted_step_seconds: seconds of one optimizer step.
         replicas: devices that share the effective batch.
     """
 
@@ -88,7 +88,7 @@ class Plan:
         chosen: the fastest setting that fits.
         alternatives: slower settings that need less, each at least a tenth less than the one
             before it.
-        rejected: faster settings that do not fit, in the order of the bytes that they miss.
+        rejected: faster settings that do not fit. That which misses the fewest bytes is first.
         timed_trials: trials on the device that its speed was taken from; 0 for none.
     """
 
@@ -97,8 +97,8 @@ class Plan:
     budget_bytes: int
     device: str
     device_kind: str
-    chosen: PlanEntry
-    alternatives: tuple[PlanEntry, ...]
+    chosen: PlannedStep
+    alternatives: tuple[PlannedStep, ...]
     rejected: tuple[Rejection, ...]
     timed_trials: int = 0
 
@@ -114,7 +114,7 @@ class Plan:
             "device_kind": self.device_kind,
             "timed_trials": self.timed_trials,
             "chosen": self.chosen.to_json(),
-            "alternatives": [entry.to_json() for entry in self.alternatives],
+            "alternatives": [planned.to_json() for planned in self.alternatives],
             "rejected": [rejection.to_json() for rejection in self.rejected],
         }
 
@@ -160,7 +160,7 @@ def make_plan(
 
     found = choose(request)
     one_gpu = device.kind == "gpu" and device.replicas == 1
-    if found is None and request.offload_if_needed and one_gpu:
+    if found is None and request.host_if_needed and one_gpu:
         # The last resort, because what it costs depends on the host as well.
         request = _with_levers(request, placement="host")
         found = choose(request)
@@ -173,8 +173,8 @@ def make_plan(
         device.budget_bytes,
         device.name,
         device.kind,
-        _entry(chosen, device, replayed=True),
-        tuple(_entry(candidate, device, replayed=False) for candidate in alternatives),
+        _planned_step(chosen, device, replayed=True),
+        tuple(_planned_step(candidate, device, replayed=False) for candidate in alternatives),
         tuple(rejected),
         calibration.trials,
     )
@@ -188,7 +188,7 @@ def _with_levers(request: PlanRequest, **values: Any) -> PlanRequest:
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A training step with what is predicted of it."""
+    """A setting that the planner compares with others."""
 
     step: TrainingStep
     memory: MemoryPrediction
@@ -204,13 +204,14 @@ class _Candidate:
 def _candidates(
     request: PlanRequest, workload: Workload, device: PlannedDevice, calibration: Calibration
 ) -> list[_Candidate]:
-    """All settings with all cuts of a replica's share of the target, the fastest first.
+    """All settings that reach the target batch, the fastest first.
 
-    Of equal seconds first what gives the published update, then what needs fewer bytes.
+    Of two with equal seconds, that with the published update is first; of these, that with the
+    smaller peak.
     """
     room = device.room(calibration.margin)
     candidates = []
-    for levers in all_settings(request, workload):
+    for levers in all_levers(request, workload):
         for micro_batch, count in cuts(math.ceil(request.target_batch / device.replicas)):
             setup = Setup(workload, dataclasses.replace(levers, accumulation_steps=count))
             step, memory = setup.step(micro_batch), predict_memory(setup, room)
@@ -226,12 +227,12 @@ _Found = tuple[_Candidate, list[_Candidate], list[Rejection]]
 def _choose(
     candidates: Sequence[_Candidate], device: PlannedDevice, calibration: Calibration
 ) -> _Found | None:
-    """Take the first that fits.
+    """Take the first candidate that is known or predicted to fit.
 
     Returns:
-        Three values: the first candidate that fits; slower ones that need clearly less memory than
-        any faster one; and of the faster ones those that need the fewest bytes too many. None if
-        nothing fits.
+        None if there is none, else three values. The first candidate that fits. Slower candidates,
+        each of which needs clearly less memory than any faster one. Why faster candidates do not
+        fit, for those that miss the fewest bytes.
     """
     rejected: list[tuple[int, Rejection]] = []
     for number, candidate in enumerate(candidates):
@@ -242,7 +243,7 @@ def _choose(
             fits = candidate.memory.fits(step.micro_batch)
         if fits:
             rejected.sort(key=lambda pair: pair[0])
-            nearest = [rejection for _, rejection in rejected[:_MOST_REJECTIONS]]
+            nearest = [rejection for _, rejection in rejected[:_MAX_REJECTIONS]]
             return candidate, _front(candidates[number:]), nearest
         why = "ran out of memory before" if known is False else _why_too_large(candidate)
         rejected.append((candidate.missing_bytes, Rejection(step, why)))
@@ -252,7 +253,7 @@ def _choose(
 def _known_to_fit(
     step: TrainingStep, device: PlannedDevice, calibration: Calibration
 ) -> bool | None:
-    """What trials have shown; None if nothing."""
+    """Whether trials have shown that a step fits, or that it does not; None if neither."""
     if device.replicas > 1:
         return None  # There is more to hold than a trial on one device has shown.
     return calibration.fits(step.levers, step.micro_batch, device.available_bytes)
@@ -268,7 +269,7 @@ def _why_too_large(candidate: _Candidate) -> str:
 
 
 def _front(candidates: Sequence[_Candidate]) -> list[_Candidate]:
-    """Settings that need clearly fewer bytes than any faster one, from the first on."""
+    """Candidates after the first, each with a peak a tenth below that of any faster one."""
     front = []
     smallest_bytes = candidates[0].peak_bytes
     for candidate in candidates[1:]:
@@ -278,10 +279,10 @@ def _front(candidates: Sequence[_Candidate]) -> list[_Candidate]:
     return front
 
 
-def _entry(candidate: _Candidate, device: PlannedDevice, *, replayed: bool) -> PlanEntry:
+def _planned_step(candidate: _Candidate, device: PlannedDevice, *, replayed: bool) -> PlannedStep:
     step = candidate.step
     footprint = candidate.memory.footprint(step.micro_batch, replayed=replayed)
-    return PlanEntry(step, footprint, candidate.seconds, device.replicas)
+    return PlannedStep(step, footprint, candidate.seconds, device.replicas)
 
 
 def _nothing_fits(request: PlanRequest, workload: Workload, device: PlannedDevice) -> InputError:
@@ -290,7 +291,7 @@ def _nothing_fits(request: PlanRequest, workload: Workload, device: PlannedDevic
 
     def smallest(request: PlanRequest, replicas: int = device.replicas) -> MinMemory:
         return find_min_memory(
-            request, workload, device.kind, replicas=replicas, most_replayed=_REPLAYED_FOR_MESSAGE
+            request, workload, device.kind, replicas=replicas, max_replayed=_REPLAYED_FOR_MESSAGE
         )
 
     def enough(request: PlanRequest, replicas: int = device.replicas) -> bool:
@@ -321,10 +322,10 @@ def _nothing_fits(request: PlanRequest, workload: Workload, device: PlannedDevic
     )
 
 
-def describe_entry(entry: PlanEntry) -> str:
-    """Write a plan's setting as `3 micro-batches of 11, checkpointing full`, with its replicas."""
-    share = f"{entry.replicas} replicas, each " if entry.replicas > 1 else ""
-    return share + describe_setting(entry.step)
+def describe_planned_step(planned: PlannedStep) -> str:
+    """Write a setting of a plan: `2 replicas, each 3 micro-batches of 11, checkpointing full`."""
+    share = f"{planned.replicas} replicas, each " if planned.replicas > 1 else ""
+    return share + describe_setting(planned.step)
 
 
 def describe_setting(step: TrainingStep) -> str:

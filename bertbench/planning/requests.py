@@ -25,7 +25,7 @@ class PlanRequest:
         policies: checkpointing policies to choose from; None for all.
         allowed: the other levers to choose from, which the device must support, see
             `check_request`; only exact ones by default.
-        offload_if_needed: whether the optimizer's state of a single GPU may be kept in the host's
+        host_if_needed: whether the optimizer's state of a single GPU may be kept in the host's
             memory if nothing fits otherwise.
         ledger_file: ledger with trials that plans for an attached device learn from; None takes
             the user's.
@@ -34,7 +34,7 @@ class PlanRequest:
     target_batch: int
     policies: Sequence[Checkpointing] | None = None
     allowed: Sequence[Levers] = (Levers(),)
-    offload_if_needed: bool = True
+    host_if_needed: bool = True
     ledger_file: Path | None = None
 
 

@@ -11,7 +11,7 @@ from bertbench.memory.limit_search import largest_batch
 from bertbench.memory.traces.loops import Recorded
 from bertbench.probing.evidence import Evidence
 from bertbench.probing.extrapolation import extrapolate
-from bertbench.probing.search import LARGEST_BATCH
+from bertbench.probing.search import MAX_PROBED_BATCH
 from finetune.spec.checkpointing import examples_per_chunk
 
 
@@ -53,7 +53,7 @@ class LimitFromRecordings:
                 functools.partial(extrapolation.replay, memory=self.memory),
                 self.memory.total_bytes,
                 begin=extrapolation.batch,
-                at_most=LARGEST_BATCH,
+                at_most=MAX_PROBED_BATCH,
                 fitting=fitting,
                 known_up_to=extrapolation.largest,
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.core.workload import (
-    MOST_BATCH,
+    MAX_BATCH,
     Setup,
     levers_from_json,
     published_workload,
@@ -16,7 +16,7 @@ from bertbench.core.workload import (
 from bertbench.hardware.device import Device, device_from_json
 from bertbench.trials.trial import Trial, trial_from_json
 from finetune.errors import InputError
-from finetune.storage.json_files import MOST_WHOLE, get_whole, load_object
+from finetune.storage.json_files import MAX_WHOLE, get_whole, load_object
 
 _HINT = "give a file of `bertbench probe --json`"
 
@@ -68,7 +68,7 @@ def read_probe_file(path: Path) -> ProbeFile:
     try:
         return ProbeFile(
             device_from_json(device),
-            get_whole(device, "budget_bytes", 1, MOST_WHOLE),
+            get_whole(device, "budget_bytes", 1, MAX_WHOLE),
             {str(name): str(text) for name, text in _object(versions or {}).items()},
             tuple(map(_cell, cells)),
         )
@@ -80,7 +80,7 @@ def _cell(raw: object) -> CellRecord:
     values = _object(raw)
     workload = published_workload(
         str(values.get("model")),
-        get_whole(values, "seq_len", 1, MOST_WHOLE),
+        get_whole(values, "seq_len", 1, MAX_WHOLE),
         str(values.get("head")),
     )
     trials = values.get("trials") or []
@@ -103,7 +103,7 @@ def _certificate(raw: object) -> tuple[Trial | None, Trial] | None:
 
 def _trial(raw: object) -> Trial:
     values = _object(raw)
-    get_whole(values, "batch", 1, MOST_BATCH)
+    get_whole(values, "batch", 1, MAX_BATCH)
     return trial_from_json(values)
 
 

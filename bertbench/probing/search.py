@@ -19,7 +19,7 @@ from bertbench.ledger.limit import Limit, contradictions, find_limit, verdicts
 from bertbench.memory.prediction import LimitSource, MemoryPrediction
 from bertbench.trials.trial import Trial
 
-LARGEST_BATCH = 1 << 16
+MAX_PROBED_BATCH = 1 << 16
 """No batch above this is tried, even when nothing limits it."""
 
 # After so many guesses the device is not as regular as guessing supposes: halve what is left.
@@ -133,7 +133,7 @@ def find_max_batch(
     Returns:
         The result, with all evidence.
     """
-    cap = LARGEST_BATCH if max_batch is None else max_batch
+    cap = MAX_PROBED_BATCH if max_batch is None else max_batch
     if cap < 1:
         raise ValueError(f"max_batch must be at least 1, not {max_batch}")
     trials = [t for t in known if t.outcome != "failed" and t.batch <= cap]
@@ -235,7 +235,7 @@ class _Search:
         error_bytes = peaks[max(peaks)] - formula.peak_bytes(max(peaks)) if peaks else 0
         usable_bytes = self.budget_bytes - error_bytes
         return largest_passing(
-            lambda batch: formula.peak_bytes(batch) <= usable_bytes, at_most=LARGEST_BATCH
+            lambda batch: formula.peak_bytes(batch) <= usable_bytes, at_most=MAX_PROBED_BATCH
         )
 
 

@@ -11,7 +11,7 @@ from bertbench.core.workload import Levers, Setup, TrainingStep, Workload, check
 from bertbench.hardware.accelerators import check_levers
 from bertbench.planning.calibration import Calibration, read_calibration
 from bertbench.planning.plan_file import read_plan
-from bertbench.planning.planner import Plan, describe_entry, make_plan
+from bertbench.planning.planner import Plan, describe_planned_step, make_plan
 from bertbench.planning.requests import PlanRequest, attached_device
 from bertbench.running.output.steps_down import apply_steps_down
 from bertbench.running.settings import RunRequest, RunSettings
@@ -51,7 +51,7 @@ def _first_choice(request: RunRequest, workload: Workload) -> TrainingStep:
         return _insisted_step(request, workload, settings.micro_batch)
     chosen = plan_run(request, workload).chosen
     say(
-        f"plan: {describe_entry(chosen)}, predicted peak "
+        f"plan: {describe_planned_step(chosen)}, predicted peak "
         f"{format_bytes(chosen.footprint.peak_bytes)} of "
         f"{format_bytes(request.budget.budget_bytes)}"
     )
@@ -82,7 +82,7 @@ def plan_run(
         settings.train_batch_size,
         None if settings.checkpointing is None else [settings.checkpointing],
         settings.allowed,
-        offload_if_needed=not settings.insist_placement,
+        host_if_needed=not settings.insist_placement,
     )
     return make_plan(wanted, workload, device, calibration, below_bytes=below_bytes)
 

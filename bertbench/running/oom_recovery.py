@@ -19,7 +19,7 @@ from bertbench.core.units import format_bytes
 from bertbench.core.workload import TrainingStep
 from bertbench.hardware.step_time import device_rates
 from bertbench.planning.calibration import note_out_of_memory, read_calibration
-from bertbench.planning.planner import PlanEntry, describe_setting
+from bertbench.planning.planner import PlannedStep, describe_setting
 from bertbench.running.choose_plan import plan_run
 from bertbench.running.output.run_record import add_step_down
 from bertbench.running.output.steps_down import StepDown, predicted_peak_bytes, read_steps_down
@@ -27,7 +27,7 @@ from bertbench.running.settings import RunRequest
 from finetune.errors import InputError
 
 _FIRST_REDUCTION = 0.01
-_LARGEST_REDUCTION = 0.1
+_MAX_REDUCTION = 0.1
 """The part by which the predicted peak of the next step is to be smaller. After the first
 out-of-memory any smaller peak will do. After the second it is the first reduction, which doubles
 with each further one up to the largest. Where no step needs so much less, any smaller peak will
@@ -56,13 +56,13 @@ def step_down(request: RunRequest, failed: TrainingStep, error: OutOfMemoryError
             f"{error}; step {error.step} is saved: give a smaller --micro_batch, or none, and the "
             "same command continues"
         ) from error
-    entry = _next_entry(request, failed)
-    if entry is None:
+    planned = _next_planned_step(request, failed)
+    if planned is None:
         raise WorkError(
             f"{error}, and no setting needs less; step {error.step} is saved: with more memory the "
             "same command continues"
         ) from error
-    smaller = entry.step
+    smaller = planned.step
     down = StepDown(
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
         budget.device.name,
@@ -76,12 +76,12 @@ def step_down(request: RunRequest, failed: TrainingStep, error: OutOfMemoryError
     raise SteppedDownError(
         f"{error}; continuing from step {error.step} with "
         f"{describe_setting(smaller)}, predicted peak "
-        f"{format_bytes(entry.footprint.peak_bytes)}",
+        f"{format_bytes(planned.footprint.peak_bytes)}",
         settings.output_dir,
     ) from error
 
 
-def _next_entry(request: RunRequest, failed: TrainingStep) -> PlanEntry | None:
+def _next_planned_step(request: RunRequest, failed: TrainingStep) -> PlannedStep | None:
     """The fastest setting that needs less and is not known to fail; None if there is none."""
     settings, budget, workload = request.settings, request.budget, failed.workload
     # The update must stay the same one, so only the levers that do not change it are free.
@@ -95,7 +95,7 @@ def _next_entry(request: RunRequest, failed: TrainingStep) -> PlanEntry | None:
     earlier = [down for down in recorded if down.applies_to(failed, request)]
     reduction = 0.0
     if earlier:
-        reduction = min(_FIRST_REDUCTION * 2 ** (len(earlier) - 1), _LARGEST_REDUCTION)
+        reduction = min(_FIRST_REDUCTION * 2 ** (len(earlier) - 1), _MAX_REDUCTION)
     for below_bytes in dict.fromkeys((int((1 - reduction) * failed_bytes), failed_bytes)):
         try:
             return plan_run(same_update, workload, failures, below_bytes).chosen

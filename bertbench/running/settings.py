@@ -38,7 +38,7 @@ class RunSettings:
         micro_batch: micro-batch to train with instead of planning; None leaves it open.
         allowed: precisions and optimizers to choose from; with `micro_batch` the first is taken.
         insist_placement: keep the optimizer's state where `allowed` has it; False lets a plan
-            offload it.
+            move it to the host's memory.
         resume: continue an interrupted run; False refuses a folder that holds one.
         evaluate_every_steps: optimizer steps between evaluations while training; None for none.
         early_stopping_patience: see `finetune.train.evaluation.Evaluation`.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from bertbench.core.workload import MOST_BATCH
+from bertbench.core.workload import MAX_BATCH
 from bertbench.trials.outcome import Outcome, recorded_outcome, shorten
 from finetune.errors import InputError
 from finetune.storage.json_files import build
@@ -67,7 +67,7 @@ def trial_from_json(values: Mapping[str, Any]) -> Trial:
     """
     trial = build(Trial, values)
     sizes = (trial.peak_bytes, trial.process_peak_bytes, trial.step_seconds, trial.seconds)
-    if not 1 <= trial.batch <= MOST_BATCH or not all(
+    if not 1 <= trial.batch <= MAX_BATCH or not all(
         size is None or 0 <= size < math.inf for size in sizes
     ):
         raise InputError(f"a number of the trial of batch {trial.batch} is out of range")

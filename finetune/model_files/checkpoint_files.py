@@ -29,8 +29,8 @@ _FIRST_PART = re.compile(r"(.+)\.data-00000-of-([0-9]{5})")
 _OWN = re.compile(rf"{re.escape(PREFIX)}([0-9]{{1,18}})")
 _NUMBERED = re.compile(r"(.*?)-?([0-9]*)")
 _NAMED = re.compile(rb'^\s*model_checkpoint_path\s*:\s*"((?:[^"\\\n]|\\.)+)"', re.MULTILINE)
-_MOST_STATE_BYTES = 1 << 20
-_MOST_SHOWN = 100
+_MAX_STATE_BYTES = 1 << 20
+_MAX_SHOWN = 100
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -53,7 +53,7 @@ def preferred_checkpoints(folder: Path) -> list[Path]:
     if not found and name in whole:
         found = [name]
     if named is not None and found and not _agrees(folder, named, found[0]):
-        what = f"names {named[:_MOST_SHOWN]!r}" if named else "cannot be read"
+        what = f"names {named[:_MAX_SHOWN]!r}" if named else "cannot be read"
         _logger.warning("%s %s: using %s", folder / STATE_FILE, what, found[0])
     return [folder / name for name in found]
 
@@ -118,7 +118,7 @@ def _read_state(folder: Path) -> str | None:
         return "" if os.path.lexists(path) else None
     try:
         with path.open("rb") as file:
-            match = _NAMED.search(file.read(_MOST_STATE_BYTES))
+            match = _NAMED.search(file.read(_MAX_STATE_BYTES))
     except OSError:
         return ""
     return "" if match is None else match[1].decode("utf-8", "replace")

@@ -20,8 +20,8 @@ _LIMIT_BYTES = 64 << 20
 _FOOTER_BYTES = 48
 _MAGIC = 0xDB4775248B80FB57
 _TRAILER_BYTES = 5  # kind of compression, and the checksum
-_MOST_SHARDS = 10_000
-_MOST_DIMENSIONS = 254
+_MAX_SHARDS = 10_000
+_MAX_DIMENSIONS = 254
 
 # Bytes of one number of each type, by the type's number in TensorFlow's `types.proto`. A text has
 # no fixed size.
@@ -207,7 +207,7 @@ def _shards(header: bytes) -> int:
             shards = _whole(value)
         elif field == 2 and value:
             raise _DamageError("the checkpoint is of a machine with another order of bytes")
-    if not 1 <= shards <= _MOST_SHARDS:
+    if not 1 <= shards <= _MAX_SHARDS:
         raise _DamageError(f"the index names {shards} data files")
     return shards
 
@@ -240,7 +240,7 @@ def _shape(message: int | bytes) -> tuple[int, ...]:
             for inner, number in _fields(_message(value)):
                 size = _whole(number) if inner == 1 else size
             sizes.append(size)
-    if len(sizes) > _MOST_DIMENSIONS or any(size >= 1 << 63 for size in sizes):
+    if len(sizes) > _MAX_DIMENSIONS or any(size >= 1 << 63 for size in sizes):
         raise _DamageError("a tensor has a shape that none can have")
     return tuple(sizes)
 

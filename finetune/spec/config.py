@@ -35,11 +35,11 @@ TARGET_NAMES: Mapping[str, tuple[str, ...]] = {
 
 
 # Many of TensorFlow's kernels count the rows of a matrix in 32 bits.
-_MOST_SIZE = 2**31 - 1
-_MOST_LAYERS = 1000
+_MAX_SIZE = 2**31 - 1
+_MAX_LAYERS = 1000
 
 # A hundred times the largest BERT (Shoeybi et al. 2019, "Megatron-LM": 3.9 billion).
-_MOST_PARAMETERS = 400 * 10**9
+_MAX_PARAMETERS = 400 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class BertConfig:
             # To Python, true is also an int.
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{field} must be a positive integer, not {value!r}")
-            most = _MOST_LAYERS if field == "num_hidden_layers" else _MOST_SIZE
+            most = _MAX_LAYERS if field == "num_hidden_layers" else _MAX_SIZE
             if value > most:
                 raise InputError(f"{field} is {value:,}, and at most {most:,} can be built")
         if self.hidden_size % self.num_attention_heads:
@@ -94,10 +94,10 @@ class BertConfig:
             )
         layer = 4 * self.hidden_size + 2 * self.intermediate_size
         rows = self.vocab_size + self.max_position_embeddings + self.num_hidden_layers * layer
-        if rows * self.hidden_size > _MOST_PARAMETERS:
+        if rows * self.hidden_size > _MAX_PARAMETERS:
             raise InputError(
                 f"a model of {rows * self.hidden_size:,} parameters, and at most "
-                f"{_MOST_PARAMETERS:,} can be built"
+                f"{_MAX_PARAMETERS:,} can be built"
             )
         if self.hidden_act not in ACTIVATIONS:
             raise InputError(

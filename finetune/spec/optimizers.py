@@ -18,9 +18,10 @@ models for which 16 bytes a parameter are too many:
   the learning rate, up or down. Its authors advise a learning rate 3 to 10 times smaller than
   AdamW's and a weight decay that many times larger.
 
-Offload: the optimizer's state may be kept in the host's memory while the model is on a GPU. The
-host then computes the same update: 4 bytes for each parameter cross the bus in each direction, and
-AdamW takes 8 bytes of the device for each parameter instead of 16.
+Placement: the optimizer's state is on the device, or in the host's memory while the model is on a
+GPU (also known as offloading). The host then computes the same update. 4 bytes for each parameter
+cross the bus in each direction, and AdamW takes 8 bytes of the device for each parameter instead of
+16.
 """
 
 from __future__ import annotations

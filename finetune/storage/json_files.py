@@ -23,14 +23,14 @@ from finetune.storage.files import DATA_LIMIT_BYTES, decode_utf8, read_bytes
 OWN_LIMIT_BYTES = 64 << 20
 """Largest file of settings or results."""
 
-MOST_WHOLE = 2**63 - 1
+MAX_WHOLE = 2**63 - 1
 """Largest integer that is read; SQLite, NumPy and TensorFlow hold no larger one."""
 
 LargeIntegers = Literal["refuse", "float", "keep"]
 """What to do with a larger integer."""
 
-_MOST_DEPTH = 100
-_MOST_DIGITS = 1000
+_MAX_DEPTH = 100
+_MAX_DIGITS = 1000
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def parse_json(text: str, *, finite: bool = True, large_integers: LargeIntegers 
 
 def _whole(digits: str) -> int:
     # Python refuses more than 4,300 digits with a message about its own settings.
-    if len(digits) > 20 or abs(number := int(digits)) > MOST_WHOLE:
+    if len(digits) > 20 or abs(number := int(digits)) > MAX_WHOLE:
         raise ValueError(f"the number {digits[:20]}... is beyond 64 bits")
     return number
 
@@ -72,8 +72,8 @@ def _whole_or_float(digits: str) -> int | float:
 
 
 def _any_whole(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
-        raise ValueError(f"the number {digits[:20]}... has more than {_MOST_DIGITS:,} digits")
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"the number {digits[:20]}... has more than {_MAX_DIGITS:,} digits")
     return int(digits)
 
 
@@ -94,7 +94,7 @@ def _refuse(name: str) -> NoReturn:
 def _check_depth(value: Any) -> None:
     """Refuse values nested so deeply that Python could not always write or compare them."""
     level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(_MOST_DEPTH):
+    for _ in range(_MAX_DEPTH):
         inner: list[Any] = []
         for node in level:
             inner += node.values() if isinstance(node, dict) else node
@@ -282,7 +282,7 @@ def _fits(value: Any, wanted: tuple[Any, ...]) -> bool:
     if isinstance(value, bool):
         return bool in wanted
     if isinstance(value, int):
-        return (int in wanted or float in wanted) and abs(value) <= MOST_WHOLE
+        return (int in wanted or float in wanted) and abs(value) <= MAX_WHOLE
     return isinstance(value, wanted)
 
 

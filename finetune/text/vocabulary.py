@@ -16,7 +16,7 @@ from finetune.storage.json_files import OWN_LIMIT_BYTES, load_object
 _logger = logging.getLogger(__name__)
 
 _HINT = "use the vocabulary that came with the model"
-_MOST_IDS = 2**31 - 1
+_MAX_IDS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def check_id(token: str, number: object, path: Path) -> int:
         InputError: the id is not valid, or UTF-8 cannot hold the token.
     """
     # To Python, true is also an int.
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < _MOST_IDS:
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < _MAX_IDS:
         raise InputError(f"the id of {token!r} is {number!r}, not a row's number", path=path)
     if not token.isascii() and any("\ud800" <= char <= "\udfff" for char in token):
         raise InputError(f"the token {token!r} is not Unicode text", path=path)

@@ -16,7 +16,7 @@ import dataclasses
 import tensorflow as tf
 
 INITIAL_SCALE = 2.0**15
-LARGEST_SCALE = 2.0**24
+MAX_SCALE = 2.0**24
 UPDATES_BEFORE_GROWTH = 2000
 
 
@@ -50,7 +50,7 @@ def adjust(loss_scale: LossScale, finite: tf.Tensor) -> None:
     """
     scale, updates = loss_scale.scale.read_value(), loss_scale.updates.read_value() + 1
     grows = updates >= UPDATES_BEFORE_GROWTH
-    larger = tf.where(grows, tf.minimum(2.0 * scale, LARGEST_SCALE), scale)
+    larger = tf.where(grows, tf.minimum(2.0 * scale, MAX_SCALE), scale)
     # Assign by the handles, as to weights: every replica makes the same change to its own copy.
     for variable, value in (
         (loss_scale.scale, tf.where(finite, larger, tf.maximum(0.5 * scale, 1.0))),

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Setup
 from bertbench.memory.prediction import has_trace
-from bertbench.planning.planner import Plan, PlanEntry, describe_setting
+from bertbench.planning.planner import Plan, PlannedStep, describe_setting
 from reports.environments import Environment
 from reports.pictures.figures import INK, Picture, add_legend, look_of, panels
 from reports.pictures.timeline import step_timeline
@@ -101,8 +101,8 @@ def _plan_name(recommendation: Recommendation, plan: Plan) -> str:
     return f"{system_name(workload.model)} {workload.seq_len}\n{_setting(plan.chosen)}"
 
 
-def _setting(entry: PlanEntry) -> str:
-    text = describe_setting(entry.step)
+def _setting(planned: PlannedStep) -> str:
+    text = describe_setting(planned.step)
     return text.replace("checkpointing ", "")
 
 
@@ -118,8 +118,8 @@ def front_picture(recommendation: Recommendation, where: str) -> Picture | None:
 
     def draw() -> Figure:
         figure, (axis,) = panels(1)
-        entries = [plan.chosen, *plan.alternatives]
-        points = [(e.footprint.peak_bytes / MIB_BYTES, e.predicted_step_seconds) for e in entries]
+        steps = [plan.chosen, *plan.alternatives]
+        points = [(e.footprint.peak_bytes / MIB_BYTES, e.predicted_step_seconds) for e in steps]
         look, wall = look_of(0), look_of(5).color
         axis.step(*zip(*points, strict=True), where="pre", color=look.color, linewidth=1.0)
         axis.plot(*zip(*points[1:], strict=True), "o", color=look.color, markerfacecolor="none",
@@ -134,8 +134,8 @@ def front_picture(recommendation: Recommendation, where: str) -> Picture | None:
         axis.annotate(_setting(plan.chosen), (x, y), xytext=(0, -8), fontsize=7.5,
                       textcoords="offset points", ha=beside, va="top")  # fmt: skip
         labels: list[tuple[float, float, float]] = []  # left, right and height
-        for entry, (x, y) in zip(entries[1:], points[1:], strict=True):
-            text = _setting(entry)
+        for planned, (x, y) in zip(steps[1:], points[1:], strict=True):
+            text = _setting(planned)
             width = _CHARACTER * right * (len(text) + 2)
             # Above the line, which goes to the right from every point.
             to_the_right = x < width or x + width < right

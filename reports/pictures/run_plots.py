@@ -16,7 +16,7 @@ from finetune.tasks.squad_metrics import QuestionScores, precision_recall, score
 from reports.pictures.figures import INK, Picture, add_legend, look_of, panels
 from reports.runs import Run, prediction_files
 
-_MOST_RUNS = 8
+_MAX_RUNS = 8
 _DRAWN = 800
 _METRICS = ("f1", "exact_match", "accuracy", "matthews", "pearson")
 """Metrics by priority: the first that a run has is drawn."""
@@ -27,7 +27,7 @@ _SMOOTHED = 40
 
 def training_picture(runs: Sequence[Run]) -> Picture | None:
     """Draw loss and scores of runs by optimizer step."""
-    shown = [run for run in runs if len(run.steps) > 1][:_MOST_RUNS]
+    shown = [run for run in runs if len(run.steps) > 1][:_MAX_RUNS]
     if not shown:
         return None
     there = {

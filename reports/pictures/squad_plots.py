@@ -15,7 +15,7 @@ from finetune.errors import InputError
 from finetune.tasks.squad_metrics import PrecisionRecall, QuestionScores, precision_recall
 
 # Sums and differences of axes stay finite.
-_LARGEST_DRAWN = 1e300
+_MAX_DRAWN = 1e300
 
 
 def average_precisions(scores: QuestionScores) -> dict[str, PrecisionRecall]:
@@ -43,7 +43,7 @@ def draw_pictures(scores: QuestionScores, folder: Path) -> list[Path]:
         InputError: the odds are beyond what can be drawn.
     """
     largest = float(np.abs(scores.no_answer_odds).max())
-    if largest > _LARGEST_DRAWN:
+    if largest > _MAX_DRAWN:
         raise InputError(
             f"null odds of {largest:g} cannot be drawn", hint="leave out --out_image_dir"
         )

@@ -20,8 +20,8 @@ from reports.peak_predictions import PeakPrediction
 from reports.pictures.figures import INK, Look, Picture, add_legend, look_of, panels
 from reports.tables import system_name
 
-_MOST_PANELS = 6
-_MOST_SETTINGS = 8
+_MAX_PANELS = 6
+_MAX_SETTINGS = 8
 
 
 def limits_picture(cells: Sequence[MeasuredCell], where: str) -> Picture | None:
@@ -32,16 +32,16 @@ def limits_picture(cells: Sequence[MeasuredCell], where: str) -> Picture | None:
         where: name of the environment and the task.
     """
     known = [cell for cell in cells if cell.max_batch is not None and cell.is_of_search]
-    models = sorted({cell.model for cell in known}, key=model_order)[-_MOST_PANELS:]
+    models = sorted({cell.model for cell in known}, key=model_order)[-_MAX_PANELS:]
     settings = sorted({(levers_order(c.levers), c.levers_text) for c in known})
-    looks = {name: look_of(number) for number, (_, name) in enumerate(settings[:_MOST_SETTINGS])}
+    looks = {name: look_of(number) for number, (_, name) in enumerate(settings[:_MAX_SETTINGS])}
     if not models:
         return None
     caption = "Filled marks are certified: the next batch runs out of memory in a fresh process."
     if any(cell.max_batch == 0 for cell in known):
         caption += " 0 is drawn at the bottom."
-    if len(settings) > _MOST_SETTINGS or len({cell.model for cell in known}) > _MOST_PANELS:
-        caption += f" The first {_MOST_SETTINGS} settings of the largest {_MOST_PANELS} models."
+    if len(settings) > _MAX_SETTINGS or len({cell.model for cell in known}) > _MAX_PANELS:
+        caption += f" The first {_MAX_SETTINGS} settings of the largest {_MAX_PANELS} models."
 
     def draw(columns: int = 2) -> Figure:
         figure, axes = panels(len(models), columns)
@@ -136,7 +136,7 @@ def throughput_picture(
     timed = [cell for cell in cells if len(cell.rates) >= 2]
     if not timed:
         return None
-    chosen = sorted(timed, key=lambda cell: (-len(cell.rates), -cell.newest.id))[:_MOST_PANELS]
+    chosen = sorted(timed, key=lambda cell: (-len(cell.rates), -cell.newest.id))[:_MAX_PANELS]
     # Two points say little beside a curve of many.
     chosen = [cell for cell in chosen if 2 * len(cell.rates) >= len(chosen[0].rates)]
     chosen.sort(key=lambda c: (model_order(c.model), c.newest.seq_len, c.levers_text))

@@ -13,7 +13,7 @@ from helpers.source_tree import SourceTree, write_source_tree
 from helpers.wings import ROWS
 
 README = REPOSITORY / "README.md"
-MOST_README_LINES = 120
+MAX_README_LINES = 120
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(p for p in (REPOSITORY / "docs").rglob("*.md"))])
 _FOLDER = re.compile(r"^### ([\w/]+)$", re.MULTILINE)
 _MODULE = re.compile(r"^- `(\w+\.py)`: \S.*$", re.MULTILINE)
@@ -113,7 +113,7 @@ def test_flags_on_a_page_are_flags_of_a_program(page: Path) -> None:
 
 
 def test_the_readme_ends_by_its_second_page() -> None:
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= MOST_README_LINES
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= MAX_README_LINES
 
 
 def test_the_readmes_test_command_lints_and_checks_types_too() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from helpers.source_tree import SourceTree, write_source_tree
 
-MOST_MODULES = 12
-MOST_LINES = 80
-MOST_PARAMETERS = 7
+MAX_MODULES = 12
+MAX_LINES = 80
+MAX_PARAMETERS = 7
 
 
 def module_counts(source: SourceTree) -> dict[str, int]:
@@ -73,17 +73,17 @@ def _functions_in(
 
 
 def test_a_folder_holds_few_modules(repository: SourceTree) -> None:
-    assert above(MOST_MODULES, module_counts(repository), {}) == []
+    assert above(MAX_MODULES, module_counts(repository), {}) == []
 
 
 def test_functions_are_short(repository: SourceTree) -> None:
     lines = function_lines(repository)
-    assert above(MOST_LINES, lines, {}) == []
+    assert above(MAX_LINES, lines, {}) == []
 
 
 def test_functions_take_few_parameters(repository: SourceTree) -> None:
     counts = parameter_counts(repository)
-    assert above(MOST_PARAMETERS, counts, {}) == []
+    assert above(MAX_PARAMETERS, counts, {}) == []
 
 
 def test_modules_are_counted_by_folder(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_an_archive_of_far_more_than_its_size_is_refused(
     for archive in (fits, tar):
         with pytest.raises(ArchiveError, match="more than 100 times its own size"):
             unpack(archive, tmp_path / "out")
-    monkeypatch.setattr("bertbench.fetch.archives._MOST_RATIO", 10)
+    monkeypatch.setattr("bertbench.fetch.archives._MAX_RATIO", 10)
     names = make_tar(tmp_path / "y.tar.gz", *(member(str(n)) for n in range(9000)), text=b"")
     with pytest.raises(ArchiveError, match="more than 10 times its own size"):
         unpack(names, tmp_path / "out2")

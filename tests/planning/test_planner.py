@@ -25,7 +25,7 @@ from bertbench.hardware.step_time import gpu_rates, predict_step_seconds
 from bertbench.memory.prediction import Room, predict_memory
 from bertbench.planning.candidates import cuts
 from bertbench.planning.min_memory import find_min_memory
-from bertbench.planning.plan_file import PlannedSetting, read_plan
+from bertbench.planning.plan_file import PlanFile, read_plan
 from bertbench.planning.planner import (
     Plan,
     make_plan,
@@ -235,7 +235,7 @@ def test_plan_file_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan.to_json()))
     chosen = plan.chosen
-    assert read_plan(path) == PlannedSetting(32, chosen.step.micro_batch, chosen.step.levers, 1)
+    assert read_plan(path) == PlanFile(32, chosen.step.micro_batch, chosen.step.levers, 1)
     values = plan.to_json()
     for replicas, reached in ((2, True), (1, False), (0, False)):
         values["target_batch"], values["chosen"]["replicas"] = 64, replicas
@@ -348,9 +348,9 @@ def test_the_host_takes_the_optimizers_state_where_nothing_else_fits() -> None:
     workload = published_workload("bert-large", 384)
     rates = gpu_rates(find_accelerator("gtx-1050-ti"))
 
-    def plan(gibibytes: float, kind: str, offload_if_needed: bool = True) -> Plan:
+    def plan(gibibytes: float, kind: str, host_if_needed: bool = True) -> Plan:
         return make_plan(
-            PlanRequest(24, offload_if_needed=offload_if_needed),
+            PlanRequest(24, host_if_needed=host_if_needed),
             workload,
             PlannedDevice("a card", kind, int(gibibytes * GIB_BYTES), rates),
         )
@@ -359,7 +359,7 @@ def test_the_host_takes_the_optimizers_state_where_nothing_else_fits() -> None:
     with pytest.raises(InputError, match="does not fit"):
         plan(3.5, "cpu")
     with pytest.raises(InputError, match="does not fit"):
-        plan(3.5, "gpu", offload_if_needed=False)
+        plan(3.5, "gpu", host_if_needed=False)
     chosen = plan(3.5, "gpu").chosen
     assert chosen.step.levers.placement == "host"
     assert chosen.step.levers.exact

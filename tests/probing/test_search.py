@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bertbench.core.bisection import largest_passing
 from bertbench.probing.search import (
-    LARGEST_BATCH,
+    MAX_PROBED_BATCH,
     Measure,
     Predictions,
     SearchResult,
@@ -198,7 +198,7 @@ def test_any_monotone_device_gives_its_true_limit(
     def measure(batches: Sequence[int], fresh: bool) -> list[Trial]:
         assert fresh or len(batches) > 1
         assert list(batches) == sorted(set(batches))
-        assert all(1 <= batch <= (limit or LARGEST_BATCH) for batch in batches)
+        assert all(1 <= batch <= (limit or MAX_PROBED_BATCH) for batch in batches)
         trials: list[Trial] = []
         for batch in batches:
             trials.append(trial(batch))
@@ -261,7 +261,7 @@ def test_a_bound_is_not_reported_as_a_limit() -> None:
     assert (result.max_batch, result.stopped_by, result.certificate) == (32, "max_batch", None)
     assert calls == [([2, 4], False), ([32], True)]
     result = find_max_batch(device(lambda _: True, lambda _: 5), budget_bytes=10)
-    assert (result.max_batch, result.stopped_by) == (LARGEST_BATCH, "max_batch")
+    assert (result.max_batch, result.stopped_by) == (MAX_PROBED_BATCH, "max_batch")
 
 
 def test_a_complete_certificate_that_is_known_costs_nothing() -> None:

@@ -28,7 +28,7 @@ from bertbench.ledger.question import Question
 from bertbench.ledger.records import find, read_rows, record
 from bertbench.memory.prediction import Room, predict_memory
 from bertbench.planning.calibration import note_out_of_memory
-from bertbench.planning.candidates import all_settings, cuts
+from bertbench.planning.candidates import all_levers, cuts
 from bertbench.planning.planner import make_plan
 from bertbench.planning.requests import PlannedDevice, PlanRequest
 from bertbench.running.choose_plan import choose_step
@@ -124,7 +124,7 @@ def test_every_step_down_needs_less_until_nothing_does(tmp_path: Path) -> None:
     assert peaks[-1] > 0.9 * peaks[-2]
     least = min(
         peak_bytes_of(step(batch, dataclasses.replace(setting, accumulation_steps=steps)))
-        for setting in all_settings(PlanRequest(16), WORKLOAD)
+        for setting in all_levers(PlanRequest(16), WORKLOAD)
         for batch, steps in cuts(16)
     )
     assert peaks[-1] == least

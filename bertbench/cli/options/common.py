@@ -11,7 +11,7 @@ import click
 
 from bertbench.core.terminal import echo
 from bertbench.core.units import parse_bytes
-from bertbench.core.workload import MOST_BATCH, Levers
+from bertbench.core.workload import MAX_BATCH, Levers
 from bertbench.hardware.device import Budget, make_budget
 from bertbench.hardware.discover import resolve_devices
 from finetune.errors import InputError
@@ -30,13 +30,13 @@ CONTEXT = {
 CONTINUE_VARIABLE = "BERTBENCH_CONTINUE_IN"
 """Environment variable for a process that continues a run: the run's output folder."""
 
-MOST_COUNT = 2**31 - 1
+MAX_COUNT = 2**31 - 1
 """Largest number of steps, tokens or examples that a flag accepts."""
 
-MOST_SECONDS = 1e7
+MAX_SECONDS = 1e7
 """Longest time that a flag accepts: four months."""
 
-MOST_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1
 """Largest seed that a flag accepts."""
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -70,7 +70,7 @@ class PathName(click.Path):
 class Whole(click.IntRange):
     """An integer within bounds; help shows only the lower one, because the upper one is huge."""
 
-    def __init__(self, least: int, most: int = MOST_COUNT) -> None:
+    def __init__(self, least: int, most: int = MAX_COUNT) -> None:
         super().__init__(least)
         self._most = most
 
@@ -111,7 +111,7 @@ class FiniteFloat(click.FloatRange):
         return number
 
 
-BATCH = Whole(1, MOST_BATCH)
+BATCH = Whole(1, MAX_BATCH)
 """Type of flags for a number of examples."""
 
 REPLICAS = Whole(1, 4096)
@@ -162,7 +162,7 @@ def lever_options(command: _Command) -> _Command:
             "--placement",
             type=click.Choice(PLACEMENTS),
             help="Keep the optimizer's state here only. Default: on the device, and in the host's "
-            "memory (offload) for a GPU on which nothing else fits.",
+            "memory for a GPU on which nothing else fits.",
         ),
         click.option(
             "--allow",

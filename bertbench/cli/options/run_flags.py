@@ -10,7 +10,7 @@ import click
 
 from bertbench.cli.options.common import (
     BATCH,
-    MOST_SEED,
+    MAX_SEED,
     REPLICAS,
     FiniteFloat,
     Whole,
@@ -69,7 +69,7 @@ def shared_options(command: Any) -> Any:
                      show_default=True),
         click.option("--save_checkpoints_steps", type=Whole(1), default=1000,
                      show_default=True, help="Also every ten minutes."),
-        click.option("--seed", type=Whole(0, MOST_SEED), default=12345, show_default=True),
+        click.option("--seed", type=Whole(0, MAX_SEED), default=12345, show_default=True),
         click.option("--adam_bias_correction", is_flag=True, help="Adam as published; the "
                      "original leaves its bias correction out."),
         click.option("--plan", "plan_file", type=PATH, help="From `bertbench plan --json FILE`. "

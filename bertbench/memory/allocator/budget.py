@@ -20,9 +20,9 @@ _FIRST_REGION_BYTES = 2 * MIB_BYTES
 # Small pieces are set aside in pairs, one held and one free. Of a step's small tensors up to 36 a
 # variable are live at once (`selective` in chunks of examples, two micro-batches): 1,300 with
 # BERT-Tiny, 14,000 with BERT-Large. A model that needs more pairs than a budget gives is too large
-# for this budget anyway. More than `_MOST_PAIRS` would take longer than it gains.
-_LEAST_PAIRS, _BYTES_A_PAIR, _MOST_PAIRS = 2048, 320 * 1024, 16384
-_LEAST_BYTES_A_PAIR = 32 * 1024
+# for this budget anyway. More than `_MAX_PAIRS` would take longer than it gains.
+_MIN_PAIRS, _BYTES_A_PAIR, _MAX_PAIRS = 2048, 320 * 1024, 16384
+_MIN_BYTES_A_PAIR = 32 * 1024
 
 _held: list[Any] = []
 """Small pieces that are held as long as the process lives."""
@@ -111,8 +111,8 @@ def memory_of(device_kind: str, budget_bytes: int) -> Memory:
         device_kind: `cpu` or `gpu`.
         budget_bytes: what the allocator may use.
     """
-    pairs = min(_LEAST_PAIRS + budget_bytes // _BYTES_A_PAIR, _MOST_PAIRS)
-    pieces = 2 * min(pairs, budget_bytes // _LEAST_BYTES_A_PAIR) + 1
+    pairs = min(_MIN_PAIRS + budget_bytes // _BYTES_A_PAIR, _MAX_PAIRS)
+    pieces = 2 * min(pairs, budget_bytes // _MIN_BYTES_A_PAIR) + 1
     if device_kind == "cpu":
         first_bytes = min(_FIRST_REGION_BYTES, budget_bytes)
         return Memory((first_bytes, budget_bytes - first_bytes), pieces)

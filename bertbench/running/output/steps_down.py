@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from bertbench.core.terminal import say
-from bertbench.core.workload import MOST_BATCH, Setup, TrainingStep, Workload, levers_from_json
+from bertbench.core.workload import MAX_BATCH, Setup, TrainingStep, Workload, levers_from_json
 from bertbench.hardware.device import Budget
 from bertbench.memory.prediction import predict_memory, room_of
 from bertbench.planning.planner import describe_setting
 from bertbench.running.output.run_record import recorded_steps_down
 from bertbench.running.settings import RunRequest, RunSettings
 from finetune.errors import InputError
-from finetune.storage.json_files import MOST_WHOLE, get_whole
+from finetune.storage.json_files import MAX_WHOLE, get_whole
 
 _SAME_BUDGET = 1.05
 """With a budget larger by more than this factor, a step that failed is tried again."""
@@ -84,8 +84,8 @@ def step_down_from_json(values: Mapping[str, Any], workload: Workload) -> StepDo
     return StepDown(
         str(values.get("at")),
         str(values.get("device")),
-        get_whole(values, "step", 0, MOST_WHOLE),
-        get_whole(values, "budget_bytes", 1, MOST_WHOLE),
+        get_whole(values, "step", 0, MAX_WHOLE),
+        get_whole(values, "budget_bytes", 1, MAX_WHOLE),
         _step_from_json(values.get("from"), workload),
         _step_from_json(values.get("to"), workload),
         str(values.get("message")),
@@ -99,7 +99,7 @@ def _step_to_json(step: TrainingStep) -> dict[str, Any]:
 def _step_from_json(values: Any, workload: Workload) -> TrainingStep:
     if not isinstance(values, dict):
         raise InputError("a step down has no settings")
-    micro_batch = get_whole(values, "micro_batch", 1, MOST_BATCH)
+    micro_batch = get_whole(values, "micro_batch", 1, MAX_BATCH)
     return Setup(workload, levers_from_json(values)).step(micro_batch)
 
 

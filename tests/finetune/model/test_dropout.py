@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from finetune.model.dropout import DropoutKey, draw_mask, dropout
 
-LARGEST_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1
 
 
 def key_of(seed: int = 0, step: int = 0, first_row: int = 0) -> DropoutKey:
@@ -29,7 +29,7 @@ def mask_of(
     row_shape=st.lists(st.integers(1, 7), min_size=1, max_size=3),
     cut=st.integers(0, 9),
     first=st.integers(0, 2**40),
-    seed=st.integers(0, LARGEST_SEED),
+    seed=st.integers(0, MAX_SEED),
     step=st.integers(0, 2**31),
     site=st.integers(0, 2**16 - 1),
 )
@@ -64,7 +64,7 @@ def philox(seed: int, low: int, high: int) -> list[int]:
     rows=st.integers(1, 4),
     row_shape=st.lists(st.integers(1, 5), min_size=1, max_size=2),
     first=st.one_of(st.integers(0, 2**40), st.integers(2**32 - 20, 2**32)),
-    seed=st.integers(0, LARGEST_SEED),
+    seed=st.integers(0, MAX_SEED),
     step=st.one_of(st.integers(0, 2**40), st.integers(2**16 - 1, 2**16)),
     site=st.integers(0, 2**16 - 1),
     rate=st.one_of(st.floats(0.01, 0.99), st.sampled_from([0.1, 0.25, 0.5])),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from finetune.errors import InputError
 from finetune.storage.files import read_bytes
 from finetune.storage.json_files import (
-    MOST_WHOLE,
+    MAX_WHOLE,
     build,
     load_json,
     load_json_lines,
@@ -40,7 +40,7 @@ JSON_VALUES = st.recursive(
         ("[" * 300 + "]" * 300, "nested too deeply"),
         ("1" + "0" * 400, "beyond 64 bits"),
         ("-" + "9" * 5000, "beyond 64 bits"),
-        (str(MOST_WHOLE + 1), "beyond 64 bits"),
+        (str(MAX_WHOLE + 1), "beyond 64 bits"),
         ("[1e400]", "too large"),
         ("[NaN]", "NaN is not a number"),
         ('{"a": -Infinity}', "-Infinity is not a number"),
@@ -59,7 +59,7 @@ def test_what_is_refused(tmp_path: Path, text: str, words: str) -> None:
 
 def test_numbers_without_bounds_where_they_may_be(tmp_path: Path) -> None:
     assert parse_json("[NaN, 1e400]", finite=False)[1] == float("inf")
-    assert parse_json(f"[{MOST_WHOLE}, -{MOST_WHOLE}]") == [MOST_WHOLE, -MOST_WHOLE]
+    assert parse_json(f"[{MAX_WHOLE}, -{MAX_WHOLE}]") == [MAX_WHOLE, -MAX_WHOLE]
     assert parse_json("1" + "0" * 30, large_integers="float") == 1e30
     assert parse_json(str(2**64), large_integers="keep") == 2**64
     with pytest.raises(ValueError, match="more than 1,000 digits"):

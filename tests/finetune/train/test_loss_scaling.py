@@ -97,7 +97,7 @@ def test_a_step_that_overflows_is_made_again_on_the_same_examples(accumulation_s
 
 def test_the_scale_grows_after_many_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_scaling, "UPDATES_BEFORE_GROWTH", 3)
-    monkeypatch.setattr(loss_scaling, "LARGEST_SCALE", 64.0)
+    monkeypatch.setattr(loss_scaling, "MAX_SCALE", 64.0)
     trainer = trainer_at(16.0)
     scales = []
     for _ in range(8):
