@@ -170,7 +170,7 @@ def command(
     settings = ProbeSettings(
         max_batch,
         certify=not no_certify,
-        fresh=not resume,
+        ignore_ledger=not resume,
         timeout_seconds=trial_timeout,
         measure=context.obj or measure_batches,  # a test gives simulated trials
     )

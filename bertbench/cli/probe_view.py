@@ -1,4 +1,4 @@
-"""What a probe shows: the table that fills in, the trial that runs, and how long it may take."""
+"""What `bertbench probe` shows: a table of results, the running trials, and the time left."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class _Running:
     """A cell that is being probed.
 
     Attributes:
-        device: where, by its label.
-        began: when, on the monotonic clock.
-        trials: so far.
-        batches: that are being tried.
+        device: label of the device that it is probed on, such as `gpu:0`.
+        began: reading of `time.monotonic` at the start.
+        trials: trials that have ended.
+        batches: batches whose trials are running or next.
     """
 
     device: str
@@ -50,7 +50,7 @@ class _Running:
 
 
 def _exclusively(method: _Method) -> _Method:
-    """Let no other thread into the methods of the same view."""
+    """Make a method of `View` hold the view's lock, so that one thread at a time changes it."""
 
     @functools.wraps(method)
     def alone(view: View, *arguments: Any) -> Any:
@@ -62,16 +62,19 @@ def _exclusively(method: _Method) -> _Method:
 
 @dataclasses.dataclass
 class View:
-    """State of what is shown; `shown` makes one. Several threads may report to it.
+    """The state of a probe as it is shown; `shown` makes one. Several threads may report to it.
+
+    A cell is named by its index, the place of its workload in `workloads`.
 
     Attributes:
-        workloads: of the cells, in their order.
-        estimates: seconds that each of them was thought to take.
-        workers: cells that are probed at the same time.
-        live: the region of the terminal that is drawn again and again; None for lines.
-        cells: finished ones, by index.
-        running: those that are being probed, by index.
-        lock: held by whoever reads or changes the two.
+        workloads: the workload of each cell.
+        estimates: seconds that each cell was predicted to take.
+        workers: number of cells that are probed at the same time.
+        live: the region of the terminal that is drawn again and again; None prints a line for
+            each trial instead.
+        cells: the finished cells, by index.
+        running: the cells that are being probed, by index.
+        lock: held while `cells` or `running` is read or changed.
     """
 
     workloads: Sequence[Workload]
@@ -84,24 +87,27 @@ class View:
 
     @_exclusively
     def title(self, index: int) -> str:
-        """Number and name of a cell, and its device where there are several."""
+        """Return a cell's number, its device if there are several, and its workload.
+
+        For example `[1/6] bert-base 64`, or `[1/6] gpu:0 bert-base 64`.
+        """
         workload = self.workloads[index]
         device = f" {self.running[index].device}" if self.workers > 1 else ""
         return f"[{index + 1}/{len(self.workloads)}]{device} {describe_workload(workload)}"
 
     @_exclusively
     def begin(self, index: int, device: str) -> None:
-        """A cell is being probed now."""
+        """Note that a cell is being probed now, on the device with this label."""
         self.running[index] = _Running(device, time.monotonic())
 
     @_exclusively
     def attempt(self, index: int, batches: Sequence[int]) -> None:
-        """Trials of these batches begin."""
+        """Note that trials of these batches of a cell begin."""
         self.running[index].batches = tuple(batches)
 
     @_exclusively
     def trial(self, index: int, trial: Trial) -> None:
-        """A trial has ended."""
+        """Note that a trial of a cell has ended, and print a line unless the view is live."""
         running = self.running[index]
         running.trials.append(trial)
         running.batches = tuple(batch for batch in running.batches if batch != trial.batch)
@@ -111,19 +117,23 @@ class View:
 
     @_exclusively
     def cell(self, index: int, cell: ProbedCell) -> None:
-        """A cell has its answer."""
+        """Note that a cell is finished."""
         if self.live is None and not cell.result.measured:
             say(f"{self.title(index)}: known from the ledger")
         self.cells[index] = cell
         del self.running[index]
 
     def finished(self) -> list[ProbedCell]:
-        """The cells that have their answers, in their order."""
+        """Return the finished cells, in the order of their indices."""
         return [cell for _, cell in sorted(self.cells.items())]
 
     @_exclusively
     def left_seconds(self) -> float:
-        """Time that is probably left, if the cells to come are off as the finished ones were."""
+        """Predict the seconds that are left.
+
+        The estimates of the cells to come are corrected by one factor: measured seconds of the
+        finished cells, divided by their estimates.
+        """
         measured = [
             (cell.seconds, self.estimates[index])
             for index, cell in tuple(self.cells.items())
@@ -143,7 +153,7 @@ class View:
 
     @_exclusively
     def __rich__(self) -> Group:
-        """Draw the table, and a line for every cell that is being probed."""
+        """Return the table, and below it a line for each cell that is being probed."""
         table = build_table(self.cells, self.workloads)
         lines = []
         for index, running in tuple(self.running.items()):
@@ -168,13 +178,20 @@ class View:
 def shown(
     workloads: Sequence[Workload], estimates: Sequence[float], workers: int = 1
 ) -> Iterator[View]:
-    """Show a probe while it runs: live on a terminal, a line for every trial elsewhere."""
+    """Show a probe inside the block: a live table on a terminal, elsewhere a line for each trial.
+
+    Example:
+        >>> with shown([workload], [60.0]) as view:
+        ...     view.begin(0, "cpu")
+        ...     view.trial(0, Trial(8, "fits"))
+    """
     view = View(workloads, estimates, workers)
     console = PlainConsole(stderr=True)
     if not console.is_terminal:
         yield view
         return
-    # It is drawn on standard error and goes away in the end, when the result is printed.
+    # The live table is drawn on standard error. It is erased at the end, before the results are
+    # printed on standard output.
     with Live(
         view, console=console, refresh_per_second=_REFRESH_PER_SECOND, transient=True
     ) as view.live:
@@ -182,12 +199,12 @@ def shown(
 
 
 def describe_workload(workload: Workload) -> str:
-    """Name a cell's model and sequence length."""
+    """Name a workload for people: `bert-base 128`."""
     return f"{workload.model} {workload.seq_len}"
 
 
 def describe_trial(trial: Trial) -> str:
-    """Write a trial as one line."""
+    """Write a trial as one line: `batch 8 fits, peak 1,200 MiB`."""
     if trial.outcome == "fits":
         peak = f", peak {format_bytes(trial.peak_bytes)}" if trial.peak_bytes else ""
         return f"batch {trial.batch} fits{peak}"
@@ -197,7 +214,7 @@ def describe_trial(trial: Trial) -> str:
 
 
 def show_results(view: View, budget: Budget, levers: Levers) -> None:
-    """Show the finished cells, and how far the others are."""
+    """Show the finished cells, and for cells that were interrupted the largest batch that fits."""
     console = terminal()
     console.print(headline(budget, levers), soft_wrap=True)
     cells = view.finished()
@@ -224,15 +241,20 @@ def show_checks(checks: Sequence[Check], others: int) -> None:
 
 
 def headline(budget: Budget, levers: Levers) -> str:
-    """Say what was measured where."""
+    """Return the line above the results: budget, device and checkpointing."""
     size = format_bytes(budget.budget_bytes)
     if budget.device.kind == "tpu":
-        size = "all memory of a core"  # which cannot be asked for
+        size = "all memory of a core"  # a TPU does not tell how many bytes that is
     return f"largest batch, {size} on {budget.device.name}, checkpointing {levers.describe()}"
 
 
 def build_table(cells: Mapping[int, ProbedCell], workloads: Sequence[Workload]) -> Table:
-    """Make the table of results by index of the cell; those that are not finished are empty."""
+    """Make the table of results.
+
+    Args:
+        cells: finished cells, by index; the rows of other cells have no results yet.
+        workloads: the workload of each row.
+    """
     published = any((w.model, w.seq_len) in PUBLISHED_MAX_BATCH for w in workloads)
     # With the published numbers beside them, eighty columns leave one space between two.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0) if published else (0, 1))
@@ -255,9 +277,10 @@ def build_table(cells: Mapping[int, ProbedCell], workloads: Sequence[Workload]) 
 
 
 def describe_holes(cell: ProbedCell) -> list[str]:
-    """Tell of larger batches that fit where smaller ones do not, and of smaller ones that do not.
+    """Return lines about batches near the limit that end otherwise than the limit says.
 
-    First of trials that tell so, then of the step's trace, for what was not tried.
+    These are batches above the limit that fit, and batches below it that do not. The first line is
+    of trials. The others are predicted by the step's trace, for batches that were not tried.
     """
     title = describe_workload(cell.setup.workload)
     measured = sorted({(a.batch, b.batch) for a, b in cell.result.contradictions})
@@ -305,7 +328,7 @@ def _evidence(cell: ProbedCell) -> str:
 
 
 def build_check_table(checks: Sequence[Check]) -> Table:
-    """Make the table of certificates that were checked."""
+    """Make the table of certificates that were checked, with ` no` after each wrong batch."""
     table = Table(box=None, pad_edge=False)
     for title in ("model", "seq", "checkpointing", "fits", "out of memory", "certificate"):
         left = title in ("model", "checkpointing", "certificate")

@@ -124,7 +124,11 @@ def published_workload(model: str, seq_len: int, head: str = "squad") -> Workloa
 
 @dataclasses.dataclass(frozen=True)
 class Levers:
-    """Lever settings of a training step, all but the batch itself.
+    """The levers of a training step: all that is chosen but the micro-batch.
+
+    Example:
+        >>> Levers(parse_checkpointing("full"), accumulation_steps=4).describe_fully()
+        'full, 4 micro-batches'
 
     Attributes:
         checkpointing: which activations are kept.

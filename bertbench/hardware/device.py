@@ -178,7 +178,7 @@ class Budget:
 
     Attributes:
         device: the device; each of its peers has a budget of the same size.
-        budget_bytes: size in whole MiB, as TensorFlow's limits are; `make_budget` rounds down.
+        budget_bytes: size in whole MiB, as TensorFlow takes it; `make_budget` rounds down.
     """
 
     device: Device
@@ -222,7 +222,7 @@ def default_budget_bytes(device: Device) -> int:
     - GPU: the free memory less `GPU_CONTEXT_RESERVE_BYTES`; with peers that of the GPU with the
       least free memory.
     - CPU: `CPU_FRACTION` of the available host memory.
-    - TPU: all memory of a core. No other process shares it, and its limit cannot be set.
+    - TPU: all memory of a core. No other process shares it, and no smaller budget can be set.
 
     Raises:
         InputError: too little memory is free.

@@ -1,4 +1,9 @@
-"""The ledger's file: where it is, what is in it, and what its troubles mean."""
+"""The ledger's file, an SQLite database: where it is, its tables, and its errors explained.
+
+Example:
+    >>> with open_ledger("ledger.sqlite") as ledger:
+    ...     rows = bertbench.ledger.records.read_rows(ledger)
+"""
 
 from __future__ import annotations
 
@@ -82,12 +87,12 @@ class Ledger(sqlite3.Connection):
     """An open ledger.
 
     Attributes:
-        damaged: places of rows that were passed over because they cannot be read. A place is the
-            table's name and the row's keys, so that a row that is read twice counts once.
+        damaged: rows that were passed over because they cannot be read. Each is a tuple of the
+            table's name and the row's keys, so a row that is read twice is counted once.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        """Connect, as `sqlite3.connect` says."""
+        """Connect to a file; the arguments are those of `sqlite3.connect`."""
         super().__init__(*arguments, **named)
         self.damaged: set[tuple[object, ...]] = set()
         # One text that is not UTF-8 would end a whole query.
@@ -107,17 +112,17 @@ def ledger_exists(path: Path) -> bool:
 
 @contextlib.contextmanager
 def open_ledger(path: str | os.PathLike[str] | None = None) -> Iterator[Ledger]:
-    """Open a ledger to write in it, making it where it does not exist.
+    """Open a ledger to read and write; a file that does not exist is made.
 
-    It is closed with the `with` block; then one line on standard error says how many damaged rows
-    were passed over, if any were.
+    The ledger is closed at the end of the `with` block. If damaged rows were passed over, one line
+    on standard error then says how many.
 
     Args:
         path: the file; None means `default_ledger_path()`.
 
     Raises:
-        InputError: it is damaged, not a ledger, of a newer version, or cannot be written. So do
-            the functions of `bertbench.ledger.records` that are called inside the block.
+        InputError: the file is damaged, not a ledger, of a newer version, or cannot be written.
+            Functions of `bertbench.ledger.records` raise it too, for the same reasons.
     """
     path = Path(default_ledger_path() if path is None else path)
     with _explained(path):
@@ -137,16 +142,17 @@ def open_ledger(path: str | os.PathLike[str] | None = None) -> Iterator[Ledger]:
 
 @contextlib.contextmanager
 def read_ledger(path: Path) -> Iterator[Ledger]:
-    """Open what a ledger holds, in this version's format; otherwise as `open_ledger`.
+    """Open a ledger to read it, in this version's format.
 
-    Nothing is written to it: it may be on a disk that cannot be written, and one of an older
-    version is copied into memory. Whatever only reads a ledger reads it here.
+    Nothing is written to the file, so it may be on a disk that is read-only. A ledger of an older
+    version is copied into memory, and the copy is brought to this version. Damaged rows are told
+    of as by `open_ledger`.
 
     Args:
         path: the file, which exists.
 
     Raises:
-        InputError: it is damaged, not a ledger, of a newer version, or cannot be read.
+        InputError: the file is damaged, not a ledger, of a newer version, or cannot be read.
     """
     with contextlib.ExitStack() as stack, _explained(path):
         ledger = stack.enter_context(contextlib.closing(_open_to_read(path)))
@@ -164,12 +170,15 @@ def read_ledger(path: Path) -> Iterator[Ledger]:
 
 
 def _open_to_read(path: Path) -> Ledger:
-    """Open a file and begin to read it; what others write from now on is not seen."""
+    """Open a file and begin a transaction that reads it.
+
+    What other processes write from now on is not seen.
+    """
     ways = ["mode=rw"]
     log = Path(f"{path}-wal")
     if not log.exists() or not log.stat().st_size:
-        # Even a reader writes beside a file in WAL mode. Where it cannot, nobody else can, and all
-        # that there is is in the file.
+        # In WAL mode even a reader makes files beside the database. Where that is not allowed,
+        # no other process can write either, so the database file alone holds everything.
         ways.append("mode=ro&immutable=1")
     for how in ways:
         address = f"{path.absolute().as_uri()}?{how}"
@@ -179,7 +188,7 @@ def _open_to_read(path: Path) -> Ledger:
         try:
             ledger.execute("PRAGMA query_only = ON")
             ledger.execute("BEGIN")
-            # This waits for a lock, but not without end as a backup would.
+            # This waits for a lock for _BUSY_SECONDS; `backup` would wait without end.
             ledger.execute("SELECT count(*) FROM sqlite_master").fetchone()
             return ledger
         except BaseException as error:
@@ -191,7 +200,7 @@ def _open_to_read(path: Path) -> Ledger:
 
 
 _told: set[tuple[object, ...]] = set()
-"""Files and places of rows that a line has been said about: one a command is enough."""
+"""Damaged rows, with their file, that a warning has named: one warning a command is enough."""
 
 
 def _tell_damage(ledger: Ledger, path: Path) -> None:
@@ -208,21 +217,26 @@ def _text(data: bytes) -> str | bytes:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        return data  # no text, as whoever reads the row finds
+        return data  # the reader of the row finds bytes instead of text, and calls it damaged
 
 
 @contextlib.contextmanager
 def explained(ledger: Ledger) -> Iterator[None]:
-    """Turn errors of an open ledger into ones that name its file and say what to do."""
+    """Turn SQLite's errors inside the block into errors that name the file and what to do.
+
+    Example:
+        >>> with explained(ledger):
+        ...     ledger.execute("SELECT count(*) FROM trials")
+    """
     path = ledger.execute("PRAGMA database_list").fetchone()[2]
     with _explained(Path(path)) if path else contextlib.nullcontext():  # a copy: see `read_ledger`
         yield
 
 
 def _prepare(ledger: Ledger, path: Path) -> None:
-    """Check that the file is a ledger that this version reads, or make it one."""
+    """Make an empty file a ledger, bring an older ledger to this version, and refuse others."""
     if _pragma(ledger, "user_version") < SCHEMA_VERSION:
-        ledger.execute("BEGIN IMMEDIATE")  # one of several processes makes it, the others wait
+        ledger.execute("BEGIN IMMEDIATE")  # of several processes one does it, the others wait
         try:
             version = _pragma(ledger, "user_version")
             if version == 0 and ledger.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -234,12 +248,12 @@ def _prepare(ledger: Ledger, path: Path) -> None:
             for schema in (_SCHEMA_1, _SCHEMA_2)[version:]:
                 for statement in schema.split(";"):
                     ledger.execute(statement)
-            # Unless another process was faster.
+            # If another process was faster, the version is the current one already.
             if version < SCHEMA_VERSION:
                 ledger.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             ledger.execute("COMMIT")
         except BaseException:
-            if ledger.in_transaction:  # a full disk has ended it already
+            if ledger.in_transaction:  # SQLite itself rolls back when the disk is full
                 ledger.execute("ROLLBACK")
             raise
     version = _pragma(ledger, "user_version")
@@ -256,7 +270,7 @@ def _prepare(ledger: Ledger, path: Path) -> None:
 
 
 def _use_wal(ledger: Ledger) -> None:
-    # The change of mode does not wait for other processes as other statements do.
+    # Unlike other statements, this one does not wait for a lock that another process holds.
     deadline = time.monotonic() + _BUSY_SECONDS
     while True:
         try:
@@ -290,7 +304,7 @@ def _unusable(path: Path, error: Exception) -> InputError:
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn errors of the file into ones that name it and say what to do."""
+    """Turn SQLite's and the system's errors into errors that name the file and what to do."""
     try:
         yield
     except sqlite3.OperationalError as error:  # full disk, read-only, locked, no permission
@@ -302,7 +316,7 @@ def _explained(path: Path) -> Iterator[None]:
             hint="make it writable with room on its disk, or choose another with BERTBENCH_LEDGER",
         ) from error
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        # What SQLite says of a damaged file quotes it, and Python cannot always decode that.
+        # SQLite's message quotes bytes of the damaged file, which may not be UTF-8.
         raise _unusable(path, error) from error
     except OSError as error:
         raise InputError(

@@ -30,13 +30,18 @@ CERTIFIED, MEASURED, AT_LEAST, BELOW, FAILED = (
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """Where memory ends for a question, by its trials.
+    """The limit of a question, by its trials.
+
+    Example:
+        >>> find_limit([Trial(8, "fits"), Trial(9, "oom")]).max_batch
+        8
 
     Attributes:
         fits: trial of the largest batch that fits and is smaller than the one of `oom`.
         oom: trial of the smallest batch that ran out of memory.
-        fits_again: trials of batches above that one which fit all the same, the smallest first:
-            memory was in other pieces, or another process held some of it before.
+        fits_again: trials that fit although their batch is larger than that of `oom`, the smallest
+            batch first. Free memory was in other pieces, or another process held some of it during
+            the trial of `oom`.
     """
 
     fits: Trial | None = None
@@ -57,7 +62,7 @@ class Limit:
 
     @property
     def evidence(self) -> str:
-        """How the limit is known: one of the words of this module."""
+        """How the limit is known: `certified`, `measured`, `at least`, `below` or `failed`."""
         if self.oom is None:
             return FAILED if self.fits is None else AT_LEAST
         if self.max_batch is None:
@@ -67,9 +72,9 @@ class Limit:
 
 
 def find_limit(trials: Iterable[Trial]) -> Limit:
-    """Tell where memory ends by all trials of a question, in the order of their recording.
+    """Find the limit by all trials of a question, the oldest first.
 
-    Of several trials of a batch one counts, see `verdicts`. Failed ones say nothing.
+    Of several trials of a batch one counts, see `verdicts`. Failed trials do not count.
     """
     counted = verdicts(trials)
     oom = min((b for b, t in counted.items() if t.outcome == "oom"), default=None)
@@ -85,9 +90,9 @@ def find_limit(trials: Iterable[Trial]) -> Limit:
 def verdicts(trials: Iterable[Trial]) -> dict[int, Trial]:
     """Return the trial that counts for each batch.
 
-    What a fresh process says of a batch is better than what a used one says; of two alike the
-    newer counts, for what was wrong is measured again. A run's steps do not count: a run holds more
-    than a trial, and goes on to something else where a search would have tried again.
+    A trial in a fresh process counts before one in a process that has tried other batches. Of two
+    alike the newer counts, because a doubtful trial is measured again. Steps of runs do not count:
+    a run holds more memory than a trial, and after an error it is not repeated as a trial is.
     """
     counted: dict[int, Trial] = {}
     for trial in trials:

@@ -1,8 +1,14 @@
-"""The ledger: a durable record of all trials, in one SQLite file.
+"""Reads and writes the ledger: all trials, and recordings of some of them.
 
-Every trial is committed, and synchronised to the disk, by itself; several processes may write at
-once. Beside the trials are recordings of what some of them asked of the allocator, which tell where
-the limits of their neighbours are.
+Each trial is one transaction, which is on the disk when `record` returns. Several processes may
+write at once. A recording has the requests that a trial made of the allocator. From recordings of
+small batches the limit of a setup is predicted, and that of the same model with other lengths.
+
+Example:
+    >>> question = Question(budget, setup)
+    >>> with open_ledger() as ledger:
+    ...     record(ledger, question, trial)
+    ...     limit = find_limit(find(ledger, question))
 """
 
 from __future__ import annotations
@@ -40,20 +46,21 @@ _SELECT_ROWS = (
 
 @dataclasses.dataclass(frozen=True)
 class LedgerRow:
-    """One recorded trial, for exports and reports.
+    """One trial as a row of the ledger, for exports and reports.
 
     Attributes:
-        id: rising in the order of recording.
-        time_utc: when it was recorded, in ISO 8601.
+        id: number of the row; a later trial has a larger number.
+        time_utc: when the trial was recorded, as in `2026-01-31T12:00:00+00:00`.
         device: name of the device.
         budget_bytes: what the allocator could use.
         model: name of the model.
         head: task head.
         seq_len: tokens per example.
         levers: lever settings, as `Levers.to_json` writes them.
-        versions: of the software, as `bertbench.ledger.question.versions_key` writes them.
-        trial: the trial itself.
-        question: keys of what it answers.
+        versions: versions of the software; the names are those of
+            `bertbench.ledger.question.versions_key`.
+        trial: batch, outcome and measurements.
+        question: the question that the trial answers.
     """
 
     id: int
@@ -69,7 +76,7 @@ class LedgerRow:
     question: QuestionKey
 
     def to_json(self) -> dict[str, Any]:
-        """Values for JSON; those of the trial beside the others."""
+        """Values for JSON, in one flat object; the question is left out."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["trial"], values["question"]
         return {**values, **self.trial.to_json()}
@@ -77,6 +84,11 @@ class LedgerRow:
 
 def record(ledger: Ledger, question: Question, trial: Trial) -> None:
     """Write one trial; it is on the disk when this returns.
+
+    Args:
+        ledger: opened by `open_ledger`.
+        question: what the trial answers.
+        trial: the trial.
 
     Raises:
         InputError: the file cannot be written, for instance because the disk is full.
@@ -101,10 +113,11 @@ def record(ledger: Ledger, question: Question, trial: Trial) -> None:
 
 
 def find(ledger: Ledger, question: Question) -> list[Trial]:
-    """Trials that answer a question, in the order of recording.
+    """Return the trials that answer a question, the oldest first.
 
-    Failed trials are left out: they say nothing about the batch, so they are to be repeated. So are
-    the steps of runs, which are evidence for plans alone, and damaged rows, which are counted.
+    Failed trials are left out: they say nothing about the batch and have to be repeated. Steps of
+    runs are left out too: they are evidence for plans only. Damaged rows are passed over, and added
+    to `Ledger.damaged`.
     """
     with explained(ledger):
         rows = ledger.execute(
@@ -120,7 +133,7 @@ def find(ledger: Ledger, question: Question) -> list[Trial]:
 def record_allocations(
     ledger: Ledger, question: Question, batch: int, recording: Recording
 ) -> None:
-    """Write what a batch asked of the allocator, in place of what was known of it.
+    """Write the recording of a batch, in place of an earlier recording of the same batch.
 
     Raises:
         InputError: the file cannot be written, for instance because the disk is full.
@@ -132,9 +145,10 @@ def record_allocations(
 
 
 def find_allocations(ledger: Ledger, question: Question) -> list[Recorded]:
-    """Recordings of the same model at the nearest lengths, under any budget of the device.
+    """Return recordings of a question's model and levers on its device, under any budget.
 
-    What is damaged is passed over, and counted: a search does without it.
+    They are of the three recorded sequence lengths that are nearest to the question's. A damaged
+    recording is passed over, and added to `Ledger.damaged`.
     """
     keys = _recording_key(question)
     with explained(ledger):
@@ -162,13 +176,16 @@ def find_allocations(ledger: Ledger, question: Question) -> list[Recorded]:
 
 
 def _recording_key(question: Question) -> tuple[str, str, str, str]:
-    """Keys of a recording that do not depend on the budget's bytes and the sequence length."""
+    """The part of a recording's key that any budget and any sequence length have in common."""
     workload, levers = question.setup.workload, question.setup.levers
     return question.budget.device.key(), question.versions, workload.model_key(), levers.key()
 
 
 def read_rows(ledger: Ledger) -> list[LedgerRow]:
-    """All trials, failed ones too, in the order of recording; damaged rows are counted."""
+    """Return all trials, failed ones too, the oldest first.
+
+    Damaged rows are passed over, and added to `Ledger.damaged`.
+    """
     with explained(ledger):
         rows = ledger.execute(f"{_SELECT_ROWS} ORDER BY id").fetchall()
     return _read_each(ledger, rows, _row)
@@ -177,16 +194,16 @@ def read_rows(ledger: Ledger) -> list[LedgerRow]:
 def read_device_rows(
     ledger: Ledger, device: Device, versions: str, workload: Workload, most: int
 ) -> list[LedgerRow]:
-    """Trials on a device, under any budget, that fitted or ran out of memory; oldest first.
+    """Return the trials on a device that fitted or ran out of memory, the oldest first.
 
-    Damaged rows are passed over, and counted.
+    They are of any budget. Damaged rows are passed over, and added to `Ledger.damaged`.
 
     Args:
-        ledger: the record.
-        device: where.
-        versions: of the software, see `bertbench.ledger.question.versions_key`.
-        workload: that all trials are wanted of.
-        most: how many of the newest of other workloads are wanted.
+        ledger: the open ledger.
+        device: the device that the trials ran on.
+        versions: versions of the software, see `bertbench.ledger.question.versions_key`.
+        workload: the workload of which all trials are returned.
+        most: how many trials of other workloads are returned, the newest ones.
     """
     wanted = "device = ? AND versions_key = ? AND outcome IS NOT 'failed'"
     with explained(ledger):
@@ -202,14 +219,20 @@ def read_device_rows(
 
 @dataclasses.dataclass(frozen=True)
 class Prunable:
-    """Trials that may be taken away: those that meet every condition; all without one.
+    """Which trials to delete: those that meet every condition. No condition means all trials.
+
+    Example:
+        >>> Prunable(failed=True).where()
+        (" WHERE outcome = 'failed'", ())
 
     Attributes:
-        before: only those that were recorded earlier.
-        failed: only failed ones; recordings stay then, for they are of trials that fit.
-        other_than: only those of other versions of the software than these, as
+        before: only trials that were recorded before this time.
+        failed: only failed trials. No recording is deleted then, because a recording is of a trial
+            that fitted.
+        other_than: only trials with other versions of the software than these, which are as
             `bertbench.ledger.question.versions_key` writes them.
-        ids: only those with these numbers, see `damaged_ids`; recordings have none, and stay.
+        ids: only trials with these numbers, see `damaged_ids`. No recording is deleted then,
+            because a recording has no number.
     """
 
     before: datetime | None = None
@@ -218,7 +241,7 @@ class Prunable:
     ids: tuple[int, ...] | None = None
 
     def where(self) -> tuple[str, tuple[str, ...]]:
-        """Condition in SQL, and its values."""
+        """Return the condition as SQL, and the values of its placeholders."""
         conditions = ["outcome = 'failed'"] * self.failed
         values: list[str] = []
         if self.before is not None:
@@ -234,7 +257,10 @@ class Prunable:
 
 
 def damaged_ids(ledger: Ledger) -> tuple[int, ...]:
-    """Numbers of the trials that are damaged, which are not told of any more."""
+    """Return the numbers of damaged trials, and take these out of `Ledger.damaged`.
+
+    So no warning names them at the end, for they are about to be deleted.
+    """
     read_rows(ledger)
     found = [place for place in ledger.damaged if place[0] == "trials"]
     ledger.damaged.difference_update(found)
@@ -242,7 +268,7 @@ def damaged_ids(ledger: Ledger) -> tuple[int, ...]:
 
 
 def count_prunable(ledger: Ledger, which: Prunable) -> int:
-    """Number of trials that `prune` would take away."""
+    """Return the number of trials that `prune` would delete."""
     where, values = which.where()
     with explained(ledger):
         count: int = ledger.execute(f"SELECT count(*) FROM trials{where}", values).fetchone()[0]
@@ -250,7 +276,7 @@ def count_prunable(ledger: Ledger, which: Prunable) -> int:
 
 
 def prune(ledger: Ledger, which: Prunable) -> int:
-    """Take trials away, and recordings that meet the same conditions; return how many trials."""
+    """Delete trials, and recordings that meet the same conditions; return the number of trials."""
     where, values = which.where()
     with explained(ledger):
         ledger.execute("BEGIN IMMEDIATE")
@@ -263,7 +289,8 @@ def prune(ledger: Ledger, which: Prunable) -> int:
             if ledger.in_transaction:
                 ledger.execute("ROLLBACK")
             raise
-        # A full disk has no room to make the file smaller; what comes next uses it again.
+        # Making the file smaller takes room, which a full disk lacks. The ledger's next rows then
+        # use the freed pages.
         with contextlib.suppress(sqlite3.OperationalError):
             ledger.execute("VACUUM")
     return count
@@ -278,7 +305,7 @@ def _read_each(
     rows: Iterable[tuple[Any, ...]],
     read: Callable[[tuple[Any, ...]], _Read],
 ) -> list[_Read]:
-    """Read rows that begin with their number, and pass over those that are damaged."""
+    """Read rows whose first value is their number; pass over damaged ones."""
     found = []
     for row in rows:
         try:
@@ -299,14 +326,14 @@ def _row(row: tuple[Any, ...]) -> LedgerRow:
     """Read a row of `_SELECT_ROWS`.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the row is damaged.
     """
     number, time_utc, device, budget_bytes, model, head, seq_len, *keys = row[:11]
     levers, versions, budget, workload = keys
     if not all(isinstance(text, str) for text in (time_utc, device, model, head, *keys)):
-        raise ValueError("a text is none")
+        raise ValueError("a value is not text")
     if not all(type(size) is int and size > 0 for size in (number, budget_bytes, seq_len)):
-        raise ValueError("a number is none")
+        raise ValueError("a value is not a positive number")
     return LedgerRow(
         id=number,
         time_utc=time_utc,
@@ -323,17 +350,17 @@ def _row(row: tuple[Any, ...]) -> LedgerRow:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """Read a key that is a JSON object of plain values, as a version's levers are.
+    """Read a JSON object whose values are plain, as the key of levers is.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the text is something else.
     """
     return dict(_parsed_object(text))
 
 
-@functools.lru_cache(maxsize=64)  # most rows of a ledger share a few of them
+@functools.lru_cache(maxsize=64)  # most rows of a ledger share a few texts
 def _parsed_object(text: str) -> dict[str, Any]:
     values = parse_json(text)
     if not isinstance(values, dict) or any(isinstance(v, (dict, list)) for v in values.values()):
-        raise ValueError("no object of plain values")
+        raise ValueError("not a JSON object of plain values")
     return values

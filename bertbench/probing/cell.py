@@ -91,7 +91,7 @@ class ProbeSettings:
     Attributes:
         max_batch: largest batch of interest.
         certify: measure both sides of the limit in fresh processes.
-        fresh: measure again what the ledger knows.
+        ignore_ledger: use no earlier trials and recordings, so that all is measured again.
         steps: optimizer steps of a trial, at least 2.
         timeout_seconds: longest time of a trial; None takes ten times what a trial should take.
         measure: what makes the trials.
@@ -99,7 +99,7 @@ class ProbeSettings:
 
     max_batch: int | None = None
     certify: bool = True
-    fresh: bool = False
+    ignore_ledger: bool = False
     steps: int = 3
     timeout_seconds: float | None = None
     measure: MeasureBatches = measure_batches
@@ -136,7 +136,7 @@ def probe_cell(
     """
     began = time.monotonic()
     setup, budget = question.setup, question.budget
-    evidence = Evidence(ledger, question, fresh=settings.fresh)
+    evidence = Evidence(ledger, question, ignore_ledger=settings.ignore_ledger)
     recorded = LimitFromRecordings(evidence, empty_memory(budget))
     traced = limit_from_trace(question, evidence.trials, listener.poll)
     result = find_max_batch(

@@ -21,13 +21,13 @@ class Evidence:
         trials: those and the new ones, in the order of recording.
     """
 
-    def __init__(self, ledger: Ledger, question: Question, *, fresh: bool = False) -> None:
-        """Read the ledger's trials; none of them, and no recordings, with `fresh`."""
+    def __init__(self, ledger: Ledger, question: Question, *, ignore_ledger: bool = False) -> None:
+        """Read the ledger's trials; with `ignore_ledger` no trials and no recordings."""
         self.question = question
-        self.known = () if fresh else tuple(find(ledger, question))
+        self.known = () if ignore_ledger else tuple(find(ledger, question))
         self.trials = list(self.known)
         self._ledger = ledger
-        self._fresh = fresh
+        self._ignore_ledger = ignore_ledger
 
     def add_trial(self, trial: Trial) -> None:
         """Take a new trial; it is on the disk when this returns."""
@@ -37,7 +37,7 @@ class Evidence:
     @functools.cached_property
     def recordings(self) -> list[Recorded]:
         """What trials asked of the allocator; read when first needed, for it is long."""
-        return [] if self._fresh else find_allocations(self._ledger, self.question)
+        return [] if self._ignore_ledger else find_allocations(self._ledger, self.question)
 
     def add_recording(self, batch: int, recording: Recording) -> None:
         """Take what a batch that fits has asked of the allocator."""

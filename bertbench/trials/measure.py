@@ -27,7 +27,7 @@ TARGET = "bertbench.trials.worker:run_trial"
 """What a trial's process runs: training steps for every batch of a `TrialRequest`."""
 
 TIMEOUT_SECONDS = 900.0
-"""Default limit of one batch: its steps, and for the first also start, tracing and set-up."""
+"""Longest time of one batch by default: its steps, for the first also start and tracing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TrialSettings:
 
     Attributes:
         steps: optimizer steps for each batch.
-        timeout_seconds: limit of one batch, see `TIMEOUT_SECONDS`.
+        timeout_seconds: longest time of one batch, see `TIMEOUT_SECONDS`.
         fresh: take a new process for every batch, instead of one for all of a call.
         target: `module:function` that trains, see `measure_batches`.
     """

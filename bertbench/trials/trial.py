@@ -18,16 +18,21 @@ _OF_RUN = "in a run: "
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One batch tried at one lever setting.
+    """One batch of a setup, tried in real training steps.
+
+    Example:
+        >>> Trial(8, "oom", seconds=12.0, message="OOM when allocating tensor").of_run
+        False
 
     Attributes:
-        batch: examples of a micro-batch.
+        batch: rows of each micro-batch.
         outcome: `fits`, `oom` or `failed`.
         peak_bytes: largest memory in use, by the allocator; None unless it fits.
         step_seconds: time of an optimizer step after warm-up; None unless it fits.
         seconds: whole time that this batch took, with the process's start if it was the first.
         message: why it does not fit; empty if it does.
-        fresh: it was the first batch of its process, so nothing had touched the memory before.
+        fresh: it was the first batch of its process (a fresh process), so nothing had touched the
+            memory before.
         process_peak_bytes: largest memory that the process had on the device, by the system: what
             lies outside the allocator too. None unless it fits, or where nothing tells.
     """

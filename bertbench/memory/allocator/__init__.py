@@ -1,1 +1,1 @@
-"""TensorFlow's allocator: limited to a budget, recorded, and worked out."""
+"""TensorFlow's allocator: put under a budget, recorded, and modelled."""

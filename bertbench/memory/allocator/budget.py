@@ -1,4 +1,4 @@
-"""TensorFlow's allocator under a budget: the environment and the settings that limit it.
+"""TensorFlow's allocator under a budget: the environment variables and settings that do it.
 
 TensorFlow is imported only by `apply_budget`, which configures it.
 """
@@ -31,7 +31,7 @@ _held: list[Any] = []
 def child_environment(budget: Budget) -> dict[str, str]:
     """Environment variables of a process that trains under a budget.
 
-    They must be set before TensorFlow's first op. A GPU's limit has no variable; it is set by
+    They must be set before TensorFlow's first op. A GPU's budget has no variable; it is set by
     `apply_budget`, which every such process calls.
     """
     environment = {"TF_CPP_MIN_LOG_LEVEL": "2"}
