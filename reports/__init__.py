@@ -1,1 +1,1 @@
-"""Reports of what was measured; the command line stands above them."""
+"""Reports of what was measured: tables, pictures and one page; `bertbench report` makes them."""

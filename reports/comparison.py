@@ -94,7 +94,7 @@ class Spread:
     most: float
 
     def __str__(self) -> str:
-        """Write it for people."""
+        """Write the spread for people."""
         return f"{self.mean:.3f} ({self.least:.3f} to {self.most:.3f}, {count_cells(self.count)})"
 
 
@@ -172,7 +172,10 @@ def _matched(
 
 
 def _key(cell: MeasuredCell) -> tuple[Any, ...]:
-    """What compared cells have in common; names only, for a workload of another version."""
+    """What compared cells have in common: the workload and the levers.
+
+    A workload of another version cannot be read; then only names are compared.
+    """
     row = cell.newest
     levers = json_text(row.levers, sort_keys=True) if cell.levers is None else cell.levers.key()
     if cell.workload is None:

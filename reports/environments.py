@@ -44,13 +44,16 @@ class Environment:
 
     @functools.cached_property
     def details(self) -> dict[str, str]:
-        """What the name leaves out: driver, zone, versions and kind."""
+        """Driver, zone, versions and kind: by these, environments of one name are told apart."""
         versions = _versions(self.versions)
         return {"driver": self.driver, "zone": self.zone, **versions, "kind": self.kind}
 
 
 def name_environments(environments: Iterable[Environment]) -> dict[Environment, str]:
-    """Give every environment a name of its own, with the details in which namesakes differ."""
+    """Name environments so that no two names are equal.
+
+    Where budget and device are equal, the name has the details that differ, such as a version.
+    """
     groups: dict[str, list[Environment]] = {}
     rounded: dict[str, set[int]] = {}
     different = sorted(set(environments))
@@ -76,7 +79,7 @@ def name_environments(environments: Iterable[Environment]) -> dict[Environment, 
 
 
 def environment_of(row: LedgerRow) -> Environment:
-    """Where a trial was run."""
+    """Return the environment that a trial was run in."""
     return _place(row.device, row.budget_bytes, row.question.budget, row.question.versions)
 
 

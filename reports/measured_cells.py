@@ -39,7 +39,7 @@ class MeasuredCell:
 
     @property
     def max_batch(self) -> int | None:
-        """Largest micro-batch that fits, where no smaller one ran out; None if it is unknown."""
+        """The limit: the largest batch that fits below all that ran out; None if it is unknown."""
         return self.limit.max_batch
 
     @property
@@ -78,13 +78,13 @@ class MeasuredCell:
     def levers_text(self) -> str:
         """Levers in words."""
         if self.levers is None:
-            # Any text may be in it. A column's name must not have half of a surrogate pair.
+            # The name may be any text. A column's name must not have half of a surrogate pair.
             return clean_text(", ".join(map(str, self.newest.levers.values())))
         return self.levers.describe_fully()
 
     @property
     def task(self) -> str:
-        """Task head in words."""
+        """The head in words."""
         labels = 2 if self.workload is None else self.workload.num_labels
         return self.newest.head + (f", {labels} labels" if labels != 2 else "")
 
@@ -101,7 +101,7 @@ class MeasuredCell:
 
     @property
     def bounded_max_batch(self) -> int | None:
-        """Largest micro-batch, if a larger one is known to run out of memory; else None."""
+        """The limit, if a larger batch is known to run out of memory; else None."""
         return self.max_batch if self.evidence in (CERTIFIED, MEASURED) else None
 
     @functools.cached_property
@@ -171,7 +171,7 @@ def collect_cells(rows: Iterable[LedgerRow]) -> list[MeasuredCell]:
 
 
 def _model_names(rows: Sequence[LedgerRow]) -> list[str]:
-    """Name the models of some rows, so that each shape has a name of its own."""
+    """Name the models of some rows, so that two models of different shape have different names."""
     published = {shape: name for name, shape in PRESETS.items()}
     shapes: dict[str, list[BertConfig | None]] = {}
     found: list[tuple[str, BertConfig | None]] = []

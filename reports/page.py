@@ -32,7 +32,7 @@ class Column:
 
     Attributes:
         title: its title.
-        css: CSS class of its entries.
+        css: CSS class of the values in the column.
     """
 
     title: str
@@ -46,7 +46,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An entry of such a table.
+    """A value in such a table.
 
     Attributes:
         text: the text that is shown.
@@ -192,7 +192,7 @@ def _environment(report: Report, environment: Environment) -> dict[str, Any]:
 
 
 def _largest(cells: Sequence[MeasuredCell]) -> list[str]:
-    """Describe how many of the longest examples fit, for the two largest models."""
+    """Describe the limit at the greatest sequence length, for the two largest models."""
     known = [cell for cell in cells if cell.max_batch is not None and cell.is_of_search]
     models = sorted({cell.model for cell in known}, key=_by_size(known))[-2:]
     tasks = sorted({cell.task for cell in known})

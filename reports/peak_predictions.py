@@ -20,8 +20,8 @@ class PeakPrediction:
 
     Attributes:
         measured_bytes: peak of the allocator in a fresh process.
-        predicted_bytes: peak that a plan would predict.
-        traced: whether it is predicted by a replay of a trace, and not by the formula.
+        predicted_bytes: the peak that a plan would state for this training step.
+        traced: whether the peak is predicted by a replay of a trace; False for the formula.
     """
 
     measured_bytes: int

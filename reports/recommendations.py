@@ -33,7 +33,7 @@ class Recommendation:
 
     Attributes:
         workload: what is trained.
-        task: task head in words.
+        task: the head in words.
         environment: device and budget.
         plan: the plan, or the error that says why there is none.
         trial: trial of the chosen setting in a fresh process, if the ledger has one.

@@ -37,7 +37,7 @@ class Report:
         rows: all trials, in the order of recording.
         runs: the runs, in the order in which they were named.
         target_batch: effective batch that plans are made for.
-        made: time of the report.
+        made: time at which the report was made.
     """
 
     ledger: Path
@@ -121,7 +121,7 @@ class Report:
         groups.sort(key=lambda group: not any(cell.model in PAPER_MODELS for cell in group[1]))
         limits = [limits_picture(cells, where) for where, cells in groups]
         plans = [one for one in self.recommendations if isinstance(one.plan, Plan)]
-        # The largest ones have most to decide.
+        # For the largest workloads there are most settings to choose from.
         largest = sorted(
             plans, key=lambda p: (p.workload.config.hidden_size, p.workload.seq_len), reverse=True
         )[:_MAX_STEPS]

@@ -122,7 +122,7 @@ def _read_lines(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     except OSError:
         lines = JsonLines(())
     for values in lines.values:
-        # Neither NaN nor a number beyond all training can be drawn on an axis.
+        # NaN and numbers far larger than any of a training cannot be drawn on an axis.
         numbers = {
             clean_text(name): float(v)  # a column's name must not have half of a surrogate pair
             for name, v in values.items()

@@ -29,7 +29,7 @@ FORMATS = {".md": "Markdown", ".csv": "CSV", ".tex": "LaTeX", ".json": "JSON"}
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Limits measured at one environment, beside the published ones.
+    """Limits measured in one environment, beside the published ones.
 
     Attributes:
         title: task and environment.
@@ -54,7 +54,11 @@ def count_cells(count: int) -> str:
 
 
 def limit_text(cell: MeasuredCell) -> str:
-    """Write a limit with its evidence: `31*`, `31`, `31-39`, `>=31`, `<40`, `-`."""
+    """Write a limit with its evidence.
+
+    `31*` is certified, `31` measured. `31-39`: 31 fits and 40 runs out of memory. `>=31`: only
+    batches that fit were tried. `<40`: only batches that run out of memory were. `-`: unknown.
+    """
     if cell.evidence == BELOW:
         return f"<{cell.oom.batch}" if cell.oom else "-"
     if cell.max_batch is None:
@@ -67,7 +71,7 @@ def limit_text(cell: MeasuredCell) -> str:
 
 
 def published_tables(cells: Sequence[MeasuredCell]) -> list[Table]:
-    """Make a table for every environment and task, with a column for every lever setting.
+    """Make a table for every environment and task, with a column for all levers that were tried.
 
     Tables with the paper's systems come first, and have a column of published numbers. Trials that
     only verified a plan are left out.

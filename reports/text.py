@@ -72,7 +72,7 @@ def _show_limits(console: Console, table: Table) -> None:
 
 
 def _in_lines(table: Table) -> pd.DataFrame:
-    """Return the table with a line for each limit, instead of a column for each setting."""
+    """Return the table with a line for each limit, instead of a column for each set of levers."""
     settings = [name for name in table.frame.columns if name not in (*SYSTEM, PUBLISHED)]
     kept = [name for name in table.frame.columns if name not in settings]
     long = table.frame.melt(id_vars=kept, var_name="levers", value_name="Max Batch Size")
@@ -84,7 +84,7 @@ def _in_lines(table: Table) -> pd.DataFrame:
 
 
 def _show_bars(console: Console, report: Report) -> None:
-    """Print examples a second at the largest batch, a table for each task and place."""
+    """Print examples a second at the limit, a table for each task and environment."""
     timed = [(cell, rate) for cell in report.cells if (rate := cell.examples_per_second)]
     newest = sorted(timed, key=lambda pair: -pair[0].newest.id)[:_MAX_LINES]
     shown_ids = {id(cell) for cell, _ in newest}
@@ -104,7 +104,7 @@ def _bars(timed: Sequence[tuple[MeasuredCell, float]]) -> RichTable:
     for name in ("model", "seq", "levers", "batch", "examples/s", ""):
         left = name in ("model", "levers", "")
         shown.add_column(name, justify="left" if left else "right", no_wrap=name != "levers")
-    # A bar is relative to the fastest setting of the same model and length.
+    # A bar is relative to the fastest levers of the same model and length.
     most: dict[tuple[str, int], float] = {}
     for cell, rate in timed:
         key = cell.model, cell.newest.seq_len

@@ -67,7 +67,7 @@ def draw_pictures(scores: QuestionScores, folder: Path) -> list[Path]:
 
 
 def precision_recall_figure(curve: PrecisionRecall, title: str) -> Figure:
-    """Draw a curve as steps: a recall is reached at a threshold, not between two."""
+    """Draw a precision-recall curve as steps, because no recall lies between two thresholds."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.step(curve.recalls, curve.precisions, where="post", color="tab:blue")
@@ -90,7 +90,7 @@ def _bin_edges(odds: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def odds_figure(odds: npt.NDArray[np.float64], edges: npt.NDArray[np.float64], name: str) -> Figure:
-    """Draw the distribution of null odds; the same edges make two pictures comparable."""
+    """Draw a histogram of null odds; give two pictures the same edges to compare them."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.hist(

@@ -125,7 +125,8 @@ def step_timeline(workload: Workload, levers: Levers, micro_batch: int) -> Timel
     passes = [*_merged(passes), Phase(UPDATE, *update)]
     borders = [start]
     for before, after in itertools.pairwise(passes):
-        # What comes between two passes belongs to the first, but for a new micro-batch's beginning.
+        # Events between two passes belong to the first pass. Only those at the beginning of a
+        # new micro-batch belong to the next.
         new = after.name in (FORWARD, BOTH_PASSES)
         borders.append(_lowest(activations, before.end, after.start) if new else after.start)
     borders.append(len(gradients))
@@ -179,7 +180,7 @@ def _written(
 def _directions(
     trace: StepTrace, gradients: _Bytes, activations: _Bytes, runs: _Runs
 ) -> dict[int, str]:
-    """What is repeated in which pass: activations become more in the one, fewer in the other."""
+    """For each repeated part, its pass: forward if activations become more, backward if fewer."""
     names = {}
     for item, (start, end) in sorted(runs.items()):
         change = activations[end - 1] - (activations[start - 1] if start else 0)
