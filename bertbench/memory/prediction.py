@@ -1,9 +1,10 @@
-"""What is predicted of a step's memory: the same questions, whatever answers them.
+"""Predicts the memory of a training step: its peak, whether it fits, and the largest micro-batch.
 
-A replay of the step's trace is exact on a CPU, down to the pieces that free memory is in; on a
-device that no trace was recorded on, a margin covers what is different there. Where there is no
-trace, the formula of `bertbench.memory.footprint` answers, with a margin as large as the largest
-error that was measured of it. `predict_memory` chooses.
+There are two ways to predict, and `predict_memory` chooses. Where the step has a trace, the trace
+is replayed. On a CPU the replay has the requests of the real step, so even the pieces that free
+memory is in are right. On other devices a margin covers what differs there. Where there is no
+trace, the formula of `bertbench.memory.footprint` predicts the peak. Its margin is the largest
+error that was measured of it.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class PlanRequest:
         target_batch: effective batch, at least 1.
         policies: checkpointing policies to choose from; None for all.
         allowed: the other levers to choose from, which the device must support, see
-            `check_request`; only exact ones by default.
+            `check_request`; by default only levers that leave the update unchanged.
         host_if_needed: whether the optimizer's state of a single GPU may be kept in the host's
             memory if nothing fits otherwise.
         ledger_file: ledger with trials that plans for an attached device learn from; None takes

@@ -20,7 +20,10 @@ _HOLES_FROM = 0.8
 
 
 def is_traced(budget: Budget, setup: Setup) -> bool:
-    """Whether the step's trace is exact; another device's kernels have other workspaces."""
+    """Whether the step has a trace that needs no margin, as on the CPU that traces are recorded on.
+
+    Kernels of other devices need other workspaces.
+    """
     kind = budget.device.kind
     return kind == "cpu" and has_trace(setup, kind)
 
@@ -28,7 +31,7 @@ def is_traced(budget: Budget, setup: Setup) -> bool:
 def limit_from_trace(
     question: Question, trials: Sequence[Trial], poll: Callable[[], None] = lambda: None
 ) -> LimitFromTrace | None:
-    """Return what tells the limit by the step's trace; None if no exact trace is there.
+    """Return what predicts the limit by the step's trace; None unless `is_traced`.
 
     Args:
         question: whose limit is asked for.

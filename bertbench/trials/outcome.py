@@ -1,6 +1,6 @@
 """What a trial's end means: out of memory, or failed for another reason.
 
-Every device has an allocator with a limit, and only that allocator can say that a batch does not
+Every device has an allocator with a budget, and only that allocator can say that a batch does not
 fit. When host memory runs out, that says something about the machine and not about the batch. So
 an error counts as out of memory by its type together with its text. Everything else is `failed`.
 """
@@ -23,7 +23,8 @@ _EXHAUSTED_TYPES = ("ResourceExhaustedError", "XlaRuntimeError", "JaxRuntimeErro
 # Errors that TensorFlow raises for any trouble of a device or library.
 _DEVICE_TYPES = ("InternalError", "UnknownError", "AbortedError", "UnavailableError")
 
-# Those types also stand for other limits, which a smaller batch would exceed too.
+# Errors of those types also tell of other things that ran out, such as threads or disk space. A
+# smaller batch would need as much of these.
 _OTHER_RESOURCE = re.compile(
     r"(received|sent|send) message larger than|too many open files|no space left on device"
     r"|quota exceeded|exceeds? quota|can't start new thread|MemoryError"

@@ -59,7 +59,7 @@ def shared_options(command: Any) -> Any:
         switch("--tokenize_chinese_chars", None, "Make each Chinese character a word. Default: "
                 "likewise, else true."),
         click.option("--train_batch_size", "--target-batch", type=BATCH, default=32,
-                     show_default=True, help="Effective batch, whatever fits at a time."),
+                     show_default=True, help="Effective batch; a plan cuts it up."),
         click.option("--predict_batch_size", "--eval_batch_size", type=BATCH,
                      default=8, show_default=True, help="At most so many at a time to predict."),
         click.option("--learning_rate", type=FiniteFloat(0, 1000), default=5e-5, show_default=True),

@@ -121,7 +121,7 @@ def memory_of(device_kind: str, budget_bytes: int) -> Memory:
 
 def _counts_small_tensors(tf: Any) -> bool:
     # TensorFlow's usual CPU allocator, oneDNN's, counts large tensors only; the plain one counts
-    # nothing. Only the allocator with a limit counts every byte.
+    # nothing. Only the allocator with a budget counts every byte.
     with tf.device("CPU:0"):
         held = tf.ones([1024])
     try:

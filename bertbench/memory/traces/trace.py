@@ -9,9 +9,9 @@ Traces are made from recordings of small models (`bertbench.memory.traces.build.
 come with the package (`bertbench.memory.traces.archive`).
 
 Requests of up to 256 bytes are left out, because `bertbench.memory.allocator.budget` sets small
-pieces aside for them. All others are exact, but for the workspaces of some matrix products, which
-are freed at once. Those depend on the number of cores and differ by some hundred kilobytes at most
-(measured on two cores with TensorFlow 2.21).
+pieces aside for them. All others are right to the byte, but for the workspaces of some matrix
+products, which are freed at once. Those depend on the number of cores and differ by some hundred
+kilobytes at most (measured on two cores with TensorFlow 2.21).
 """
 
 from __future__ import annotations
