@@ -66,7 +66,7 @@ class Scale:
 
 
 FULL = Scale(
-    memory_mib=11_430,  # What TensorFlow gets of the paper's card, a Titan X with 12 GiB.
+    memory_mib=11_430,  # What TensorFlow gets of the paper's GPU, a Titan X with 12 GiB.
     cells=tuple(published_workload(m, s) for m in PAPER_MODELS for s in PAPER_SEQ_LENS),
     policies=POLICIES,
     timed=(

@@ -10,12 +10,12 @@
 | plans | effective batches of 24 and 32 of BERT-Large, sequence length 384, in 4 to 16 GiB |
 | choice | the plan for an effective batch of 32 beside the settings that `speed` found fastest |
 | placement | what the optimizer's state on the host saves and costs |
-| peer | PyTorch and transformers on the same card, if they are installed |
+| peer | PyTorch and transformers on the same GPU, if they are installed |
 | xla | examples a second of some settings compiled by XLA, which takes long |
 
 Every trial is in a ledger in FOLDER as soon as it ends. A call ends by itself after `--minutes`,
 the last of which is for the results, and the next one with the same FOLDER goes on; `results.json`
-and `table.md` there are what all of them have measured. Several trials share the card (`--jobs`),
+and `table.md` there are what all of them have measured. Several trials share the GPU (`--jobs`),
 but one at a time does the steps that are timed, while others are set up with a step of one example
 each. The device's settings are left alone.
 
@@ -138,7 +138,7 @@ class Measurement:
 
     @property
     def limits(self) -> Path:
-        """Ledger of `cells`, whose seconds are those of a shared card."""
+        """Ledger of `cells`, whose seconds are those of a shared GPU."""
         return self.folder / "limits.sqlite"
 
     @property
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--memory", type=int, metavar="MIB", help="budget in MiB")
-    parser.add_argument("--jobs", type=int, help="trials at a time; default: what the card holds")
+    parser.add_argument("--jobs", type=int, help="trials at a time; default: what the GPU holds")
     arguments = parser.parse_args()
     scale = QUICK if arguments.quick else FULL
     try:
@@ -215,7 +215,7 @@ def is_of(subject: Path, budget: Budget) -> bool:
 
 
 def jobs_for(budget: Budget) -> int:
-    """Trials that a card and a host hold at a time; a CPU's would take each other's cores."""
+    """Trials that a GPU and a host hold at a time; a CPU's would take each other's cores."""
     if budget.device.kind != "gpu":
         return 1
     held = budget.device.free_bytes // (budget.budget_bytes + GPU_CONTEXT_RESERVE_BYTES)

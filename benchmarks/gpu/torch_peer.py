@@ -1,10 +1,10 @@
-"""The same card with PyTorch and transformers: largest batch and speed, for `measure.py`.
+"""The same GPU with PyTorch and transformers: largest batch and speed, for `measure.py`.
 
     python benchmarks/gpu/torch_peer.py MODEL SEQ_LEN BUDGET_BYTES ATTENTION CHECKPOINTING BATCH ...
 
 Prints a line of JSON: the largest batch of a training step in the budget (forward pass, backward
 pass, clipping, AdamW, dropout, float32 without TensorFloat-32), and examples a second at each of
-the batches that fit. A budget is a share of the card's memory that PyTorch's allocator may reserve;
+the batches that fit. A budget is a share of the GPU's memory that PyTorch's allocator may reserve;
 on a CPU there is none, and no largest batch.
 """
 

@@ -16,7 +16,7 @@ Sources of the GPUs:
   L2 caches of RTX 3060, 3060 Ti and 5060 and the clock of P4 are those that CUDA's `deviceQuery`
   prints.
 
-Where a product comes in several forms, the row is the desktop card, or the one with the SXM
+Where a product comes in several forms, the row is the desktop GPU, or the one with the SXM
 connector (P100: PCIe). `titan-x` is the Pascal one (GP102, 12 GB), which the original BERT release
 used, not the GeForce GTX TITAN X of the generation before.
 
@@ -37,7 +37,7 @@ from finetune.errors import InputError
 
 _USABLE_FRACTION = 0.93
 """Fraction of a GPU's nominal memory that the allocator of a training step gets: TensorFlow gets
-11,430 MiB of the 12 GiB of a Titan X. It has not been measured on others. Of a card that corrects
+11,430 MiB of the 12 GiB of a Titan X. It has not been measured on others. Of a GPU that corrects
 errors in GDDR memory (T4, L4, A10, A40, L40) the driver reports only 92 to 94 %."""
 
 

@@ -154,7 +154,7 @@ def check_kernels(product: str, capability: float) -> None:
         raise InputError(
             f"{TENSORFLOW} has no kernels for {product}: compute capability {capability}, not "
             f"{major}.{minor} or newer",
-            hint="choose a card that `bertbench plan --gpu list` shows",
+            hint="choose a GPU that `bertbench plan --gpu list` shows",
         )
 
 

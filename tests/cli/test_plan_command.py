@@ -1,4 +1,4 @@
-"""`bertbench plan` from the outside: cards, the smallest memory, what memory is used for."""
+"""`bertbench plan` from the outside: accelerators, the smallest memory, what memory is used for."""
 
 from __future__ import annotations
 
