@@ -52,12 +52,18 @@ TPU_PACKAGE = "tensorflow-tpu==2.20.0"
 """The newest TensorFlow for TPUs on PyPI, 2026-12-01; there is none of 2.21. It writes to the same
 folder as the package `tensorflow`, so it must replace it, and cannot be an extra beside it."""
 
+NEWEST_LIBTPU = "0.0.30"
+"""The newest libtpu that was tried and with which that package can be imported. Its requirement is
+any 0.0 from 0.0.14 on, but from 0.0.32 on libtpu lacks a function that it calls
+(`TpuExecutable_FreeMaybeOwningDeviceMemoryArray`), which ends the process at the import. 0.0.14,
+17, 24 and 30 worked, 32, 34, 35 and 52 did not, on a machine without a TPU, 2026-12-01."""
+
 _GOOGLE = "0x1ae0"
 _TPU_CHIPS = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
 """PCI numbers of TPUs v2 and v3, v4, v5p, v5e, v6e and TPU7x (JAX 0.10.2, `hardware_utils`)."""
 
 INSTALL_GPU = "pip install 'bertbench[gpu]'"
-INSTALL_TPU = f"pip uninstall -y tensorflow && pip install {TPU_PACKAGE}"
+INSTALL_TPU = f"pip uninstall -y tensorflow && pip install {TPU_PACKAGE} libtpu=={NEWEST_LIBTPU}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Support:
     """Whether the installed TensorFlow can use a device.
 
     Attributes:
-        usable: whether nothing is known that speaks against it.
+        usable: whether it can, as far as is known here; false where it certainly cannot.
         why: the reason, in one line.
         remedy: what to do, in one line; None where nothing is to be done.
     """
@@ -213,7 +219,7 @@ def gpu_support(capability: float | None, software: Software) -> Support:
             f"{INSTALL_GPU}, unless the system has CUDA 12 and cuDNN 9",
         )
     if kernels == "ptx":
-        return Support(True, f"{software.name}, {where}", PTX_CAUTION)
+        return Support(True, f"{software.name}, {where}", f"but {PTX_CAUTION}")
     return Support(True, f"{software.name}, {where}{', in WSL2' if software.in_wsl else ''}")
 
 
@@ -226,11 +232,17 @@ def tpu_support(software: Software) -> Support:
         return Support(
             False,
             f"{software.name} write to the same files",
-            f"uninstall all of them, then pip install {TPU_PACKAGE}",
+            f"uninstall all of them, then pip install {TPU_PACKAGE} libtpu=={NEWEST_LIBTPU}",
         )
     if software.libtpu is None:
-        return Support(False, "libtpu is not installed", "pip install libtpu")
-    return Support(True, f"{software.name}, libtpu {software.libtpu}; this has never been tried")
+        return Support(False, "libtpu is not installed", f"pip install libtpu=={NEWEST_LIBTPU}")
+    if _numbers(software.libtpu) > _numbers(NEWEST_LIBTPU):
+        return Support(
+            False,
+            f"{software.name} cannot be imported with libtpu {software.libtpu}, which is too new",
+            f"pip install libtpu=={NEWEST_LIBTPU}",
+        )
+    return Support(True, f"{software.name}, libtpu {software.libtpu}; bertbench never ran on a TPU")
 
 
 def tensorflow_version() -> str | None:
@@ -321,6 +333,10 @@ def _missing(requirements: Iterable[str]) -> tuple[str, ...]:
     ]
     there = {name for name, _ in _installed(names)}
     return tuple(name for name in names if name not in there)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)][:3]
 
 
 def _parts(capability: str) -> tuple[int, int]:

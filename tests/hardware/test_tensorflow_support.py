@@ -149,7 +149,10 @@ def test_a_tpu_needs_its_own_package_alone() -> None:
     assert not both.usable
     assert "write to the same files" in both.why
     assert "libtpu is not installed" in tpu_support(Software((tpu,))).describe()
-    assert tpu_support(Software((tpu,), libtpu="0.0.20")).usable
+    for libtpu, usable in (("0.0.14", True), ("0.0.17.1", True), ("0.0.32", False)):
+        assert tpu_support(Software((tpu,), libtpu=libtpu)).usable == usable
+    too_new = tpu_support(Software((tpu,), libtpu="0.0.52"))
+    assert "too new; pip install libtpu==0.0.30" in too_new.describe()
     assert not tpu_support(Software()).usable
 
 
