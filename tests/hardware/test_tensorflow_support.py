@@ -60,7 +60,7 @@ def test_a_gpu_without_kernels_is_refused_in_one_line() -> None:
         check_kernels("k80", 3.7)
     assert str(error.value) == (
         f"{TENSORFLOW} has no kernels for k80: compute capability 3.7, not 6.0 or newer; choose a "
-        "card that `bertbench plan --gpu list` shows"
+        "GPU that `bertbench plan --gpu list` shows"
     )
 
 
