@@ -21,6 +21,7 @@ from bertbench.core.errors import (
 from bertbench.core.interruption import EXIT_CODE, end_quietly, handle_signals, was_interrupted
 from bertbench.core.standard_streams import give_up_stdout, prepare_standard_streams
 from bertbench.core.terminal import clean_warnings, say
+from bertbench.core.without_keras import leave_out_keras
 from bertbench.hardware.threads import limit_library_threads
 from finetune.errors import InputError
 
@@ -110,6 +111,7 @@ def _run(arguments: list[str] | None, environment: dict[str, str]) -> int:
     try:
         if arguments is None:
             limit_library_threads()
+            leave_out_keras()
         cli.main(args=arguments, prog_name="bertbench", standalone_mode=False)
     except click.exceptions.Exit as finished:
         return finished.exit_code

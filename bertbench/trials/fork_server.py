@@ -32,6 +32,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from bertbench.core.without_keras import leave_out_keras
 from finetune.storage.json_files import json_text
 
 Message = dict[str, Any]
@@ -95,6 +96,7 @@ def serve(control: int, preload: str) -> None:
         preload: module to import before trials are forked. If it is empty, each trial is a new
             Python process instead of a fork.
     """
+    leave_out_keras()
     if preload:
         importlib.import_module(preload)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for supervisors
@@ -199,6 +201,7 @@ def run_trial(request_file: int, messages: int, log: int) -> NoReturn:
     os.environ.update(request.environment)
     sys.path[:] = request.module_path
     tempfile.tempdir = None  # what the server has found before
+    leave_out_keras()  # unless this is a fork, in which the server has done it
     _yield_to_others()
     faulthandler.enable(file=2, all_threads=False)
 

@@ -25,6 +25,11 @@ def echo(payload: Payload, send: Send) -> None:
     send({"payload": payload, "pid": os.getpid(), "environment": dict(os.environ)})
 
 
+def imports(payload: Payload, send: Send) -> None:
+    """Tell what is imported, without the submodules."""
+    send({"modules": sorted(name for name in sys.modules if sys.modules[name] and "." not in name)})
+
+
 def crash(payload: Payload, send: Send) -> None:
     """Send one message, then end as `how` says."""
     send({"before": "the crash"})
