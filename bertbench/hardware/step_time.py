@@ -209,6 +209,7 @@ def _parameters(workload: Workload) -> int:
     return parameter_count(workload.config, workload.head, workload.num_labels)
 
 
+@functools.lru_cache(maxsize=4096)
 def work_of(step: TrainingStep) -> Work:
     """Count what an optimizer step does on one replica; padding rows are examples too."""
     workload, levers = step.workload, step.levers

@@ -174,7 +174,7 @@ def test_what_is_too_much_is_more_than_there_is_with_the_margin() -> None:
 def test_what_would_help_where_nothing_fits() -> None:
     tiny = ["--model", "bert-tiny", "--seq-len", "64", "--device", "cpu"]
     for target, memory, helps in (
-        ("1000000", "512MiB", True),  # of whose inputs alone there is too much
+        ("100000", "110MiB", True),  # of whose inputs alone there is too much
         ("8", "60MiB", False),
     ):
         with pytest.raises(InputError, match="does not fit") as error:

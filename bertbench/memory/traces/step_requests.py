@@ -179,7 +179,9 @@ def state_bytes(workload: Workload, optimizer: str) -> int:
     return sum(allocated_bytes(size) for number, size in enumerate(sizes) if number not in freed)
 
 
-def step_requests(step: TrainingStep) -> tuple[list[int], list[int]] | None:
+# They are long, and asked for again and again only while a search changes the memory of one step.
+@functools.lru_cache(maxsize=2)
+def step_requests(step: TrainingStep) -> tuple[Sequence[int], Sequence[int]] | None:
     """All requests of a trial, from the first variable to the end of the second step.
 
     Returns:
@@ -193,7 +195,7 @@ def step_requests(step: TrainingStep) -> tuple[list[int], list[int]] | None:
     events, sizes = state_requests(step.workload, step.levers.optimizer)
     before = len(sizes)
     later = [event + before if event >= 0 else event - before for event in unrolled.events]
-    return [*events, *later], [*sizes, *unrolled.sizes]
+    return (*events, *later), (*sizes, *unrolled.sizes)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -133,6 +133,7 @@ def highest_peak(peaks: Sequence[PeakBytes], layers: Mapping[str, int]) -> tuple
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def traced_peak_bytes(step: TrainingStep) -> int | None:
     """Most live bytes of a step, with the model and the optimizer's state.
 
