@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from helpers.command_line import bertbench
 from helpers.model_folders import CONFIG, write_json, write_vocab
 
 WORDS = [f"{word}{number}" for number in range(10) for word in ("Rot", "rot")]
 
 
-def bertbench(*arguments: str | Path, cwd: Path) -> tuple[dict[str, float], str]:
-    result = subprocess.run(
-        [sys.executable, "-m", "bertbench", *map(str, arguments), "--json", "-"],
-        capture_output=True, text=True, timeout=500, check=False, cwd=cwd,
-    )  # fmt: skip
+def results_of(*arguments: str | Path, cwd: Path) -> tuple[dict[str, float], str]:
+    result = bertbench(*arguments, "--json", "-", cwd=cwd)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout), result.stderr
 
@@ -41,7 +37,7 @@ def test_a_cased_model_keeps_case_from_training_to_export(tmp_path: Path, model:
     out, exported = tmp_path / "out", tmp_path / "exported"
     shared = ["run", "classifier", "--dev_file", table, "--max_seq_length", "8", "--memory",
               "400MiB"]  # fmt: skip
-    trained, said = bertbench(
+    trained, said = results_of(
         *shared, "--bert_config_file", model / "config.json", "--vocab_file", model / "vocab.txt",
         "--train_file", table, "--train_batch_size", "8", "--num_train_epochs", "12",
         "--learning_rate", "1e-3", "--output_dir", out, cwd=tmp_path,
@@ -52,15 +48,15 @@ def test_a_cased_model_keeps_case_from_training_to_export(tmp_path: Path, model:
     record = json.loads((out / "run.json").read_text())
     assert (record["do_lower_case"], record["strip_accents"]) == (False, None)
     # From within the folder, and in another order of the labels.
-    again, said = bertbench(
+    again, said = results_of(
         *shared, "--model", ".", "--output_dir", "../again", "--labels", "word,name", cwd=out
     )
     assert again["eval_accuracy"] == 1.0
     assert "do_lower_case" not in said
     assert "put in the order word, name" in said
-    bertbench("export", out, "--to", exported, "--format", "huggingface", cwd=tmp_path)
+    results_of("export", out, "--to", exported, "--format", "huggingface", cwd=tmp_path)
     # Without --labels: the exported configuration names them.
-    last, _ = bertbench(
+    last, _ = results_of(
         *shared, "--model", exported, "--output_dir", tmp_path / "last", cwd=tmp_path
     )
     assert last["eval_accuracy"] == 1.0

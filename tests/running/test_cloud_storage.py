@@ -23,6 +23,7 @@ from bertbench.running.output.cloud_storage import (
 from finetune.errors import InputError
 from finetune.tasks.demo_data import demo_files
 from finetune.train.training_loop import read_log
+from helpers.command_line import bertbench
 
 
 @pytest.fixture
@@ -190,10 +191,7 @@ def test_training_and_prediction_in_cloud_storage(tmp_path: Path) -> None:
     ]  # fmt: skip
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "bertbench", *arguments, *more],
-            capture_output=True, text=True, check=False, timeout=200,
-        )  # fmt: skip
+        return bertbench(*arguments, *more)
 
     first = run(
         f"--train_file={url}/{demo.squad_train.name}", "--do_train=True", "--do_predict=True",

@@ -21,6 +21,7 @@ from bertbench.hardware.tpu import connect
 from finetune.errors import InputError
 from finetune.tasks.demo_data import demo_files
 from finetune.train.training_loop import read_log
+from helpers.command_line import bertbench
 from helpers.paths import HELPERS, LIBRARY, REPOSITORY
 from helpers.tiny_models import eagerly, norm_of, random_batch, tiny_trainer, values_of
 
@@ -80,7 +81,7 @@ def demo_run(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def on_one_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "one"
-    result = python("-m", "bertbench", *demo_run(folder), "--device=cpu", "--memory=400MiB")
+    result = bertbench(*demo_run(folder), "--device=cpu", "--memory=400MiB")
     assert result.returncode == 0, result.stderr
     return folder
 

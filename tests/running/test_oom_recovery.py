@@ -41,6 +41,7 @@ from finetune.model_files.checkpoint_files import list_checkpoints
 from finetune.model_files.model_folder import RUN_FILE, ModelFiles
 from finetune.spec.checkpointing import Checkpointing
 from finetune.train.training_loop import read_log
+from helpers.command_line import bertbench
 from helpers.paths import HELPERS, LIBRARY, REPOSITORY
 from reports.measured_cells import collect_cells
 
@@ -290,10 +291,12 @@ def test_a_damaged_record(tmp_path: Path, text: str) -> None:
         assert follow(asked, step(16)) == step(16)
 
 
-def demo(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+DEMO = ["run", "squad", "--demo", "--memory=400MiB", "--num_train_epochs=1.5"]
+
+
+def stepping_down(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(script), "run", "squad", "--demo", "--memory=400MiB",
-         "--num_train_epochs=1.5", *arguments],
+        [sys.executable, HELPERS / "step_down_run.py", *DEMO, *arguments],
         capture_output=True, text=True, check=False, timeout=240,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(LIBRARY)])},
     )  # fmt: skip
@@ -302,12 +305,11 @@ def demo(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_run_goes_on_by_itself_and_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     """Even with flags that would begin again, which are those of the first process alone."""
     one, two = tmp_path / "one", tmp_path / "two"
-    result = demo(REPOSITORY / "bertbench" / "__main__.py", f"--output_dir={one}")
+    result = bertbench(*DEMO, f"--output_dir={one}")
     assert result.returncode == 0, result.stderr
     two.mkdir()
     (two / RUN_FILE).write_text("{}")
-    result = demo(HELPERS / "step_down_run.py", f"--output_dir={two}", "--overwrite_output_dir",
-                  "--resume=false")  # fmt: skip
+    result = stepping_down(f"--output_dir={two}", "--overwrite_output_dir", "--resume=false")
     assert result.returncode == 0, result.stderr
     assert "out of memory in step 4 with 1 micro-batch of 8, checkpointing none" in result.stderr
     assert "continuing from step 3 with 1 micro-batch of 8, checkpointing" in result.stderr
@@ -330,7 +332,7 @@ def test_a_run_goes_on_by_itself_and_ends_as_an_undisturbed_one(tmp_path: Path) 
 
 
 def test_the_folder_of_a_demo_without_one_is_kept() -> None:
-    result = demo(HELPERS / "step_down_run.py")
+    result = stepping_down()
     assert result.returncode == 0, result.stderr
     assert "continuing at step 3" in result.stderr
 

@@ -1,4 +1,4 @@
-"""The command line in processes of its own, and arguments that work."""
+"""The command line as a user calls it, and arguments that work."""
 
 from __future__ import annotations
 
@@ -8,16 +8,26 @@ import sys
 from pathlib import Path
 
 from finetune.tasks.demo_data import demo_files
+from helpers.forked_command_line import AVAILABLE, run_forked
+
+TIMEOUT_SECONDS = 240
 
 
-def bertbench(*arguments: str | Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
+def bertbench(
+    *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command; one that imports TensorFlow, in a fork of a process that has done it."""
+    words = [*map(str, arguments)]
+    if AVAILABLE and words[:1] == ["run"] and env is None:
+        return run_forked(words, cwd or Path.cwd(), TIMEOUT_SECONDS)
     return subprocess.run(
-        [sys.executable, "-m", "bertbench", *map(str, arguments)],
+        [sys.executable, "-m", "bertbench", *words],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=TIMEOUT_SECONDS,
         check=False,
-        **kwargs,  # type: ignore[call-overload]
+        cwd=cwd,
+        env=env,
     )
 
 
