@@ -11,7 +11,7 @@ keep them: for a GELU three times the bytes of the activation itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
@@ -81,6 +81,16 @@ def fresh_zeros(like: tf.Tensor | tf.Variable) -> tf.Tensor:
     to the operation used here, because that counts as one with a state.
     """
     return tf.raw_ops.Empty(shape=like.shape, dtype=like.dtype, init=True)
+
+
+def unfilled(shape: Sequence[int]) -> tf.Tensor:
+    """Make a float32 tensor of a shape whose values nobody has written, and that takes no memory.
+
+    Its values are not to be read. On a CPU the system gives memory to the pages of a large tensor
+    when they are first written to.
+    """
+    with tf.device("/device:CPU:0"):
+        return tf.raw_ops.Empty(shape=list(shape), dtype=tf.float32, init=False)
 
 
 def layer_norm(

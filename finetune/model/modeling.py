@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
@@ -21,7 +21,7 @@ from finetune.model.encoder_layer import (
     layer_weight_names,
     norm_weight_names,
 )
-from finetune.model.layers import dense, layer_norm
+from finetune.model.layers import dense, layer_norm, unfilled
 from finetune.model.recomputation import compute, recompute
 from finetune.spec.checkpointing import NO_CHECKPOINTING, Checkpointing, examples_per_chunk
 from finetune.spec.config import INPUT_NAMES, BertConfig, is_trained, variable_shapes
@@ -56,14 +56,7 @@ def create_variables(
         Float32 variables by name. Those that never get a gradient are not trainable.
     """
     shapes = variable_shapes(config, head, num_labels)
-    # Allocate the largest first, and all of them before the first random number is drawn.
-    # TensorFlow's allocator does not split a hole of up to twice the size that is asked for. In the
-    # holes that drawing leaves, the word embeddings and their moments would waste a byte and a half
-    # for each parameter, for as long as they live.
-    variables = {
-        name: tf.Variable(tf.zeros(shapes[name]), trainable=is_trained(name, head), name=name)
-        for name in sorted(shapes, key=lambda name: -math.prod(shapes[name]))
-    }
+    variables = _allocate(config, head, num_labels, tf.zeros)
     for position, (name, shape) in enumerate(shapes.items()):
         if name.endswith("gamma"):
             variables[name].assign_add(tf.ones(shape))
@@ -75,6 +68,37 @@ def create_variables(
                 )
             variables[name].assign_add(value)
             del value
+    return variables
+
+
+def unfilled_variables(
+    config: BertConfig, head: str, *, num_labels: int = 2
+) -> dict[str, tf.Variable]:
+    """Create a model's variables without writing their values.
+
+    The system gives a page of memory to a process when it first writes to it, so these variables
+    take addresses and no memory. They are for building and lowering a step that is not run.
+
+    Args:
+        config: the encoder.
+        head: one of `finetune.spec.config.HEADS`.
+        num_labels: number of classes of the classifier.
+    """
+    return _allocate(config, head, num_labels, unfilled)
+
+
+def _allocate(
+    config: BertConfig, head: str, num_labels: int, value: Callable[[list[int]], tf.Tensor]
+) -> dict[str, tf.Variable]:
+    # Allocate the largest first, and all of them before the first random number is drawn.
+    # TensorFlow's allocator does not split a hole of up to twice the size that is asked for. In the
+    # holes that drawing leaves, the word embeddings and their moments would waste a byte and a half
+    # for each parameter, for as long as they live.
+    shapes = variable_shapes(config, head, num_labels)
+    variables = {
+        name: tf.Variable(value(shapes[name]), trainable=is_trained(name, head), name=name)
+        for name in sorted(shapes, key=lambda name: -math.prod(shapes[name]))
+    }
     return {name: variables[name] for name in shapes}
 
 

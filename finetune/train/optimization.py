@@ -117,6 +117,7 @@ def create_state(
     *,
     scales_loss: bool = False,
     placement: str = PLACEMENTS[0],
+    value: Callable[[Sequence[int]], tf.Tensor] = tf.zeros,
 ) -> OptimizerState:
     """Create the state of an optimizer, with slots of zeros.
 
@@ -125,6 +126,8 @@ def create_state(
         optimizer: one of `finetune.spec.optimizers.OPTIMIZERS`.
         scales_loss: create a loss scale too.
         placement: where the slots are, one of `finetune.spec.optimizers.PLACEMENTS`.
+        value: makes a slot's value of its shape, as `finetune.model.layers.unfilled` does for a
+            step that is lowered and not run.
 
     Raises:
         ValueError: optimizer or placement is unknown.
@@ -135,7 +138,7 @@ def create_state(
     with tf.device(_HOST) if on_host else contextlib.nullcontext():
         slots = tuple(
             {
-                name: tf.Variable(tf.zeros(shape, v.dtype), trainable=False)
+                name: tf.Variable(value(shape), trainable=False)
                 for name, shape in slot_shapes(optimizer, v.shape.as_list()).items()
             }
             for v in trained

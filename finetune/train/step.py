@@ -24,10 +24,11 @@ from finetune.train.optimization import (
     create_state,
 )
 
-_Numbers = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
+Numbers = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 """Loss, learning rate and norm of the gradients; float32 scalars."""
 
-_Combine = Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]]
+Combine = Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]]
+"""Adds up over all replicas what each of them has computed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,22 +110,17 @@ def make_trainer(
     _check(settings, strategy)
     # A TPU compiles with XLA whoever asks for it.
     for_xla = settings.xla or isinstance(strategy, tf.distribute.TPUStrategy)
-    forward = ForwardPass(
-        checkpointing=settings.checkpointing,
-        compute_type=tf.as_dtype(compute_type(settings.precision)),
-        xla=for_xla,
-    )
     allow_tensor_float_32(settings.precision)
-    trained = {name: v for name, v in variables.items() if is_trained(name, spec.head)}
     with contextlib.nullcontext() if strategy is None else strategy.scope():
         state = create_state(
-            list(trained.values()),
+            list(trained_variables(variables, spec).values()),
             optimizer.optimizer,
             scales_loss=scales_loss(settings.precision),
             placement=settings.placement,
         )
-    gradients = LossGradients(variables, trained, spec, forward, state, settings.seed)
-    update = _Update(gradients, optimizer, settings.accumulation_steps)
+    update = make_update(
+        variables, state, spec, optimizer, dataclasses.replace(settings, xla=for_xla)
+    )
     signature = training_signature(spec)
     if strategy is None:
         compiled, replicas = _on_one_device(update, signature, settings.xla), 1
@@ -132,6 +128,32 @@ def make_trainer(
         compiled, replicas = _on_replicas(update, strategy), strategy.num_replicas_in_sync
     step = _Step(compiled, state, signature, settings.accumulation_steps, replicas)
     return Trainer(variables, state, step)
+
+
+def trained_variables(variables: Variables, spec: ModelSpec) -> dict[str, tf.Variable]:
+    """Those of a model's variables that training changes, by name."""
+    return {name: v for name, v in variables.items() if is_trained(name, spec.head)}
+
+
+def make_update(
+    variables: Variables,
+    state: OptimizerState,
+    spec: ModelSpec,
+    optimizer: OptimizerSettings,
+    settings: StepSettings,
+) -> Update:
+    """Make what one replica does in a step; for arguments see `make_trainer`.
+
+    With `settings.xla` it builds a graph that XLA can compile.
+    """
+    forward = ForwardPass(
+        checkpointing=settings.checkpointing,
+        compute_type=tf.as_dtype(compute_type(settings.precision)),
+        xla=settings.xla,
+    )
+    trained = trained_variables(variables, spec)
+    gradients = LossGradients(variables, trained, spec, forward, state, settings.seed)
+    return Update(gradients, optimizer, settings.accumulation_steps)
 
 
 def _check(settings: StepSettings, strategy: tf.distribute.Strategy | None) -> None:
@@ -143,7 +165,7 @@ def _check(settings: StepSettings, strategy: tf.distribute.Strategy | None) -> N
 
 
 @dataclasses.dataclass(frozen=True)
-class _Update:
+class Update:
     """One replica's part of a step, on its rows of the effective batch.
 
     Attributes:
@@ -156,7 +178,7 @@ class _Update:
     optimizer: OptimizerSettings
     accumulation_steps: int
 
-    def __call__(self, part: BatchPart, combine: _Combine) -> _Numbers:
+    def __call__(self, part: BatchPart, combine: Combine) -> Numbers:
         """Do it; `combine` adds up what replicas have computed."""
         trained, spec = self.gradients.trained, self.gradients.spec
         loss, gradients = self.gradients.of_part(part, self.accumulation_steps)
@@ -175,15 +197,33 @@ class _Update:
         )
         return loss, rate, norm
 
+    def of_whole_batch(self, batch: Batch) -> Numbers:
+        """Do the step of the only replica."""
+        part = BatchPart(batch, tf.zeros([], tf.int64), tf.reduce_sum(batch["weights"]))
+        return self(part, lambda tensors: tensors)
+
+    def of_share(
+        self, batch: Batch, replica: tf.Tensor, replicas: int, combine: Combine
+    ) -> Numbers:
+        """Do one replica's part of a step.
+
+        Args:
+            batch: the effective batch of all replicas.
+            replica: number of this one, int32 scalar.
+            replicas: number of replicas.
+            combine: adds up what the replicas have computed.
+        """
+        rows = share_of(batch, replica, replicas)
+        first_row = tf.cast(replica * rows["weights"].shape[0], tf.int64)
+        return self(BatchPart(rows, first_row, tf.reduce_sum(batch["weights"])), combine)
+
 
 def _on_one_device(
-    update: _Update, signature: Mapping[str, tf.TensorSpec], xla: bool
-) -> Callable[[Batch], _Numbers]:
+    update: Update, signature: Mapping[str, tf.TensorSpec], xla: bool
+) -> Callable[[Batch], Numbers]:
     @tf.function(input_signature=[signature], jit_compile=xla, autograph=False)
-    def on_one_device(batch: Batch) -> _Numbers:
-        total_weight = tf.reduce_sum(batch["weights"])
-        part = BatchPart(batch, tf.zeros([], tf.int64), total_weight)
-        results = update(part, lambda tensors: tensors)
+    def on_one_device(batch: Batch) -> Numbers:
+        results = update.of_whole_batch(batch)
         if not xla:
             run_in_order(results)
         return results
@@ -191,22 +231,20 @@ def _on_one_device(
     return on_one_device
 
 
-def _on_replicas(update: _Update, strategy: tf.distribute.Strategy) -> Callable[[Batch], _Numbers]:
+def _on_replicas(update: Update, strategy: tf.distribute.Strategy) -> Callable[[Batch], Numbers]:
     replicas = strategy.num_replicas_in_sync
 
-    def on_replica(batch: Batch) -> _Numbers:
+    def on_replica(batch: Batch) -> Numbers:
         context = tf.distribute.get_replica_context()
-        replica = context.replica_id_in_sync_group
-        rows = share_of(batch, replica, replicas)
-        total_weight = tf.reduce_sum(batch["weights"])
-        first_row = tf.cast(replica * rows["weights"].shape[0], tf.int64)
-        return update(
-            BatchPart(rows, first_row, total_weight),
+        return update.of_share(
+            batch,
+            context.replica_id_in_sync_group,
+            replicas,
             lambda tensors: context.all_reduce(tf.distribute.ReduceOp.SUM, tensors),
         )
 
     @tf.function(autograph=False)
-    def on_replicas(batch: Batch) -> _Numbers:
+    def on_replicas(batch: Batch) -> Numbers:
         results = strategy.run(on_replica, args=(batch,))
         # All replicas report the same numbers.
         of_replicas = [strategy.experimental_local_results(value) for value in results]
@@ -229,7 +267,7 @@ class _Step:
         replicas: number of replicas.
     """
 
-    compiled: Callable[[Batch], _Numbers]
+    compiled: Callable[[Batch], Numbers]
     state: OptimizerState
     signature: Mapping[str, tf.TensorSpec]
     accumulation_steps: int
