@@ -25,8 +25,7 @@ _BLOCK_THREADS = 1024
 _BLOCK_SHARED_BYTES = 48 * KIB_BYTES
 _REGISTERS = 65536
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
-_BLOCK_LIMITS = (1024, 1024, 64)
-"""Of threads in a block: the same for all compute capabilities from 5.0 on, as are those above."""
+"""The same for all compute capabilities from 5.0 on, as are those above."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +106,6 @@ def gpu_target(accelerator: Accelerator) -> str:
         "cuda_compute_capability": f"{{ major: {major} minor: {minor} }}",
         "registers_per_core_limit": _REGISTERS,
         "registers_per_block_limit": _REGISTERS,
-        **_by_axis("thread_dim_limit", _BLOCK_LIMITS),
     }
     lines = [f"  {name}{'' if 'capability' in name else ':'} {v}" for name, v in numbers.items()]
     return "\n".join(

@@ -24,6 +24,7 @@ LOADS_TENSORFLOW = (
 # These load TensorFlow when one of their functions is called.
 LOADS_TENSORFLOW_LATER = (
     "bertbench.cli.export",
+    "bertbench.compiling.worker",
     "bertbench.hardware.tpu",
     "bertbench.memory.allocator.budget",
     "bertbench.memory.allocator.tensorflow_setup",

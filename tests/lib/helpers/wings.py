@@ -11,6 +11,7 @@ ROWS = (
     ("bertbench.planning", "bertbench.probing"),
     ("bertbench.fetch",),
     ("bertbench.ledger",),
+    ("bertbench.compiling",),
     ("bertbench.trials",),
     ("bertbench.memory",),
     ("bertbench.hardware",),

@@ -1,0 +1,226 @@
+"""Compile a training step for a device that need not exist, and learn the memory that it needs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bertbench.compiling.installed import compiler_versions
+from bertbench.compiling.target import CompileTarget
+from bertbench.core.errors import WorkError
+from bertbench.core.workload import TrainingStep
+from bertbench.memory.compiled import CompiledMemory, compiled_memory_from_json
+from bertbench.trials.interference import THIS_MACHINE, Machine
+from bertbench.trials.isolation import Message, ProcessEnd, run_isolated
+from bertbench.trials.outcome import classify_error, classify_exit, shorten, summarise_error
+from bertbench.trials.temporary_folders import temporary_folder
+
+TIMEOUT_SECONDS = 7200.0
+"""Default limit of one compilation; a TPU's compiler takes an hour for the largest models."""
+
+_LOWER = "bertbench.compiling.worker:lower"
+_COMPILE_HERE = "bertbench.compiling.worker:compile_here"
+_COMPILE = "bertbench.compiling.worker:compile_for"
+_XLA_ERROR = "XlaRuntimeError"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """The compiler's word about one micro-batch.
+
+    Attributes:
+        micro_batch: examples of one forward and backward pass on each device.
+        outcome: `compiled`; `oom` if the compiler itself says that the program does not fit, as a
+            TPU's does; or `failed`, which says nothing about the batch.
+        memory: what the program needs of one device; None unless it compiled.
+        message: why it did not.
+        seconds: time that lowering and compiling took.
+    """
+
+    micro_batch: int
+    outcome: str
+    memory: CompiledMemory | None = None
+    message: str = ""
+    seconds: float = 0.0
+
+    def fits(self, budget_bytes: int) -> bool | None:
+        """Whether the program fits in a budget of each device; None if that is not known."""
+        if self.memory is not None:
+            return self.memory.device_bytes <= budget_bytes
+        return False if self.outcome == "oom" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileSettings:
+    """How steps are compiled.
+
+    Attributes:
+        timeout_seconds: limit of one compilation.
+        poll: called several times a second; what it raises ends the compilation and is raised on.
+        machine: what may end it besides the compiler.
+        run: starts the processes, as `bertbench.trials.isolation.run_isolated` does.
+    """
+
+    timeout_seconds: float = TIMEOUT_SECONDS
+    poll: Callable[[], None] = lambda: None
+    machine: Machine = THIS_MACHINE
+    run: Callable[..., ProcessEnd] = run_isolated
+
+
+def compile_step(
+    step: TrainingStep, target: CompileTarget, settings: CompileSettings = CompileSettings()
+) -> Compilation:
+    """Compile one optimizer step as `run --xla` would execute it, or a TPU.
+
+    Nothing of the model is in memory: the step is lowered with variables that nothing fills, in one
+    process, and compiled in another.
+
+    Example:
+        >>> step = Setup(published_workload("bert-base", 128), Levers(xla=True)).step(32)
+        >>> compile_step(step, compile_target(find_accelerator("t4"))).memory.device_bytes
+
+    Args:
+        step: workload, levers and micro-batch.
+        target: the device.
+        settings: limits.
+
+    Raises:
+        InputError: the compiler is not installed; the message says what to install.
+    """
+    began = time.monotonic()
+    if target.kind == "cpu":
+        end, messages = _run(_COMPILE_HERE, _step_payload(step, 1), settings)
+        compilation = _read(end, messages, step.micro_batch, target, settings)
+    else:
+        compiler_versions(target.kind)
+        with lowered(step, target.replicas, settings) as module:
+            compilation = compile_lowered(module, step.micro_batch, target, settings)
+    return dataclasses.replace(compilation, seconds=time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def lowered(
+    step: TrainingStep, replicas: int = 1, settings: CompileSettings = CompileSettings()
+) -> Iterator[Path]:
+    """Lower a step to a file, which several targets can compile; it is gone after the block.
+
+    Args:
+        step: workload, levers and micro-batch.
+        replicas: devices that share the effective batch.
+        settings: limits.
+
+    Raises:
+        WorkError: the step could not be lowered.
+    """
+    with temporary_folder() as folder:
+        module = Path(folder) / "module.hlo"
+        payload = {**_step_payload(step, replicas), "module": str(module)}
+        end, messages = _run(_LOWER, payload, settings)
+        if not any(message.get("event") == "lowered" for message in messages):
+            raise WorkError(f"the step could not be lowered: {_why(end, settings)}")
+        yield module
+
+
+def compile_lowered(
+    module: Path,
+    micro_batch: int,
+    target: CompileTarget,
+    settings: CompileSettings = CompileSettings(),
+) -> Compilation:
+    """Compile a step that has been lowered for this number of replicas.
+
+    Args:
+        module: file of `lowered`.
+        micro_batch: of the step.
+        target: the device.
+        settings: limits.
+
+    Raises:
+        InputError: the compiler is not installed; the message says what to install.
+    """
+    compiler_versions(target.kind)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=module.parent) as folder:
+        payload = {
+            **target.to_json(),
+            "module": str(module),
+            "answer": str(Path(folder) / "answer.json"),
+        }
+        end, messages = _run(_COMPILE, payload, settings)
+    compilation = _read(end, messages, micro_batch, target, settings)
+    return dataclasses.replace(compilation, seconds=time.monotonic() - began)
+
+
+def _step_payload(step: TrainingStep, replicas: int) -> dict[str, Any]:
+    """What is lowered, as `bertbench.compiling.worker` takes it."""
+    return {
+        "workload": dataclasses.asdict(step.workload),
+        "levers": step.levers.to_json(),
+        "rows": step.micro_batch * step.levers.accumulation_steps * replicas,
+        "replicas": replicas,
+    }
+
+
+def _read(
+    end: ProcessEnd,
+    messages: Sequence[Message],
+    micro_batch: int,
+    target: CompileTarget,
+    settings: CompileSettings,
+) -> Compilation:
+    """Read what a compilation's process has sent."""
+    for message in messages:
+        if message.get("event") == "compiled":
+            memory = compiled_memory_from_json(message.get("memory", {}))
+            return Compilation(micro_batch, "compiled", memory)
+        if message.get("event") == "error":
+            text = str(message.get("message"))
+            # Only a TPU's compiler lays the device's memory out.
+            is_limit = target.kind == "tpu" and classify_error(_XLA_ERROR, text) == "oom"
+            outcome = "oom" if is_limit else "failed"
+            return Compilation(micro_batch, outcome, None, summarise_error(_XLA_ERROR, text))
+    return Compilation(micro_batch, "failed", None, _why(end, settings))
+
+
+def _run(
+    function: str, payload: dict[str, Any], settings: CompileSettings
+) -> tuple[ProcessEnd, list[Message]]:
+    offset = settings.machine.clock_offset()
+    messages: list[Message] = []
+
+    def stop() -> str:
+        settings.poll()
+        return settings.machine.reason_to_stop(offset)
+
+    end = settings.run(
+        function,
+        payload,
+        # It uses no device, and is to see none.
+        environment={"CUDA_VISIBLE_DEVICES": ""},
+        timeout_seconds=settings.timeout_seconds,
+        on_message=messages.append,
+        stop=stop,
+    )
+    return end, messages
+
+
+def _why(end: ProcessEnd, settings: CompileSettings) -> str:
+    """Say why a process ended without an answer."""
+    if end.stopped:
+        return end.stopped
+    if end.timed_out:
+        return f"no result within {settings.timeout_seconds:g} s; killed"
+    if end.garbage:
+        return shorten(f"the compiler's process sent what is no message: {end.garbage}")
+    if end.error is not None:
+        reason = summarise_error(*end.error)
+    else:
+        _, reason = classify_exit(
+            end.exit_code, end.oom_kills_before, end.oom_kills_after, end.printed
+        )
+    return shorten(reason + (f"; it printed: {end.tail}" if end.tail else ""))
