@@ -80,7 +80,9 @@ def test_replicas_add_up_their_gradients() -> None:
     trained = sum(is_trained(name, "squad") for name in variable_shapes(CONFIG, "squad", 2))
     assert len(sums) == trained + 1  # and the loss
     for one in sums:
-        assert [list(group.replica_ids) for group in one.collective_device_list.replica_groups] == [[0, 1, 2, 3]]
+        assert [list(group.replica_ids) for group in one.collective_device_list.replica_groups] == [
+            [0, 1, 2, 3]
+        ]
     # Each takes the whole batch, and cuts out its share.
     (ids,) = {tuple(shape.dimensions) for shape in module.host_program_shape.parameters[1:2]}
     assert ids == (8, 16)
