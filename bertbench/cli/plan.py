@@ -23,7 +23,7 @@ from bertbench.cli.options.common import (
     resolve_budget,
     write_json,
 )
-from bertbench.cli.plan_view import (
+from bertbench.cli.views.plan_view import (
     show_accelerators,
     show_catalogue,
     show_grid,

@@ -24,7 +24,8 @@ from bertbench.cli.options.common import (
     ledger_option,
     write_json,
 )
-from bertbench.cli.probe_view import (
+from bertbench.cli.probe_product import ProductProbe, probe_product
+from bertbench.cli.views.probe_view import (
     View,
     describe_trial,
     describe_workload,
@@ -37,6 +38,7 @@ from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.core.terminal import say
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import MAX_BATCH, Levers, Setup
+from bertbench.hardware.accelerators import find_accelerator
 from bertbench.hardware.device import Budget, Device, TpuSettings
 from bertbench.hardware.discover import resolve_device, tpu_device
 from bertbench.hardware.lock import devices_held
@@ -45,6 +47,7 @@ from bertbench.ledger.question import versions_key
 from bertbench.probing.cell import ProbedCell, ProbeSettings
 from bertbench.probing.grid import check_usable, equal_budgets, make_grid, probe_grid
 from bertbench.probing.recheck import Check, check_claim, read_claims
+from bertbench.probing.search import MAX_PROBED_BATCH
 from bertbench.probing.time_estimates import predict_cell_seconds
 from bertbench.trials.measure import measure_batches
 from bertbench.trials.trial import Trial
@@ -60,6 +63,11 @@ _PAPER_GRID = ",".join(PAPER_MODELS), ",".join(map(str, PAPER_SEQ_LENS))
 
 _BESIDE_CHECK = ("checked_file", "ledger_file", "json_file", "share", "trial_timeout")
 
+_WITH_GPU = (
+    "product", "models", "seq_lens", "head", "memory", "checkpointing", "accumulation", "precision",
+    "optimizer", "xla", "max_batch", "resume", "ledger_file", "json_file",
+)  # fmt: skip
+
 
 @click.command(context_settings=CONTEXT)
 @click.option("--models", help="Published sizes, as in bert-base,bert-large.")
@@ -70,6 +78,13 @@ _BESIDE_CHECK = ("checked_file", "ledger_file", "json_file", "share", "trial_tim
     default="auto",
     show_default=True,
     help="auto, gpu:N, gpu:UUID, cpu or tpu:NAME. Like GPUs with commas between share the work.",
+)
+@click.option(
+    "--gpu",
+    "product",
+    metavar="NAME",
+    help="Ask the compiler of this product of the catalogue, a GPU or TPU that need not be here, "
+    "as in titan-x or tpu-v2-8.",
 )
 @click.option("--tpu-zone", help="Zone of a TPU. Default: asked of the environment.")
 @click.option("--gcp-project", help="Its project. Default: likewise.")
@@ -136,6 +151,7 @@ def command(
     seq_lens: str | None,
     head: str,
     device: str,
+    product: str | None,
     tpu_zone: str | None,
     gcp_project: str | None,
     num_tpu_cores: int,
@@ -161,6 +177,8 @@ def command(
     memory. Without an accelerator the trials run on the CPU under a memory cap, and the default
     grid is a small one.
 
+    With --gpu nothing runs: the compiler of that product tells what a step needs there, with XLA.
+
     \b
     Example:
       bertbench probe --models bert-base --seq-lens 128,384 --memory 12GiB
@@ -175,8 +193,23 @@ def command(
         measure=context.obj or measure_batches,  # a test gives simulated trials
     )
     if checked_file is not None:
-        _nothing_else(context)
+        _only(context, _BESIDE_CHECK, "--check, which repeats what the file says")
         _check(checked_file, ledger_path, share, settings, json_file)
+        return
+    if product is not None:
+        levers = Levers(
+            parse_checkpointing(checkpointing), accumulation, precision, optimizer, xla=True
+        )
+        _only(context, _WITH_GPU, "--gpu, which asks a compiler and runs no trial")
+        names, lengths = _items(models or _PAPER_GRID[0]), _items(seq_lens or _PAPER_GRID[1])
+        probe_product(
+            find_accelerator(product),
+            memory,
+            [(name, _length(item)) for name in names for item in lengths],
+            head,
+            levers,
+            ProductProbe(ledger_path, max_batch or MAX_PROBED_BATCH, not resume, json_file),
+        )
         return
     tpu = TpuSettings(None, tpu_zone, gcp_project, num_tpu_cores)
     devices = _devices(device, tpu, memory)
@@ -250,13 +283,10 @@ def _probe(
     return view, False
 
 
-def _nothing_else(context: click.Context) -> None:
-    """Refuse flags beside `--check` that the file answers already."""
-    for flag in given_flags(context, _BESIDE_CHECK):
-        raise InputError(
-            f"{flag} does not go with --check, which repeats what the file says",
-            hint=f"leave {flag} out",
-        )
+def _only(context: click.Context, allowed: Sequence[str], what: str) -> None:
+    """Refuse all flags but some beside one that leaves nothing for them to say."""
+    for flag in given_flags(context, allowed):
+        raise InputError(f"{flag} does not go with {what}", hint=f"leave {flag} out")
 
 
 def _check(

@@ -23,6 +23,10 @@ from bertbench.trials.temporary_folders import temporary_folder
 TIMEOUT_SECONDS = 7200.0
 """Default limit of one compilation; a TPU's compiler takes an hour for the largest models."""
 
+COMPILED, NO_ROOM, FAILED = "compiled", "no room", "failed"
+"""Outcomes of a compilation: the program was made; the compiler itself says that the device's
+memory is too small for it, as a TPU's does; or something that says nothing about the batch."""
+
 _LOWER = "bertbench.compiling.worker:lower"
 _COMPILE_HERE = "bertbench.compiling.worker:compile_here"
 _COMPILE = "bertbench.compiling.worker:compile_for"
@@ -35,8 +39,7 @@ class Compilation:
 
     Attributes:
         micro_batch: examples of one forward and backward pass on each device.
-        outcome: `compiled`; `oom` if the compiler itself says that the program does not fit, as a
-            TPU's does; or `failed`, which says nothing about the batch.
+        outcome: `COMPILED`, `NO_ROOM` or `FAILED`.
         memory: what the program needs of one device; None unless it compiled.
         message: why it did not.
         seconds: time that lowering and compiling took.
@@ -48,11 +51,9 @@ class Compilation:
     message: str = ""
     seconds: float = 0.0
 
-    def fits(self, budget_bytes: int) -> bool | None:
-        """Whether the program fits in a budget of each device; None if that is not known."""
-        if self.memory is not None:
-            return self.memory.device_bytes <= budget_bytes
-        return False if self.outcome == "oom" else None
+    def to_json(self) -> dict[str, Any]:
+        """Values for JSON."""
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,14 +178,14 @@ def _read(
     for message in messages:
         if message.get("event") == "compiled":
             memory = compiled_memory_from_json(message.get("memory", {}))
-            return Compilation(micro_batch, "compiled", memory)
+            return Compilation(micro_batch, COMPILED, memory)
         if message.get("event") == "error":
             text = str(message.get("message"))
             # Only a TPU's compiler lays the device's memory out.
             is_limit = target.kind == "tpu" and classify_error(_XLA_ERROR, text) == "oom"
-            outcome = "oom" if is_limit else "failed"
+            outcome = NO_ROOM if is_limit else FAILED
             return Compilation(micro_batch, outcome, None, summarise_error(_XLA_ERROR, text))
-    return Compilation(micro_batch, "failed", None, _why(end, settings))
+    return Compilation(micro_batch, FAILED, None, _why(end, settings))
 
 
 def _run(

@@ -19,7 +19,7 @@ from bertbench.core.private_folders import state_folder
 from bertbench.core.terminal import say
 from finetune.errors import InputError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x62657274  # "bert": tells a ledger from other programs' SQLite files
 
 _BUSY_SECONDS = 30.0
@@ -61,6 +61,23 @@ CREATE TABLE recordings (
     time_utc TEXT NOT NULL,
     recording TEXT NOT NULL,
     PRIMARY KEY (device_key, versions_key, model_key, levers_key, seq_len, batch)
+);
+"""
+
+# What version 3 adds.
+_SCHEMA_3 = """
+CREATE TABLE compilations (
+    target_key TEXT NOT NULL,
+    versions_key TEXT NOT NULL,
+    workload_key TEXT NOT NULL,
+    levers_key TEXT NOT NULL,
+    micro_batch INTEGER NOT NULL,
+    time_utc TEXT NOT NULL,
+    outcome TEXT NOT NULL,
+    memory TEXT,
+    message TEXT NOT NULL,
+    seconds REAL NOT NULL,
+    PRIMARY KEY (target_key, versions_key, workload_key, levers_key, micro_batch)
 );
 """
 
@@ -245,7 +262,7 @@ def _prepare(ledger: Ledger, path: Path) -> None:
                 raise _not_a_ledger(path)
             if version < 1:
                 ledger.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            for schema in (_SCHEMA_1, _SCHEMA_2)[version:]:
+            for schema in (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3)[version:]:
                 for statement in schema.split(";"):
                     ledger.execute(statement)
             # If another process was faster, the version is the current one already.

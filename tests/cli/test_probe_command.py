@@ -18,7 +18,7 @@ from rich.console import Console
 
 from bertbench.cli import ledger as ledger_cli
 from bertbench.cli import probe as probe_cli
-from bertbench.cli.probe_view import View, build_table, describe_holes, shown
+from bertbench.cli.views.probe_view import View, build_table, describe_holes, shown
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, TrainingStep, published_workload

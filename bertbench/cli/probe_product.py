@@ -1,0 +1,131 @@
+"""`bertbench probe --gpu`: the largest batch of a product by its compiler, without having it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bertbench.cli.options.common import write_json
+from bertbench.cli.views.compiled_view import show_compiled
+from bertbench.cli.views.probe_view import describe_workload
+from bertbench.compiling.compilation import compile_step
+from bertbench.compiling.target import compile_target
+from bertbench.core.errors import WorkError
+from bertbench.core.progress import describe_duration
+from bertbench.core.terminal import say
+from bertbench.core.units import format_bytes
+from bertbench.core.workload import Levers, Setup, check_layers, published_workload
+from bertbench.hardware.accelerators import Accelerator, check_levers
+from bertbench.ledger.compilations import compiled_question
+from bertbench.ledger.database import open_ledger
+from bertbench.probing.compiled_cell import Compile, CompiledCell, probe_compiled
+from finetune.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductProbe:
+    """How a product is probed, and where the answers go.
+
+    Attributes:
+        ledger_path: gets the compilations.
+        max_batch: largest micro-batch of interest.
+        ignore_ledger: compile again what the ledger knows.
+        json_file: gets the result; None for none.
+        compile_: compiles.
+    """
+
+    ledger_path: Path
+    max_batch: int
+    ignore_ledger: bool
+    json_file: Path | None
+    compile_: Compile = compile_step
+
+
+def probe_product(
+    accelerator: Accelerator,
+    memory: int | None,
+    sizes: Sequence[tuple[str, int]],
+    head: str,
+    levers: Levers,
+    probe: ProductProbe,
+) -> None:
+    """Find the limits of a product of the catalogue by its compiler, and show them.
+
+    Args:
+        accelerator: the product.
+        memory: bytes that a program may use of a GPU; None takes all usable ones.
+        sizes: models and sequence lengths.
+        head: task head.
+        levers: of all cells.
+        probe: how, and where the answers go.
+
+    Raises:
+        InputError: the product does not support the levers, or its compiler is not installed.
+        WorkError: a compilation failed for another reason than memory.
+        KeyboardInterrupt: it was interrupted; what was finished has been shown.
+    """
+    replicas = accelerator.replicas
+    check_levers(accelerator.kind, accelerator.name, levers, replicas)
+    if memory is not None and accelerator.kind == "tpu":
+        raise InputError(
+            f"--memory does not go with {accelerator.name}: a program has all memory of a device",
+            hint="leave --memory out",
+        )
+    budget_bytes = accelerator.usable_bytes if memory is None else memory
+    if budget_bytes > accelerator.memory_bytes:
+        raise InputError(
+            f"--memory {format_bytes(budget_bytes)} is more than the "
+            f"{format_bytes(accelerator.memory_bytes)} of {accelerator.name}"
+        )
+    setups = [Setup(published_workload(model, length, head), levers) for model, length in sizes]
+    for setup in setups:
+        check_layers(setup.workload, levers.checkpointing)
+    questions = [compiled_question(compile_target(accelerator, replicas), one) for one in setups]
+    cells: list[CompiledCell] = []
+    interrupted, began = False, time.monotonic()
+    with open_ledger(probe.ledger_path) as ledger:
+        try:
+            for number, question in enumerate(questions, 1):
+                title = f"[{number}/{len(questions)}] {describe_workload(question.setup.workload)}"
+
+                def on_attempt(batch: int, title: str = title) -> None:
+                    passed = time.monotonic() - began
+                    left = ""
+                    if cells:
+                        each = passed / len(cells)
+                        left = f"; {describe_duration(each * (len(questions) - len(cells)))} left"
+                    say(f"{title}: compiling batch {batch}{left}")
+
+                cells.append(
+                    probe_compiled(
+                        ledger,
+                        question,
+                        budget_bytes,
+                        probe.compile_,
+                        max_batch=probe.max_batch,
+                        ignore_ledger=probe.ignore_ledger,
+                        on_attempt=on_attempt,
+                    )
+                )
+        except KeyboardInterrupt:
+            interrupted = True
+    if probe.json_file is not None:
+        values = {
+            "compiled_for": questions[0].target.to_json(),
+            "budget_bytes": budget_bytes,
+            "versions": json.loads(questions[0].versions),
+            "cells": [cell.to_json() for cell in cells],
+        }
+        write_json(probe.json_file, values)
+    if str(probe.json_file) != "-":
+        show_compiled(accelerator, budget_bytes, levers, cells)
+    if interrupted:
+        raise KeyboardInterrupt
+    failed = [cell for cell in cells if cell.max_batch is None]
+    if failed:
+        raise WorkError(
+            f"{len(failed)} of {len(cells)} cells failed, the first one with: {failed[0].message}"
+        )

@@ -1,0 +1,75 @@
+"""What `bertbench probe --gpu` shows: limits by the compiler of a device that need not be here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from bertbench.core.published import PUBLISHED_MAX_BATCH, published_ratio
+from bertbench.core.terminal import terminal
+from bertbench.core.units import format_bytes
+from bertbench.core.workload import Levers
+from bertbench.hardware.accelerators import Accelerator
+from bertbench.probing.compiled_cell import CompiledCell
+
+
+def show_compiled(
+    accelerator: Accelerator, budget_bytes: int, levers: Levers, cells: Sequence[CompiledCell]
+) -> None:
+    """Show the finished cells."""
+    console = terminal()
+    console.print(
+        f"largest batch, {format_bytes(budget_bytes)} of {accelerator.name}, by its compiler "
+        f"and not by trials, checkpointing {levers.describe()}",
+        soft_wrap=True,
+    )
+    console.print(build_compiled_table(cells))
+    if accelerator.kind == "gpu":
+        console.print(
+            "what libraries take beside TensorFlow's allocator is not in it: a trial on the GPU "
+            "is the proof",
+            soft_wrap=True,
+        )
+
+
+def build_compiled_table(cells: Sequence[CompiledCell]) -> Table:
+    """Make the table of results."""
+    published = any(_key(cell) in PUBLISHED_MAX_BATCH for cell in cells)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0) if published else (0, 1))
+    titles = ["model", "seq", "max batch", "needs", "one more", "compiled", "evidence"]
+    if published:
+        titles += ["Titan X", "ratio"]
+    for title in titles:
+        left = title in ("model", "evidence")
+        table.add_column(title, justify="left" if left else "right", no_wrap=True)
+    for cell in cells:
+        row = [cell.setup.workload.model, str(cell.setup.workload.seq_len), *_results(cell)]
+        if published:
+            known = PUBLISHED_MAX_BATCH.get(_key(cell))
+            row.append("-" if known is None else str(known))
+            row.append(published_ratio(cell.setup.workload, cell.max_batch or 0))
+        table.add_row(*row)
+    return table
+
+
+def _key(cell: CompiledCell) -> tuple[str, int]:
+    return cell.setup.workload.model, cell.setup.workload.seq_len
+
+
+def _results(cell: CompiledCell) -> list[str]:
+    if cell.max_batch is None:
+        return ["-", "-", "-", str(cell.compiled), "failed"]
+    needs, one_more = (
+        format_bytes(one.memory.device_bytes) if one and one.memory else "-"
+        for one in (cell.fits, cell.exceeds)
+    )
+    if cell.exceeds is None:
+        return [f"≥ {cell.max_batch}", needs, "-", str(cell.compiled), "not the limit"]
+    return [
+        str(cell.max_batch),
+        needs,
+        one_more if cell.exceeds.memory else "refused",
+        str(cell.compiled),
+        "compiled",
+    ]
