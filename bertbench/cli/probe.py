@@ -196,26 +196,18 @@ def command(
         _only(context, _BESIDE_CHECK, "--check, which repeats what the file says")
         _check(checked_file, ledger_path, share, settings, json_file)
         return
+    policy = parse_checkpointing(checkpointing)
+    levers = Levers(policy, accumulation, precision, optimizer, xla, placement)
     if product is not None:
-        levers = Levers(
-            parse_checkpointing(checkpointing), accumulation, precision, optimizer, xla=True
-        )
         _only(context, _WITH_GPU, "--gpu, which asks a compiler and runs no trial")
-        names, lengths = _items(models or _PAPER_GRID[0]), _items(seq_lens or _PAPER_GRID[1])
-        probe_product(
-            find_accelerator(product),
-            memory,
-            [(name, _length(item)) for name in names for item in lengths],
-            head,
-            levers,
-            ProductProbe(ledger_path, max_batch or MAX_PROBED_BATCH, not resume, json_file),
-        )
+        cap = max_batch or MAX_PROBED_BATCH
+        sizes = _sizes(models, seq_lens)
+        probe = ProductProbe(ledger_path, cap, not resume, json_file)
+        compiled = dataclasses.replace(levers, xla=True)
+        probe_product(find_accelerator(product), memory, sizes, head, compiled, probe)
         return
     tpu = TpuSettings(None, tpu_zone, gcp_project, num_tpu_cores)
     devices = _devices(device, tpu, memory)
-    levers = Levers(
-        parse_checkpointing(checkpointing), accumulation, precision, optimizer, xla, placement
-    )
     on_cpu = devices[0].kind == "cpu"
     default_models, default_seq_lens = _CPU_GRID if on_cpu else _PAPER_GRID
     names = _items(default_models if models is None else models)
@@ -226,19 +218,7 @@ def command(
         if on_cpu and models is None and seq_lens is None:
             say(_small_grid_notice(device, budgets[0]))
         view, interrupted = _probe(ledger_path, budgets, setups, settings)
-    cells = view.finished()
-    if json_file is not None:
-        write_json(json_file, _to_json(budgets, cells))
-    if str(json_file) != "-":
-        show_results(view, budgets[0], levers)
-    if interrupted:
-        raise KeyboardInterrupt
-    failed = [cell for cell in cells if cell.result.stopped_by == "failed"]
-    if failed:
-        raise WorkError(
-            f"{len(failed)} of {len(cells)} cells failed, the first one with: "
-            f"{failed[0].result.message}"
-        )
+    _show(view, budgets, levers, json_file, interrupted)
 
 
 def _devices(device: str, tpu: TpuSettings, memory: int | None) -> list[Device]:
@@ -281,6 +261,30 @@ def _probe(
         except KeyboardInterrupt:
             return view, True
     return view, False
+
+
+def _show(
+    view: View, budgets: Sequence[Budget], levers: Levers, json_file: Path | None, interrupted: bool
+) -> None:
+    """Show and write the finished cells.
+
+    Raises:
+        KeyboardInterrupt: the probe was interrupted.
+        WorkError: cells failed.
+    """
+    cells = view.finished()
+    if json_file is not None:
+        write_json(json_file, _to_json(budgets, cells))
+    if str(json_file) != "-":
+        show_results(view, budgets[0], levers)
+    if interrupted:
+        raise KeyboardInterrupt
+    failed = [cell for cell in cells if cell.result.stopped_by == "failed"]
+    if failed:
+        raise WorkError(
+            f"{len(failed)} of {len(cells)} cells failed, the first one with: "
+            f"{failed[0].result.message}"
+        )
 
 
 def _only(context: click.Context, allowed: Sequence[str], what: str) -> None:
@@ -336,6 +340,13 @@ def _items(text: str) -> list[str]:
     if not items:
         raise InputError(f"{text!r} names nothing", hint="separate names with commas")
     return items
+
+
+def _sizes(models: str | None, seq_lens: str | None) -> list[tuple[str, int]]:
+    """Every model with every length; the paper's if none are named."""
+    names = _items(_PAPER_GRID[0] if models is None else models)
+    lengths = [_length(item) for item in _items(_PAPER_GRID[1] if seq_lens is None else seq_lens)]
+    return [(model, length) for model in names for length in lengths]
 
 
 def _length(item: str) -> int:

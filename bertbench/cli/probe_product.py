@@ -19,7 +19,7 @@ from bertbench.core.terminal import say
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Setup, check_layers, published_workload
 from bertbench.hardware.accelerators import Accelerator, check_levers
-from bertbench.ledger.compilations import compiled_question
+from bertbench.ledger.compilations import CompiledQuestion, compiled_question
 from bertbench.ledger.database import open_ledger
 from bertbench.probing.compiled_cell import Compile, CompiledCell, probe_compiled
 from finetune.errors import InputError
@@ -84,34 +84,7 @@ def probe_product(
     for setup in setups:
         check_layers(setup.workload, levers.checkpointing)
     questions = [compiled_question(compile_target(accelerator, replicas), one) for one in setups]
-    cells: list[CompiledCell] = []
-    interrupted, began = False, time.monotonic()
-    with open_ledger(probe.ledger_path) as ledger:
-        try:
-            for number, question in enumerate(questions, 1):
-                title = f"[{number}/{len(questions)}] {describe_workload(question.setup.workload)}"
-
-                def on_attempt(batch: int, title: str = title) -> None:
-                    passed = time.monotonic() - began
-                    left = ""
-                    if cells:
-                        each = passed / len(cells)
-                        left = f"; {describe_duration(each * (len(questions) - len(cells)))} left"
-                    say(f"{title}: compiling batch {batch}{left}")
-
-                cells.append(
-                    probe_compiled(
-                        ledger,
-                        question,
-                        budget_bytes,
-                        probe.compile_,
-                        max_batch=probe.max_batch,
-                        ignore_ledger=probe.ignore_ledger,
-                        on_attempt=on_attempt,
-                    )
-                )
-        except KeyboardInterrupt:
-            interrupted = True
+    cells, interrupted = _probe_all(questions, budget_bytes, probe)
     if probe.json_file is not None:
         values = {
             "compiled_for": questions[0].target.to_json(),
@@ -129,3 +102,37 @@ def probe_product(
         raise WorkError(
             f"{len(failed)} of {len(cells)} cells failed, the first one with: {failed[0].message}"
         )
+
+
+def _probe_all(
+    questions: Sequence[CompiledQuestion], budget_bytes: int, probe: ProductProbe
+) -> tuple[list[CompiledCell], bool]:
+    """Probe the cells and say how far they are; tell whether that was interrupted."""
+    cells: list[CompiledCell] = []
+    began = time.monotonic()
+    with open_ledger(probe.ledger_path) as ledger:
+        for number, question in enumerate(questions, 1):
+            title = f"[{number}/{len(questions)}] {describe_workload(question.setup.workload)}"
+
+            def on_attempt(batch: int, title: str = title) -> None:
+                left = ""
+                if cells:
+                    each_seconds = (time.monotonic() - began) / len(cells)
+                    left_seconds = each_seconds * (len(questions) - len(cells))
+                    left = f"; {describe_duration(left_seconds)} left"
+                say(f"{title}: compiling batch {batch}{left}")
+
+            try:
+                cell = probe_compiled(
+                    ledger,
+                    question,
+                    budget_bytes,
+                    probe.compile_,
+                    max_batch=probe.max_batch,
+                    ignore_ledger=probe.ignore_ledger,
+                    on_attempt=on_attempt,
+                )
+            except KeyboardInterrupt:
+                return cells, True
+            cells.append(cell)
+    return cells, False

@@ -195,16 +195,19 @@ def test_a_newer_format_asks_for_an_upgrade(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "ledger.sqlite"
-    monkeypatch.setattr(database, "SCHEMA_VERSION", 3)
+    this = database.SCHEMA_VERSION
+    monkeypatch.setattr(database, "SCHEMA_VERSION", this + 1)
     with open_ledger(path):
         pass
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"format 3.*up to 2; upgrade"), open_ledger(path):
+    words = rf"format {this + 1}.*up to {this}; upgrade"
+    with pytest.raises(InputError, match=words), open_ledger(path):
         pass
 
 
 def record_in_version_1(ledger: Ledger) -> None:
     record(ledger, QUESTION, OOM)
+    ledger.execute("DROP TABLE compilations")
     ledger.execute("DROP TABLE recordings")
     ledger.execute("ALTER TABLE trials DROP COLUMN process_peak_bytes")
     ledger.execute("PRAGMA user_version = 1")
@@ -218,7 +221,8 @@ def test_an_older_format_is_brought_up_to_date_with_its_trials(tmp_path: Path) -
         with open_ledger(path) as ledger:
             assert find(ledger, QUESTION) == [OOM]
             assert find_allocations(ledger, QUESTION) == []
-            assert ledger.execute("PRAGMA user_version").fetchone() == (2,)
+            assert ledger.execute("PRAGMA user_version").fetchone() == (database.SCHEMA_VERSION,)
+            assert ledger.execute("SELECT * FROM compilations").fetchall() == []
 
 
 @pytest.mark.parametrize("alone", [False, True])
