@@ -24,7 +24,7 @@ from bertbench.cli.options.common import (
     ledger_option,
     write_json,
 )
-from bertbench.cli.probe_product import ProductProbe, probe_product
+from bertbench.cli.probe_product import ProductProbe, check_product, probe_product
 from bertbench.cli.views.probe_view import (
     View,
     describe_trial,
@@ -45,6 +45,7 @@ from bertbench.hardware.lock import devices_held
 from bertbench.ledger.database import default_ledger_path, open_ledger
 from bertbench.ledger.question import versions_key
 from bertbench.probing.cell import ProbedCell, ProbeSettings
+from bertbench.probing.compiled.claims import is_compiled
 from bertbench.probing.grid import check_usable, equal_budgets, make_grid, probe_grid
 from bertbench.probing.recheck import Check, check_claim, read_claims
 from bertbench.probing.search import MAX_PROBED_BATCH
@@ -143,7 +144,7 @@ _WITH_GPU = (
     "--check",
     "checked_file",
     type=PathName(dir_okay=False),
-    help="Repeat both trials of every certificate in an earlier probe's --json FILE.",
+    help="Repeat both trials, or both compilations, of every limit in an earlier --json FILE.",
 )
 @json_option
 def command(
@@ -194,7 +195,10 @@ def command(
     )
     if checked_file is not None:
         _only(context, _BESIDE_CHECK, "--check, which repeats what the file says")
-        _check(checked_file, ledger_path, share, settings, json_file)
+        if is_compiled(checked_file):
+            check_product(checked_file, json_file)
+        else:
+            _check(checked_file, ledger_path, share, settings, json_file)
         return
     policy = parse_checkpointing(checkpointing)
     levers = Levers(policy, accumulation, precision, optimizer, xla, placement)

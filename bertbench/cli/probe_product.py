@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bertbench.cli.options.common import write_json
-from bertbench.cli.views.compiled_view import show_compiled
+from bertbench.cli.views.compiled_view import show_compiled, show_compiled_checks
 from bertbench.cli.views.probe_view import describe_workload
 from bertbench.compiling.compilation import compile_step
 from bertbench.compiling.target import compile_target
@@ -21,7 +21,13 @@ from bertbench.core.workload import Levers, Setup, check_layers, published_workl
 from bertbench.hardware.accelerators import Accelerator, check_levers
 from bertbench.ledger.compilations import CompiledQuestion, compiled_question
 from bertbench.ledger.database import open_ledger
-from bertbench.probing.compiled_cell import Compile, CompiledCell, probe_compiled
+from bertbench.probing.compiled.cell import Compile, CompiledCell, probe_compiled
+from bertbench.probing.compiled.claims import (
+    KEY,
+    CompiledCheck,
+    check_compiled,
+    read_compiled_claims,
+)
 from finetune.errors import InputError
 
 
@@ -87,7 +93,7 @@ def probe_product(
     cells, interrupted = _probe_all(questions, budget_bytes, probe)
     if probe.json_file is not None:
         values = {
-            "compiled_for": questions[0].target.to_json(),
+            KEY: questions[0].target.to_json(),
             "budget_bytes": budget_bytes,
             "versions": json.loads(questions[0].versions),
             "cells": [cell.to_json() for cell in cells],
@@ -136,3 +142,45 @@ def _probe_all(
                 return cells, True
             cells.append(cell)
     return cells, False
+
+
+def check_product(path: Path, json_file: Path | None, compile_: Compile = compile_step) -> None:
+    """Compile both sides of every limit in a file again, and say which limits hold.
+
+    Args:
+        path: file of `bertbench probe --gpu --json`.
+        json_file: gets the result; None for none.
+        compile_: compiles.
+
+    Raises:
+        InputError: it is no such file, or has no limit.
+        WorkError: a limit does not hold, or could not be checked.
+        KeyboardInterrupt: it was interrupted; what was finished has been shown.
+    """
+    target, budget_bytes, claims = read_compiled_claims(path)
+    if not claims:
+        raise InputError("no cell has a limit", path=path)
+    checks: list[CompiledCheck] = []
+    interrupted = False
+    for number, claim in enumerate(claims, 1):
+        title = f"[{number}/{len(claims)}] {describe_workload(claim.setup.workload)}"
+        say(f"{title}: compiling batch {claim.max_batch} and one more")
+        try:
+            checks.append(check_compiled(claim, target, budget_bytes, compile_))
+        except KeyboardInterrupt:
+            interrupted = True
+            break
+    if json_file is not None:
+        found = [check.to_json() for check in checks]
+        write_json(json_file, {KEY: target.to_json(), "budget_bytes": budget_bytes, "cells": found})
+    if str(json_file) != "-":
+        show_compiled_checks(target.name, checks)
+    if interrupted:
+        raise KeyboardInterrupt
+    for confirmed, words in ((False, "do not hold"), (None, "could not be checked")):
+        wrong = [check for check in checks if check.confirmed is confirmed]
+        if wrong:
+            what = describe_workload(wrong[0].claim.setup.workload)
+            raise WorkError(
+                f"{len(wrong)} of {len(checks)} limits {words}, the first one of {what}"
+            )

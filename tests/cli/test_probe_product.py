@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from bertbench.cli import probe_product as module
 from bertbench.cli.probe import command
-from bertbench.cli.probe_product import ProductProbe, probe_product
+from bertbench.cli.probe_product import ProductProbe, check_product, probe_product
 from bertbench.compiling.compilation import COMPILED, FAILED, NO_ROOM, Compilation
 from bertbench.compiling.target import CompileTarget
 from bertbench.core.errors import WorkError
@@ -124,3 +124,67 @@ def test_what_does_not_go_is_told_before_anything_is_compiled(
     error = invoke(*arguments).exception
     assert isinstance(error, InputError)
     assert words in str(error)
+
+
+@pytest.mark.usefixtures("installed")
+def test_limits_in_a_file_are_compiled_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, "tpu-v2-8", [("bert-tiny", 64), ("bert-tiny", 128)])
+    compiled: list[int] = []
+
+    def again(step: TrainingStep, target: CompileTarget) -> Compilation:
+        assert (target.name, target.replicas) == ("tpu-v2-8", 8)
+        compiled.append(step.micro_batch)
+        return compile_(step, target)
+
+    check_product(tmp_path / "out.json", tmp_path / "checks.json", again)
+    assert compiled == [40, 41, 40, 41]
+    assert capsys.readouterr().out.count(" holds") == 2
+    cells = json.loads((tmp_path / "checks.json").read_text())["cells"]
+    assert [cell["confirmed"] for cell in cells] == [True, True]
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("outcome", "batch", "words"),
+    [(COMPILED, 41, "do not hold"), (NO_ROOM, 40, "do not hold"), (FAILED, 40, "could not be")],
+)
+def test_a_limit_that_does_not_hold_is_told(
+    outcome: str, batch: int, words: str, tmp_path: Path
+) -> None:
+    run(tmp_path, "tpu-v2-8", [("bert-tiny", 64)])
+
+    def otherwise(step: TrainingStep, target: CompileTarget) -> Compilation:
+        if step.micro_batch != batch:
+            return compile_(step, target)
+        memory = CompiledMemory(1, 0, 0, 0) if outcome == COMPILED else None
+        return Compilation(batch, outcome, memory)
+
+    with pytest.raises(WorkError, match=f"1 of 1 limits {words}"):
+        check_product(tmp_path / "out.json", None, otherwise)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"budget_bytes": -1}, {"cells": None}, {"compiled_for": []}, {"cells": []},
+        {"compiled_for": {"name": "abacus", "replicas": 1}},
+        {"compiled_for": {"name": "t4", "replicas": 10**9}},
+    ],
+)  # fmt: skip
+def test_what_is_no_file_of_limits_is_refused(change: dict, tmp_path: Path) -> None:
+    values = run(tmp_path, "t4", [("bert-tiny", 64)], 500 * 2**20)
+    (tmp_path / "out.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(InputError, match=r"out\.json"):
+        check_product(tmp_path / "out.json", None, compile_)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_limit_is_two_neighbours(tmp_path: Path) -> None:
+    values = run(tmp_path, "t4", [("bert-tiny", 64)], 500 * 2**20)
+    values["cells"][0]["exceeds"]["micro_batch"] += 1
+    (tmp_path / "out.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match="a micro-batch and the next one"):
+        check_product(tmp_path / "out.json", None, compile_)

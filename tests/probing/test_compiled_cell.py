@@ -16,7 +16,7 @@ from bertbench.core.workload import Levers, Setup, TrainingStep, published_workl
 from bertbench.ledger.compilations import CompiledQuestion
 from bertbench.ledger.database import open_ledger
 from bertbench.memory.compiled import CompiledMemory
-from bertbench.probing.compiled_cell import CompiledCell, probe_compiled
+from bertbench.probing.compiled.cell import CompiledCell, probe_compiled
 
 SETUP = Setup(published_workload("bert-tiny", 128), Levers(xla=True))
 TPU = CompiledQuestion(CompileTarget("tpu", "tpu-v2-8", "v2:2x2"), SETUP, "{}")

@@ -11,7 +11,8 @@ from bertbench.core.terminal import terminal
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers
 from bertbench.hardware.accelerators import Accelerator
-from bertbench.probing.compiled_cell import CompiledCell
+from bertbench.probing.compiled.cell import CompiledCell
+from bertbench.probing.compiled.claims import CompiledCheck
 
 
 def show_compiled(
@@ -31,6 +32,24 @@ def show_compiled(
             "is the proof",
             soft_wrap=True,
         )
+
+
+def show_compiled_checks(product: str, checks: Sequence[CompiledCheck]) -> None:
+    """Show the limits that were checked."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("model", "seq", "checkpointing", "max batch", f"limit on {product}"):
+        table.add_column(title, justify="right" if title in ("seq", "max batch") else "left")
+    words = {True: "holds", False: "does not hold", None: "not checked"}
+    for check in checks:
+        setup = check.claim.setup
+        table.add_row(
+            setup.workload.model,
+            str(setup.workload.seq_len),
+            setup.levers.describe(),
+            str(check.claim.max_batch),
+            words[check.confirmed],
+        )
+    terminal().print(table)
 
 
 def build_compiled_table(cells: Sequence[CompiledCell]) -> Table:
