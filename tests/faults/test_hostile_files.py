@@ -24,9 +24,11 @@ import numpy as np
 import pytest
 
 from bertbench.cli import cli
+from bertbench.compiling.compilation import COMPILED, Compilation
+from bertbench.compiling.target import CompileTarget
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
-from bertbench.core.workload import Levers, Setup, published_workload
+from bertbench.core.workload import Levers, Setup, TrainingStep, published_workload
 from bertbench.fetch.archives import ArchiveError, read_sums, unpack
 from bertbench.hardware.device import Budget
 from bertbench.ledger.database import open_ledger
@@ -34,9 +36,11 @@ from bertbench.ledger.question import Question
 from bertbench.ledger.records import record
 from bertbench.memory.allocator.bfc import Memory, replay
 from bertbench.memory.allocator.recording import Recording, recording_from_text, recording_to_text
+from bertbench.memory.compiled import CompiledMemory
 from bertbench.planning.plan_file import read_plan
 from bertbench.planning.planner import make_plan
 from bertbench.planning.requests import PlannedDevice, PlanRequest
+from bertbench.probing.compiled.claims import check_compiled, read_compiled_claims
 from bertbench.probing.recheck import read_claims
 from bertbench.running.output.run_record import recorded_steps_down
 from bertbench.running.output.steps_down import step_down_from_json
@@ -107,6 +111,30 @@ def probe_text() -> str:
             "cells": [cell],
         }
     )
+
+
+def compiled_probe_text() -> str:
+    memory = CompiledMemory(52_448_384, 980, 10_000_000, 0)
+    sides = [Compilation(batch, COMPILED, memory).to_json() for batch in (7, 8)]
+    cell = {
+        "model": "bert-tiny", "seq_len": 64, "head": "squad", "levers": Levers(xla=True).to_json(),
+        "max_batch": 7, "evidence": "compiled", "fits": sides[0], "exceeds": sides[1],
+        "compilations": sides,
+    }  # fmt: skip
+    target = {"kind": "gpu", "name": "t4", "description": "", "replicas": 1}
+    return json.dumps(
+        {"compiled_for": target, "budget_bytes": 512 * MIB_BYTES, "versions": {}, "cells": [cell]}
+    )
+
+
+def read_compiled_probe(folder: Path) -> None:
+    def compile_(step: TrainingStep, target: CompileTarget) -> Compilation:
+        memory = CompiledMemory(52_448_384, 980, 60_000_000 * step.micro_batch, 0)
+        return Compilation(step.micro_batch, COMPILED, memory)
+
+    target, budget_bytes, claims = read_compiled_claims(folder / "p.json")
+    for claim in claims:
+        check_compiled(claim, target, budget_bytes, compile_)
 
 
 def squad_text() -> str:
@@ -326,6 +354,7 @@ KINDS: dict[str, Kind] = {
     "model folder": Kind(make_model_folder, read_model_folder),
     "state": Kind(make_state, read_state, "checkpoint"),
     "probe": Kind(text("p.json", probe_text()), read_probe),
+    "compiled probe": Kind(text("p.json", compiled_probe_text()), read_compiled_probe),
     "run": Kind(make_run, read_run_folder, "run/*"),
     "eval": Kind(
         eval_files,
