@@ -19,6 +19,7 @@ from bertbench.trials.interference import THIS_MACHINE, Machine
 from bertbench.trials.isolation import Message, ProcessEnd, run_isolated
 from bertbench.trials.outcome import classify_error, classify_exit, shorten, summarise_error
 from bertbench.trials.temporary_folders import temporary_folder
+from finetune.errors import InputError
 
 TIMEOUT_SECONDS = 7200.0
 """Default limit of one compilation; a TPU's compiler takes an hour for the largest models."""
@@ -61,7 +62,7 @@ class CompileSettings:
     """How steps are compiled.
 
     Attributes:
-        timeout_seconds: limit of one compilation.
+        timeout_seconds: limit of lowering a step, and again of compiling it.
         poll: called several times a second; what it raises ends the compilation and is raised on.
         machine: what may end it besides the compiler.
         run: starts the processes, as `bertbench.trials.isolation.run_isolated` does.
@@ -76,7 +77,7 @@ class CompileSettings:
 def compile_step(
     step: TrainingStep, target: CompileTarget, settings: CompileSettings = CompileSettings()
 ) -> Compilation:
-    """Compile one optimizer step as `run --xla` would execute it, or a TPU.
+    """Compile one optimizer step as `run --xla`, or a TPU, would execute it.
 
     Nothing of the model is in memory: the step is lowered with variables that nothing fills, in one
     process, and compiled in another.
@@ -99,8 +100,11 @@ def compile_step(
         compilation = _read(end, messages, step.micro_batch, target, settings)
     else:
         compiler_versions(target.kind)
-        with lowered(step, target.replicas, settings) as module:
-            compilation = compile_lowered(module, step.micro_batch, target, settings)
+        try:
+            with lowered(step, target.replicas, settings) as module:
+                compilation = compile_lowered(module, step.micro_batch, target, settings)
+        except WorkError as error:
+            compilation = Compilation(step.micro_batch, FAILED, None, str(error))
     return dataclasses.replace(compilation, seconds=time.monotonic() - began)
 
 
@@ -177,7 +181,10 @@ def _read(
     """Read what a compilation's process has sent."""
     for message in messages:
         if message.get("event") == "compiled":
-            memory = compiled_memory_from_json(message.get("memory", {}))
+            try:
+                memory = compiled_memory_from_json(message.get("memory", {}))
+            except InputError as error:
+                return Compilation(micro_batch, FAILED, None, f"a wrong answer: {error}")
             return Compilation(micro_batch, COMPILED, memory)
         if message.get("event") == "error":
             text = str(message.get("message"))

@@ -11,7 +11,6 @@ the path of a serialized `HloModuleProto`. ANSWER is written as JSON: `memory`, 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import MutableMapping
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.compiling.pjrt import CompilerError, compile_module, load_compiler
+from finetune.storage.json_files import json_text, parse_json
 
 _LIBRARIES = {
     "gpu": ("jax_plugins.xla_cuda12", "xla_cuda_plugin.so"),
@@ -29,14 +29,14 @@ _LIBRARIES = {
 
 def main(request_file: str, answer_file: str) -> None:
     """Compile what a file asks for, and write the answer to another."""
-    request = json.loads(Path(request_file).read_text(encoding="utf-8"))
+    request = parse_json(Path(request_file).read_text(encoding="utf-8"))
     kind, replicas = request["kind"], request["replicas"]
-    set_environment(os.environ, kind)
     topology, options = request["description"], {}
     if kind == "gpu":
         options = {"target_config": request["description"], "topology": f"1x1x{replicas}"}
         topology = "described"
     try:
+        set_environment(os.environ, kind)
         answer: dict[str, Any] = {
             "memory": compile_module(
                 load_compiler(_library(kind)),
@@ -48,7 +48,7 @@ def main(request_file: str, answer_file: str) -> None:
         }
     except CompilerError as error:
         answer = {"error": str(error)}
-    Path(answer_file).write_text(json.dumps(answer), encoding="utf-8")
+    Path(answer_file).write_text(json_text(answer), encoding="utf-8")
 
 
 def set_environment(environment: MutableMapping[str, str], kind: str) -> None:
@@ -67,7 +67,7 @@ def set_environment(environment: MutableMapping[str, str], kind: str) -> None:
         folder = _folder("nvidia.cuda_nvcc")
         environment["PATH"] = os.pathsep.join([f"{folder}/bin", environment.get("PATH", "")])
         # Kernels are chosen by rules: there is no GPU to time them on.
-        environment["XLA_FLAGS"] = f"--xla_gpu_cuda_data_dir={folder} --xla_gpu_autotune_level=0"
+        environment["XLA_FLAGS"] = f"--xla_gpu_cuda_data_dir='{folder}' --xla_gpu_autotune_level=0"
 
 
 def _library(kind: str) -> Path:

@@ -106,6 +106,8 @@ _GetMemory = _arguments(
     ("temp_size", _int64),
     ("host_sizes", _int64 * 5),
     ("peak_memory", _int64),
+    # Newer plug-ins have further results, and may write them without asking for the size.
+    ("later", _int64 * 32),
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.core.workload import Setup, levers_from_json, workload_from_json
+from finetune.storage.json_files import json_text, parse_json
 
 _COMPILER = "bertbench.compiling.compiler"
 
@@ -79,7 +79,7 @@ def compile_for(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], 
     """
     answer_file = Path(payload["answer"])
     request_file = answer_file.with_name("request.json")
-    request_file.write_text(json.dumps(dict(payload)), encoding="utf-8")
+    request_file.write_text(json_text(dict(payload)), encoding="utf-8")
     command = [sys.executable, "-m", _COMPILER, str(request_file), str(answer_file)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     code = subprocess.run(
@@ -87,7 +87,7 @@ def compile_for(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], 
     ).returncode
     if code:
         raise RuntimeError(f"the compiler ended with code {code}")
-    answer = json.loads(answer_file.read_text(encoding="utf-8"))
+    answer = parse_json(answer_file.read_text(encoding="utf-8"))
     if "error" in answer:
         send({"event": "error", "message": answer["error"]})
     else:

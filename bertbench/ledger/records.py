@@ -284,6 +284,8 @@ def prune(ledger: Ledger, which: Prunable) -> int:
             count: int = ledger.execute(f"DELETE FROM trials{where}", values).rowcount
             if not which.failed and which.ids is None:
                 ledger.execute(f"DELETE FROM recordings{where}", values)
+                if which.other_than is None:  # the versions of compilers are others
+                    ledger.execute(f"DELETE FROM compilations{where}", values)
             ledger.execute("COMMIT")
         except BaseException:
             if ledger.in_transaction:

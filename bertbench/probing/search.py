@@ -184,13 +184,13 @@ class _Search:
         if self.predictions.replay is not None and len(self.guesses) < _BELIEVED:
             located = self.predictions.replay.max_micro_batch(self.cap, low)
         if located is not None:
-            return [_guess(low, high, self.cap, located, self.guesses)]
+            return [next_guess(low, high, self.cap, located, self.guesses)]
         if low == 0:
             return self._first_batches(high)
         estimate = self._estimate()
         if not high and estimate and min(estimate, self.cap) > _REACH * low:
             return [_REACH // 2 * low, _REACH * low]
-        return [_guess(low, high, self.cap, estimate, self.guesses)]
+        return [next_guess(low, high, self.cap, estimate, self.guesses)]
 
     def measure(self, measure: Measure, batches: list[int]) -> str | None:
         """Try batches; return why the last of them failed, or None."""
@@ -320,10 +320,18 @@ def _line_limit(peaks: Mapping[int, int], budget_bytes: int) -> int | None:
     return last + (budget_bytes - peaks[last]) * (last - first) // rise
 
 
-def _guess(
+def next_guess(
     low: int, high: int | None, cap: int, estimate: int | None, guesses: Sequence[str]
 ) -> int:
-    """Choose the next batch strictly between what fits and what does not."""
+    """Choose the next batch strictly between what fits and what does not.
+
+    Args:
+        low: largest batch that fits, or 0.
+        high: smallest one that does not; None if none is known.
+        cap: largest batch of interest.
+        estimate: where the limit should be; None if nothing tells.
+        guesses: outcomes of the guesses so far, `fits` or another word.
+    """
     if high is not None and (len(guesses) >= _GUESSES or estimate is None):
         return (low + high) // 2
     repeated = 1

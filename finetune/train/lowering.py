@@ -52,7 +52,6 @@ def lower_step(
         num_labels: classes of the classifier.
         replicas: devices that share the effective batch. Every one runs the module, on its share of
             the rows, and the module adds up the gradients with an all-reduce.
-
         optimized: compile it for this machine's CPU as well, with TensorFlow's own XLA.
 
     Returns:

@@ -31,7 +31,7 @@ from bertbench.hardware.device import (
     make_budget,
 )
 from bertbench.hardware.discover import resolve_device
-from bertbench.hardware.lock import devices_held, locked
+from bertbench.hardware.lock import devices_held
 from bertbench.hardware.step_time import device_rates, predict_step_seconds
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question
@@ -48,6 +48,7 @@ from bertbench.trials.measure import TIMEOUT_SECONDS, TrialListener, TrialSettin
 from bertbench.trials.trial import Trial
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
+from helpers.lock_holder import hold
 
 LIMIT = 21
 
@@ -270,12 +271,6 @@ def test_a_small_default_grid_is_told_of(
     assert [line.partition("paper")[0] for line in lines] == ([told] if told else [])
     for line in lines:
         assert line.endswith("--seq-lens 64,128,256,320,384,512 --memory 12GiB")
-
-
-def hold(path: str, seconds: float, events: Any) -> None:
-    with locked(Path(path), lambda: events.put("waits")):
-        events.put("holds")
-        time.sleep(seconds)
 
 
 def test_a_lock_is_released_by_a_kill(tmp_path: Path) -> None:

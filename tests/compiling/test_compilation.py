@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bertbench.compiling.compilation import (
+    FAILED,
     NO_ROOM,
     Compilation,
     CompileSettings,
@@ -145,11 +146,13 @@ def test_a_compiler_that_fails_says_nothing_about_the_batch(
 @pytest.mark.usefixtures("installed")
 def test_a_wrong_answer_is_refused() -> None:
     settings = told({"event": "compiled", "memory": {"argument_bytes": -1}})
-    with pytest.raises(InputError):
-        compiled_with(settings, TPU)
+    compilation = compiled_with(settings, TPU)
+    assert compilation.outcome == FAILED
+    assert "argument_bytes" in compilation.message
 
 
-def test_a_step_that_is_not_lowered_is_an_error() -> None:
+@pytest.mark.usefixtures("installed")
+def test_a_step_that_is_not_lowered_is_a_failure() -> None:
     def run(function: str, payload: object, **others: Any) -> ProcessEnd:
         return end(exit_code=1, error=("ValueError", "no such step"))
 

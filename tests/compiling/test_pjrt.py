@@ -66,6 +66,8 @@ def test_memory_has_the_fields_of_the_header(header: str) -> None:
     assert [name.lstrip("*") for name in theirs[:8]] == ours[:8]
     assert all(name.startswith("host_") for name in theirs[8:13])
     assert theirs[13] == ours[9] == "peak_memory"
+    # There is room for all results of the header, and for more of newer plug-ins.
+    assert ctypes.sizeof(pjrt._GetMemory) >= 8 * len(theirs) + 128
 
 
 def test_options_name_one_replica_for_each_device() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from bertbench.ledger.compilations import (
     record_compilation,
 )
 from bertbench.ledger.database import open_ledger
-from bertbench.ledger.records import read_rows
+from bertbench.ledger.records import Prunable, prune, read_rows
 from bertbench.memory.compiled import CompiledMemory
 
 SETUP = Setup(published_workload("bert-tiny", 64), Levers(xla=True))
@@ -83,3 +84,17 @@ def test_a_question_names_the_versions_that_decide() -> None:
     versions = compiled_question(CPU_TARGET, SETUP).versions
     assert '"tensorflow"' in versions
     assert '"bertbench"' in versions
+
+
+def test_pruning_takes_compilations_of_the_time_away(tmp_path: Path) -> None:
+    with open_ledger(tmp_path / "l.sqlite") as ledger:
+        record_compilation(ledger, QUESTION, FITS)
+        for kept in (
+            Prunable(before=datetime(2020, 1, 1, tzinfo=timezone.utc)),
+            Prunable(failed=True),
+            Prunable(other_than="{}"),
+        ):
+            prune(ledger, kept)
+            assert find_compilations(ledger, QUESTION) == [FITS]
+        prune(ledger, Prunable())
+        assert find_compilations(ledger, QUESTION) == []

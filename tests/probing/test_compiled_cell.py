@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,13 +52,12 @@ def probe(
     begin=st.integers(0, 60_000_000),
     each=st.integers(20_000, 30_000_000),
     mebibytes=st.integers(60, 4000),
-    refuses=st.booleans(),
 )
 def test_the_limit_of_any_line_is_found_with_both_sides(
-    begin: int, each: int, mebibytes: int, refuses: bool, tmp_path_factory: pytest.TempPathFactory
+    begin: int, each: int, mebibytes: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     budget_bytes = mebibytes * MIB_BYTES
-    compile_ = affine(begin, each, budget_bytes if refuses else None)
+    compile_ = affine(begin, each, budget_bytes)
     cell = probe(compile_, budget_bytes, tmp_path_factory.mktemp("line"))
     limit = max((budget_bytes - MODEL_BYTES - begin) // each, 0)
     assert cell.max_batch == limit
@@ -70,24 +70,45 @@ def test_the_limit_of_any_line_is_found_with_both_sides(
 def test_four_compilations_are_enough_where_all_compile(tmp_path: Path) -> None:
     for number, (begin, each) in enumerate([(17_000_000, 2_500_000), (60_000_000, 300_000)]):
         (tmp_path / str(number)).mkdir()
-        cell = probe(affine(begin, each), 1000 * MIB_BYTES, tmp_path / str(number))
+        cell = probe(affine(begin, each), 1000 * MIB_BYTES, tmp_path / str(number), GPU)
         assert cell.compiled <= 4
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_what_is_no_line_costs_a_few_more(refuses: bool, tmp_path: Path) -> None:
+    """Programs that grow in steps of eight examples, and a little faster than a line."""
+    budget_bytes = 1000 * MIB_BYTES
+    limit = budget_bytes if refuses else None
+
+    def compile_(step: TrainingStep, target: CompileTarget) -> Compilation:
+        batch = -(-step.micro_batch // 8) * 8
+        return dataclasses.replace(
+            affine(17_000_000, 3_000_000 + 2_000 * batch, limit)(SETUP.step(batch), target),
+            micro_batch=step.micro_batch,
+        )
+
+    cell = probe(compile_, budget_bytes, tmp_path, TPU if refuses else GPU)
+    assert cell.max_batch is not None
+    assert cell.max_batch % 8 == 0
+    assert cell.exceeds is not None
+    assert cell.compiled <= 10
 
 
 def test_a_known_limit_costs_nothing_and_another_budget_uses_what_is_known(tmp_path: Path) -> None:
     compile_ = affine(17_000_000, 2_500_000)
-    first = probe(compile_, 1000 * MIB_BYTES, tmp_path)
-    again = probe(compile_, 1000 * MIB_BYTES, tmp_path)
+    first = probe(compile_, 1000 * MIB_BYTES, tmp_path, GPU)
+    again = probe(compile_, 1000 * MIB_BYTES, tmp_path, GPU)
     assert (again.compiled, again.max_batch) == (0, first.max_batch)
-    other = probe(compile_, 700 * MIB_BYTES, tmp_path)
-    assert other.compiled == 2
-    anew = probe(compile_, 1000 * MIB_BYTES, tmp_path, ignore_ledger=True)
+    other = probe(compile_, 700 * MIB_BYTES, tmp_path, GPU)
+    assert other.compiled <= 3
+    anew = probe(compile_, 1000 * MIB_BYTES, tmp_path, GPU, ignore_ledger=True)
     assert anew.compiled == first.compiled
 
 
 def test_a_gpus_allocator_needs_more_than_the_compilers_sum(tmp_path: Path) -> None:
     compile_ = affine(17_000_000, 2_500_000)
-    tpu = probe(compile_, 300 * MIB_BYTES, tmp_path)
+    refusing = affine(17_000_000, 2_500_000, 300 * MIB_BYTES)
+    tpu = probe(refusing, 300 * MIB_BYTES, tmp_path)
     gpu = probe(compile_, 300 * MIB_BYTES, tmp_path, GPU)
     assert tpu.max_batch is not None
     assert gpu.max_batch is not None
@@ -110,7 +131,7 @@ def test_a_failure_is_no_limit(tmp_path: Path) -> None:
 
 
 def test_nothing_fits(tmp_path: Path) -> None:
-    cell = probe(affine(17_000_000, 2_500_000), 60 * MIB_BYTES, tmp_path)
+    cell = probe(affine(17_000_000, 2_500_000), 60 * MIB_BYTES, tmp_path, GPU)
     assert cell.max_batch == 0
     assert cell.fits is None
     assert cell.exceeds is not None

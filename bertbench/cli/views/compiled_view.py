@@ -20,16 +20,20 @@ def show_compiled(
 ) -> None:
     """Show the finished cells."""
     console = terminal()
+    where = f"{format_bytes(budget_bytes)} of {accelerator.name}"
+    if accelerator.replicas > 1:
+        size = format_bytes(budget_bytes)
+        where = f"on each of the {accelerator.replicas} devices of {accelerator.name}, {size} each"
     console.print(
-        f"largest batch, {format_bytes(budget_bytes)} of {accelerator.name}, by its compiler "
-        f"and not by trials, checkpointing {levers.describe()}",
+        f"largest batch, {where}, by its compiler and not by trials, "
+        f"checkpointing {levers.describe()}",
         soft_wrap=True,
     )
     console.print(build_compiled_table(cells))
     if accelerator.kind == "gpu":
         console.print(
-            "what libraries take beside TensorFlow's allocator is not in it: a trial on the GPU "
-            "is the proof",
+            "the numbers leave out what CUDA's libraries take beside TensorFlow's allocator; only "
+            "a trial on the GPU proves a limit",
             soft_wrap=True,
         )
 

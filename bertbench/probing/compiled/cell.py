@@ -9,6 +9,7 @@ from typing import Any
 
 from bertbench.compiling.compilation import FAILED, NO_ROOM, Compilation
 from bertbench.compiling.target import CompileTarget
+from bertbench.core.bisection import largest_passing
 from bertbench.core.workload import MAX_BATCH, Setup, TrainingStep
 from bertbench.ledger.compilations import (
     CompiledQuestion,
@@ -16,12 +17,15 @@ from bertbench.ledger.compilations import (
     record_compilation,
 )
 from bertbench.ledger.database import Ledger
+from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES
 from bertbench.memory.allocator.budget import memory_of
 from bertbench.memory.compiled import replay_compiled
 from bertbench.memory.prediction import FormulaPrediction, Room
+from bertbench.probing.search import next_guess
 
-_MAX_GUESSES = 6
-"""After so many guesses by a line, what is left is halved."""
+_APART = 0.05
+"""Part of a batch by which two points must differ to give a slope: what a program needs rises in
+steps."""
 
 Compile = Callable[[TrainingStep, CompileTarget], Compilation]
 
@@ -53,6 +57,13 @@ class CompiledCell:
     seconds: float
     message: str = ""
 
+    @property
+    def evidence(self) -> str:
+        """`compiled` with both sides of the limit; else `not the limit` or `failed`."""
+        if self.max_batch is None:
+            return FAILED
+        return "compiled" if self.exceeds is not None else "not the limit"
+
     def to_json(self) -> dict[str, Any]:
         """Values under the keys of a file of `probe --gpu --json`."""
         workload = self.setup.workload
@@ -62,7 +73,7 @@ class CompiledCell:
             "seq_len": workload.seq_len,
             "levers": self.setup.levers.to_json(),
             "max_batch": self.max_batch,
-            "evidence": "compiled" if self.max_batch is not None else FAILED,
+            "evidence": self.evidence,
             "fits": None if self.fits is None else self.fits.to_json(),
             "exceeds": None if self.exceeds is None else self.exceeds.to_json(),
             "compilations": [one.to_json() for one in self.compilations],
@@ -77,20 +88,22 @@ def compiled_fits(
 ) -> bool:
     """Whether a step that was compiled fits in a budget.
 
-    A TPU's program is laid out by its compiler. On a GPU TensorFlow's allocator has to find room
-    for the model and for one buffer, see `bertbench.memory.compiled.replay_compiled`.
+    A TPU's compiler lays the program out in the memory of the device, and refuses what has no room
+    there: what compiled fits, and the budget says nothing more. On a GPU TensorFlow's allocator has
+    to find room for the model and for one buffer, see
+    `bertbench.memory.compiled.replay_compiled`.
 
     Args:
         step: the step.
         compilation: that did not fail.
         kind: of the device.
-        budget_bytes: of each device.
+        budget_bytes: of each device; not used for a TPU.
     """
     memory = compilation.memory
     if compilation.outcome == NO_ROOM or memory is None:
         return False
     if kind == "tpu":
-        return memory.device_bytes <= budget_bytes
+        return True
     return replay_compiled(step, memory, memory_of(kind, budget_bytes)).fits
 
 
@@ -124,7 +137,7 @@ def probe_compiled(
         for one in ([] if ignore_ledger else find_compilations(ledger, question))
         if one.micro_batch <= max_batch
     }
-    before = len(known)
+    before, guesses = len(known), list[str]()
     formula = FormulaPrediction(setup, Room(kind, budget_bytes))
     first = max(1, formula.max_micro_batch(max_batch))
 
@@ -150,44 +163,67 @@ def probe_compiled(
         low = max((b for b, fits in fitting.items() if fits and b < (high or b + 1)), default=0)
         if low + 1 == high or low == max_batch:
             return answer(low)
-        guess = _guess(list(known.values()), low, high, budget_bytes, first)
-        if len(known) - before >= _MAX_GUESSES and high is not None:
-            guess = (low + high) // 2
-        guess = min(max(guess, low + 1), max_batch if high is None else high - 1)
+        estimate = _estimate(setup, kind, list(known.values()), budget_bytes) if known else first
+        # The first two make the line, and tell nothing of how good it is.
+        guess = next_guess(low, high, max_batch, estimate, guesses[2:])
         on_attempt(guess)
         compilation = compile_(setup.step(guess), question.target)
         if compilation.outcome == FAILED:
             return answer(None, compilation.message)
         record_compilation(ledger, question, compilation)
         known[guess] = compilation
+        fits = compiled_fits(setup.step(guess), compilation, kind, budget_bytes)
+        guesses.append("fits" if fits else "oom")
 
 
-def _guess(
-    known: Sequence[Compilation], low: int, high: int | None, budget_bytes: int, first: int
-) -> int:
-    """Where the limit should be, by a line through what compiled.
+def _estimate(
+    setup: Setup, kind: str, known: Sequence[Compilation], budget_bytes: int
+) -> int | None:
+    """Where the limit should be, by a line through what compiled; None if nothing tells.
 
     Args:
+        setup: workload and levers.
+        kind: of the device.
         known: compilations.
-        low: largest micro-batch that fits, or 0.
-        high: smallest one that does not, if any.
         budget_bytes: what a program may use.
-        first: where the formula has it.
     """
-    points = [(one.micro_batch, one.memory) for one in known if one.memory is not None]
+    points = [
+        (
+            one.micro_batch,
+            one.memory.temporary_bytes,
+            _missing_bytes(setup, one, kind, budget_bytes),
+        )
+        for one in known
+        if one.memory is not None
+    ]
     if not points:
-        return first if high is None else (low + high) // 2
-    # The two that are nearest to the budget.
-    points.sort(key=lambda point: abs(point[1].device_bytes - budget_bytes))
-    batch, memory = points[0]
-    if len(points) > 1:
-        other_batch, other = points[1]
-        rise = (memory.device_bytes - other.device_bytes) / (batch - other_batch)
-    else:
-        # What grows with the batch is at most what is not the model.
-        rise = memory.temporary_bytes / batch
+        return None
+    points.sort(key=lambda point: abs(point[2]))
+    batch, temporary_bytes, missing_bytes = points[0]
+    # What grows with the batch is at most what is temporary.
+    rise = temporary_bytes / batch
+    for other_batch, _, other_bytes in points[1:]:
+        if abs(other_batch - batch) >= _APART * batch:
+            rise = (missing_bytes - other_bytes) / (batch - other_batch)
+            break
     if rise <= 0:
         return 2 * batch
-    guess = batch + (budget_bytes - memory.device_bytes) / rise
+    estimate = batch - missing_bytes / rise
     # A line is not believed far away.
-    return int(min(max(guess, batch / 4), 4 * batch))
+    return int(min(max(estimate, batch / 4), 4 * batch))
+
+
+def _missing_bytes(setup: Setup, one: Compilation, kind: str, budget_bytes: int) -> int:
+    """By how much a compiled step is too large for a budget; negative by how much it may grow."""
+    memory = one.memory
+    assert memory is not None
+    if kind == "tpu":
+        return memory.device_bytes - budget_bytes
+    step, allocator = setup.step(one.micro_batch), memory_of(kind, budget_bytes)
+
+    def fits(units: int) -> bool:
+        larger = dataclasses.replace(memory, temporary_bytes=units * MIN_ALLOCATION_BYTES)
+        return replay_compiled(step, larger, allocator).fits
+
+    room = largest_passing(fits, 0, budget_bytes // MIN_ALLOCATION_BYTES) * MIN_ALLOCATION_BYTES
+    return memory.temporary_bytes - room

@@ -156,17 +156,19 @@ def test_adafactor_is_that_of_transformers() -> None:
 
 
 def test_lion_is_that_of_keras() -> None:
+    import keras
+
     hyperparameters = OptimizerSettings(0.1, 10, weight_decay=0.3, clip_norm=1e9, optimizer="lion")
     variables = [tf.Variable(w, name=n) for n, w in zip(NAMES, draw(0), strict=True)]
     state = create_state(variables, "lion")
-    theirs = [tf.keras.Variable(w) for w in draw(0)]
-    keras = tf.keras.optimizers.Lion(0.1, weight_decay=0.3)
-    keras.exclude_from_weight_decay(theirs[1:])
+    theirs = [keras.Variable(w) for w in draw(0)]
+    optimizer = keras.optimizers.Lion(0.1, weight_decay=0.3)
+    optimizer.exclude_from_weight_decay(theirs[1:])
     for step in range(5):
         gradients = draw(step + 1, 10.0 ** (step - 2))
         rate, _ = apply_gradients(hyperparameters, state, variables, constants(gradients))
-        keras.learning_rate = float(rate)
-        keras.apply(constants(gradients), theirs)
+        optimizer.learning_rate = float(rate)
+        optimizer.apply(constants(gradients), theirs)
     for got, expected in zip(variables, theirs, strict=True):
         np.testing.assert_allclose(got, expected.numpy(), rtol=0, atol=1e-6)
 
