@@ -113,7 +113,12 @@ def test_exact_update_with_padded_rows(head: str, policy: str) -> None:
 
 @pytest.mark.parametrize(
     ("policy", "rows", "accumulation_steps"),
-    [("none", 5, 1), ("full", 4, 2), ("selective", 10, 2)],
+    [
+        # `none` is also trained with XLA in `test_training.py`.
+        pytest.param("none", 5, 1, marks=pytest.mark.slow),
+        ("full", 4, 2),
+        ("selective", 10, 2),
+    ],
 )
 def test_exact_update_compiled_by_xla(
     monkeypatch: pytest.MonkeyPatch, policy: str, rows: int, accumulation_steps: int

@@ -61,8 +61,15 @@ def test_logits(folder: Path, golden: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose(predict(batch_of(golden)), golden["logits"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("accumulation_steps", [1, 3])
-@pytest.mark.parametrize("checkpointing", ["none", "full", "full:1"])
+@pytest.mark.parametrize(
+    ("checkpointing", "accumulation_steps"),
+    [
+        ("none", 1), ("none", 3), ("full", 1), ("full:1", 3),
+        # The same update by another way, which `test_exactness.py` compares too.
+        pytest.param("full", 3, marks=pytest.mark.slow),
+        pytest.param("full:1", 1, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_four_compiled_steps(
     folder: Path, golden: dict[str, np.ndarray], accumulation_steps: int, checkpointing: str
 ) -> None:
