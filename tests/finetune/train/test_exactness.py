@@ -114,7 +114,7 @@ def test_exact_update_with_padded_rows(head: str, policy: str) -> None:
 @pytest.mark.parametrize(
     ("policy", "rows", "accumulation_steps"),
     [
-        # `none` is also trained with XLA in `test_training.py`.
+        # `none` is also trained with XLA in `test_training_loop.py`.
         pytest.param("none", 5, 1, marks=pytest.mark.slow),
         ("full", 4, 2),
         ("selective", 10, 2),
