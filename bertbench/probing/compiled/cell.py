@@ -120,7 +120,8 @@ def probe_compiled(
     """Find the largest micro-batch that compiles to a program that fits, and one that does not.
 
     What a program needs is close to a line in the batch, so two compilations tell where the limit
-    is, and two more show both sides of it.
+    is, and two more show both sides of it. It is no line where XLA computes activations again to
+    save memory, near the memory of a GPU: then it takes up to ten.
 
     Args:
         ledger: open; gets the compilations, and those in it are not repeated.
