@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -138,6 +139,10 @@ def probe_compiled(
         for one in ([] if ignore_ledger else find_compilations(ledger, question))
         if one.micro_batch <= max_batch
     }
+    fitting = {
+        batch: compiled_fits(setup.step(batch), one, kind, budget_bytes)
+        for batch, one in known.items()
+    }
     before, guesses = len(known), list[str]()
     formula = FormulaPrediction(setup, Room(kind, budget_bytes))
     first = max(1, formula.max_micro_batch(max_batch))
@@ -156,10 +161,6 @@ def probe_compiled(
         )
 
     while True:
-        fitting = {
-            batch: compiled_fits(setup.step(batch), one, kind, budget_bytes)
-            for batch, one in known.items()
-        }
         high = min((batch for batch, fits in fitting.items() if not fits), default=None)
         low = max((b for b, fits in fitting.items() if fits and b < (high or b + 1)), default=0)
         if low + 1 == high or low == max_batch:
@@ -173,8 +174,8 @@ def probe_compiled(
             return answer(None, compilation.message)
         record_compilation(ledger, question, compilation)
         known[guess] = compilation
-        fits = compiled_fits(setup.step(guess), compilation, kind, budget_bytes)
-        guesses.append("fits" if fits else "oom")
+        fitting[guess] = compiled_fits(setup.step(guess), compilation, kind, budget_bytes)
+        guesses.append("fits" if fitting[guess] else "oom")
 
 
 def _estimate(
@@ -214,6 +215,7 @@ def _estimate(
     return int(min(max(estimate, batch / 4), 4 * batch))
 
 
+@functools.lru_cache(maxsize=256)  # a search asks of all that is known before each guess
 def _missing_bytes(setup: Setup, one: Compilation, kind: str, budget_bytes: int) -> int:
     """By how much a compiled step is too large for a budget; negative by how much it may grow."""
     memory = one.memory
