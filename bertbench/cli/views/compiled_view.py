@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from bertbench.core.published import PUBLISHED_MAX_BATCH, published_ratio
+from bertbench.cli.views.probe_view import published_columns, results_table
 from bertbench.core.terminal import terminal
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers
@@ -58,26 +58,16 @@ def show_compiled_checks(product: str, checks: Sequence[CompiledCheck]) -> None:
 
 def build_compiled_table(cells: Sequence[CompiledCell]) -> Table:
     """Make the table of results."""
-    published = any(_key(cell) in PUBLISHED_MAX_BATCH for cell in cells)
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0) if published else (0, 1))
-    titles = ["model", "seq", "max batch", "needs", "one more", "compiled", "evidence"]
-    if published:
-        titles += ["Titan X", "ratio"]
-    for title in titles:
-        left = title in ("model", "evidence")
-        table.add_column(title, justify="left" if left else "right", no_wrap=True)
+    table, published = results_table(
+        [cell.setup.workload for cell in cells], ("needs", "one more", "compiled")
+    )
     for cell in cells:
-        row = [cell.setup.workload.model, str(cell.setup.workload.seq_len), *_results(cell)]
+        workload = cell.setup.workload
+        row = [workload.model, str(workload.seq_len), *_results(cell)]
         if published:
-            known = PUBLISHED_MAX_BATCH.get(_key(cell))
-            row.append("-" if known is None else str(known))
-            row.append(published_ratio(cell.setup.workload, cell.max_batch or 0))
+            row += published_columns(workload, cell.max_batch or 0)
         table.add_row(*row)
     return table
-
-
-def _key(cell: CompiledCell) -> tuple[str, int]:
-    return cell.setup.workload.model, cell.setup.workload.seq_len
 
 
 def _results(cell: CompiledCell) -> list[str]:

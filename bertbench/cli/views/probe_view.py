@@ -255,25 +255,43 @@ def build_table(cells: Mapping[int, ProbedCell], workloads: Sequence[Workload]) 
         cells: finished cells, by index; the rows of other cells have no results yet.
         workloads: the workload of each row.
     """
-    published = any((w.model, w.seq_len) in PUBLISHED_MAX_BATCH for w in workloads)
-    # With the published numbers beside them, eighty columns leave one space between two.
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0) if published else (0, 1))
-    titles = ["model", "seq", "max batch", "peak", "examples/s", "trials", "evidence"]
-    if published:
-        titles += ["Titan X", "ratio"]
-    for title in titles:
-        left = title in ("model", "evidence")
-        table.add_column(title, justify="left" if left else "right", no_wrap=True)
+    table, published = results_table(workloads, ("peak", "examples/s", "trials"))
     for index, workload in enumerate(workloads):
         row = [workload.model, str(workload.seq_len)]
         if index in cells:
             row += _results(cells[index])
             if published:
-                known = PUBLISHED_MAX_BATCH.get((workload.model, workload.seq_len))
-                row.append("-" if known is None else str(known))
-                row.append(published_ratio(workload, cells[index].result.max_batch))
+                row += published_columns(workload, cells[index].result.max_batch)
         table.add_row(*row)
     return table
+
+
+def results_table(workloads: Sequence[Workload], measures: Sequence[str]) -> tuple[Table, bool]:
+    """Make an empty table of largest batches.
+
+    Args:
+        workloads: of its rows.
+        measures: titles of the columns between the largest batch and the evidence.
+
+    Returns:
+        The table, and whether it ends with the columns of `published_columns`.
+    """
+    published = any((w.model, w.seq_len) in PUBLISHED_MAX_BATCH for w in workloads)
+    # With the published numbers beside them, eighty columns leave one space between two.
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0) if published else (0, 1))
+    titles = ["model", "seq", "max batch", *measures, "evidence"]
+    if published:
+        titles += ["Titan X", "ratio"]
+    for title in titles:
+        left = title in ("model", "evidence")
+        table.add_column(title, justify="left" if left else "right", no_wrap=True)
+    return table, published
+
+
+def published_columns(workload: Workload, max_batch: int) -> list[str]:
+    """The published maximum batch, and a largest batch as a multiple of it."""
+    known = PUBLISHED_MAX_BATCH.get((workload.model, workload.seq_len))
+    return ["-" if known is None else str(known), published_ratio(workload, max_batch)]
 
 
 def describe_holes(cell: ProbedCell) -> list[str]:
