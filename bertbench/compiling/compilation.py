@@ -17,7 +17,7 @@ from bertbench.core.workload import TrainingStep
 from bertbench.memory.compiled import CompiledMemory, compiled_memory_from_json
 from bertbench.trials.interference import THIS_MACHINE, Machine
 from bertbench.trials.isolation import Message, ProcessEnd, run_isolated
-from bertbench.trials.outcome import classify_error, classify_exit, shorten, summarise_error
+from bertbench.trials.outcome import classify_error, explain_end, summarise_error
 from bertbench.trials.temporary_folders import temporary_folder
 from finetune.errors import InputError
 
@@ -32,6 +32,9 @@ _LOWER = "bertbench.compiling.worker:lower"
 _COMPILE_HERE = "bertbench.compiling.worker:compile_here"
 _COMPILE = "bertbench.compiling.worker:compile_for"
 _XLA_ERROR = "XlaRuntimeError"
+
+_PROCESS = "the compiler's process"
+_ON_A_FULL_HOST = "end what holds the memory, or compile on a machine with more"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +130,7 @@ def lowered(
         payload = {**_step_payload(step, replicas), "module": str(module)}
         end, messages = _run(_LOWER, payload, settings)
         if not any(message.get("event") == "lowered" for message in messages):
-            raise WorkError(f"the step could not be lowered: {_why(end, settings)}")
+            raise WorkError(f"the step could not be lowered: {_explain(end, settings)}")
         yield module
 
 
@@ -192,7 +195,7 @@ def _read(
             is_limit = target.kind == "tpu" and classify_error(_XLA_ERROR, text) == "oom"
             outcome = NO_ROOM if is_limit else FAILED
             return Compilation(micro_batch, outcome, None, summarise_error(_XLA_ERROR, text))
-    return Compilation(micro_batch, FAILED, None, _why(end, settings))
+    return Compilation(micro_batch, FAILED, None, _explain(end, settings))
 
 
 def _run(
@@ -203,7 +206,7 @@ def _run(
 
     def stop() -> str:
         settings.poll()
-        return settings.machine.reason_to_stop(offset)
+        return settings.machine.reason_to_stop(offset, _ON_A_FULL_HOST)
 
     end = settings.run(
         function,
@@ -217,18 +220,9 @@ def _run(
     return end, messages
 
 
-def _why(end: ProcessEnd, settings: CompileSettings) -> str:
+def _explain(end: ProcessEnd, settings: CompileSettings) -> str:
     """Say why a process ended without an answer."""
-    if end.stopped:
-        return end.stopped
-    if end.timed_out:
-        return f"no result within {settings.timeout_seconds:g} s; killed"
-    if end.garbage:
-        return shorten(f"the compiler's process sent what is no message: {end.garbage}")
-    if end.error is not None:
-        reason = summarise_error(*end.error)
-    else:
-        _, reason = classify_exit(
-            end.exit_code, end.oom_kills_before, end.oom_kills_after, end.printed
-        )
-    return shorten(reason + (f"; it printed: {end.tail}" if end.tail else ""))
+    _, reason = explain_end(
+        end, settings.timeout_seconds, process=_PROCESS, what_to_do=_ON_A_FULL_HOST
+    )
+    return reason

@@ -75,16 +75,25 @@ def compile_for(payload: Mapping[str, Any], send: Callable[[Mapping[str, Any]], 
         send: takes `{"event": "compiled", "memory"}` or `{"event": "error", "message"}`.
 
     Raises:
-        RuntimeError: the compiler crashed, or was killed.
+        RuntimeError: the compiler ended without an answer.
     """
     answer_file = Path(payload["answer"])
     request_file = answer_file.with_name("request.json")
     request_file.write_text(json_text(dict(payload)), encoding="utf-8")
     command = [sys.executable, "-m", _COMPILER, str(request_file), str(answer_file)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    paths = map(os.path.abspath, filter(None, sys.path))
     code = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, check=False
+        command,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        # A compiler that crashes may write files where it is.
+        cwd=answer_file.parent,
+        stdin=subprocess.DEVNULL,
+        check=False,
     ).returncode
+    if code < 0:
+        # Ends in the same way, so that who started this process learns of it: the kernel, for
+        # instance, kills what takes the most of a full memory.
+        os.kill(os.getpid(), -code)
     if code:
         raise RuntimeError(f"the compiler ended with code {code}")
     answer = parse_json(answer_file.read_text(encoding="utf-8"))

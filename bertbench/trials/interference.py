@@ -23,6 +23,9 @@ _CLOCK_JUMP_SECONDS = 5.0
 _CLOCK_SET = "the system's clock was set during the trial"
 _AGAIN = "the same command tries again"
 
+TRY_LESS_MEMORY = "end what holds the memory, or give a smaller --memory"
+"""What to do when the host's memory ran out in a trial."""
+
 
 def _clock_offset() -> float:
     return time.time() - time.monotonic()
@@ -45,11 +48,12 @@ class Machine:
     clock_offset: Callable[[], float] = _clock_offset
     given_back_seconds: float = 5.0
 
-    def reason_to_stop(self, offset_before: float) -> str:
+    def reason_to_stop(self, offset_before: float, what_to_do: str = TRY_LESS_MEMORY) -> str:
         """Say why a trial that runs cannot tell anything; "" if nothing is wrong.
 
         Args:
             offset_before: `clock_offset` when the trial began.
+            what_to_do: when the machine's memory is full.
         """
         if self.clock_offset() - offset_before < -_CLOCK_JUMP_SECONDS:
             return f"{_CLOCK_SET}, and TensorFlow may wait until it is there again; {_AGAIN}"
@@ -59,8 +63,7 @@ class Machine:
             return ""
         return (
             f"stopped before the machine would swap: {format_bytes(free_bytes)} of its "
-            f"{format_bytes(total_bytes)} were left; give a smaller --memory, or end what holds "
-            "them"
+            f"{format_bytes(total_bytes)} were left; {what_to_do}"
         )
 
     def reason_to_doubt(self, budget: Budget, offset_before: float, paused: bool) -> str:

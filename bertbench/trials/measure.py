@@ -12,11 +12,11 @@ from bertbench.hardware.device import Budget
 from bertbench.memory.allocator.budget import child_environment
 from bertbench.memory.allocator.recording import Recording, recording_from_text
 from bertbench.trials.interference import THIS_MACHINE, Machine
-from bertbench.trials.isolation import Message, ProcessEnd, run_isolated
+from bertbench.trials.isolation import Message, run_isolated
 from bertbench.trials.outcome import (
     Outcome,
     classify_error,
-    classify_exit,
+    explain_end,
     shorten,
     summarise_error,
 )
@@ -160,7 +160,7 @@ class _OneProcess:
             stop=self._reason_to_stop,
         )
         if not self._is_complete():
-            self._add(*_explain(end, settings.timeout_seconds))
+            self._add(*explain_end(end, settings.timeout_seconds))
         return self._trials
 
     def _is_complete(self) -> bool:
@@ -239,23 +239,3 @@ def _is_result(message: Message, batch: int) -> bool:
         and all(size is None or (type(size) is int and size >= 0) for size in sizes)
         and (step_seconds is None or (type(step_seconds) in (int, float) and step_seconds >= 0))
     )
-
-
-def _explain(end: ProcessEnd, timeout_seconds: float) -> tuple[Outcome, str]:
-    """Say why a process ended without the result of a batch."""
-    if end.stopped:
-        # The machine is full, and not the budget: that says nothing about the batch.
-        return "failed", end.stopped
-    if end.error is not None:
-        return classify_error(*end.error), summarise_error(*end.error)
-    outcome: Outcome = "failed"
-    if end.timed_out:
-        reason = f"no result within {timeout_seconds:g} s; killed"
-    elif end.garbage:
-        reason = f"the trial's process sent what is no message: {end.garbage}"
-    else:
-        outcome, reason = classify_exit(
-            end.exit_code, end.oom_kills_before, end.oom_kills_after, end.printed
-        )
-    printed = f"; it printed: {end.tail}" if end.tail and outcome == "failed" else ""
-    return outcome, shorten(reason + printed)

@@ -12,6 +12,9 @@ import signal
 from collections.abc import Mapping
 from typing import Literal
 
+from bertbench.trials.interference import TRY_LESS_MEMORY
+from bertbench.trials.isolation import ProcessEnd
+
 Outcome = Literal["fits", "oom", "failed"]
 
 MESSAGE_LIMIT = 500
@@ -137,6 +140,9 @@ def classify_exit(
     oom_kills_before: Mapping[str, int],
     oom_kills_after: Mapping[str, int],
     printed: str = "",
+    *,
+    process: str = "the trial's process",
+    what_to_do: str = TRY_LESS_MEMORY,
 ) -> tuple[Outcome, str]:
     """Tell what the end of a trial's process means, when it ended before its result.
 
@@ -153,18 +159,20 @@ def classify_exit(
         oom_kills_before: `bertbench.hardware.host.oom_kill_counts` before the process started.
         oom_kills_after: the same after it ended.
         printed: what it printed, TensorFlow's log included.
+        process: what the process is called in the reason.
+        what_to_do: when the host's memory ran out.
 
     Returns:
         `oom` or `failed`, and the reason in words.
     """
     if exit_code is None:
-        return "failed", "the trial's process could not be ended"
+        return "failed", f"{process} could not be ended"
     if exit_code == 0:
-        return "failed", "the trial's process ended without a result"
+        return "failed", f"{process} ended without a result"
     if exit_code > 0:
-        return "failed", f"the trial's process ended with exit code {exit_code}"
+        return "failed", f"{process} ended with exit code {exit_code}"
     if -exit_code == signal.SIGKILL:
-        return "failed", _explain_kill(oom_kills_before, oom_kills_after)
+        return "failed", _explain_kill(oom_kills_before, oom_kills_after, what_to_do)
     try:
         number = signal.Signals(-exit_code)
     except ValueError:
@@ -175,6 +183,47 @@ def classify_exit(
     if failure:
         return "oom", f"{failure}, after which a kernel crashed ({killed})"
     return "failed", killed
+
+
+def explain_end(
+    end: ProcessEnd,
+    timeout_seconds: float,
+    *,
+    process: str = "the trial's process",
+    what_to_do: str = TRY_LESS_MEMORY,
+) -> tuple[Outcome, str]:
+    """Say why an isolated process ended without its result.
+
+    Args:
+        end: of the process.
+        timeout_seconds: how long it might send nothing.
+        process: see `classify_exit`.
+        what_to_do: see `classify_exit`.
+
+    Returns:
+        `oom` or `failed`, and the reason in words.
+    """
+    if end.stopped:
+        # The machine is full, and not the budget: that says nothing about the batch.
+        return "failed", end.stopped
+    if end.error is not None:
+        return classify_error(*end.error), summarise_error(*end.error)
+    outcome: Outcome = "failed"
+    if end.timed_out:
+        reason = f"no result within {timeout_seconds:g} s; killed"
+    elif end.garbage:
+        reason = f"{process} sent what is no message: {end.garbage}"
+    else:
+        outcome, reason = classify_exit(
+            end.exit_code,
+            end.oom_kills_before,
+            end.oom_kills_after,
+            end.printed,
+            process=process,
+            what_to_do=what_to_do,
+        )
+    printed = f"; it printed: {end.tail}" if end.tail and outcome == "failed" else ""
+    return outcome, shorten(reason + printed)
 
 
 def recorded_outcome(outcome: Outcome, message: str) -> Outcome:
@@ -191,14 +240,11 @@ def recorded_outcome(outcome: Outcome, message: str) -> Outcome:
     return outcome
 
 
-def _explain_kill(before: Mapping[str, int], after: Mapping[str, int]) -> str:
+def _explain_kill(before: Mapping[str, int], after: Mapping[str, int], what_to_do: str) -> str:
     rising = [source for source, count in after.items() if count > before.get(source, count)]
     if not rising:
         return "killed by SIGKILL; not known to be out of memory"
-    return (
-        f"{_KERNEL_KILLED} ({rising[0]}), which tells nothing of the batch; end what holds the "
-        "memory, or give a smaller --memory"
-    )
+    return f"{_KERNEL_KILLED} ({rising[0]}), which tells nothing of the batch; {what_to_do}"
 
 
 def _last_failure(printed: str) -> str:

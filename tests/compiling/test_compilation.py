@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ from bertbench.hardware.device import make_budget
 from bertbench.hardware.discover import resolve_device
 from bertbench.memory.allocator.budget import memory_of
 from bertbench.memory.compiled import CompiledMemory, compiled_memory_from_json, replay_compiled
-from bertbench.trials.isolation import ProcessEnd
+from bertbench.trials.isolation import ProcessEnd, run_isolated
 from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.errors import InputError
 from finetune.spec.checkpointing import parse_checkpointing
@@ -141,6 +143,20 @@ def test_a_compiler_that_fails_says_nothing_about_the_batch(
     compilation = compiled_with(settings, TPU)
     assert compilation.outcome == "failed"
     assert why in compilation.message
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_the_signal_that_ends_a_compiler_is_known(number: int, tmp_path: Path) -> None:
+    """Else a kernel that kills the compiler for want of memory would not be found out."""
+    end = run_isolated(
+        "helpers.isolation_targets:compile_with_a_dying_compiler",
+        {"answer": str(tmp_path / "answer.json"), "signal": str(int(number))},
+        environment={},
+        timeout_seconds=60,
+        on_message=lambda message: None,
+    )
+    assert end.exit_code == -number
+    assert end.error is None
 
 
 @pytest.mark.usefixtures("installed")

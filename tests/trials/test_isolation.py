@@ -331,7 +331,10 @@ def test_a_trial_is_stopped_before_the_machine_swaps() -> None:
     """Whoever fills the machine, it says nothing about the batch."""
     (trial,) = measure("hang@4", [4], machine=FULL_HOST)
     assert trial.outcome == "failed"
-    assert "300 MiB of its 16.0 GiB were left; give a smaller --memory" in trial.message
+    assert (
+        "300 MiB of its 16.0 GiB were left; end what holds the memory, or give a smaller"
+        in trial.message
+    )
 
 
 def test_a_trial_that_was_stopped_and_went_on_is_no_limit_and_no_time() -> None:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from bertbench.compiling import worker
+
 Payload = dict[str, Any]
 Send = Callable[[dict[str, Any]], None]
 
@@ -129,3 +131,14 @@ def stop_in_a_step(payload: Payload, send: Send) -> None:
     worker.measure_steps = measure
     worker.build_trainer = worker.start_tensorflow = lambda *arguments: None
     worker.run_trial(payload, send)
+
+
+def compile_with_a_dying_compiler(payload: Payload, send: Send) -> None:
+    """Compile with a program that ends at once, by the signal that `signal` names."""
+    os.environ["DYING_COMPILER"] = payload["signal"]
+    worker._COMPILER = __name__
+    worker.compile_for(payload, send)
+
+
+if __name__ == "__main__":
+    os.kill(os.getpid(), int(os.environ["DYING_COMPILER"]))
