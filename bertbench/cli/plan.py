@@ -253,6 +253,8 @@ def _plan_accelerators(
     replicas: int | None,
     json_file: Path | None,
 ) -> None:
+    # The table does not show them.
+    request = dataclasses.replace(request, alternatives=json_file is not None)
     answers = plan_accelerators(request, workload, memory, replicas)
     values = [{"card": a.name, **answer.to_json()} for a, answer in answers.items()]
     _write_or_show(
@@ -314,6 +316,8 @@ def _plan_grid(
 ) -> None:
     # Otherwise each workload would have this for a reason.
     check_request(request, device)
+    # The table does not show them.
+    request = dataclasses.replace(request, alternatives=json_file is not None)
     answers = [plan_or_reason(request, workload, device) for workload in workloads]
     _write_or_show(
         json_file,

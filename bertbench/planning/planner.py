@@ -6,15 +6,22 @@ It decides from the predicted memory and the predicted seconds alone, in well un
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Setup, TrainingStep, Workload
 from bertbench.hardware.step_time import predict_step_seconds
 from bertbench.memory.footprint import Footprint
-from bertbench.memory.prediction import MemoryPrediction, note_other_tensorflow, predict_memory
+from bertbench.memory.prediction import (
+    MemoryPrediction,
+    Room,
+    note_other_tensorflow,
+    predict_memory,
+)
 from bertbench.planning.calibration import Calibration
 from bertbench.planning.candidates import all_levers, cuts
 from bertbench.planning.min_memory import MinMemory, find_min_memory
@@ -87,7 +94,7 @@ class Plan:
         device_kind: `cpu`, `gpu` or `tpu`.
         chosen: the fastest setting that fits.
         alternatives: slower settings that need less, each at least a tenth less than the one
-            before it.
+            before it; empty unless the request wanted them.
         rejected: faster settings that do not fit. That which misses the fewest bytes is first.
         timed_trials: trials on the device that its speed was taken from; 0 for none.
     """
@@ -156,7 +163,7 @@ def make_plan(
         candidates = _candidates(request, workload, device, calibration)
         if below_bytes is not None:
             candidates = [one for one in candidates if one.peak_bytes < below_bytes]
-        return _choose(candidates, device, calibration)
+        return _choose(candidates, device, calibration, alternatives=request.alternatives)
 
     found = choose(request)
     one_gpu = device.kind == "gpu" and device.replicas == 1
@@ -188,12 +195,24 @@ def _with_levers(request: PlanRequest, **values: Any) -> PlanRequest:
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A setting that the planner compares with others."""
+    """A setting that the planner compares with others.
+
+    There are hundreds, and most of them are never asked for their memory.
+    """
 
     step: TrainingStep
-    memory: MemoryPrediction
+    room: Room
     seconds: float
-    peak_bytes: int
+
+    @functools.cached_property
+    def memory(self) -> MemoryPrediction:
+        """Predicts the memory of its setup's steps."""
+        return predict_memory(self.step.setup, self.room)
+
+    @functools.cached_property
+    def peak_bytes(self) -> int:
+        """The predicted peak, without a replay."""
+        return self.memory.peak_bytes(self.step.micro_batch)
 
     @property
     def missing_bytes(self) -> int:
@@ -214,20 +233,41 @@ def _candidates(
     for levers in all_levers(request, workload):
         for micro_batch, count in cuts(math.ceil(request.target_batch / device.replicas)):
             setup = Setup(workload, dataclasses.replace(levers, accumulation_steps=count))
-            step, memory = setup.step(micro_batch), predict_memory(setup, room)
+            step = setup.step(micro_batch)
             seconds = predict_step_seconds(step, device.rates, replicas=device.replicas)
             seconds = calibration.seconds(seconds, micro_batch)
-            candidates.append(_Candidate(step, memory, seconds, memory.peak_bytes(micro_batch)))
-    return sorted(candidates, key=lambda c: (c.seconds, not c.step.levers.exact, c.peak_bytes))
+            candidates.append(_Candidate(step, room, seconds))
+    return _in_order(candidates)
+
+
+def _in_order(candidates: Iterable[_Candidate]) -> list[_Candidate]:
+    def first(candidate: _Candidate) -> tuple[float, bool]:
+        return candidate.seconds, not candidate.step.levers.exact
+
+    ordered: list[_Candidate] = []
+    for _, tied in itertools.groupby(sorted(candidates, key=first), first):
+        equal = list(tied)
+        ordered += sorted(equal, key=lambda c: c.peak_bytes) if len(equal) > 1 else equal
+    return ordered
 
 
 _Found = tuple[_Candidate, list[_Candidate], list[Rejection]]
 
 
 def _choose(
-    candidates: Sequence[_Candidate], device: PlannedDevice, calibration: Calibration
+    candidates: Sequence[_Candidate],
+    device: PlannedDevice,
+    calibration: Calibration,
+    *,
+    alternatives: bool,
 ) -> _Found | None:
     """Take the first candidate that is known or predicted to fit.
+
+    Args:
+        candidates: the fastest first.
+        device: the device that is planned for.
+        calibration: what trials have shown.
+        alternatives: whether slower candidates are wanted too.
 
     Returns:
         None if there is none, else three values. The first candidate that fits. Slower candidates,
@@ -244,7 +284,8 @@ def _choose(
         if fits:
             rejected.sort(key=lambda pair: pair[0])
             nearest = [rejection for _, rejection in rejected[:_MAX_REJECTIONS]]
-            return candidate, _front(candidates[number:]), nearest
+            slower = _front(candidates[number:]) if alternatives else []
+            return candidate, slower, nearest
         why = "ran out of memory before" if known is False else _why_too_large(candidate)
         rejected.append((candidate.missing_bytes, Rejection(step, why)))
     return None

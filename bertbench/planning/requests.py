@@ -29,6 +29,8 @@ class PlanRequest:
             memory if nothing fits otherwise.
         ledger_file: ledger with trials that plans for an attached device learn from; None takes
             the user's.
+        alternatives: whether slower settings that need less memory are wanted as well. To find
+            them takes longer than all else, because the memory of all settings is predicted.
     """
 
     target_batch: int
@@ -36,6 +38,7 @@ class PlanRequest:
     allowed: Sequence[Levers] = (Levers(),)
     host_if_needed: bool = True
     ledger_file: Path | None = None
+    alternatives: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

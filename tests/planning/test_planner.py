@@ -23,6 +23,7 @@ from bertbench.hardware.device import make_budget
 from bertbench.hardware.discover import resolve_device
 from bertbench.hardware.step_time import gpu_rates, predict_step_seconds
 from bertbench.memory.prediction import Room, predict_memory
+from bertbench.planning.calibration import Calibration
 from bertbench.planning.candidates import cuts
 from bertbench.planning.min_memory import find_min_memory
 from bertbench.planning.plan_file import PlanFile, read_plan
@@ -95,6 +96,29 @@ def test_nothing_that_fits_is_faster(
         assert entry.footprint.peak_bytes < chosen.footprint.peak_bytes
     for rejection in plan.rejected:
         assert not predict_memory(rejection.step.setup, room).fits(rejection.step.micro_batch)
+
+
+@pytest.mark.parametrize(
+    ("model", "budget_mib"), [("bert-base", 12_000), ("bert-large", 9_000), ("bert-large", 7_000)]
+)
+def test_a_plan_without_alternatives_is_the_same_plan(model: str, budget_mib: int) -> None:
+    device = PlannedDevice("test", "cpu", budget_mib * MIB_BYTES, RATES)
+    workload, request = published_workload(model, 384), PlanRequest(32)
+    plan = make_plan(request, workload, device)
+    assert plan.alternatives
+    alone = make_plan(dataclasses.replace(request, alternatives=False), workload, device)
+    assert alone == dataclasses.replace(plan, alternatives=())
+
+
+def test_of_equally_fast_settings_that_with_the_smallest_peak_is_taken() -> None:
+    device = PlannedDevice("test", "cpu", 12_000 * MIB_BYTES, RATES)
+    workload, request = published_workload("bert-tiny", 128), PlanRequest(32)
+    tied = make_plan(request, workload, device, Calibration(time_factor=0.0))
+    plan = make_plan(request, workload, device)
+    assert plan.alternatives
+    for other in (plan.chosen, *plan.alternatives):
+        assert tied.chosen.footprint.peak_bytes < 1.01 * other.footprint.peak_bytes
+    assert not tied.alternatives
 
 
 def test_a_step_needs_memory_in_one_piece() -> None:
