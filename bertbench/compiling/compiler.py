@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bertbench.compiling.pjrt import CompilerError, compile_module, load_compiler
+from bertbench.memory.allocator.xla_flags import without_rematerialization
 from finetune.storage.json_files import json_text, parse_json
 
 _LIBRARIES = {
@@ -67,7 +68,9 @@ def set_environment(environment: MutableMapping[str, str], kind: str) -> None:
         folder = _folder("nvidia.cuda_nvcc")
         environment["PATH"] = os.pathsep.join([f"{folder}/bin", environment.get("PATH", "")])
         # Kernels are chosen by rules: there is no GPU to time them on.
-        environment["XLA_FLAGS"] = f"--xla_gpu_cuda_data_dir='{folder}' --xla_gpu_autotune_level=0"
+        environment["XLA_FLAGS"] = without_rematerialization(
+            f"--xla_gpu_cuda_data_dir='{folder}' --xla_gpu_autotune_level=0"
+        )
 
 
 def _library(kind: str) -> Path:

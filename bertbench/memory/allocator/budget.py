@@ -12,6 +12,7 @@ from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES, format_bytes
 from bertbench.hardware.device import Budget
 from bertbench.memory.allocator.bfc import Memory
+from bertbench.memory.allocator.xla_flags import without_rematerialization
 from finetune.errors import InputError
 
 _FIRST_REGION_BYTES = 2 * MIB_BYTES
@@ -51,6 +52,7 @@ def child_environment(budget: Budget) -> dict[str, str]:
         # A user's setting of these would make trials incomparable without a trace in the ledger.
         "TF_FORCE_GPU_ALLOW_GROWTH": "false",
         "TF_GPU_ALLOCATOR": "",
+        "XLA_FLAGS": without_rematerialization(os.environ.get("XLA_FLAGS", "")),
     }
 
 
