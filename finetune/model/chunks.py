@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from finetune.model.barriers import after
 from finetune.model.layers import fresh_zeros
 from finetune.model.ordering import run_in_order
 
@@ -60,13 +61,14 @@ class ChunkOutputs:
     """What a chunk function returns, as far as it must be known before the first call.
 
     Attributes:
-        joined_types: types of `ChunkResult.joined`.
+        joined_like: tensors like `ChunkResult.joined` of all chunks together: of the same type, and
+            with as many rows of the same shape.
         kept_types: types of `ChunkResult.kept`.
         sums_like: tensors with the shapes and types of `ChunkResult.sums`.
         initial_sums: what the sums begin with; None for 0.
     """
 
-    joined_types: Sequence[tf.DType]
+    joined_like: Tensors
     kept_types: Sequence[tf.DType] = ()
     sums_like: Tensors = ()
     initial_sums: Tensors | None = None
@@ -103,7 +105,7 @@ def in_chunks(
         >>> def doubled(first, rows, kept):
         ...     return ChunkResult([2.0 * rows[0]], [], [])
         >>> chunking = Chunking(tf.constant(9), examples_per_chunk=8)
-        >>> in_chunks(doubled, [x], [], ChunkOutputs([x.dtype]), chunking).joined
+        >>> in_chunks(doubled, [x], [], ChunkOutputs([x]), chunking).joined
 
     Args:
         function: what to call.
@@ -125,10 +127,12 @@ def in_chunks(
     # there from the beginning of the step.
     with tf.control_dependencies([rows[0]]):
         start = tf.identity(tf.zeros([], tf.int32))
-        if outputs.initial_sums is None:
-            initial = [fresh_zeros(x) for x in outputs.sums_like]
-        else:
+        if outputs.initial_sums is not None:
             initial = list(outputs.initial_sums)
+        elif chunking.xla:
+            initial = [_zeros_after(rows[0], x.shape, x.dtype) for x in outputs.sums_like]
+        else:
+            initial = [fresh_zeros(x) for x in outputs.sums_like]
     size = _ceil_divide(chunking.examples, count) if chunking.xla else None
     loop = _ChunkLoop(function, kept, _Cut(chunking.examples, count, size))
     return loop.run(rows, start, outputs, initial)
@@ -176,6 +180,26 @@ class _Cut:
     def arrays(self, types: Sequence[tf.DType]) -> list[tf.TensorArray]:
         """Arrays with an element for each chunk."""
         return [tf.TensorArray(type_, size=self.count, infer_shape=False) for type_ in types]
+
+    def arrays_like(self, tensors: Tensors, trigger: tf.Tensor) -> list[tf.TensorArray]:
+        """Arrays for the rows of all chunks.
+
+        XLA fills an array with zeros. It would do so for all layers when the step begins, if the
+        zeros did not depend on a tensor that comes later.
+
+        Args:
+            tensors: with the rows of all examples.
+            trigger: what is known before the first chunk.
+        """
+        arrays = self.arrays([x.dtype for x in tensors])
+        if self.size is None:
+            return arrays
+        filled = []
+        for array, x in zip(arrays, tensors, strict=True):
+            rows = self.size * (tf.shape(x)[0] // self.examples)
+            shape = tf.stack([self.count, rows, *x.shape[1:]])
+            filled.append(array.unstack(_zeros_after(trigger, shape, x.dtype)))
+        return filled
 
     def joined(self, rows: _KeptRows) -> tf.Tensor:
         """Put the rows of all chunks together."""
@@ -226,7 +250,7 @@ class _ChunkLoop:
             one,
             (
                 start,
-                self.cut.arrays(outputs.joined_types),
+                self.cut.arrays_like(outputs.joined_like, rows[0]),
                 self.cut.arrays(outputs.kept_types),
                 sums,
                 [rows.array for rows in self.kept] if emptied else [],
@@ -258,6 +282,13 @@ class _ChunkLoop:
             for array, x in zip(unread, known, strict=False)
         ]
         return known, emptied
+
+
+def _zeros_after(
+    trigger: tf.Tensor, shape: tf.TensorShape | tf.Tensor, type_: tf.DType
+) -> tf.Tensor:
+    """For XLA, make zeros when a tensor is known and not before."""
+    return tf.fill(shape, after([trigger], tf.zeros([], type_)))
 
 
 def _row_shapes(tensors: Tensors) -> list[list[int | None]]:

@@ -26,6 +26,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from finetune.model.barriers import stored
+
 _PHILOX = 1
 _SITES = 1 << 16
 _BITS = 23
@@ -108,7 +110,7 @@ def draw_mask(
     mask = numbers >= tf.constant(_dropped_numbers(rate), tf.uint32)
     if row_elements != blocks * 4:
         mask = mask[:, :row_elements]
-    return tf.reshape(mask, [rows, *row_shape])
+    return stored(tf.reshape(mask, [rows, *row_shape]))
 
 
 def _dropped_numbers(rate: float) -> int:

@@ -12,6 +12,7 @@ import math
 
 import tensorflow as tf
 
+from finetune.model.barriers import after
 from finetune.model.chunks import Tensors
 from finetune.model.dropout import DropoutKey, apply_mask, draw_mask
 from finetune.model.layers import activation, add, attention, dense, layer_norm, split_heads
@@ -135,7 +136,7 @@ class EncoderLayer:
         # soon as the step begins, or those of a recomputation be found to equal the first ones,
         # and be kept.
         with tf.control_dependencies([sums]):
-            first_row = self.dropout_key.first_row + tf.cast(first, tf.int64)
+            first_row = self.dropout_key.first_row + tf.cast(after([sums], first), tf.int64)
         return dataclasses.replace(self.dropout_key, first_row=first_row)
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from finetune.model.barriers import after, stored
+
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 _GELU_CUBIC = 0.044715 * _SQRT_2_OVER_PI
 _LOG_OF_DENSITY = -0.5 * math.log(2.0 * math.pi)
@@ -51,7 +53,7 @@ def dense(
             # First the gradients that nothing waits for. Otherwise TensorFlow would first run the
             # backward pass of all layers below, and `x` and `dy` would live until then.
             with tf.control_dependencies([d_kernel, d_bias]):
-                wide = tf.cast(kernel, x.dtype)
+                wide = tf.cast(after([d_kernel, d_bias], kernel), x.dtype)
                 d_x = tf.matmul(dy, wide, transpose_b=True, name=gradient_name)
             return d_x, d_kernel, d_bias
 
@@ -177,18 +179,20 @@ def attention(
         signed = tf.nn.softmax(scores)
         if mask is not None:
             signed = tf.where(mask, signed, -signed)
+        signed = stored(signed)
 
-        def dropped() -> tf.Tensor:
+        def dropped(signed: tf.Tensor) -> tf.Tensor:
             return signed if mask is None else tf.nn.relu(signed) * scale
 
         context = tf.reshape(
-            tf.transpose(tf.matmul(dropped(), value), [0, 2, 1, 3]), [-1, heads * head_size]
+            tf.transpose(tf.matmul(dropped(signed), value), [0, 2, 1, 3]), [-1, heads * head_size]
         )
 
         def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             with tf.control_dependencies([dy]):
                 dy = split_heads(dy, batch, seq_len, heads)
-                again = dropped()
+                probabilities = after([dy], signed)
+                again = dropped(probabilities)
                 d_value = tf.matmul(again, dy, transpose_a=True)
                 # Let p be the probabilities before dropout, q those after it, and d the gradient
                 # of q. The gradient of the scores is q * d - p * sum(q * d). The sum could be
@@ -196,7 +200,7 @@ def attention(
                 # row with a single token would get rounding errors instead of a gradient of 0.
                 product = again * tf.matmul(dy, value, transpose_b=True)
                 total = _row_sums(product)
-                return product - tf.abs(signed) * total, d_value
+                return product - tf.abs(probabilities) * total, d_value
 
         return context, gradient
 
@@ -217,21 +221,22 @@ def _row_sums(x: tf.Tensor) -> tf.Tensor:
 def _gelu_tanh(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
     # Each factor is made in place, one after the other, and TanhGrad multiplies by 1 - tanh^2
     # without making it first. So two arrays of the size of x live at a time beside `dy`, not four.
-    def tanh_of_inner() -> tf.Tensor:
+    def tanh_of_inner(x: tf.Tensor) -> tf.Tensor:
         return tf.tanh(x * (_SQRT_2_OVER_PI + _GELU_CUBIC * tf.square(x)))
 
     def gradient(dy: tf.Tensor) -> tf.Tensor:
+        kept = after([dy], x)
         with tf.control_dependencies([dy]):
-            tanh = tanh_of_inner()
+            tanh = tanh_of_inner(kept)
         with tf.control_dependencies([tanh]):
             # In float16 the cube is infinite beyond 107, and infinity times 1 - tanh^2 is NaN.
-            bounded = tf.clip_by_value(x, -20.0, 20.0) if x.dtype == tf.float16 else x
+            bounded = tf.clip_by_value(kept, -20.0, 20.0) if x.dtype == tf.float16 else kept
             slope = bounded * (0.5 * _SQRT_2_OVER_PI + 1.5 * _GELU_CUBIC * tf.square(bounded))
             slope = tf.raw_ops.TanhGrad(y=tanh, dy=slope)
         with tf.control_dependencies([slope]):
             return dy * (slope + (0.5 + 0.5 * tanh))
 
-    return x * (0.5 + 0.5 * tanh_of_inner()), gradient
+    return x * (0.5 + 0.5 * tanh_of_inner(x)), gradient
 
 
 @tf.custom_gradient
@@ -239,18 +244,19 @@ def _gelu_erf(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]
     # This has the same operations in the same order as the GELU by tanh. Even one name is the same:
     # TensorFlow sorts the factors of a product by name, and makes it in the memory of the first.
     # So a step allocates in the same order with both GELUs, and one step trace serves for both.
-    def error_function() -> tf.Tensor:
+    def error_function(x: tf.Tensor) -> tf.Tensor:
         return tf.math.erf(x * math.sqrt(0.5))
 
     def gradient(dy: tf.Tensor) -> tf.Tensor:
+        kept = after([dy], x)
         with tf.control_dependencies([dy]):
-            error = error_function()
+            error = error_function(kept)
         with tf.control_dependencies([error]):
-            slope = x * tf.exp(_LOG_OF_DENSITY - 0.5 * tf.square(x), name="add")
+            slope = kept * tf.exp(_LOG_OF_DENSITY - 0.5 * tf.square(kept), name="add")
         with tf.control_dependencies([slope]):
             return dy * (slope + (0.5 + 0.5 * error))
 
-    return x * (0.5 + 0.5 * error_function()), gradient
+    return x * (0.5 + 0.5 * error_function(x)), gradient
 
 
 def activation(x: tf.Tensor, name: str) -> tf.Tensor:

@@ -96,15 +96,10 @@ def recompute(
         entering, shared = tensors[:count], tensors[count:]
 
         def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
-            again: Tensors = entering
-            if chunking.examples_per_chunk is None:
-                again = [_after(upstream, x) for x in entering]
-            outputs = ChunkOutputs(
-                [x.dtype for x in entering], sums_like=shared, initial_sums=gradient_sums
-            )
-            backward = _backward(region, count, shared, keeps=keeps)
+            outputs = ChunkOutputs(entering, sums_like=shared, initial_sums=gradient_sums)
+            backward = _backward(region, count, shared, chunking, keeps=keeps)
             of_inputs, _, of_weights = in_chunks(
-                backward, [upstream, *again, *constants], kept, outputs, chunking
+                backward, [upstream, *entering, *constants], kept, outputs, chunking
             )
             # Nothing waits for a weight's gradient until the update, and TensorFlow first runs the
             # operation that became ready last. Without this it would recompute the layers below
@@ -113,7 +108,7 @@ def recompute(
                 return [*(tf.identity(g) for g in of_inputs), *of_weights]
 
         forward = _forward(region, count, shared, keeps=keeps)
-        outputs = ChunkOutputs([inputs[0].dtype], kept_types)
+        outputs = ChunkOutputs(inputs[:1], kept_types)
         (result,), kept, _ = in_chunks(forward, [*entering, *constants], (), outputs, chunking)
         return result, gradient
 
@@ -132,14 +127,30 @@ def _forward(region: Region, inputs: int, weights: Tensors, *, keeps: bool) -> C
     return forward
 
 
-def _backward(region: Region, inputs: int, weights: Tensors, *, keeps: bool) -> ChunkFunction:
+def _backward(
+    region: Region, inputs: int, weights: Tensors, chunking: Chunking, *, keeps: bool
+) -> ChunkFunction:
     """Make the backward pass of a chunk, which runs the forward pass again.
 
     Its rows are those of the gradient that comes in, of the inputs and of the constants.
+
+    Args:
+        region: what is recomputed.
+        inputs: number of its inputs.
+        weights: that all chunks share.
+        chunking: how the examples are cut.
+        keeps: whether the region asks to keep results.
     """
 
     def backward(first: tf.Tensor, rows: Tensors, kept: Tensors) -> ChunkResult:
         upstream, chunk, constants = rows[0], rows[1 : inputs + 1], rows[inputs + 1 :]
+        # A loop is a graph of its own, in which TensorFlow finds nothing twice. XLA takes a loop
+        # with a single chunk apart.
+        if chunking.xla or chunking.examples_per_chunk is None:
+            chunk = [_after(upstream, x) for x in chunk]
+        if chunking.xla:
+            first = _after(upstream, first)
+            kept = [x if x.dtype == tf.bool else _after(upstream, x) for x in kept]
         keep = _replay(kept) if keeps else compute
         with tf.GradientTape() as tape:
             tape.watch([*chunk, *weights])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
+from finetune.model.barriers import barriers
 from finetune.model.chunks import take_rows
 from finetune.model.dropout import DropoutKey
 from finetune.model.encoder_layer import layer_weight_names
@@ -138,14 +139,15 @@ class LossGradients:
         trained, loss_scale = list(self.trained.values()), self.state.loss_scale
         key = DropoutKey(self.seed, self.state.step.read_value(), part.first_row)
         forward = dataclasses.replace(self.forward, dropout_key=key, gradient_sums=gradient_sums)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(trained)
-            losses = example_losses(
-                self.variables, self.spec.config, self.spec.head, part.rows, forward
-            )
-            loss = tf.reduce_sum(losses * part.rows["weights"]) / part.total_weight
-            scaled = loss if loss_scale is None else loss * loss_scale.scale
-        return loss, tape.gradient(scaled, trained)
+        with barriers(self.forward.xla):
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(trained)
+                losses = example_losses(
+                    self.variables, self.spec.config, self.spec.head, part.rows, forward
+                )
+                loss = tf.reduce_sum(losses * part.rows["weights"]) / part.total_weight
+                scaled = loss if loss_scale is None else loss * loss_scale.scale
+            return loss, tape.gradient(scaled, trained)
 
     def _accumulated(self, part: BatchPart, count: int) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Add up the gradients of `count` micro-batches, one after the other."""
