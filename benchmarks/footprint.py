@@ -26,7 +26,8 @@ from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.hardware.device import Budget, make_budget
 from bertbench.hardware.discover import resolve_device
 from bertbench.memory.footprint import predict_footprint
-from bertbench.memory.prediction import predict_memory, room_of
+from bertbench.memory.prediction import predict_memory
+from bertbench.memory.room import room_of
 from bertbench.trials.measure import TrialSettings, measure_step
 from finetune.spec.checkpointing import parse_checkpointing
 from finetune.spec.config import ACTIVATIONS

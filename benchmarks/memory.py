@@ -40,7 +40,9 @@ from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.hardware.device import Budget, make_budget
 from bertbench.hardware.discover import resolve_device
 from bertbench.memory.footprint import predict_footprint
-from bertbench.memory.prediction import FormulaPrediction, TracePrediction, predict_memory, room_of
+from bertbench.memory.formula_prediction import FormulaPrediction
+from bertbench.memory.prediction import TracePrediction, predict_memory
+from bertbench.memory.room import room_of
 from bertbench.probing.limit_from_trace import is_traced
 from bertbench.trials.measure import TrialSettings, measure_batches, measure_step
 from bertbench.trials.trial import Trial

@@ -24,7 +24,8 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.hardware.device import make_budget
 from bertbench.hardware.discover import resolve_device
-from bertbench.memory.prediction import Room, predict_memory
+from bertbench.memory.prediction import predict_memory
+from bertbench.memory.room import Room
 from bertbench.planning.min_memory import find_min_memory
 from bertbench.planning.planner import make_plan
 from bertbench.planning.requests import PlanRequest, attached_device

@@ -36,7 +36,8 @@ from bertbench.core.workload import Levers, Setup, Workload, levers_from_json, p
 from bertbench.hardware.device import Budget, Device, make_budget
 from bertbench.hardware.discover import resolve_device
 from bertbench.memory.allocator.budget import child_environment
-from bertbench.memory.prediction import Room, predict_memory
+from bertbench.memory.prediction import predict_memory
+from bertbench.memory.room import Room
 from bertbench.planning.candidates import all_policies, cuts
 from bertbench.planning.min_memory import find_min_memory
 from bertbench.planning.planner import make_plan

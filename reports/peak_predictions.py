@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 
 from bertbench.core.workload import Setup
-from bertbench.memory.prediction import Room, predict_memory
+from bertbench.memory.prediction import predict_memory
+from bertbench.memory.room import Room
 from reports.measured_cells import MeasuredCell
 
 _MAX_TRIALS = 200

@@ -19,7 +19,8 @@ from bertbench.ledger.database import Ledger
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import find
 from bertbench.memory.allocator.budget import empty_memory
-from bertbench.memory.prediction import Room, TracePrediction, predict_memory
+from bertbench.memory.prediction import TracePrediction, predict_memory
+from bertbench.memory.room import Room
 from bertbench.memory.traced_footprint import traced_footprint
 from bertbench.memory.traces.step_requests import trace_of
 from bertbench.planning.planner import Plan, make_plan

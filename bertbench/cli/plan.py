@@ -113,6 +113,7 @@ def command(
     precision: str | None,
     optimizer: str | None,
     placement: str | None,
+    xla: bool,
     allow: str | None,
     explain: bool,
     min_memory: bool,
@@ -139,7 +140,7 @@ def command(
     request = PlanRequest(
         target_batch,
         None if checkpointing is None else [parse_checkpointing(checkpointing)],
-        allowed_levers(precision, optimizer, placement, allow),
+        allowed_levers(precision, optimizer, placement, allow, xla=xla),
         host_if_needed=placement is None,
         ledger_file=ledger_file,
     )

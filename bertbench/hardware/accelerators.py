@@ -384,6 +384,11 @@ def check_levers(kind: str, product: str, levers: Levers, replicas: int = 1) -> 
             "XLA does not support the optimizer's state on the host",
             hint="leave --xla or --placement host out",
         )
+    if levers.xla and kind == "gpu" and replicas > 1:
+        raise InputError(
+            "XLA does not compile a step of several GPUs",
+            hint="leave --xla out, or train on one GPU",
+        )
     if levers.placement == "host" and replicas > 1:
         raise InputError(
             "the optimizer's state cannot be on the host with several replicas",

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from bertbench.core.workload import TrainingStep
+from bertbench.core.workload import Setup, TrainingStep
 from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES, Memory, Replay, replay
+from bertbench.memory.allocator.budget import memory_of
 from bertbench.memory.traces.step_requests import state_requests
 from finetune.errors import InputError
 from finetune.spec.config import INPUT_NAMES, TARGET_NAMES
@@ -49,6 +50,11 @@ class CompiledMemory:
         return dataclasses.asdict(self)
 
 
+CompiledSteps = Mapping[Setup, Mapping[int, CompiledMemory | None]]
+"""What a device's compiler has said: by setup and micro-batch, what the step needs. None stands
+for a step that it refused because the device's memory is too small, as a TPU's compiler does."""
+
+
 def compiled_memory_from_json(values: Mapping[str, Any]) -> CompiledMemory:
     """Read what `CompiledMemory.to_json` wrote; unknown keys are ignored.
 
@@ -58,6 +64,28 @@ def compiled_memory_from_json(values: Mapping[str, Any]) -> CompiledMemory:
     if not isinstance(values, Mapping):
         raise InputError("not the memory of a compiled step")
     return CompiledMemory(**{name: get_whole(dict(values), name, 0, MAX_WHOLE) for name in _PARTS})
+
+
+def compiled_fits(
+    step: TrainingStep, memory: CompiledMemory, device_kind: str, budget_bytes: int
+) -> bool:
+    """Whether a compiled step fits in a budget.
+
+    On a GPU, or CPU, TensorFlow's allocator has to find room for the model and for one buffer, see
+    `replay_compiled`. The compiler of a TPU lays its memory out, so there the sum decides.
+
+    Args:
+        step: the step, for one replica.
+        memory: what it needs.
+        device_kind: `cpu`, `gpu` or `tpu`.
+        budget_bytes: of each device.
+    """
+    if device_kind == "tpu":
+        return memory.device_bytes <= budget_bytes
+    return (
+        memory.device_bytes <= budget_bytes
+        and replay_compiled(step, memory, memory_of(device_kind, budget_bytes)).fits
+    )
 
 
 def replay_compiled(step: TrainingStep, memory: CompiledMemory, allocator: Memory) -> Replay:

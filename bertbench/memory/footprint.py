@@ -24,9 +24,8 @@ predicted; the next is -7.0 %) and +10.8 % (BERT-Mini, `nested`, batch 128).
 With bfloat16 and float16 (BERT-Mini, `none` and `selective`) predictions are between -6.1 % and
 0 %; with Lion and Adafactor (`nested`, BERT-Small and BERT-Base) between -1.4 % and 0 %.
 
-A step compiled by XLA needs more: what grows with the batch is multiplied by what was measured on
-the CPU (`benchmarks/memory.py --part xla`), and so it is for TPUs, which compile with XLA. GPUs and
-TPUs have not been measured.
+For a step that XLA compiles the same buffers are counted, because `finetune.model.barriers` makes
+XLA keep the same ones; `bertbench.memory.compiled_prediction` says how far that holds.
 """
 
 from __future__ import annotations
@@ -76,10 +75,6 @@ _UPDATE_COPIES = {"adamw": 1, "lion": 2, "adafactor": 1}
 Adafactor's squared gradient. Gradients are clipped in place and given back when they have been
 applied."""
 
-_XLA_FACTORS = {"none": 1.4, "selective": 1.0, "full": 2.1, "nested": 2.7}
-"""Bytes an example of a step that XLA has compiled, in those of TensorFlow's own kernels;
-`selective` needs less, 0.86. BERT-Small, sequence length 128, CPU, 2026-11-24."""
-
 _ALL_REDUCE_COPIES = {"cpu": 2, "gpu": 2, "tpu": 1}
 """Copies of all gradients while replicas add them up. From TensorFlow's sources, not measured:
 NcclAllReduce packs them into one tensor and reduces it to another; XLA reduces to another."""
@@ -117,12 +112,11 @@ class Footprint:
         return dict(self.parts)
 
 
-def predict_footprint(step: TrainingStep, *, device_kind: str = "cpu") -> Footprint:
+def predict_footprint(step: TrainingStep) -> Footprint:
     """Predict the peak of one optimizer step.
 
     Args:
         step: with a micro-batch of at least 1 example.
-        device_kind: `cpu`, `gpu` or `tpu`; the first two are predicted alike so far.
 
     Returns:
         The parts at the moment with the highest peak.
@@ -132,7 +126,7 @@ def predict_footprint(step: TrainingStep, *, device_kind: str = "cpu") -> Footpr
     """
     if step.micro_batch < 1:
         raise ValueError(f"micro_batch is {step.micro_batch}, below 1")
-    moments = _moments(step, compiled=step.levers.xla or device_kind == "tpu")
+    moments = _moments(step)
     highest = max(moments, key=lambda footprint: footprint.peak_bytes)
     if step.levers.placement != "host":
         return highest
@@ -254,13 +248,13 @@ def _always(step: TrainingStep) -> tuple[dict[str, int], _StateSizes]:
     return always, state
 
 
-def _moments(step: TrainingStep, *, compiled: bool) -> list[Footprint]:
+def _moments(step: TrainingStep) -> list[Footprint]:
     """What is alive at every moment that can hold the peak, in the order of time."""
     config, levers = step.workload.config, step.levers
     always, state = _always(step)
     accumulated = levers.accumulation_steps > 1
     sizes = _sizes(config, step.workload.seq_len, step.micro_batch, levers.precision)
-    layers = _layer_bytes(step, sizes, state, compiled=compiled)
+    layers = _layer_bytes(step, sizes, state)
     # The sum that enters the embeddings' LayerNorm, and their dropout mask.
     embedded = sizes.hidden + sizes.hidden_mask
     # The embeddings are gathered, and their gradients scattered, in float32 always.
@@ -312,20 +306,17 @@ def _moment(phase: str, always: Mapping[str, int], **parts: int) -> Footprint:
     return Footprint({**always, **others, **parts}, phase)
 
 
-def _layer_bytes(
-    step: TrainingStep, sizes: _Sizes, state: _StateSizes, *, compiled: bool
-) -> list[tuple[int, int]]:
+def _layer_bytes(step: TrainingStep, sizes: _Sizes, state: _StateSizes) -> list[tuple[int, int]]:
     """For each layer: bytes kept for its backward pass, and those that this pass needs on top."""
     config, checkpointing = step.workload.config, step.levers.checkpointing
     policies = [checkpointing.of_layer(index) for index in range(config.num_hidden_layers)]
-    of_policy = {}
-    for policy in set(policies):
-        factor = _XLA_FACTORS[policy] if compiled else 1
-        saved = _saved_bytes(policy, config, sizes)
-        of_policy[policy] = (
-            int(factor * saved),
-            int(factor * _working_bytes(policy, step, sizes, state)),
+    of_policy = {
+        policy: (
+            _saved_bytes(policy, config, sizes),
+            _working_bytes(policy, step, sizes, state),
         )
+        for policy in set(policies)
+    }
     return [of_policy[policy] for policy in policies]
 
 

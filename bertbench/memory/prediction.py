@@ -1,10 +1,11 @@
 """Predicts the memory of a training step: its peak, whether it fits, and the largest micro-batch.
 
-There are two ways to predict, and `predict_memory` chooses. Where the step has a trace, the trace
+There are three ways to predict, and `predict_memory` chooses. Where the step has a trace, the trace
 is replayed. On a CPU the replay has the requests of the real step, so even the pieces that free
-memory is in are right. On other devices a margin covers what differs there. Where there is no
-trace, the formula of `bertbench.memory.footprint` predicts the peak. Its margin is the largest
-error that was measured of it.
+memory is in are right. On other devices a margin covers what differs there. Where XLA compiles the
+step, the word of the device's compiler counts, see `bertbench.memory.compiled_prediction`. Else the
+formula of `bertbench.memory.footprint` predicts the peak. Its margin is the largest error that was
+measured of it.
 """
 
 from __future__ import annotations
@@ -19,16 +20,13 @@ from bertbench.core.bisection import largest_passing
 from bertbench.core.terminal import say
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Setup, TrainingStep
-from bertbench.hardware.device import Budget
 from bertbench.memory.allocator.bfc import Memory, Replay
 from bertbench.memory.allocator.budget import memory_of
-from bertbench.memory.footprint import (
-    Footprint,
-    all_reduce_footprint,
-    inference_bytes,
-    predict_footprint,
-)
+from bertbench.memory.compiled_prediction import CompiledPrediction
+from bertbench.memory.footprint import Footprint, inference_bytes, predict_footprint
+from bertbench.memory.formula_prediction import FormulaPrediction, all_reduce, or_all_reduce
 from bertbench.memory.limit_search import largest_batch
+from bertbench.memory.room import Room
 from bertbench.memory.traced_footprint import traced_footprint
 from bertbench.memory.traces.archive import other_tensorflow, package_archive
 from bertbench.memory.traces.step_requests import left_out_bytes, replay_step, trace_of
@@ -42,10 +40,10 @@ _RECORDED_MULTIPLES, _OTHER_LENGTHS_MARGIN = 16, 0.005
 some rows, and matrix products take more workspace: the largest error that was measured of lengths
 50 and 100, one policy with chunks and one without, was 0.13 %."""
 
-FORMULA_MARGIN, COMPILED_MARGIN = 0.22, 0.16
-"""Part of a prediction by the formula to add before it is compared with a budget; the second for
-steps that XLA compiles, which get their memory in one piece. They make up for the largest errors
-that were measured. Of the peak, where memory is plenty (`benchmarks/footprint.py`):
+FORMULA_MARGIN = 0.22
+"""Part of a prediction by the formula to add before it is compared with a budget. It makes up for
+the largest errors that were measured. Of the peak, where memory is plenty
+(`benchmarks/footprint.py`):
 
 | kind | settings | error |
 | --- | --- | --- |
@@ -62,39 +60,6 @@ settings of BERT-Tiny with `bf16`.
 
 _BEGIN_SHARE = 0.98
 """The first micro-batch to replay, in the largest whose live bytes are within the memory."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Room:
-    """What a step has to fit in.
-
-    Attributes:
-        device_kind: `cpu`, `gpu` or `tpu`.
-        budget_bytes: what the allocator of one device may use.
-        spare_bytes: what is to be left free of it.
-        replicas: devices that share the effective batch, and so add up their gradients.
-        margin: part of a prediction by a trace to add, as trials have shown, on a GPU or with
-            another TensorFlow than that of the traces; None takes a margin that is safe.
-    """
-
-    device_kind: str
-    budget_bytes: int
-    spare_bytes: int = 0
-    replicas: int = 1
-    margin: float | None = None
-
-    def memory(self) -> Memory:
-        """The allocator's memory."""
-        return memory_of(self.device_kind, self.usable_bytes())
-
-    def usable_bytes(self, margin: float = 0.0) -> int:
-        """The largest prediction that fits with a margin added to it."""
-        return int((self.budget_bytes - self.spare_bytes) / (1 + margin))
-
-
-def room_of(budget: Budget) -> Room:
-    """The room that a device has under a budget, for its replicas' steps."""
-    return Room(budget.device.kind, budget.budget_bytes, replicas=budget.device.replicas)
 
 
 class LimitSource(Protocol):
@@ -123,7 +88,7 @@ class MemoryPrediction(LimitSource, Protocol):
 
     @property
     def source(self) -> str:
-        """What answers: `trace` or `formula`."""
+        """What answers: `trace`, `compiled` or `formula`."""
 
     @property
     def margin(self) -> float:
@@ -159,16 +124,18 @@ class MemoryPrediction(LimitSource, Protocol):
 
 
 def predict_memory(setup: Setup, room: Room, *, tensorflow: str | None = None) -> MemoryPrediction:
-    """Choose what predicts the memory of a setup's steps: their trace or the formula.
+    """Choose what predicts the memory of a setup's steps.
 
     Args:
         setup: workload and levers.
         room: what the steps have to fit in.
         tensorflow: version that the steps run with; None takes the installed one.
     """
+    if setup.levers.xla or room.device_kind == "tpu":
+        levers = dataclasses.replace(setup.levers, xla=True)
+        return CompiledPrediction(dataclasses.replace(setup, levers=levers), room)
     if not has_trace(setup, room.device_kind):
-        compiled = setup.levers.xla or room.device_kind == "tpu"
-        return FormulaPrediction(setup, room, COMPILED_MARGIN if compiled else FORMULA_MARGIN)
+        return FormulaPrediction(setup, room, FORMULA_MARGIN)
     margin = _trace_margin(setup, room, other_tensorflow(tensorflow) is not None)
     return TracePrediction(setup, room, margin, left_out_bytes(setup))
 
@@ -208,46 +175,6 @@ def has_trace(setup: Setup, device_kind: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class FormulaPrediction:
-    """A `MemoryPrediction` by the formula.
-
-    Attributes:
-        setup: workload and levers.
-        room: what the steps have to fit in.
-        margin: part of a peak to add before it is compared with the budget.
-    """
-
-    source: ClassVar[str] = "formula"
-
-    setup: Setup
-    room: Room
-    margin: float = 0.0
-
-    @property
-    def usable_bytes(self) -> int:
-        """See `MemoryPrediction`."""
-        return self.room.usable_bytes(self.margin)
-
-    def peak_bytes(self, micro_batch: int) -> int:
-        """See `MemoryPrediction`."""
-        return self.footprint(micro_batch).peak_bytes
-
-    def footprint(self, micro_batch: int, *, replayed: bool = True) -> Footprint:
-        """See `MemoryPrediction`; the formula does not know what the allocator loses."""
-        step = self.setup.step(micro_batch)
-        footprint = predict_footprint(step, device_kind=self.room.device_kind)
-        return _or_all_reduce(footprint, step, self.room)
-
-    def fits(self, micro_batch: int) -> bool:
-        """See `MemoryPrediction`."""
-        return self.peak_bytes(micro_batch) <= self.usable_bytes
-
-    def max_micro_batch(self, at_most: int = sys.maxsize, fitting: int = 0) -> int:
-        """See `MemoryPrediction`."""
-        return largest_passing(self.fits, fitting, at_most)
-
-
-@dataclasses.dataclass(frozen=True)
 class TracePrediction:
     """A `MemoryPrediction` by replays of the trace of the setup's steps, which there must be.
 
@@ -280,15 +207,15 @@ class TracePrediction:
         peak_bytes = live_bytes + self.room.memory().held_bytes
         if self.room.replicas == 1:
             return peak_bytes
-        return max(peak_bytes, _all_reduce(step, self.room).peak_bytes)
+        return max(peak_bytes, all_reduce(step, self.room).peak_bytes)
 
     def footprint(self, micro_batch: int, *, replayed: bool = True) -> Footprint:
         """See `MemoryPrediction`; by the formula if the replay runs out of memory."""
         step = self.setup.step(micro_batch)
         footprint = traced_footprint(step, self._memory(), replayed=replayed)
         if footprint is None:
-            footprint = predict_footprint(step, device_kind=self.room.device_kind)
-        return _or_all_reduce(footprint, step, self.room)
+            footprint = predict_footprint(step)
+        return or_all_reduce(footprint, step, self.room)
 
     def fits(self, micro_batch: int) -> bool:
         """See `MemoryPrediction`."""
@@ -319,17 +246,6 @@ class TracePrediction:
     def _memory(self) -> Memory:
         """What the allocator has for what the trace knows of."""
         return memory_of(self.room.device_kind, max(self.usable_bytes, 0))
-
-
-def _all_reduce(step: TrainingStep, room: Room) -> Footprint:
-    return all_reduce_footprint(step, device_kind=room.device_kind)
-
-
-def _or_all_reduce(footprint: Footprint, step: TrainingStep, room: Room) -> Footprint:
-    """The larger of a step's footprint and, with several replicas, that of their sum."""
-    if room.replicas == 1:
-        return footprint
-    return max(footprint, _all_reduce(step, room), key=lambda one: one.peak_bytes)
 
 
 def min_budget_bytes(step: TrainingStep, device_kind: str, *, replicas: int = 1) -> int:

@@ -29,7 +29,8 @@ from bertbench.ledger.database import (
 from bertbench.ledger.limit import verdicts
 from bertbench.ledger.question import Question, versions_key
 from bertbench.ledger.records import LedgerRow, read_device_rows, record
-from bertbench.memory.prediction import Room, predict_memory
+from bertbench.memory.prediction import predict_memory
+from bertbench.memory.room import Room
 from bertbench.trials.trial import Trial, out_of_memory_in_run
 from finetune.errors import InputError
 

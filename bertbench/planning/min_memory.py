@@ -10,11 +10,11 @@ from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Setup, TrainingStep, Workload
 from bertbench.memory.prediction import (
     SAFETY_MARGIN,
-    Room,
     min_budget_bytes,
     note_other_tensorflow,
     predict_memory,
 )
+from bertbench.memory.room import Room
 from bertbench.planning.candidates import all_levers, cuts
 from bertbench.planning.requests import PlanRequest
 from finetune.spec.checkpointing import POLICIES, Checkpointing

@@ -16,12 +16,8 @@ from bertbench.core.units import format_bytes
 from bertbench.core.workload import Setup, TrainingStep, Workload
 from bertbench.hardware.step_time import predict_step_seconds
 from bertbench.memory.footprint import Footprint
-from bertbench.memory.prediction import (
-    MemoryPrediction,
-    Room,
-    note_other_tensorflow,
-    predict_memory,
-)
+from bertbench.memory.prediction import MemoryPrediction, note_other_tensorflow, predict_memory
+from bertbench.memory.room import Room
 from bertbench.planning.calibration import Calibration
 from bertbench.planning.candidates import all_levers, cuts
 from bertbench.planning.min_memory import MinMemory, find_min_memory
@@ -167,7 +163,8 @@ def make_plan(
 
     found = choose(request)
     one_gpu = device.kind == "gpu" and device.replicas == 1
-    if found is None and request.host_if_needed and one_gpu:
+    compiled = any(levers.xla for levers in request.allowed)
+    if found is None and request.host_if_needed and one_gpu and not compiled:
         # The last resort, because what it costs depends on the host as well.
         request = _with_levers(request, placement="host")
         found = choose(request)

@@ -11,7 +11,7 @@ from bertbench.core.workload import Levers
 from bertbench.hardware.accelerators import Accelerator, check_levers
 from bertbench.hardware.device import Budget, Device
 from bertbench.hardware.step_time import Rates, device_rates, gpu_rates
-from bertbench.memory.prediction import Room
+from bertbench.memory.room import Room
 from finetune.errors import InputError
 from finetune.spec.checkpointing import Checkpointing
 

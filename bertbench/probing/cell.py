@@ -12,7 +12,9 @@ from bertbench.core.workload import Setup
 from bertbench.ledger.database import Ledger
 from bertbench.ledger.question import Question
 from bertbench.memory.allocator.budget import empty_memory
-from bertbench.memory.prediction import FormulaPrediction, LimitSource, Room
+from bertbench.memory.formula_prediction import FormulaPrediction
+from bertbench.memory.prediction import LimitSource
+from bertbench.memory.room import Room
 from bertbench.probing.evidence import Evidence
 from bertbench.probing.limit_from_recordings import LimitFromRecordings, chunk_sizes
 from bertbench.probing.limit_from_trace import NO_HOLES, Holes, limit_from_trace

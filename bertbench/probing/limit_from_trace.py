@@ -9,7 +9,8 @@ from bertbench.core.workload import Setup
 from bertbench.hardware.device import Budget
 from bertbench.ledger.limit import verdicts
 from bertbench.ledger.question import Question
-from bertbench.memory.prediction import Room, TracePrediction, has_trace
+from bertbench.memory.prediction import TracePrediction, has_trace
+from bertbench.memory.room import Room
 from bertbench.memory.traces.step_requests import step_requests
 from bertbench.probing.search import SearchResult
 from bertbench.trials.trial import Trial

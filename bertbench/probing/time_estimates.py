@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from bertbench.core.workload import Setup, TrainingStep
 from bertbench.hardware.device import Budget
 from bertbench.hardware.step_time import device_rates, predict_step_seconds
-from bertbench.memory.prediction import FormulaPrediction, Room
+from bertbench.memory.formula_prediction import FormulaPrediction
+from bertbench.memory.room import Room
 from bertbench.probing.limit_from_trace import is_traced
 from bertbench.trials.measure import TIMEOUT_SECONDS
 from bertbench.trials.trial import Trial

@@ -157,6 +157,12 @@ def _check_insisted(settings: RunSettings, planned: Levers) -> None:
                 path=settings.plan_file,
                 hint=f"make one with `bertbench plan --{name} {min(wanted)}`",
             )
+    if any(levers.xla for levers in settings.allowed) and not planned.xla:
+        raise InputError(
+            "the plan is for TensorFlow's own kernels, the flags say --xla",
+            path=settings.plan_file,
+            hint="make one with `bertbench plan --xla`",
+        )
     if settings.insist_placement and planned.placement != settings.allowed[0].placement:
         raise InputError(
             f"the plan has the optimizer's state on the {planned.placement}, the flags on the "

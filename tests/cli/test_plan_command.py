@@ -14,7 +14,8 @@ from bertbench.core.workload import Setup, levers_from_json, published_workload
 from bertbench.hardware import discover
 from bertbench.hardware.accelerators import ACCELERATORS, gpus_with
 from bertbench.hardware.device import GPU_CONTEXT_RESERVE_BYTES, Device
-from bertbench.memory.prediction import Room, predict_memory
+from bertbench.memory.prediction import predict_memory
+from bertbench.memory.room import Room
 from finetune.errors import InputError
 
 BASE = ["--model", "bert-base", "--seq-len", "384", "--target-batch", "24"]

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.memory.footprint import Footprint, inference_bytes, predict_footprint
+from bertbench.memory.formula_prediction import FormulaPrediction
 from bertbench.memory.prediction import (
     FORMULA_MARGIN,
-    FormulaPrediction,
-    Room,
     inference_batch,
     min_budget_bytes,
     predict_memory,
 )
+from bertbench.memory.room import Room
 from finetune.spec.checkpointing import parse_checkpointing
 
 # Peaks of the CPU allocator, 2026-11-25, TensorFlow 2.21: model, head, sequence length, policy,

@@ -6,12 +6,8 @@ import pytest
 
 from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
-from bertbench.memory.prediction import (
-    FORMULA_MARGIN,
-    Room,
-    note_other_tensorflow,
-    predict_memory,
-)
+from bertbench.memory.prediction import FORMULA_MARGIN, note_other_tensorflow, predict_memory
+from bertbench.memory.room import Room
 from bertbench.memory.traces.archive import package_archive
 
 SETUP = Setup(published_workload("bert-mini", 64))

@@ -12,7 +12,8 @@ from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, Setup, Workload, published_workload
 from bertbench.hardware.device import make_budget
 from bertbench.hardware.discover import resolve_device
-from bertbench.memory.prediction import Room, predict_memory
+from bertbench.memory.prediction import predict_memory
+from bertbench.memory.room import Room
 from bertbench.memory.traces.archive import read_trace
 from bertbench.memory.traces.build.samples import UnlikeError
 from bertbench.memory.traces.build.variants import with_optimizer

@@ -18,7 +18,8 @@ from bertbench.hardware.step_time import device_rates, predict_step_seconds
 from bertbench.ledger.database import open_ledger
 from bertbench.ledger.question import Question, versions_key
 from bertbench.ledger.records import read_device_rows, record
-from bertbench.memory.prediction import Room, predict_memory
+from bertbench.memory.prediction import predict_memory
+from bertbench.memory.room import Room
 from bertbench.planning.calibration import Calibration, Outcomes, calibrate, read_calibration
 from bertbench.planning.planner import make_plan
 from bertbench.planning.requests import PlannedDevice, PlanRequest

@@ -22,7 +22,8 @@ from bertbench.hardware.accelerators import (
 from bertbench.hardware.device import make_budget
 from bertbench.hardware.discover import resolve_device
 from bertbench.hardware.step_time import gpu_rates, predict_step_seconds
-from bertbench.memory.prediction import Room, predict_memory
+from bertbench.memory.prediction import predict_memory
+from bertbench.memory.room import Room
 from bertbench.planning.calibration import Calibration
 from bertbench.planning.candidates import cuts
 from bertbench.planning.min_memory import find_min_memory

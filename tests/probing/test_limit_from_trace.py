@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from bertbench.core.units import MIB_BYTES
 from bertbench.core.workload import Levers, Setup, published_workload
-from bertbench.memory.prediction import Room, TracePrediction
+from bertbench.memory.prediction import TracePrediction
+from bertbench.memory.room import Room
 from bertbench.memory.traces.step_requests import replay_step
 from finetune.spec.checkpointing import parse_checkpointing
 

@@ -26,7 +26,8 @@ from bertbench.ledger.database import open_ledger
 from bertbench.ledger.limit import AT_LEAST, find_limit
 from bertbench.ledger.question import Question
 from bertbench.ledger.records import find, read_rows, record
-from bertbench.memory.prediction import Room, predict_memory
+from bertbench.memory.prediction import predict_memory
+from bertbench.memory.room import Room
 from bertbench.planning.calibration import note_out_of_memory
 from bertbench.planning.candidates import all_levers, cuts
 from bertbench.planning.planner import make_plan

@@ -154,7 +154,10 @@ def ledger_option(command: _Command) -> _Command:
 
 
 def lever_options(command: _Command) -> _Command:
-    """Add `--precision`, `--optimizer`, `--placement` and `--allow`; see `allowed_levers`."""
+    """Add `--precision`, `--optimizer`, `--placement`, `--xla` and `--allow`.
+
+    See `allowed_levers`.
+    """
     options = [
         click.option("--precision", type=click.Choice(PRECISIONS), help="Use this precision only."),
         click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Use this optimizer only."),
@@ -163,6 +166,9 @@ def lever_options(command: _Command) -> _Command:
             type=click.Choice(PLACEMENTS),
             help="Keep the optimizer's state here only. Default: on the device, and in the host's "
             "memory for a GPU on which nothing else fits.",
+        ),
+        click.option(
+            "--xla", is_flag=True, help="Compile the step with XLA, as a TPU always does."
         ),
         click.option(
             "--allow",
@@ -180,7 +186,12 @@ _INEXACT = (*PRECISIONS[1:], *OPTIMIZERS[1:])
 
 
 def allowed_levers(
-    precision: str | None, optimizer: str | None, placement: str | None, allow: str | None
+    precision: str | None,
+    optimizer: str | None,
+    placement: str | None,
+    allow: str | None,
+    *,
+    xla: bool = False,
 ) -> tuple[Levers, ...]:
     """Return the levers that a plan may choose from, exact ones first.
 
@@ -189,6 +200,7 @@ def allowed_levers(
         optimizer: value of `--optimizer`.
         placement: value of `--placement`.
         allow: value of `--allow`: names of inexact precisions and optimizers, with commas.
+        xla: whether `--xla` is given.
 
     Raises:
         InputError: `--allow` names no such lever, or does not go with another flag.
@@ -209,7 +221,7 @@ def allowed_levers(
         if name not in _INEXACT:
             raise InputError(f"--allow {name}: no such lever", hint=f"use {', '.join(_INEXACT)}")
     return tuple(
-        Levers(precision=p, optimizer=o, placement=placement or PLACEMENTS[0])
+        Levers(precision=p, optimizer=o, xla=xla, placement=placement or PLACEMENTS[0])
         for p in precisions
         for o in optimizers
     )

@@ -144,7 +144,11 @@ def _make_settings(flags: dict[str, Any]) -> RunSettings:
         "overwrite": flags["overwrite_output_dir"],
         "checkpointing": None if policy is None else parse_checkpointing(policy),
         "allowed": allowed_levers(
-            flags["precision"], flags["optimizer"], flags["placement"], flags["allow"]
+            flags["precision"],
+            flags["optimizer"],
+            flags["placement"],
+            flags["allow"],
+            xla=flags["xla"],
         ),
         "insist_placement": flags["placement"] is not None,
     }

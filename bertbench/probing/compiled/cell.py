@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from bertbench.compiling.compilation import FAILED, NO_ROOM, Compilation
 from bertbench.compiling.target import CompileTarget
-from bertbench.core.bisection import largest_passing
 from bertbench.core.workload import MAX_BATCH, Setup, TrainingStep
 from bertbench.ledger.compilations import (
     CompiledQuestion,
@@ -18,15 +16,13 @@ from bertbench.ledger.compilations import (
     record_compilation,
 )
 from bertbench.ledger.database import Ledger
-from bertbench.memory.allocator.bfc import MIN_ALLOCATION_BYTES
-from bertbench.memory.allocator.budget import memory_of
-from bertbench.memory.compiled import replay_compiled
-from bertbench.memory.prediction import FormulaPrediction, Room
+from bertbench.memory.compiled import compiled_fits
+from bertbench.memory.compiled_prediction import CompiledPrediction
+from bertbench.memory.room import Room
 from bertbench.probing.search import next_guess
 
-_APART = 0.05
-"""Part of a batch by which two points must differ to give a slope: what a program needs rises in
-steps."""
+_SMALLER = 0.9
+"""Part of a refused micro-batch to try next."""
 
 Compile = Callable[[TrainingStep, CompileTarget], Compilation]
 
@@ -84,15 +80,13 @@ class CompiledCell:
         }
 
 
-def compiled_fits(
+def compilation_fits(
     step: TrainingStep, compilation: Compilation, kind: str, budget_bytes: int
 ) -> bool:
     """Whether a step that was compiled fits in a budget.
 
-    A TPU's compiler lays the program out in the memory of the device, and refuses what has no room
-    there: what compiled fits, and the budget says nothing more. On a GPU TensorFlow's allocator has
-    to find room for the model and for one buffer, see
-    `bertbench.memory.compiled.replay_compiled`.
+    A TPU's compiler refuses what has no room in the device's memory: what it compiled fits, and the
+    budget says nothing more. For a GPU see `bertbench.memory.compiled.compiled_fits`.
 
     Args:
         step: the step.
@@ -103,9 +97,7 @@ def compiled_fits(
     memory = compilation.memory
     if compilation.outcome == NO_ROOM or memory is None:
         return False
-    if kind == "tpu":
-        return True
-    return replay_compiled(step, memory, memory_of(kind, budget_bytes)).fits
+    return kind == "tpu" or compiled_fits(step, memory, kind, budget_bytes)
 
 
 def probe_compiled(
@@ -120,9 +112,9 @@ def probe_compiled(
 ) -> CompiledCell:
     """Find the largest micro-batch that compiles to a program that fits, and one that does not.
 
-    What a program needs is close to a line in the batch, so two compilations tell where the limit
-    is, and two more show both sides of it. It is no line where XLA computes activations again to
-    save memory, near the memory of a GPU: then it takes up to ten.
+    What a program needs is close to what the formula says (see
+    `bertbench.memory.compiled_prediction`). So one compilation tells how far it is off, and two or
+    three more show both sides of the limit.
 
     Args:
         ledger: open; gets the compilations, and those in it are not repeated.
@@ -140,12 +132,10 @@ def probe_compiled(
         if one.micro_batch <= max_batch
     }
     fitting = {
-        batch: compiled_fits(setup.step(batch), one, kind, budget_bytes)
+        batch: compilation_fits(setup.step(batch), one, kind, budget_bytes)
         for batch, one in known.items()
     }
     before, guesses = len(known), list[str]()
-    formula = FormulaPrediction(setup, Room(kind, budget_bytes))
-    first = max(1, formula.max_micro_batch(max_batch))
 
     def answer(max_fitting: int | None, message: str = "") -> CompiledCell:
         return CompiledCell(
@@ -165,8 +155,13 @@ def probe_compiled(
         low = max((b for b, fits in fitting.items() if fits and b < (high or b + 1)), default=0)
         if low + 1 == high or low == max_batch:
             return answer(low)
-        estimate = _estimate(setup, kind, list(known.values()), budget_bytes) if known else first
-        # The first two make the line, and tell nothing of how good it is.
+        said = {setup: {batch: one.memory for batch, one in known.items()}}
+        prediction = CompiledPrediction(setup, Room(kind, budget_bytes, compiled=said))
+        estimate = max(1, prediction.expected_micro_batch(max_batch))
+        if high is not None and not any(one.memory for one in known.values()):
+            # A TPU's compiler has refused it, and nothing tells by how much it is too large.
+            estimate = min(estimate, int(_SMALLER * high))
+        # The first two correct the formula, and tell nothing of how good it is.
         guess = next_guess(low, high, max_batch, estimate, guesses[2:])
         on_attempt(guess)
         compilation = compile_(setup.step(guess), question.target)
@@ -174,59 +169,5 @@ def probe_compiled(
             return answer(None, compilation.message)
         record_compilation(ledger, question, compilation)
         known[guess] = compilation
-        fitting[guess] = compiled_fits(setup.step(guess), compilation, kind, budget_bytes)
+        fitting[guess] = compilation_fits(setup.step(guess), compilation, kind, budget_bytes)
         guesses.append("fits" if fitting[guess] else "oom")
-
-
-def _estimate(
-    setup: Setup, kind: str, known: Sequence[Compilation], budget_bytes: int
-) -> int | None:
-    """Where the limit should be, by a line through what compiled; None if nothing tells.
-
-    Args:
-        setup: workload and levers.
-        kind: of the device.
-        known: compilations.
-        budget_bytes: what a program may use.
-    """
-    points = [
-        (
-            one.micro_batch,
-            one.memory.temporary_bytes,
-            _missing_bytes(setup, one, kind, budget_bytes),
-        )
-        for one in known
-        if one.memory is not None
-    ]
-    if not points:
-        return None
-    points.sort(key=lambda point: abs(point[2]))
-    batch, temporary_bytes, missing_bytes = points[0]
-    # What grows with the batch is at most what is temporary.
-    rise = temporary_bytes / batch
-    for other_batch, _, other_bytes in points[1:]:
-        if abs(other_batch - batch) >= _APART * batch:
-            rise = (missing_bytes - other_bytes) / (batch - other_batch)
-            break
-    if rise <= 0:
-        return 2 * batch
-    estimate = batch - missing_bytes / rise
-    # A line is not believed far away.
-    return int(min(max(estimate, batch / 4), 4 * batch))
-
-
-@functools.lru_cache(maxsize=256)  # a search asks of all that is known before each guess
-def _missing_bytes(setup: Setup, one: Compilation, kind: str, budget_bytes: int) -> int:
-    """By how much a compiled step is too large for a budget; negative by how much it may grow."""
-    memory = one.memory
-    assert memory is not None
-    if kind == "tpu":
-        return memory.device_bytes - budget_bytes
-    step, allocator = setup.step(one.micro_batch), memory_of(kind, budget_bytes)
-
-    def fits(units: int) -> bool:
-        larger = dataclasses.replace(memory, temporary_bytes=units * MIN_ALLOCATION_BYTES)
-        return replay_compiled(step, larger, allocator).fits
-
-    room = largest_passing(fits, 0, budget_bytes // MIN_ALLOCATION_BYTES) * MIN_ALLOCATION_BYTES
-    return memory.temporary_bytes - room

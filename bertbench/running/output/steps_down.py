@@ -9,7 +9,8 @@ from typing import Any
 from bertbench.core.terminal import say
 from bertbench.core.workload import MAX_BATCH, Setup, TrainingStep, Workload, levers_from_json
 from bertbench.hardware.device import Budget
-from bertbench.memory.prediction import predict_memory, room_of
+from bertbench.memory.prediction import predict_memory
+from bertbench.memory.room import room_of
 from bertbench.planning.planner import describe_setting
 from bertbench.running.output.run_record import recorded_steps_down
 from bertbench.running.settings import RunRequest, RunSettings
@@ -66,6 +67,7 @@ class StepDown:
             budget.device.name == self.device
             and budget.budget_bytes <= _SAME_BUDGET * self.budget_bytes
             and step.levers.inexact == failed.inexact
+            and step.levers.xla == failed.xla
             and settings.checkpointing in (None, smaller.checkpointing)
             and (not settings.insist_placement or smaller.placement == failed.placement)
         )
