@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130
 
-_PLAIN_FLAGS = ("adam_bias_correction", "demo", "keep_best", "overwrite_output_dir", "regression")
+_PLAIN_FLAGS = (
+    "adam_bias_correction",
+    "demo",
+    "keep_best",
+    "overwrite_output_dir",
+    "regression",
+    "xla",
+)
 """Flags that take no value: False leaves them out."""
 
 

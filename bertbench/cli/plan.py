@@ -23,6 +23,7 @@ from bertbench.cli.options.common import (
     resolve_budget,
     write_json,
 )
+from bertbench.cli.plan_product import verify_for_product
 from bertbench.cli.views.plan_view import (
     show_accelerators,
     show_catalogue,
@@ -30,6 +31,7 @@ from bertbench.cli.views.plan_view import (
     show_min_memory,
     show_plan,
 )
+from bertbench.compiling.compilation import Compilation
 from bertbench.core.progress import Advance, progress
 from bertbench.core.published import PAPER_MODELS, PAPER_SEQ_LENS
 from bertbench.core.terminal import say
@@ -97,7 +99,12 @@ from finetune.spec.config import HEADS
     is_flag=True,
     help="Find the smallest memory for the target instead (on a GPU: --gpu all).",
 )
-@click.option("--verify", is_flag=True, help="Run two steps of the plan to see that it fits.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Run two steps of the plan to see that it fits; with --gpu NAME --xla, or for a TPU, "
+    "compile it for the product instead.",
+)
 @ledger_option
 @json_option
 def command(
@@ -273,15 +280,17 @@ def _plan_one(
     verify: bool,
     json_file: Path | None,
 ) -> None:
-    plan, trials = (
-        _verified(request, workload, device)
-        if verify
-        else (plan_workload(request, workload, device), [])
-    )
+    evidence: list[Trial] | list[Compilation] = []
+    if not verify:
+        plan = plan_workload(request, workload, device)
+    elif device.accelerator is not None:
+        plan, evidence = verify_for_product(request, workload, device)
+    else:
+        plan, evidence = _verified(request, workload, device)
     values = plan.to_json()
-    if trials:
-        values["verified"] = [trial.to_json() for trial in trials]
-    _write_or_show(json_file, values, lambda: show_plan(plan, explain=explain, trials=trials))
+    if evidence:
+        values["verified"] = [one.to_json() for one in evidence]
+    _write_or_show(json_file, values, lambda: show_plan(plan, explain=explain, evidence=evidence))
 
 
 def _verified(
@@ -290,12 +299,11 @@ def _verified(
     """Return a plan that a trial has shown to fit, and the trials of it and of those before.
 
     Raises:
-        InputError: the device is not attached, or several are to share the batch.
+        InputError: several devices are to share the batch.
     """
     if device.attached is None or device.replicas > 1:
         raise InputError(
-            "--verify needs the device itself, and one alone",
-            hint="leave --gpu and --replicas out, and name one --device",
+            "--verify needs one device alone", hint="leave --replicas out, and name one --device"
         )
     with open_ledger(request.ledger_file or default_ledger_path()) as ledger:
         plan, trial, refuted = verify_plan(

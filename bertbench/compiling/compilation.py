@@ -14,7 +14,11 @@ from bertbench.compiling.installed import compiler_versions
 from bertbench.compiling.target import CompileTarget
 from bertbench.core.errors import WorkError
 from bertbench.core.workload import TrainingStep
-from bertbench.memory.compiled import CompiledMemory, compiled_memory_from_json
+from bertbench.memory.compiled import (
+    CompiledMemory,
+    compiled_fits,
+    compiled_memory_from_json,
+)
 from bertbench.trials.interference import THIS_MACHINE, Machine
 from bertbench.trials.isolation import Message, ProcessEnd, run_isolated
 from bertbench.trials.outcome import classify_error, explain_end, summarise_error
@@ -54,6 +58,21 @@ class Compilation:
     memory: CompiledMemory | None = None
     message: str = ""
     seconds: float = 0.0
+
+    def fits_in(self, step: TrainingStep, kind: str, budget_bytes: int) -> bool:
+        """Whether the step fits in a budget; of a compilation that did not fail.
+
+        A TPU's compiler refuses what has no room in the device's memory: what it compiled fits, and
+        the budget says nothing more. For a GPU see `bertbench.memory.compiled.compiled_fits`.
+
+        Args:
+            step: that was compiled.
+            kind: of the device.
+            budget_bytes: of each device; not used for a TPU.
+        """
+        if self.outcome == NO_ROOM or self.memory is None:
+            return False
+        return kind == "tpu" or compiled_fits(step, self.memory, kind, budget_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON."""

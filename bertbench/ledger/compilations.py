@@ -11,10 +11,15 @@ from datetime import datetime, timezone
 from bertbench.compiling.compilation import COMPILED, NO_ROOM, Compilation
 from bertbench.compiling.installed import compiler_versions
 from bertbench.compiling.target import CompileTarget
-from bertbench.core.workload import MAX_BATCH, Setup
+from bertbench.core.workload import MAX_BATCH, Setup, Workload, levers_from_json
 from bertbench.ledger.database import Ledger, explained
 from bertbench.ledger.question import versions_key
-from bertbench.memory.compiled import compiled_memory_from_json
+from bertbench.memory.compiled import (
+    CompiledMemory,
+    CompiledSteps,
+    compiled_memory_from_json,
+)
+from finetune.errors import InputError
 from finetune.storage.json_files import json_text, parse_json
 
 
@@ -86,6 +91,32 @@ def find_compilations(ledger: Ledger, question: CompiledQuestion) -> list[Compil
         except ValueError:
             ledger.damaged.add(("compilations", *question.key(), row[0]))
     return found
+
+
+def read_compiled_steps(ledger: Ledger, target: CompileTarget, workload: Workload) -> CompiledSteps:
+    """Read all that the installed compiler of a target has said of a workload.
+
+    Raises:
+        InputError: the target's compiler is not installed.
+    """
+    # The versions do not depend on the levers.
+    versions = compiled_question(target, Setup(workload)).versions
+    with explained(ledger):
+        rows = ledger.execute(
+            "SELECT DISTINCT levers_key FROM compilations "
+            "WHERE target_key = ? AND versions_key = ? AND workload_key = ?",
+            (target.key(), versions, workload.key()),
+        ).fetchall()
+    steps: dict[Setup, dict[int, CompiledMemory | None]] = {}
+    for (key,) in rows:
+        try:
+            setup = Setup(workload, levers_from_json(parse_json(key)))
+        except (ValueError, InputError):
+            ledger.damaged.add(("compilations", target.key(), versions, workload.key(), key))
+            continue
+        found = find_compilations(ledger, CompiledQuestion(target, setup, versions))
+        steps[setup] = {one.micro_batch: one.memory for one in found}
+    return steps
 
 
 def _compilation(

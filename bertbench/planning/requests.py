@@ -11,6 +11,7 @@ from bertbench.core.workload import Levers
 from bertbench.hardware.accelerators import Accelerator, check_levers
 from bertbench.hardware.device import Budget, Device
 from bertbench.hardware.step_time import Rates, device_rates, gpu_rates
+from bertbench.memory.compiled import CompiledSteps
 from bertbench.memory.room import Room
 from finetune.errors import InputError
 from finetune.spec.checkpointing import Checkpointing
@@ -54,6 +55,8 @@ class PlannedDevice:
             have padding.
         attached: the device of this machine; None for an accelerator of the catalogue.
         spare_bytes: part of the budget to leave free.
+        accelerator: the product, if it is one of the catalogue that need not be attached.
+        compiled: what the product's compiler has said of the workload that is planned.
     """
 
     name: str
@@ -63,6 +66,8 @@ class PlannedDevice:
     replicas: int = 1
     attached: Device | None = None
     spare_bytes: int = 0
+    accelerator: Accelerator | None = None
+    compiled: CompiledSteps = dataclasses.field(default_factory=dict)
 
     @property
     def available_bytes(self) -> int:
@@ -71,7 +76,9 @@ class PlannedDevice:
 
     def room(self, margin: float | None = None) -> Room:
         """What a training step has to fit in; see `bertbench.memory.prediction.Room`."""
-        return Room(self.kind, self.budget_bytes, self.spare_bytes, self.replicas, margin)
+        return Room(
+            self.kind, self.budget_bytes, self.spare_bytes, self.replicas, margin, self.compiled
+        )
 
 
 def attached_device(budget: Budget, replicas: int | None = None) -> PlannedDevice:
@@ -129,6 +136,7 @@ def catalogue_device(
         accelerator.usable_bytes if budget_bytes is None else budget_bytes,
         gpu_rates(accelerator),
         replicas or accelerator.replicas,
+        accelerator=accelerator,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from bertbench.core.workload import Workload
 from bertbench.hardware.accelerators import ACCELERATORS, Accelerator
 from bertbench.planning.calibration import Calibration, read_calibration
+from bertbench.planning.compiled_evidence import with_compiled_steps
 from bertbench.planning.min_memory import MinMemory, find_min_memory
 from bertbench.planning.planner import Plan, make_plan
 from bertbench.planning.requests import PlannedDevice, PlanRequest, catalogue_device, check_request
@@ -38,7 +39,7 @@ class NoPlan:
 
 
 def plan_workload(request: PlanRequest, workload: Workload, device: PlannedDevice) -> Plan:
-    """Plan one workload, with what trials on an attached device have shown.
+    """Plan one workload, with what trials on the device, or its compiler, have shown.
 
     Args:
         request: what the plan must reach, and what it may choose from.
@@ -49,6 +50,7 @@ def plan_workload(request: PlanRequest, workload: Workload, device: PlannedDevic
         InputError: nothing fits, or the device does not support a lever.
     """
     check_request(request, device)
+    device = with_compiled_steps(device, workload, request)
     calibration = Calibration()
     if device.attached is not None:
         calibration = read_calibration(device.attached, workload, device.rates, request.ledger_file)

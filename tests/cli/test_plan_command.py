@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from bertbench.cli.plan import command
+from bertbench.compiling.compilation import COMPILED, Compilation
 from bertbench.core.workload import Setup, levers_from_json, published_workload
 from bertbench.hardware import discover
 from bertbench.hardware.accelerators import ACCELERATORS, gpus_with
 from bertbench.hardware.device import GPU_CONTEXT_RESERVE_BYTES, Device
+from bertbench.memory.compiled import CompiledMemory
 from bertbench.memory.prediction import predict_memory
 from bertbench.memory.room import Room
+from bertbench.planning.plan_file import read_plan
 from finetune.errors import InputError
 
 BASE = ["--model", "bert-base", "--seq-len", "384", "--target-batch", "24"]
@@ -199,7 +203,7 @@ def test_gpus_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert least["min_memory_bytes"] > alone["min_memory_bytes"]
     for arguments, words in (
         (["--replicas", "3"], "names 2 GPUs, not 3"),
-        (["--verify"], "--verify needs the device itself, and one alone"),
+        (["--verify"], "--verify needs one device alone"),
     ):
         with pytest.raises(InputError, match=words):
             CliRunner().invoke(command, [*both, *arguments], catch_exceptions=False)
@@ -209,13 +213,13 @@ def test_replicas() -> None:
     text = plan(*BASE, "--gpu", "tpu-v2-8", "--target-batch", "12")
     assert "on each of 8 replicas on tpu-v2-8" in text
     assert "4 of 16 rows are padding" in text
-    assert "predicted from XLA on a CPU" in text
+    assert "by a formula, unless compiled (--verify)" in text
     values = json.loads(plan(*BASE, "--gpu", "v100", "--replicas", "4", "--json", "-"))
     assert (values["target_batch"], values["chosen"]["replicas"]) == (24, 4)
     assert values["chosen"]["micro_batch"] * values["chosen"]["accumulation_steps"] == 6
     for arguments, words in (
         (["--gpu", "tpu-v2-8", "--replicas", "2"], "tpu-v2-8 has 8 devices"),
-        (["--verify", "--replicas", "2"], "--verify needs the device itself"),
+        (["--verify", "--replicas", "2"], "--verify needs one device alone"),
     ):
         with pytest.raises(InputError, match=words):
             CliRunner().invoke(command, [*BASE, *arguments], catch_exceptions=False)
@@ -224,3 +228,49 @@ def test_replicas() -> None:
     assert "tpu" not in text
     with pytest.raises(InputError, match="on the host with several replicas"):
         plan(*BASE, "--gpu", "v100", "--replicas", "4", "--placement", "host")
+
+
+XLA = ["--model", "bert-mini", "--seq-len", "128", "--target-batch", "64", "--gpu", "t4", "--xla"]
+
+
+def test_a_plan_for_xla_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    text = plan(*XLA, "--memory", "700MiB", "--json", str(path))
+    values = json.loads(path.read_text())
+    assert values["chosen"]["xla"]
+    assert all(entry["xla"] for entry in values["alternatives"])
+    assert "XLA" in text
+    assert read_plan(path).levers.xla
+
+
+def test_a_plan_that_was_compiled_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = CompiledMemory(133_000_000, 0, 300_000_000, 0)
+    monkeypatch.setattr("bertbench.cli.plan_product.compiler_versions", lambda kind: {})
+    monkeypatch.setattr("bertbench.ledger.compilations.compiler_versions", lambda kind: {})
+    monkeypatch.setattr(
+        "bertbench.cli.plan_product.verify_for_product.__defaults__",
+        (lambda step, target: Compilation(step.micro_batch, COMPILED, memory),),
+    )
+    path, ledger = tmp_path / "plan.json", tmp_path / "l.sqlite"
+    text = plan(
+        *XLA, "--memory", "700MiB", "--verify", "--ledger", str(ledger), "--json", str(path)
+    )
+    assert "compiled: fits, needs 413 MiB; the compiler's word, nothing was run" in text
+    values = json.loads(path.read_text())
+    assert values["chosen"]["predicted_peak_bytes"] == 433_000_000
+    assert values["verified"][-1]["memory"] == memory.to_json()
+
+
+def test_without_xla_nothing_is_compiled_for_a_gpu() -> None:
+    for flags in ([*XLA[:-1]], [*XLA, "--replicas", "2"]):
+        with pytest.raises(InputError, match=r"compiles the plan|several GPUs"):
+            CliRunner().invoke(command, [*flags, "--verify"], catch_exceptions=False)
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    with pytest.raises(InputError, match="needs the package jax-cuda12-pjrt"):
+        CliRunner().invoke(command, [*XLA, "--verify"], catch_exceptions=False)

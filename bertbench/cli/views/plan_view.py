@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from bertbench.compiling.compilation import Compilation
 from bertbench.core.terminal import terminal
 from bertbench.core.units import GIB_BYTES, format_bytes
 from bertbench.core.workload import Levers, Workload
@@ -48,7 +49,7 @@ def _describe_budget(budget_bytes: int, replicas: int, device: str) -> str:
 def _unmeasured(plans: Iterable[Plan]) -> list[str]:
     """Notes on plans whose predictions no measurement has confirmed."""
     if any(plan.device_kind == "tpu" for plan in plans):
-        return ["tpu: predicted from XLA on a CPU; it multiplies in bfloat16"]
+        return ["tpu: by a formula, unless compiled (--verify); it multiplies in bfloat16"]
     return []
 
 
@@ -79,13 +80,15 @@ def _table(*first: str) -> Table:
     return table
 
 
-def show_plan(plan: Plan, *, explain: bool = False, trials: Sequence[Trial] = ()) -> None:
+def show_plan(
+    plan: Plan, *, explain: bool = False, evidence: Sequence[Trial] | Sequence[Compilation] = ()
+) -> None:
     """Show a plan: the chosen setting, those that need less memory, those that would be faster.
 
     Args:
         plan: the plan.
         explain: show what the memory is used for.
-        trials: trials of the plan, and of larger plans before it.
+        evidence: trials or compilations of larger plans that did not fit, and then of this one.
     """
     console = terminal()
     budget = _describe_budget(plan.budget_bytes, plan.chosen.replicas, plan.device)
@@ -116,8 +119,11 @@ def show_plan(plan: Plan, *, explain: bool = False, trials: Sequence[Trial] = ()
         )
     if plan.timed_trials:
         console.print(f"Times are as in {plan.timed_trials} trials on this device.")
-    for trial in trials:
-        console.print(_measured(plan, trial), soft_wrap=True)
+    for one in evidence:
+        said = (
+            _measured(plan, one) if isinstance(one, Trial) else _compiled(one, one is evidence[-1])
+        )
+        console.print(said, soft_wrap=True)
     if explain:
         show_parts(plan.chosen, plan.budget_bytes)
     for line in _recipe_lines(plan):
@@ -135,6 +141,17 @@ def _measured(plan: Plan, trial: Trial) -> str:
         f"measured: fits, peak {format_bytes(trial.peak_bytes)} (predicted {error:+.2%}), "
         f"{trial.step_seconds:.3g} s a batch"
     )
+
+
+def _compiled(compilation: Compilation, is_last: bool) -> str:
+    """Describe a compilation; all but the last are of plans that did not fit."""
+    memory = compilation.memory
+    needs = "" if memory is None else f", needs {format_bytes(memory.device_bytes)}"
+    if not is_last:
+        return (
+            f"compiled: micro-batch {compilation.micro_batch} of a larger plan is too large{needs}"
+        )
+    return f"compiled: fits{needs}; the compiler's word, nothing was run"
 
 
 def _recipe_lines(plan: Plan) -> list[str]:

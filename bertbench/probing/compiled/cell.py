@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bertbench.compiling.compilation import FAILED, NO_ROOM, Compilation
+from bertbench.compiling.compilation import FAILED, Compilation
 from bertbench.compiling.target import CompileTarget
 from bertbench.core.workload import MAX_BATCH, Setup, TrainingStep
 from bertbench.ledger.compilations import (
@@ -16,7 +16,6 @@ from bertbench.ledger.compilations import (
     record_compilation,
 )
 from bertbench.ledger.database import Ledger
-from bertbench.memory.compiled import compiled_fits
 from bertbench.memory.compiled_prediction import CompiledPrediction
 from bertbench.memory.room import Room
 from bertbench.probing.search import next_guess
@@ -80,26 +79,6 @@ class CompiledCell:
         }
 
 
-def compilation_fits(
-    step: TrainingStep, compilation: Compilation, kind: str, budget_bytes: int
-) -> bool:
-    """Whether a step that was compiled fits in a budget.
-
-    A TPU's compiler refuses what has no room in the device's memory: what it compiled fits, and the
-    budget says nothing more. For a GPU see `bertbench.memory.compiled.compiled_fits`.
-
-    Args:
-        step: the step.
-        compilation: that did not fail.
-        kind: of the device.
-        budget_bytes: of each device; not used for a TPU.
-    """
-    memory = compilation.memory
-    if compilation.outcome == NO_ROOM or memory is None:
-        return False
-    return kind == "tpu" or compiled_fits(step, memory, kind, budget_bytes)
-
-
 def probe_compiled(
     ledger: Ledger,
     question: CompiledQuestion,
@@ -132,8 +111,7 @@ def probe_compiled(
         if one.micro_batch <= max_batch
     }
     fitting = {
-        batch: compilation_fits(setup.step(batch), one, kind, budget_bytes)
-        for batch, one in known.items()
+        batch: one.fits_in(setup.step(batch), kind, budget_bytes) for batch, one in known.items()
     }
     before, guesses = len(known), list[str]()
 
@@ -169,5 +147,5 @@ def probe_compiled(
             return answer(None, compilation.message)
         record_compilation(ledger, question, compilation)
         known[guess] = compilation
-        fitting[guess] = compilation_fits(setup.step(guess), compilation, kind, budget_bytes)
+        fitting[guess] = compilation.fits_in(setup.step(guess), kind, budget_bytes)
         guesses.append("fits" if fitting[guess] else "oom")

@@ -16,7 +16,7 @@ from bertbench.core.workload import (
     published_workload,
 )
 from bertbench.hardware.accelerators import find_accelerator
-from bertbench.probing.compiled.cell import Compile, compilation_fits
+from bertbench.probing.compiled.cell import Compile
 from finetune.errors import InputError
 from finetune.storage.json_files import MAX_WHOLE, get_value, get_whole, load_object
 
@@ -142,7 +142,7 @@ def check_compiled(
     steps = [claim.setup.step(batch) for batch in sides]
     made = [compile_(step, target) for step in steps]
     fits = [
-        None if one.outcome == FAILED else compilation_fits(step, one, target.kind, budget_bytes)
+        None if one.outcome == FAILED else one.fits_in(step, target.kind, budget_bytes)
         for step, one in zip(steps, made, strict=True)
     ]
     return CompiledCheck(claim, tuple(fits), tuple(made))

@@ -1,0 +1,121 @@
+"""What is predicted of a compiled step is what its compiler said, where it was asked."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bertbench.core.units import GIB_BYTES, MIB_BYTES
+from bertbench.core.workload import Levers, Setup, published_workload
+from bertbench.memory.compiled import CompiledMemory, CompiledSteps
+from bertbench.memory.compiled_prediction import COMPILED_MARGINS, CompiledPrediction
+from bertbench.memory.footprint import predict_footprint
+from bertbench.memory.prediction import predict_memory
+from bertbench.memory.room import Room
+from finetune.spec.checkpointing import parse_checkpointing
+
+SETUP = Setup(published_workload("bert-mini", 128), Levers(xla=True))
+MODEL_BYTES = 133_275_776
+
+
+def prediction(
+    compiled: CompiledSteps, budget_bytes: int = GIB_BYTES, setup: Setup = SETUP, kind: str = "gpu"
+) -> CompiledPrediction:
+    return CompiledPrediction(setup, Room(kind, budget_bytes, compiled=compiled))
+
+
+def temporary(temporary_bytes: int, program_bytes: int = 0) -> CompiledMemory:
+    return CompiledMemory(MODEL_BYTES, 1000, temporary_bytes, program_bytes)
+
+
+def with_steps(count: int) -> Setup:
+    return dataclasses.replace(
+        SETUP, levers=dataclasses.replace(SETUP.levers, accumulation_steps=count)
+    )
+
+
+def test_the_compilers_word_counts_to_the_byte() -> None:
+    memory = temporary(300 * MIB_BYTES)
+    found = prediction({SETUP: {8: memory}})
+    assert found.peak_bytes(8) == memory.device_bytes
+    # A tenth above what the formula would need with its margin, and still it fits.
+    tight_bytes = memory.device_bytes + 8 * MIB_BYTES
+    assert tight_bytes < (1 + COMPILED_MARGINS["gpu"]) * memory.device_bytes
+    assert prediction({SETUP: {8: memory}}, tight_bytes).fits(8)
+    assert not prediction({}, predict_footprint(SETUP.step(8)).peak_bytes + 8 * MIB_BYTES).fits(8)
+
+
+def test_what_a_tpus_compiler_refused_does_not_fit() -> None:
+    assert prediction({}, 16 * GIB_BYTES, kind="tpu").fits(8)
+    assert not prediction({SETUP: {8: None}}, 16 * GIB_BYTES, kind="tpu").fits(8)
+
+
+def test_without_a_compiler_it_is_the_formula() -> None:
+    expected = predict_footprint(SETUP.step(8))
+    assert prediction({}).peak_bytes(8) == expected.peak_bytes
+    assert prediction({}).footprint(8).phase == expected.phase
+
+
+@given(st.integers(8, 32))
+def test_between_two_steps_memory_is_on_a_line(micro_batch: int) -> None:
+    found = prediction({SETUP: {8: temporary(200_000_000), 32: temporary(440_000_000)}})
+    expected = found.peak_bytes(8) + 10_000_000 * (micro_batch - 8)
+    assert found.peak_bytes(micro_batch) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_step_nearby_corrects_the_formula_and_one_far_away_does_not() -> None:
+    formula = prediction({})
+    wrong_bytes = 50_000_000
+    said = temporary(formula.peak_bytes(16) - MODEL_BYTES + wrong_bytes)
+    corrected = prediction({SETUP: {16: said}})
+    for near in (13, 18, 20):
+        assert corrected.peak_bytes(near) - formula.peak_bytes(near) == pytest.approx(
+            wrong_bytes, rel=0.01
+        )
+    for far in (8, 32):
+        assert corrected.peak_bytes(far) == formula.peak_bytes(far)
+    # A search has nothing better, and believes it everywhere.
+    assert corrected.expected_micro_batch(1000) < formula.expected_micro_batch(1000)
+
+
+def test_another_number_of_micro_batches_tells_as_much() -> None:
+    formula = prediction({}, setup=with_steps(4))
+    said = temporary(prediction({}).peak_bytes(16) - MODEL_BYTES + 50_000_000)
+    corrected = prediction({SETUP: {16: said}}, setup=with_steps(4))
+    assert corrected.peak_bytes(16) - formula.peak_bytes(16) == pytest.approx(50_000_000, rel=0.01)
+    # The nearest number of micro-batches counts.
+    nearer = temporary(said.temporary_bytes + 20_000_000)
+    both = prediction({SETUP: {16: said}, with_steps(3): {16: nearer}}, setup=with_steps(4))
+    assert both.peak_bytes(16) != corrected.peak_bytes(16)
+    other = dataclasses.replace(SETUP, levers=Levers(parse_checkpointing("full"), xla=True))
+    assert prediction({other: {16: said}}, setup=with_steps(4)).peak_bytes(16) == (
+        formula.peak_bytes(16)
+    )
+
+
+@pytest.mark.parametrize("micro_batch", [8, 9])
+def test_parts_add_up_to_the_peak(micro_batch: int) -> None:
+    found = prediction({SETUP: {8: temporary(300_000_001, 7_000_003)}}, kind="tpu")
+    footprint = found.footprint(micro_batch)
+    assert footprint.peak_bytes == found.peak_bytes(micro_batch)
+    assert footprint.parts["program"] == 7_000_003
+    assert all(size >= 0 for size in footprint.parts.values())
+
+
+def test_xla_and_tpus_are_asked_of_the_compiler() -> None:
+    compiled = {SETUP: {8: temporary(300_000_000)}}
+    plain = Setup(SETUP.workload)
+    for setup, kind in ((SETUP, "gpu"), (SETUP, "cpu"), (plain, "tpu")):
+        found = predict_memory(setup, Room(kind, GIB_BYTES, compiled=compiled))
+        assert found.source == "compiled"
+        assert found.peak_bytes(8) == MODEL_BYTES + 1000 + 300_000_000
+    assert predict_memory(plain, Room("gpu", GIB_BYTES, compiled=compiled)).source == "trace"
+
+
+def test_no_smaller_budget_is_enough_than_what_fits() -> None:
+    largest = prediction({}, 600 * MIB_BYTES).max_micro_batch(1000)
+    assert prediction({}, 600 * MIB_BYTES).fits(largest)
+    assert not prediction({}, 600 * MIB_BYTES).fits(largest + 1)
