@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bertbench.compiling.compilation import Compilation, compile_step
+from bertbench.compiling.compilation import Compilation
 from bertbench.compiling.installed import compiler_versions
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
@@ -19,7 +19,7 @@ def verify_for_product(
     request: PlanRequest,
     workload: Workload,
     device: PlannedDevice,
-    compile_: Compile = compile_step,
+    compile_: Compile,
 ) -> tuple[Plan, list[Compilation]]:
     """Make a plan whose step compiles to a program that fits.
 
@@ -27,7 +27,7 @@ def verify_for_product(
         request: what the plan must reach, and what it may choose from.
         workload: what is trained.
         device: a product of the catalogue.
-        compile_: compiles.
+        compile_: compiles, as `bertbench.compiling.compilation.compile_step` does.
 
     Returns:
         The plan, and the compilations: of plans that did not fit, and its own, which is the last.

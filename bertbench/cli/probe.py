@@ -66,7 +66,7 @@ _BESIDE_CHECK = ("checked_file", "ledger_file", "json_file", "share", "trial_tim
 
 _WITH_GPU = (
     "product", "models", "seq_lens", "head", "memory", "checkpointing", "accumulation", "precision",
-    "optimizer", "xla", "max_batch", "resume", "ledger_file", "json_file",
+    "optimizer", "xla", "max_batch", "resume", "jobs", "ledger_file", "json_file",
 )  # fmt: skip
 
 
@@ -131,6 +131,11 @@ _WITH_GPU = (
     help="Kill a trial that takes longer. Default: ten times what the others let expect, at "
     "least 15 minutes.",
 )
+@click.option(
+    "--jobs",
+    type=Whole(1),
+    help="With --gpu: compilations at once. Default: one a core, as far as memory allows.",
+)
 @click.option("--share", is_flag=True, help="Go on though others use the GPU, with what is free.")
 @click.option("--no-certify", is_flag=True, help="Do not repeat the limit in fresh processes.")
 @click.option(
@@ -165,6 +170,7 @@ def command(
     xla: bool,
     max_batch: int | None,
     trial_timeout: float | None,
+    jobs: int | None,
     share: bool,
     no_certify: bool,
     resume: bool,
@@ -206,10 +212,12 @@ def command(
         _only(context, _WITH_GPU, "--gpu, which asks a compiler and runs no trial")
         cap = max_batch or MAX_PROBED_BATCH
         sizes = _sizes(models, seq_lens)
-        probe = ProductProbe(ledger_path, cap, not resume, json_file)
+        probe = ProductProbe(ledger_path, cap, not resume, json_file, jobs)
         compiled = dataclasses.replace(levers, xla=True)
         probe_product(find_accelerator(product), memory, sizes, head, compiled, probe)
         return
+    if jobs is not None:
+        raise InputError("--jobs is for compilations", hint="name a product with --gpu")
     tpu = TpuSettings(None, tpu_zone, gcp_project, num_tpu_cores)
     devices = _devices(device, tpu, memory)
     on_cpu = devices[0].kind == "cpu"

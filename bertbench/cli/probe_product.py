@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bertbench.cli.options.common import write_json
 from bertbench.cli.views.compiled_view import show_compiled, show_compiled_checks
 from bertbench.cli.views.probe_view import describe_workload
-from bertbench.compiling.compilation import compile_step
+from bertbench.compiling.compilation import CompileSettings, compile_step
 from bertbench.compiling.target import compile_target
 from bertbench.core.errors import WorkError
 from bertbench.core.progress import describe_duration
 from bertbench.core.terminal import say
-from bertbench.core.units import format_bytes
+from bertbench.core.units import GIB_BYTES, format_bytes
 from bertbench.core.workload import Levers, Setup, check_layers, published_workload
 from bertbench.hardware.accelerators import Accelerator, check_levers
+from bertbench.hardware.host import host_memory
+from bertbench.hardware.threads import usable_cores
 from bertbench.ledger.compilations import CompiledQuestion, compiled_question
 from bertbench.ledger.database import open_ledger
 from bertbench.probing.compiled.cell import Compile, CompiledCell, probe_compiled
@@ -28,7 +31,16 @@ from bertbench.probing.compiled.claims import (
     check_compiled,
     read_compiled_claims,
 )
+from bertbench.probing.workers import share_out
 from finetune.errors import InputError
+
+_JOB_BYTES = 4 * GIB_BYTES
+"""Host memory for a compilation. Those of BERT-Large for a GPU took up to 3.0 GiB."""
+
+
+def step_compiler(settings: CompileSettings) -> Compile:
+    """Compile steps with some settings, see `bertbench.compiling.compilation.compile_step`."""
+    return functools.partial(compile_step, settings=settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +52,16 @@ class ProductProbe:
         max_batch: largest micro-batch of interest.
         ignore_ledger: compile again what the ledger knows.
         json_file: gets the result; None for none.
-        compile_: compiles.
+        jobs: compilations at once; None for as many as the machine has cores and memory for.
+        compiler: makes what compiles, with some settings.
     """
 
     ledger_path: Path
     max_batch: int
     ignore_ledger: bool
     json_file: Path | None
-    compile_: Compile = compile_step
+    jobs: int | None = None
+    compiler: Callable[[CompileSettings], Compile] = step_compiler
 
 
 def probe_product(
@@ -114,34 +128,49 @@ def _probe_all(
     questions: Sequence[CompiledQuestion], budget_bytes: int, probe: ProductProbe
 ) -> tuple[list[CompiledCell], bool]:
     """Probe the cells and say how far they are; tell whether that was interrupted."""
-    cells: list[CompiledCell] = []
+    cells: dict[int, CompiledCell] = {}
     began = time.monotonic()
-    with open_ledger(probe.ledger_path) as ledger:
-        for number, question in enumerate(questions, 1):
-            title = f"[{number}/{len(questions)}] {describe_workload(question.setup.workload)}"
 
-            def on_attempt(batch: int, title: str = title) -> None:
-                left = ""
-                if cells:
-                    each_seconds = (time.monotonic() - began) / len(cells)
-                    left_seconds = each_seconds * (len(questions) - len(cells))
-                    left = f"; {describe_duration(left_seconds)} left"
-                say(f"{title}: compiling batch {batch}{left}")
+    def work(_: int, index: int, poll: Callable[[], None]) -> None:
+        question = questions[index]
+        title = f"[{index + 1}/{len(questions)}] {describe_workload(question.setup.workload)}"
 
-            try:
-                cell = probe_compiled(
-                    ledger,
-                    question,
-                    budget_bytes,
-                    probe.compile_,
-                    max_batch=probe.max_batch,
-                    ignore_ledger=probe.ignore_ledger,
-                    on_attempt=on_attempt,
-                )
-            except KeyboardInterrupt:
-                return cells, True
-            cells.append(cell)
-    return cells, False
+        def on_attempt(batch: int) -> None:
+            left = ""
+            if cells:
+                each_seconds = (time.monotonic() - began) / len(cells)
+                left_seconds = each_seconds * (len(questions) - len(cells))
+                left = f"; {describe_duration(left_seconds)} left"
+            say(f"{title}: compiling batch {batch}{left}")
+
+        with open_ledger(probe.ledger_path) as ledger:
+            cells[index] = probe_compiled(
+                ledger,
+                question,
+                budget_bytes,
+                probe.compiler(CompileSettings(poll=poll)),
+                max_batch=probe.max_batch,
+                ignore_ledger=probe.ignore_ledger,
+                on_attempt=on_attempt,
+            )
+
+    interrupted = False
+    jobs = min(probe.jobs or default_jobs(), len(questions))
+    try:
+        share_out(len(questions), range(jobs), work)
+    except KeyboardInterrupt:
+        interrupted = True
+    return [cell for _, cell in sorted(cells.items())], interrupted
+
+
+def default_jobs(machine: Callable[[], tuple[int, int]] = host_memory) -> int:
+    """How many compilations this machine does at once: one a core, as far as memory allows.
+
+    Args:
+        machine: tells the host's total and free bytes.
+    """
+    _, free_bytes = machine()
+    return max(1, min(usable_cores(), free_bytes // _JOB_BYTES))
 
 
 def check_product(path: Path, json_file: Path | None, compile_: Compile = compile_step) -> None:

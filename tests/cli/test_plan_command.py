@@ -12,7 +12,13 @@ from click.testing import CliRunner
 
 from bertbench.cli.plan import command
 from bertbench.compiling.compilation import COMPILED, Compilation
-from bertbench.core.workload import Setup, levers_from_json, published_workload
+from bertbench.compiling.target import CompileTarget
+from bertbench.core.workload import (
+    Setup,
+    TrainingStep,
+    levers_from_json,
+    published_workload,
+)
 from bertbench.hardware import discover
 from bertbench.hardware.accelerators import ACCELERATORS, gpus_with
 from bertbench.hardware.device import GPU_CONTEXT_RESERVE_BYTES, Device
@@ -25,8 +31,8 @@ from finetune.errors import InputError
 BASE = ["--model", "bert-base", "--seq-len", "384", "--target-batch", "24"]
 
 
-def plan(*arguments: str) -> str:
-    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+def plan(*arguments: str, obj: object = None) -> str:
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False, obj=obj)
     assert result.exit_code == 0
     tables = [line for line in result.output.splitlines() if "  " in line and "{" not in line]
     assert all(len(line) <= 80 for line in tables)
@@ -247,14 +253,13 @@ def test_a_plan_that_was_compiled_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     memory = CompiledMemory(133_000_000, 0, 300_000_000, 0)
     monkeypatch.setattr("bertbench.cli.plan_product.compiler_versions", lambda kind: {})
     monkeypatch.setattr("bertbench.ledger.compilations.compiler_versions", lambda kind: {})
-    monkeypatch.setattr(
-        "bertbench.cli.plan_product.verify_for_product.__defaults__",
-        (lambda step, target: Compilation(step.micro_batch, COMPILED, memory),),
-    )
+
+    def compile_(step: TrainingStep, target: CompileTarget) -> Compilation:
+        return Compilation(step.micro_batch, COMPILED, memory)
+
     path, ledger = tmp_path / "plan.json", tmp_path / "l.sqlite"
-    text = plan(
-        *XLA, "--memory", "700MiB", "--verify", "--ledger", str(ledger), "--json", str(path)
-    )
+    files = ("--ledger", str(ledger), "--json", str(path))
+    text = plan(*XLA, "--memory", "700MiB", "--verify", *files, obj=compile_)
     assert "compiled: fits, needs 413 MiB; the compiler's word, nothing was run" in text
     values = json.loads(path.read_text())
     assert values["chosen"]["predicted_peak_bytes"] == 433_000_000

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,27 @@ from click.testing import CliRunner, Result
 
 from bertbench.cli import probe_product as module
 from bertbench.cli.probe import command
-from bertbench.cli.probe_product import ProductProbe, check_product, probe_product
-from bertbench.compiling.compilation import COMPILED, FAILED, NO_ROOM, Compilation
+from bertbench.cli.probe_product import (
+    ProductProbe,
+    check_product,
+    default_jobs,
+    probe_product,
+)
+from bertbench.compiling.compilation import (
+    COMPILED,
+    FAILED,
+    NO_ROOM,
+    Compilation,
+    CompileSettings,
+)
 from bertbench.compiling.target import CompileTarget
 from bertbench.core.errors import WorkError
+from bertbench.core.units import GIB_BYTES
 from bertbench.core.workload import Levers, TrainingStep
 from bertbench.hardware.accelerators import find_accelerator
+from bertbench.hardware.threads import usable_cores
 from bertbench.memory.compiled import CompiledMemory
+from bertbench.probing.compiled.cell import Compile
 from finetune.errors import InputError
 
 
@@ -33,9 +49,11 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bertbench.ledger.compilations.compiler_versions", lambda kind: {})
 
 
-def run(folder: Path, name: str, sizes: list[tuple[str, int]], memory: int | None = None) -> dict:
+def run(
+    folder: Path, name: str, sizes: list[tuple[str, int]], memory: int | None = None, jobs: int = 1
+) -> dict:
     file = folder / "out.json"
-    probe = ProductProbe(folder / "l.sqlite", 1000, False, file, compile_)
+    probe = ProductProbe(folder / "l.sqlite", 1000, False, file, jobs, lambda settings: compile_)
     probe_product(find_accelerator(name), memory, sizes, "squad", Levers(xla=True), probe)
     values: dict = json.loads(file.read_text())
     return values
@@ -73,7 +91,7 @@ def test_a_failed_compilation_is_an_error(tmp_path: Path) -> None:
     def crash(step: TrainingStep, target: CompileTarget) -> Compilation:
         return Compilation(step.micro_batch, FAILED, None, "the compiler crashed")
 
-    probe = ProductProbe(tmp_path / "l.sqlite", 1000, False, None, crash)
+    probe = ProductProbe(tmp_path / "l.sqlite", 1000, False, None, 1, lambda settings: crash)
     with pytest.raises(WorkError, match=r"1 of 1 cells failed.*the compiler crashed"):
         probe_product(
             find_accelerator("t4"), None, [("bert-tiny", 64)], "squad", Levers(xla=True), probe
@@ -89,13 +107,51 @@ def test_an_interruption_shows_what_was_finished(
             raise KeyboardInterrupt
         return compile_(step, target)
 
-    probe = ProductProbe(tmp_path / "l.sqlite", 1000, False, None, interrupted)
+    probe = ProductProbe(tmp_path / "l.sqlite", 1000, False, None, 1, lambda settings: interrupted)
     sizes = [("bert-tiny", 64), ("bert-tiny", 128)]
     with pytest.raises(KeyboardInterrupt):
         probe_product(find_accelerator("t4"), None, sizes, "squad", Levers(xla=True), probe)
     out = capsys.readouterr().out
     assert " 64 " in out
     assert " 128 " not in out
+
+
+@pytest.mark.usefixtures("installed")
+def test_several_cells_at_once_give_the_same_answers_in_order(tmp_path: Path) -> None:
+    sizes = [("bert-tiny", length) for length in (64, 96, 128, 160)]
+    for jobs in (1, 3):
+        (tmp_path / str(jobs)).mkdir()
+    one, three = (run(tmp_path / str(jobs), "t4", sizes, None, jobs) for jobs in (1, 3))
+    limits = [(cell["seq_len"], cell["max_batch"]) for cell in one["cells"]]
+    assert limits == [(cell["seq_len"], cell["max_batch"]) for cell in three["cells"]]
+    assert [length for length, _ in limits] == [64, 96, 128, 160]
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_fails_ends_the_others(tmp_path: Path) -> None:
+    waiting = threading.Event()
+
+    def compiler(settings: CompileSettings) -> Compile:
+        def compile_(step: TrainingStep, target: CompileTarget) -> Compilation:
+            if step.workload.seq_len == 128:
+                assert waiting.wait(60)
+                raise InputError("the disk is full")
+            waiting.set()
+            while True:
+                settings.poll()  # ends it
+                time.sleep(0.01)
+
+        return compile_
+
+    probe = ProductProbe(tmp_path / "l.sqlite", 1000, False, None, 2, compiler)
+    sizes = [("bert-tiny", 64), ("bert-tiny", 128)]
+    with pytest.raises(InputError, match="the disk is full"):
+        probe_product(find_accelerator("t4"), None, sizes, "squad", Levers(xla=True), probe)
+
+
+def test_jobs_are_as_many_as_cores_and_memory_allow() -> None:
+    assert default_jobs(lambda: (64 * GIB_BYTES, GIB_BYTES)) == 1
+    assert default_jobs(lambda: (2**60, 2**60)) == usable_cores()
 
 
 def invoke(*arguments: str) -> Result:
@@ -106,6 +162,7 @@ def invoke(*arguments: str) -> Result:
     ("arguments", "words"),
     [
         (["--gpu", "t4", "--device", "cpu"], "--device does not go with --gpu"),
+        (["--jobs", "2"], "--jobs is for compilations"),
         (["--gpu", "t4", "--share"], "--share does not go with --gpu"),
         (["--gpu", "t4", "--placement", "host"], "--placement does not go with --gpu"),
         (["--gpu", "t4", "--memory", "17GiB"], "is more than the 16.0 GiB of t4"),
