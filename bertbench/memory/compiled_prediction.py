@@ -21,27 +21,36 @@ from bertbench.memory.footprint import Footprint
 from bertbench.memory.formula_prediction import FormulaPrediction
 from bertbench.memory.room import Room
 
-COMPILED_MARGINS = {"cpu": 0.4, "gpu": 0.04, "tpu": 0.51}
-"""Part of a prediction to add where the compiler was not asked about the very step, by kind of
-device. They make up for the largest errors that were measured in December 2026:
+COMPILED_MARGINS = {"cpu": 0.9, "gpu": 0.05, "tpu": 1.2}
+"""Part of the temporary bytes that a prediction adds where the compiler was not asked about the
+very step, by kind of device; on a TPU without gradients and their sums, which are no larger there.
+They make up for the largest errors that were measured in December 2026, of the temporary bytes that
+the compiler named against those of the formula:
 
-| compiled for | settings | error of the formula |
+| compiled for | settings | more than the formula |
 | --- | --- | --- |
-| Titan X, A100, H100 | 96, BERT-Small | -1.3 % to +6.4 % |
-| A100 | 16, BERT-Base, half of them with `bf16` | -2.6 % to +2.7 % |
-| a CPU | 39, BERT-Tiny to BERT-Small | -27.7 % to +5.6 % |
-| a core of a TPU v2 | 10, BERT-Small | -33.5 % to +17.2 % |
+| Titan X, T4, A100, H100 | 128, BERT-Small and BERT-Base | -19 % to +3 % |
+| A100, `bf16` | 8, BERT-Base | -8 % to +4 % |
+| a CPU | 39, BERT-Tiny to BERT-Small | -12 % to +90 % |
+| a core of a TPU v2 | 11, BERT-Small | -22 % to +118 % |
 
 On a CPU XLA takes barriers out before it looks for what is computed twice. On a TPU tensors are
-padded, and the program, which is not counted here, is in its memory as well.
+padded.
 """
 
+_TPU_PROGRAM_BYTES = 90_000_000
+"""Bytes of the program on a TPU for a layer of the model, where none was compiled: 34 to 84 MB were
+measured (BERT-Small on a TPU v2)."""
+
 _REACH = 0.25
-"""How far away a step that was compiled corrects the formula, see `CompiledPrediction`."""
+"""How far away a step that was compiled corrects the formula, as a part of its micro-batch."""
 
 _APART = 0.05
 """Part of a micro-batch by which another must differ to give a slope, because what a program needs
 rises in steps."""
+
+_STATE = ("accumulators", "gradients", "all_reduce", "update_temporaries")
+"""Temporary parts whose size follows from the variables alone."""
 
 _ARGUMENTS = ("weights", "optimizer_state", "inputs")
 """Parts of the formula that are a compiled step's arguments; the others are temporary."""
@@ -54,25 +63,25 @@ class CompiledPrediction:
     Attributes:
         setup: workload and levers.
         room: what the steps have to fit in, with what the compiler has said.
-        reach: how far away a step that was compiled corrects the formula: a part of its micro-batch
-            for one step, a multiple of their difference for two.
+        guess: predict what is most likely. There is no margin then, and a step that was compiled
+            corrects the formula however far away it is.
     """
 
     source: ClassVar[str] = "compiled"
 
     setup: Setup
     room: Room
-    reach: float = _REACH
+    guess: bool = False
 
     @property
     def margin(self) -> float:
-        """See `MemoryPrediction`; nothing is added to what the compiler said of the step itself."""
-        return COMPILED_MARGINS[self.room.device_kind]
+        """See `MemoryPrediction`; it is in the peak already, as it is one of a part of it."""
+        return 0.0
 
     @property
     def usable_bytes(self) -> int:
         """See `MemoryPrediction`."""
-        return self.room.usable_bytes(self.margin)
+        return self.room.usable_bytes()
 
     def peak_bytes(self, micro_batch: int) -> int:
         """See `MemoryPrediction`."""
@@ -82,35 +91,30 @@ class CompiledPrediction:
         """See `MemoryPrediction`; the parts are the formula's, as large together as predicted."""
         footprint, memory = self._formula.footprint(micro_batch), self._memory(micro_batch)
         parts = _scaled(footprint.parts, _ARGUMENTS, memory.argument_bytes)
-        temporary = [name for name in footprint.parts if name not in _ARGUMENTS]
-        parts |= _scaled(footprint.parts, temporary, memory.temporary_bytes)
+        activations = [n for n in footprint.parts if n not in (*_ARGUMENTS, *_STATE)]
+        parts |= {name: size for name, size in footprint.parts.items() if name in _STATE}
+        rest_bytes = memory.temporary_bytes - _sum_of(parts, _STATE)
+        if rest_bytes < 0:
+            parts |= _scaled(parts, [n for n in _STATE if n in parts], memory.temporary_bytes)
+        parts |= _scaled(footprint.parts, activations, max(rest_bytes, 0))
         others = {"program": memory.program_bytes, "results": memory.output_bytes}
         parts |= {name: size for name, size in others.items() if size}
         return dataclasses.replace(footprint, parts=parts)
 
     def fits(self, micro_batch: int) -> bool:
         """See `MemoryPrediction`."""
-        return self._fits(micro_batch, self.margin)
+        if self._own.get(micro_batch, ...) is None:
+            return False  # The compiler has refused it.
+        step, kind = self.setup.step(micro_batch), self.room.device_kind
+        return compiled_fits(step, self._memory(micro_batch), kind, self.room.usable_bytes())
 
     def max_micro_batch(self, at_most: int = sys.maxsize, fitting: int = 0) -> int:
         """See `MemoryPrediction`."""
         return largest_passing(self.fits, fitting, at_most)
 
     def expected_micro_batch(self, at_most: int) -> int:
-        """The largest micro-batch that fits as far as a search can guess, without a margin."""
-        guess = dataclasses.replace(self, reach=math.inf)
-        return largest_passing(lambda batch: guess._fits(batch, 0.0), 0, at_most)
-
-    def _fits(self, micro_batch: int, margin: float) -> bool:
-        memory = self._memory(micro_batch)
-        if micro_batch in self._own:
-            if self._own[micro_batch] is None:
-                return False
-        else:
-            larger_bytes = int(memory.temporary_bytes + margin * memory.device_bytes)
-            memory = dataclasses.replace(memory, temporary_bytes=larger_bytes)
-        step, kind = self.setup.step(micro_batch), self.room.device_kind
-        return compiled_fits(step, memory, kind, self.room.usable_bytes())
+        """The largest micro-batch that fits as far as a search can guess."""
+        return dataclasses.replace(self, guess=True).max_micro_batch(at_most)
 
     @property
     def _formula(self) -> FormulaPrediction:
@@ -146,21 +150,28 @@ class CompiledPrediction:
         if known is not None:
             return known
         footprint = self._formula.footprint(micro_batch)
-        arguments = sum(footprint.parts[name] for name in _ARGUMENTS)
+        arguments = _sum_of(footprint.parts, _ARGUMENTS)
         temporary = footprint.peak_bytes - arguments
         if self._near is not None:
-            temporary += self._near.correction(micro_batch, self.reach)
+            temporary += self._near.correction(micro_batch, math.inf if self.guess else _REACH)
+        if not self.guess:
+            kind = self.room.device_kind
+            state_bytes = _sum_of(footprint.parts, _STATE) if kind == "tpu" else 0
+            temporary += int(max(temporary - state_bytes, 0) * COMPILED_MARGINS[kind])
         return CompiledMemory(arguments, 0, max(temporary, 0), self._program_bytes())
 
     def _program_bytes(self) -> int:
-        """Bytes of the program on a TPU: those of the largest one that was compiled."""
+        """Bytes of the program on a TPU: those of the largest one that was compiled, or a guess."""
         known = [
             memory.program_bytes
             for other in self._like
             for memory in self.room.compiled[other].values()
             if memory is not None
         ]
-        return max(known, default=0)
+        if self.room.device_kind != "tpu":
+            return 0
+        layers = self.setup.workload.config.num_hidden_layers
+        return max(known, default=layers * _TPU_PROGRAM_BYTES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +194,8 @@ class _Points:
 
         Args:
             micro_batch: of the step that is predicted.
-            reach: see `CompiledPrediction`.
+            reach: how far away a point is believed: as a part of its micro-batch, or for two of
+                them of their difference.
         """
         formula_bytes = _temporary_bytes(self.formula, micro_batch)
         ordered = sorted(self.points, key=lambda point: abs(point[0] - micro_batch))
@@ -208,6 +220,10 @@ def _one_micro_batch(setup: Setup) -> Setup:
 def _temporary_bytes(formula: FormulaPrediction, micro_batch: int) -> int:
     parts = formula.footprint(micro_batch).parts
     return sum(size for name, size in parts.items() if name not in _ARGUMENTS)
+
+
+def _sum_of(parts: Mapping[str, int], names: Sequence[str]) -> int:
+    return sum(parts.get(name, 0) for name in names)
 
 
 def _scaled(parts: Mapping[str, int], names: Sequence[str], total_bytes: int) -> dict[str, int]:

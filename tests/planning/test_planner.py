@@ -458,7 +458,7 @@ def test_gradients_are_added_up_over_replicas(kind: str) -> None:
     parts = plan(4 * 32, 4).chosen.footprint.parts
     assert "all_reduce" not in parts
     # On one device this would fit.
-    needed = four.chosen.footprint.peak_bytes / GIB_BYTES
+    needed = 0.99 * four.chosen.footprint.peak_bytes / GIB_BYTES
     with pytest.raises(InputError, match="train on one device"):
         plan(8, 4, needed)
     assert plan(2, 1, needed).chosen.footprint.peak_bytes < needed * GIB_BYTES
