@@ -15,13 +15,14 @@ from bertbench.core.terminal import clean_text
 from bertbench.core.units import format_bytes
 from bertbench.ledger.limit import AT_LEAST, BELOW, CERTIFIED, FAILED, MEASURED
 from bertbench.planning.planner import Plan, describe_setting
+from reports.compiled_tables import COMPILED_NOTE
 from reports.environments import Environment
 from reports.measured_cells import MeasuredCell, trial_rate
 from reports.peak_predictions import describe_errors
 from reports.recommendations import Recommendation
 from reports.report import Report, version
 from reports.runs import Run
-from reports.tables import NOTE, limit_text, system_name
+from reports.tables import NOTE, Table, limit_text, system_name
 
 _MAX_ENVIRONMENTS, _MAX_TABLES, _MAX_CELLS, _MAX_TRIALS = 8, 12, 800, 1200
 
@@ -85,6 +86,7 @@ def _values(report: Report, advance: Advance) -> dict[str, Any]:
         "summary": ("What fits", report.environments),
         "plans": ("What to run", report.recommendations),
         "limits": ("Largest micro-batch", report.tables),
+        "compiled": ("By compilers", report.compiled_tables),
         "pictures": ("Pictures", pictures),
         "runs": ("Runs", report.runs),
         "cells": ("All cells", report.cells),
@@ -145,18 +147,21 @@ def _plan_values(report: Report) -> dict[str, Any]:
 
 
 def _limit_values(report: Report) -> dict[str, Any]:
-    tables = [
-        {
-            "title": table.title,
-            "columns": list(table.frame.columns),
-            "rows": list(table.frame.itertuples(index=False)),
-        }
-        for table in report.tables[:_MAX_TABLES]
-    ]
     return {
-        "tables": tables,
+        "tables": [_limit_table(table) for table in report.tables[:_MAX_TABLES]],
+        "compiled_tables": [_limit_table(t) for t in report.compiled_tables[:_MAX_TABLES]],
+        "more_compiled_tables": max(len(report.compiled_tables) - _MAX_TABLES, 0),
+        "compiled_note": COMPILED_NOTE,
         "more_tables": max(len(report.tables) - _MAX_TABLES, 0),
         "note": NOTE,
+    }
+
+
+def _limit_table(table: Table) -> dict[str, Any]:
+    return {
+        "title": table.title,
+        "columns": list(table.frame.columns),
+        "rows": list(table.frame.itertuples(index=False)),
     }
 
 

@@ -11,9 +11,11 @@ from importlib import metadata
 from pathlib import Path
 
 from bertbench.core.published import PAPER_MODELS
+from bertbench.ledger.compiled_limits import CompiledLimit
 from bertbench.ledger.limit import CERTIFIED, FAILED
 from bertbench.ledger.records import LedgerRow
 from bertbench.planning.planner import Plan
+from reports.compiled_tables import compiled_tables
 from reports.environments import Environment, name_environments
 from reports.measured_cells import MeasuredCell, collect_cells
 from reports.peak_predictions import PeakPrediction, predict_peaks
@@ -38,6 +40,7 @@ class Report:
         runs: the runs, in the order in which they were named.
         target_batch: effective batch that plans are made for.
         made: time at which the report was made.
+        compiled: limits of products by their compilers.
     """
 
     ledger: Path
@@ -45,6 +48,7 @@ class Report:
     runs: Sequence[Run]
     target_batch: int
     made: datetime
+    compiled: Sequence[CompiledLimit] = ()
 
     @functools.cached_property
     def cells(self) -> list[MeasuredCell]:
@@ -73,6 +77,11 @@ class Report:
         return published_tables(self.cells)
 
     @functools.cached_property
+    def compiled_tables(self) -> list[Table]:
+        """Tables of limits by compilers."""
+        return compiled_tables(self.compiled)
+
+    @functools.cached_property
     def names(self) -> dict[Environment, str]:
         """Names of the environments; no two are the same."""
         return name_environments(cell.environment for cell in self.cells)
@@ -99,13 +108,15 @@ class Report:
     @property
     def headline(self) -> str:
         """Summary of the report in a sentence."""
-        if not self.rows:
+        if not self.rows and not self.compiled:
             return f"No trials in {self.ledger.name} yet: `bertbench probe` makes some."
         certified = sum(cell.evidence == CERTIFIED for cell in self.cells)
         trials = f"{len(self.rows):,} trial" + "s" * (len(self.rows) != 1)
         text = f"{trials} of {count_cells(len(self.cells))}; {certified:,} certified"
         if self.failed:
             text += f", {len(self.failed):,} without an answer because all trials failed"
+        if self.compiled:
+            text += f"; {len(self.compiled):,} limit{'s' * (len(self.compiled) != 1)} by compilers"
         return f"{text}."
 
     @functools.cached_property

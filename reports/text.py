@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 from bertbench.core.terminal import terminal
 from bertbench.core.units import format_bytes
 from bertbench.planning.planner import Plan
+from reports.compiled_tables import COMPILED_NOTE
 from reports.measured_cells import MeasuredCell
 from reports.peak_predictions import describe_errors
 from reports.recommendations import Recommendation
@@ -30,6 +31,10 @@ def show_report(report: Report) -> None:
         _show_limits(console, table)
     if report.tables:
         console.print(NOTE)
+    for table in report.compiled_tables:
+        _show_limits(console, table)
+    if report.compiled_tables:
+        console.print(COMPILED_NOTE)
     _show_bars(console, report)
     _show_plans(console, report)
     errors = describe_errors(report.predictions)

@@ -14,6 +14,7 @@ from bertbench.cli.options.common import CONTEXT, PathName, json_option, ledger_
 from bertbench.core.terminal import echo, terminal
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import levers_from_json
+from bertbench.ledger.compiled_limits import CompiledLimit, read_compiled_limits
 from bertbench.ledger.database import (
     default_ledger_path,
     ledger_exists,
@@ -57,16 +58,24 @@ def list_(ledger_file: Path | None, each: bool, json_file: Path | None) -> None:
       bertbench ledger list --trials
     """
     path, rows = _read(ledger_file)
+    with read_ledger(path) as ledger:
+        compiled = read_compiled_limits(ledger)
     limits = _limits(rows)
     if json_file is not None:
         trials = [row.to_json() for row in rows]
-        write_json(json_file, {"ledger": str(path), "cells": limits, "trials": trials})
+        products = [limit.to_json() for limit in compiled]
+        values = {"ledger": str(path), "cells": limits, "trials": trials, "compiled": products}
+        write_json(json_file, values)
     if str(json_file) == "-":
         return
     console = terminal()
     console.print(f"{path}: {len(rows)} trials of {len(limits)} cells", soft_wrap=True)
     with_head = len({row.head for row in rows}) > 1
     console.print(_trials_table(rows, with_head) if each else _limits_table(limits, with_head))
+    if compiled:
+        count = f"{len(compiled):,} limit{'s' * (len(compiled) != 1)}"
+        console.print(f"\n{count} by compilers, of devices where nothing was run")
+        console.print(_compiled_table(compiled))
 
 
 def _table(*titles: str) -> Table:
@@ -105,6 +114,22 @@ def _limits_table(limits: Sequence[dict[str, Any]], with_head: bool) -> Table:
             _number(limit["smallest_out_of_memory"]),
             limit["evidence"],
             str(limit["trials"]),
+        )
+    return table
+
+
+def _compiled_table(limits: Sequence[CompiledLimit]) -> Table:
+    with_head = len({limit.workload.head for limit in limits}) > 1
+    table = _table("model", "seq", "levers", "product", "budget", "max batch", "compiled")
+    for limit in limits:
+        table.add_row(
+            _model(limit.workload.model, limit.workload.head, with_head),
+            str(limit.workload.seq_len),
+            limit.levers.describe_fully(),
+            limit.target.name,
+            format_bytes(limit.budget_bytes),
+            limit.text,
+            str(limit.compilations),
         )
     return table
 

@@ -20,8 +20,9 @@ from bertbench.cli.options.common import (
 )
 from bertbench.core.progress import progress
 from bertbench.core.terminal import say
+from bertbench.ledger.compiled_limits import CompiledLimit, read_compiled_limits
 from bertbench.ledger.database import default_ledger_path, ledger_exists, read_ledger
-from bertbench.ledger.records import read_rows
+from bertbench.ledger.records import LedgerRow, read_rows
 from finetune.errors import InputError
 from finetune.storage.files import write_atomically
 
@@ -99,6 +100,7 @@ def command(
             {
                 "ledger": str(report.ledger),
                 "cells": [cell.to_json() for cell in report.cells],
+                "compiled": [limit.to_json() for limit in report.compiled],
                 "runs": [run.summary() for run in report.runs],
             },
         )
@@ -125,16 +127,17 @@ def _read(ledger_file: Path | None, run_dirs: Sequence[Path], target_batch: int)
     from reports.runs import read_run
 
     path = ledger_file or default_ledger_path()
-    rows = []
+    rows: list[LedgerRow] = []
+    compiled: list[CompiledLimit] = []
     if ledger_exists(path):
         with read_ledger(path) as ledger:
-            rows = read_rows(ledger)
+            rows, compiled = read_rows(ledger), read_compiled_limits(ledger)
     elif ledger_file is not None:
         raise InputError("no such ledger", path=path, hint="`bertbench probe` makes one")
     else:
         say(f"no ledger at {path} yet")
     runs = [read_run(folder) for folder in run_dirs]
-    return Report(path, rows, runs, target_batch, datetime.now().astimezone())
+    return Report(path, rows, runs, target_batch, datetime.now().astimezone(), compiled)
 
 
 def _nothing_else(context: click.Context) -> None:
