@@ -17,13 +17,13 @@ from typing import ClassVar
 from bertbench.core.bisection import largest_passing
 from bertbench.core.workload import Setup
 from bertbench.memory.compiled import CompiledMemory, compiled_fits
-from bertbench.memory.footprint import Footprint
-from bertbench.memory.formula_prediction import FormulaPrediction
+from bertbench.memory.footprint import ACTIVATION_PARTS, Footprint, predict_footprint
+from bertbench.memory.formula_prediction import FormulaPrediction, or_all_reduce
 from bertbench.memory.room import Room
 
 COMPILED_MARGINS = {"cpu": 0.9, "gpu": 0.05, "tpu": 1.2}
 """Part of the temporary bytes that a prediction adds where the compiler was not asked about the
-very step, by kind of device; on a TPU without gradients and their sums, which are no larger there.
+very step, by kind of device; on a TPU of activations, as gradients are no larger there.
 They make up for the largest errors that were measured in December 2026, of the temporary bytes that
 the compiler named against those of the formula:
 
@@ -38,9 +38,9 @@ On a CPU XLA takes barriers out before it looks for what is computed twice. On a
 padded.
 """
 
-_TPU_PROGRAM_BYTES = 90_000_000
-"""Bytes of the program on a TPU for a layer of the model, where none was compiled: 34 to 84 MB were
-measured (BERT-Small on a TPU v2)."""
+_TPU_PROGRAM_BYTES = 60_000_000
+"""Bytes of the program on a TPU for a layer of the model, where none was compiled. 21 to 90 MB were
+measured (BERT-Tiny and BERT-Small on a TPU v2), the more the larger the micro-batch."""
 
 _REACH = 0.25
 """How far away a step that was compiled corrects the formula, as a part of its micro-batch."""
@@ -48,9 +48,6 @@ _REACH = 0.25
 _APART = 0.05
 """Part of a micro-batch by which another must differ to give a slope, because what a program needs
 rises in steps."""
-
-_STATE = ("accumulators", "gradients", "all_reduce", "update_temporaries")
-"""Temporary parts whose size follows from the variables alone."""
 
 _ARGUMENTS = ("weights", "optimizer_state", "inputs")
 """Parts of the formula that are a compiled step's arguments; the others are temporary."""
@@ -89,14 +86,16 @@ class CompiledPrediction:
 
     def footprint(self, micro_batch: int, *, replayed: bool = True) -> Footprint:
         """See `MemoryPrediction`; the parts are the formula's, as large together as predicted."""
-        footprint, memory = self._formula.footprint(micro_batch), self._memory(micro_batch)
+        footprint, memory = self._by_formula(micro_batch), self._memory(micro_batch)
         parts = _scaled(footprint.parts, _ARGUMENTS, memory.argument_bytes)
-        activations = [n for n in footprint.parts if n not in (*_ARGUMENTS, *_STATE)]
-        parts |= {name: size for name, size in footprint.parts.items() if name in _STATE}
-        rest_bytes = memory.temporary_bytes - _sum_of(parts, _STATE)
-        if rest_bytes < 0:
-            parts |= _scaled(parts, [n for n in _STATE if n in parts], memory.temporary_bytes)
-        parts |= _scaled(footprint.parts, activations, max(rest_bytes, 0))
+        # Of what is temporary, that which follows from the variables alone is known.
+        activations = [name for name in footprint.parts if name in ACTIVATION_PARTS]
+        state = [n for n in footprint.parts if n not in (*_ARGUMENTS, *activations)]
+        state_bytes = memory.temporary_bytes
+        if activations:
+            state_bytes = min(state_bytes, _sum_of(footprint.parts, state))
+        parts |= _scaled(footprint.parts, state, state_bytes)
+        parts |= _scaled(footprint.parts, activations, memory.temporary_bytes - state_bytes)
         others = {"program": memory.program_bytes, "results": memory.output_bytes}
         parts |= {name: size for name, size in others.items() if size}
         return dataclasses.replace(footprint, parts=parts)
@@ -116,9 +115,14 @@ class CompiledPrediction:
         """The largest micro-batch that fits as far as a search can guess."""
         return dataclasses.replace(self, guess=True).max_micro_batch(at_most)
 
-    @property
-    def _formula(self) -> FormulaPrediction:
-        return FormulaPrediction(self.setup, self.room)
+    def _by_formula(self, micro_batch: int) -> Footprint:
+        """The parts by the formula alone, on a TPU with the margin of activations."""
+        step, factor = self.setup.step(micro_batch), 1.0
+        if self.room.device_kind == "tpu" and not self.guess:
+            # Before the highest moment is chosen: another one may have more activations.
+            factor += COMPILED_MARGINS["tpu"]
+        footprint = predict_footprint(step, activation_factor=factor)
+        return or_all_reduce(footprint, step, self.room)
 
     @functools.cached_property
     def _own(self) -> dict[int, CompiledMemory | None]:
@@ -149,15 +153,14 @@ class CompiledPrediction:
         known = self._own.get(micro_batch)
         if known is not None:
             return known
-        footprint = self._formula.footprint(micro_batch)
+        footprint = self._by_formula(micro_batch)
         arguments = _sum_of(footprint.parts, _ARGUMENTS)
         temporary = footprint.peak_bytes - arguments
         if self._near is not None:
             temporary += self._near.correction(micro_batch, math.inf if self.guess else _REACH)
         if not self.guess:
             kind = self.room.device_kind
-            state_bytes = _sum_of(footprint.parts, _STATE) if kind == "tpu" else 0
-            temporary += int(max(temporary - state_bytes, 0) * COMPILED_MARGINS[kind])
+            temporary += 0 if kind == "tpu" else int(temporary * COMPILED_MARGINS[kind])
         return CompiledMemory(arguments, 0, max(temporary, 0), self._program_bytes())
 
     def _program_bytes(self) -> int:
