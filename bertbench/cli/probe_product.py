@@ -35,7 +35,8 @@ from bertbench.probing.workers import share_out
 from finetune.errors import InputError
 
 _JOB_BYTES = 4 * GIB_BYTES
-"""Host memory for a compilation. Those of BERT-Large for a GPU took up to 3.0 GiB."""
+"""Host memory for a compilation. That of BERT-Base for an H100 took 1.8 GB, beside 0.6 GB of the
+process that waits for it."""
 
 
 def step_compiler(settings: CompileSettings) -> Compile:
