@@ -208,6 +208,7 @@ def test_demo_of_both_tasks(tmp_path: Path) -> None:
     assert all(abs(sum(map(float, line.split("\t"))) - 1) < 1e-5 for line in lines)
 
 
+@pytest.mark.slow
 def test_a_table_of_ones_own(tmp_path: Path) -> None:
     """Labels are those of training, also when predicting later; then they come from the record."""
     train, dev, test = (tmp_path / name for name in ("train.csv", "dev.jsonl", "test.tsv"))
@@ -250,6 +251,7 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
     assert "the classifier's rows are put in the order c, b, a" in elsewhere.stderr
 
 
+@pytest.mark.slow
 def test_best_weights_are_those_of_the_record(tmp_path: Path) -> None:
     """--keep_best may come late, or not be repeated: other weights are never taken for the best."""
     output = tmp_path / "out"

@@ -119,6 +119,7 @@ bertbench run classifier \
     assert [len(row.split("\t")) for row in rows] == [2] * 6
 
 
+@pytest.mark.slow
 def test_squad_1(world: Path) -> None:
     shell(
         world,

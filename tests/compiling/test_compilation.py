@@ -212,7 +212,9 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not has_compiler("gpu"), reason="needs bertbench[compile-gpu]")
-@pytest.mark.parametrize(("name", "replicas"), [("titan-x", 1), ("h100", 2)])
+@pytest.mark.parametrize(
+    ("name", "replicas"), [pytest.param("titan-x", 1, marks=pytest.mark.slow), ("h100", 2)]
+)
 def test_a_gpus_compiler(name: str, replicas: int) -> None:
     step = tiny_step()
     compilation = compile_step(step, compile_target(find_accelerator(name), replicas))

@@ -47,7 +47,7 @@ def test_barriers_change_nothing() -> None:
     ("policy", "precision"),
     [
         ("none", "float32"),
-        ("full", "float32"),
+        pytest.param("full", "float32", marks=pytest.mark.slow),
         pytest.param("selective", "float32", marks=pytest.mark.slow),
         pytest.param("nested", "bf16", marks=pytest.mark.slow),
     ],

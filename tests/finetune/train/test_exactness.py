@@ -89,9 +89,9 @@ def assert_same_training(
 @pytest.mark.parametrize(
     ("head", "accumulation_steps", "policy"),
     [
-        ("squad", 1, "full"),
+        pytest.param("squad", 1, "full", marks=pytest.mark.slow),
         ("squad", 3, "none"),
-        ("squad", 2, "full:1"),
+        pytest.param("squad", 2, "full:1", marks=pytest.mark.slow),
         ("classifier", 3, "nested"),
         ("squad", 2, "selective"),
         ("regressor", 2, "full"),

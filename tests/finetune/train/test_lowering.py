@@ -51,7 +51,15 @@ def test_every_changed_variable_is_updated_in_its_own_memory() -> None:
     )
 
 
-@pytest.mark.parametrize("policy", ["none", "selective", "full", "nested"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "none",
+        "nested",
+        pytest.param("selective", marks=pytest.mark.slow),
+        pytest.param("full", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_lowered_is_what_a_run_compiles(policy: str) -> None:
     settings = StepSettings(2, parse_checkpointing(policy), xla=True)
     variables = create_variables(CONFIG, "squad")
