@@ -39,12 +39,18 @@ from bertbench.core.workload import Workload, check_layers, published_workload
 from bertbench.hardware.accelerators import (
     ACCELERATORS,
     WITHOUT_KERNELS,
+    check_levers,
     find_accelerator,
     gpus_with,
 )
 from bertbench.hardware.device import Budget
 from bertbench.hardware.discover import resolve_devices
-from bertbench.ledger.database import default_ledger_path, open_ledger
+from bertbench.ledger.database import (
+    default_ledger_path,
+    ledger_exists,
+    open_ledger,
+    read_ledger,
+)
 from bertbench.planning.min_memory import MinMemory
 from bertbench.planning.planner import Plan, describe_planned_step
 from bertbench.planning.requests import (
@@ -151,8 +157,16 @@ def command(
         host_if_needed=placement is None,
         ledger_file=ledger_file,
     )
+    if ledger_file is not None and ledger_exists(ledger_file):
+        with read_ledger(ledger_file):
+            pass  # Otherwise each workload would have its damage for a reason.
     single = model is not None and seq_len is not None
     for_each = product == "all" and not min_memory
+    if for_each and (explain or verify):
+        raise InputError(
+            f"{'--verify' if verify else '--explain'} does not go with --gpu all",
+            hint="name one product",
+        )
     if not single:
         _check_single({"--gpu all": for_each, "--explain": explain, "--verify": verify})
     workloads = _workloads(request, model, seq_len, head)
@@ -161,6 +175,12 @@ def command(
             {"--memory": memory is not None, "--explain": explain, "--verify": verify}, gpu
         )
         kind, own_replicas = _kind_and_replicas(device, product)
+        if xla and kind == "cpu":
+            raise InputError(
+                "--min-memory --xla on a CPU tells nothing of GPUs", hint="add --gpu all"
+            )
+        for levers in request.allowed:
+            check_levers(kind, kind, levers, replicas or own_replicas)
         _find_min_memory(request, workloads, kind, replicas or own_replicas, json_file)
     elif for_each:
         _plan_accelerators(request, workloads[0], memory, replicas, json_file)

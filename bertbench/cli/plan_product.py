@@ -40,8 +40,8 @@ def verify_for_product(
     compiles = device.kind == "tpu" or all(levers.xla for levers in request.allowed)
     if target is None or not compiles:
         raise InputError(
-            f"--verify without a {device.name} here compiles the plan, and so it is for XLA and "
-            "for one GPU",
+            f"--gpu {device.name} need not be attached, so --verify can only compile the plan: "
+            "that is for XLA and one GPU",
             hint="add --xla and leave --replicas out, or leave --verify out",
         )
     compiler_versions(target.kind)

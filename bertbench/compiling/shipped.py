@@ -1,7 +1,7 @@
 """What compilers have said of published models on common products, shipped with the package.
 
-The table is made by `benchmarks/compiled.py --part ship` out of files of `bertbench probe --gpu
---json`. It lets a plan know what a product's compiler says on a machine without that compiler.
+The table is made by `benchmarks/ship_compiled.py` of files of `bertbench probe --gpu --json`. It
+lets a plan know what a product's compiler says on a machine without that compiler.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def shipped_steps(product: str, replicas: int, workload: Workload) -> CompiledSt
         and row["seq_len"] == workload.seq_len
         and row["head"] == workload.head
     ]
-    return steps_of_rows(row for row in rows if _workload_of(row).key() == workload.key())
+    known = steps_of_rows(row for row in rows if _workload_of(row).key() == workload.key())
+    # The model may have another name, as in bert-base-uncased.
+    return {Setup(workload, setup.levers): memories for setup, memories in known.items()}
 
 
 def steps_of_rows(rows: Iterable[Mapping[str, Any]]) -> CompiledSteps:

@@ -111,7 +111,7 @@ def read_compiled_steps(ledger: Ledger, target: CompileTarget, workload: Workloa
     for (key,) in rows:
         try:
             setup = Setup(workload, levers_from_json(parse_json(key)))
-        except (ValueError, InputError):
+        except (ValueError, TypeError, KeyError, AttributeError, InputError):
             ledger.damaged.add(("compilations", target.key(), versions, workload.key(), key))
             continue
         found = find_compilations(ledger, CompiledQuestion(target, setup, versions))

@@ -13,7 +13,7 @@ from bertbench.core.workload import (
     levers_from_json,
     workload_from_key,
 )
-from bertbench.hardware.accelerators import find_accelerator
+from bertbench.hardware.accelerators import ACCELERATORS
 from bertbench.ledger.compilations import CompiledQuestion, find_compilations
 from bertbench.ledger.database import Ledger, explained
 from finetune.errors import InputError
@@ -45,9 +45,12 @@ class CompiledLimit:
 
     @property
     def text(self) -> str:
-        """The limit: `31`; `31-39`, between known sides; `>=31` or `<40`, with one side known."""
+        """The limit: `31`; `31-39`, between known sides; `>=31` or `<40`, with one side known.
+
+        It is `0` if not even one example fits.
+        """
         if self.max_batch is None:
-            return f"<{self.exceeds}"
+            return "0" if self.exceeds == 1 else f"<{self.exceeds}"
         if self.exceeds is None:
             return f">={self.max_batch}"
         if self.exceeds > self.max_batch + 1:
@@ -81,15 +84,18 @@ def read_compiled_limits(ledger: Ledger) -> list[CompiledLimit]:
             "FROM compilations GROUP BY target_key, versions_key, workload_key, levers_key "
             "ORDER BY max(time_utc)"
         ).fetchall()
-    newest = {(target, *rest): versions for target, versions, *rest, _ in rows}
-    limits = []
-    for (target_key, workload_key, levers_key), versions in newest.items():
+    limits: dict[tuple[str, int, str, str], CompiledLimit] = {}
+    for target_key, versions, workload_key, levers_key, _ in rows:
         try:
-            limits.append(_limit(ledger, target_key, versions, workload_key, levers_key))
+            limit = _limit(ledger, target_key, versions, workload_key, levers_key)
         except (ValueError, KeyError, TypeError, InputError):
             ledger.damaged.add(("compilations", target_key, workload_key, levers_key))
+            continue
+        if limit is not None:
+            key = (limit.target.name, limit.target.replicas, workload_key, levers_key)
+            limits[key] = limit  # the newest, which comes last
     return sorted(
-        limits,
+        limits.values(),
         key=lambda one: (
             one.workload.config.hidden_size,
             one.workload.config.num_hidden_layers,
@@ -104,17 +110,21 @@ def read_compiled_limits(ledger: Ledger) -> list[CompiledLimit]:
 
 def _limit(
     ledger: Ledger, target_key: str, versions: str, workload_key: str, levers_key: str
-) -> CompiledLimit:
-    """Read a limit.
+) -> CompiledLimit | None:
+    """Read a limit; None if nothing is known of it, or its product is in the catalogue no more.
 
     Raises:
         ValueError: a text is damaged, as are KeyError and TypeError.
-        InputError: the product is unknown, or a text is of another version.
+        InputError: a text is of another version.
     """
     target = build(CompileTarget, parse_json(target_key)["compiled_for"])
-    budget_bytes = find_accelerator(target.name).usable_bytes
+    if target.name not in ACCELERATORS:
+        return None
+    budget_bytes = ACCELERATORS[target.name].usable_bytes
     setup = Setup(_named(workload_key), levers_from_json(parse_json(levers_key)))
     compilations = find_compilations(ledger, CompiledQuestion(target, setup, versions))
+    if not compilations:
+        return None
     fits = {
         one.micro_batch: one.fits_in(setup.step(one.micro_batch), target.kind, budget_bytes)
         for one in compilations

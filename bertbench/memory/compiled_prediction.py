@@ -102,8 +102,8 @@ class CompiledPrediction:
 
     def fits(self, micro_batch: int) -> bool:
         """See `MemoryPrediction`."""
-        if self._own.get(micro_batch, ...) is None:
-            return False  # The compiler has refused it.
+        if any(memory is None and micro_batch >= batch for batch, memory in self._own.items()):
+            return False  # The compiler has refused it, or a smaller one.
         step, kind = self.setup.step(micro_batch), self.room.device_kind
         return compiled_fits(step, self._memory(micro_batch), kind, self.room.usable_bytes())
 
@@ -161,6 +161,11 @@ class CompiledPrediction:
         if not self.guess:
             kind = self.room.device_kind
             temporary += 0 if kind == "tpu" else int(temporary * COMPILED_MARGINS[kind])
+            # A larger step needs no less, and a smaller one no more.
+            said = [(b, m.temporary_bytes) for b, m in self._own.items() if m is not None]
+            most = min((size for batch, size in said if batch > micro_batch), default=temporary)
+            least = max((size for batch, size in said if batch < micro_batch), default=0)
+            temporary = max(min(temporary, most), least)
         return CompiledMemory(arguments, 0, max(temporary, 0), self._program_bytes())
 
     def _program_bytes(self) -> int:

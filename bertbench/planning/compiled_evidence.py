@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from pathlib import Path
 
 from bertbench.compiling.installed import has_compiler
 from bertbench.compiling.shipped import shipped_steps
 from bertbench.compiling.target import CompileTarget, compile_target
+from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
 from bertbench.ledger.compilations import read_compiled_steps
 from bertbench.ledger.database import default_ledger_path, ledger_exists, read_ledger
-from bertbench.memory.compiled import CompiledMemory
+from bertbench.memory.compiled import CompiledMemory, CompiledSteps
 from bertbench.planning.requests import PlannedDevice, PlanRequest
+from finetune.errors import InputError
 
 
 def planned_target(device: PlannedDevice) -> CompileTarget | None:
@@ -35,6 +39,9 @@ def with_compiled_steps(
         device: a product of the catalogue, or an attached device, which is returned unchanged.
         workload: what is planned.
         request: tells where the ledger is, and whether XLA is to compile.
+
+    Raises:
+        InputError: the ledger that the request names cannot be read.
     """
     target = planned_target(device)
     compiles = device.kind == "tpu" or any(levers.xla for levers in request.allowed)
@@ -44,11 +51,34 @@ def with_compiled_steps(
         setup: dict(memories)
         for setup, memories in shipped_steps(target.name, target.replicas, workload).items()
     }
-    path = request.ledger_file or default_ledger_path()
-    if has_compiler(device.kind) and ledger_exists(path):
-        with read_ledger(path) as ledger:
-            known = read_compiled_steps(ledger, target, workload)
-        for setup, memories in known.items():
-            own: dict[int, CompiledMemory | None] = steps.setdefault(setup, {})
-            own.update(memories)
+    for setup, memories in _of_ledger(target, workload, request.ledger_file).items():
+        own: dict[int, CompiledMemory | None] = steps.setdefault(setup, {})
+        own.update(memories)
     return dataclasses.replace(device, compiled=steps)
+
+
+def _of_ledger(
+    target: CompileTarget, workload: Workload, ledger_file: Path | None
+) -> CompiledSteps:
+    """What a ledger knows; nothing if it is the user's and cannot be read.
+
+    Raises:
+        InputError: the file that was named cannot be read.
+    """
+    try:
+        path = ledger_file or default_ledger_path()
+        if not has_compiler(target.kind) or not ledger_exists(path):
+            return {}
+        with read_ledger(path) as ledger:
+            return read_compiled_steps(ledger, target, workload)
+    except InputError as error:
+        if ledger_file is not None:
+            raise
+        _warn(f"warning: {error}; planning without it")
+        return {}
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Say something once, however many workloads are planned."""
+    say(text)

@@ -301,6 +301,8 @@ def _why_too_large(candidate: _Candidate) -> str:
     margin, missing_bytes = candidate.memory.margin, candidate.missing_bytes
     with_margin = f" with a margin of {margin:.0%}" if margin else ""
     what = "and what is free is in pieces that are too small"
+    if candidate.memory.source == "compiled":
+        what = "and its compiler refuses that"
     if missing_bytes > 0:
         what = f"{format_bytes(missing_bytes)} too much"
     return f"needs {format_bytes(candidate.peak_bytes)}, {what}{with_margin}"
@@ -347,9 +349,12 @@ def _nothing_fits(request: PlanRequest, workload: Workload, device: PlannedDevic
     missing_bytes = needed.budget_bytes - available_bytes
     what = f"{workload.model} at sequence length {workload.seq_len}"
     if missing_bytes <= 0:
+        found_out = (
+            "is too large by its compiler's word" if device.compiled else "ran out of memory before"
+        )
         return InputError(
-            f"every setting of {what} that should fit in {format_bytes(available_bytes)} ran out "
-            "of memory before",
+            f"every setting of {what} that should fit in {format_bytes(available_bytes)} "
+            + found_out,
             hint=hint,
         )
     return InputError(

@@ -67,7 +67,7 @@ class PlannedDevice:
     attached: Device | None = None
     spare_bytes: int = 0
     accelerator: Accelerator | None = None
-    compiled: CompiledSteps = dataclasses.field(default_factory=dict)
+    compiled: CompiledSteps = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def available_bytes(self) -> int:

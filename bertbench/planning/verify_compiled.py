@@ -15,6 +15,7 @@ from bertbench.ledger.compilations import (
     record_compilation,
 )
 from bertbench.ledger.database import Ledger
+from bertbench.memory.compiled import compiled_fits
 from bertbench.memory.prediction import predict_memory
 from bertbench.memory.room import Room
 from bertbench.planning.planner import Plan
@@ -61,7 +62,9 @@ def verify_by_compiler(
             if compilation.outcome == FAILED:
                 raise WorkError(f"the plan's step did not compile: {compilation.message}")
             record_compilation(ledger, question, compilation)
-        if compilation.fits_in(step, target.kind, plan.budget_bytes):
+        memory = compilation.memory
+        # The budget of a TPU may be less than what its compiler gives to a program.
+        if memory is not None and compiled_fits(step, memory, target.kind, plan.budget_bytes):
             return _with_compiled_memory(plan, compilation), compilation, refuted
         refuted.append(compilation)
     raise WorkError(f"{_PLANS} plans were too large for {target.name} when they were compiled")

@@ -9,6 +9,7 @@ from bertbench.core.terminal import say
 from bertbench.core.units import format_bytes
 from bertbench.core.workload import Levers, Setup, TrainingStep, Workload, check_layers
 from bertbench.hardware.accelerators import check_levers
+from bertbench.hardware.device import Device
 from bertbench.planning.calibration import Calibration, read_calibration
 from bertbench.planning.plan_file import read_plan
 from bertbench.planning.planner import Plan, describe_planned_step, make_plan
@@ -116,7 +117,7 @@ def _planned_step(request: RunRequest, workload: Workload, plan_file: Path) -> T
             "--use_tpu, or another plan",
         )
     _check_levers(request, planned.levers)
-    _check_insisted(settings, planned.levers)
+    _check_insisted(settings, planned.levers, device)
     return Setup(workload, planned.levers).step(planned.micro_batch)
 
 
@@ -143,7 +144,7 @@ def _check_levers(request: RunRequest, levers: Levers) -> None:
     check_levers(device.kind, device.name, levers, replicas=device.replicas)
 
 
-def _check_insisted(settings: RunSettings, planned: Levers) -> None:
+def _check_insisted(settings: RunSettings, planned: Levers, device: Device) -> None:
     """Refuse a plan file that does not have what the flags insist on.
 
     Raises:
@@ -157,7 +158,8 @@ def _check_insisted(settings: RunSettings, planned: Levers) -> None:
                 path=settings.plan_file,
                 hint=f"make one with `bertbench plan --{name} {min(wanted)}`",
             )
-    if any(levers.xla for levers in settings.allowed) and not planned.xla:
+    compiles = any(levers.xla for levers in settings.allowed) and device.kind != "tpu"
+    if compiles and not planned.xla:
         raise InputError(
             "the plan is for TensorFlow's own kernels, the flags say --xla",
             path=settings.plan_file,

@@ -49,5 +49,5 @@ def after(triggers: Sequence[tf.Tensor], x: tf.Tensor) -> tf.Tensor:
 
 
 def stored(x: tf.Tensor) -> tf.Tensor:
-    """Return `x`, which for XLA is what is kept for later, and not what it was made of."""
+    """Return `x`; XLA then keeps `x` for the backward pass, and not what it was computed from."""
     return gen_xla_ops.xla_optimization_barrier([x])[0] if _for_xla.get() else x

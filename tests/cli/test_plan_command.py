@@ -268,7 +268,7 @@ def test_a_plan_that_was_compiled_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_without_xla_nothing_is_compiled_for_a_gpu() -> None:
     for flags in ([*XLA[:-1]], [*XLA, "--replicas", "2"]):
-        with pytest.raises(InputError, match=r"compiles the plan|several GPUs"):
+        with pytest.raises(InputError, match=r"only compile the plan|several GPUs"):
             CliRunner().invoke(command, [*flags, "--verify"], catch_exceptions=False)
 
 
@@ -279,3 +279,25 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", version)
     with pytest.raises(InputError, match="needs the package jax-cuda12-pjrt"):
         CliRunner().invoke(command, [*XLA, "--verify"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([*BASE, "--gpu", "all", "--verify"], "--verify does not go with --gpu all"),
+        ([*BASE, "--gpu", "all", "--explain"], "--explain does not go with --gpu all"),
+        ([*BASE, "--min-memory", "--xla", "--device", "cpu"], "add --gpu all"),
+        ([*BASE, "--min-memory", "--xla", "--gpu", "all", "--replicas", "2"], "several GPUs"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(arguments: list[str], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        CliRunner().invoke(command, arguments, catch_exceptions=False)
+
+
+def test_a_named_ledger_that_cannot_be_read_is_an_error_and_no_reason(tmp_path: Path) -> None:
+    path = tmp_path / "broken.sqlite"
+    path.write_text("no ledger")
+    flags = ["--gpu", "t4", "--xla", "--model", "bert-tiny", "--ledger", str(path)]
+    with pytest.raises(InputError, match=r"broken\.sqlite"):
+        CliRunner().invoke(command, flags, catch_exceptions=False)

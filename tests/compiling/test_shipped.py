@@ -53,6 +53,13 @@ def test_the_table_answers_for_its_own_products_and_workloads(tmp_path: Path) ->
     assert found == shipped_steps("titan-x", 1, SETUP.workload)
 
 
+def test_another_name_of_a_model_is_known_too() -> None:
+    uncased = published_workload("bert-tiny-uncased", 128)
+    assert uncased != SETUP.workload
+    known = shipped_steps("titan-x", 1, uncased)
+    assert known[Setup(uncased, SETUP.levers)] == shipped_steps("titan-x", 1, SETUP.workload)[SETUP]
+
+
 def test_a_table_is_made_of_probes(tmp_path: Path) -> None:
     memory = {"argument_bytes": 1, "output_bytes": 2, "temporary_bytes": 3, "program_bytes": 4}
     cell = {

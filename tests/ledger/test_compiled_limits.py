@@ -52,6 +52,7 @@ def limits_of(
         ([needs(20, 0.6), needs(30, 0.9), needs(40, 1.3)], "30-39"),
         ([needs(20, 0.6)], ">=20"),
         ([needs(40, 1.3)], "<40"),
+        ([needs(1, 1.3)], "0"),
         # The largest below the smallest that does not fit.
         ([needs(20, 0.6), needs(30, 1.1), needs(31, 0.9), needs(32, 1.2)], "20-29"),
     ],
@@ -77,8 +78,13 @@ def test_the_newest_versions_count_and_what_cannot_be_read_is_passed_over(tmp_pa
         ledger.execute("UPDATE compilations SET time_utc = '2020-01-01T00:00:00+00:00'")
     limits_of(tmp_path, needs(40, 0.9), versions='{"a": "2"}')
     gone = CompileTarget("gpu", "abacus", "a description")
-    (limit,) = limits_of(tmp_path, needs(9, 0.1), target=gone)
-    assert limit.text == ">=40"
+    described_anew = CompileTarget("gpu", "t4", "another description")
+    limits_of(tmp_path, needs(9, 0.1), target=gone)
+    (limit,) = limits_of(tmp_path, needs(50, 0.9), target=described_anew)
+    assert limit.text in (">=40", ">=50")  # recorded in the same second
+    with open_ledger(tmp_path / "l.sqlite") as ledger:
+        assert read_compiled_limits(ledger)
+        assert not ledger.damaged
     with open_ledger(tmp_path / "l.sqlite") as ledger:
         ledger.execute("UPDATE compilations SET workload_key = '{'")
         assert read_compiled_limits(ledger) == []

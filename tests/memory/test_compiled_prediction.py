@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given
@@ -76,6 +77,7 @@ def test_without_a_compiler_it_is_the_formula_with_a_margin(kind: str) -> None:
 def test_between_two_steps_memory_is_on_a_line(micro_batch: int) -> None:
     found = prediction({SETUP: {8: temporary(200_000_000), 32: temporary(440_000_000)}})
     expected = GPU_MARGIN * (200_000_000 + 10_000_000 * (micro_batch - 8))
+    expected = min(expected, 440_000_000)  # which the larger step needs
     inputs_bytes = found.footprint(micro_batch).parts["inputs"]
     assert found.peak_bytes(micro_batch) - MODEL_BYTES == pytest.approx(
         expected, abs=inputs_bytes + 1_000_000
@@ -141,7 +143,21 @@ def test_xla_and_tpus_are_asked_of_the_compiler() -> None:
     assert predict_memory(plain, Room("gpu", GIB_BYTES, compiled=compiled)).source == "trace"
 
 
-def test_no_smaller_budget_is_enough_than_what_fits() -> None:
-    largest = prediction({}, 600 * MIB_BYTES).max_micro_batch(1000)
-    assert prediction({}, 600 * MIB_BYTES).fits(largest)
-    assert not prediction({}, 600 * MIB_BYTES).fits(largest + 1)
+def test_what_fits_tells_of_smaller_steps_and_a_refusal_of_larger_ones() -> None:
+    budget_bytes = 570_000_000
+    said = {SETUP: {40: temporary(400_000_000), 42: temporary(420_000_000)}}
+    assert not prediction({}, budget_bytes).fits(40)
+    known = prediction(said, budget_bytes)
+    assert all(known.fits(batch) for batch in range(1, 43))
+    assert known.max_micro_batch(1000) == 42
+    peaks = [known.peak_bytes(batch) for batch in range(30, 60)]
+    # To the megabyte: the formula counts the inputs a little larger than this compiler.
+    assert all(later > earlier - 1_000_000 for earlier, later in itertools.pairwise(peaks))
+    refused = prediction({SETUP: {64: None}}, 16 * GIB_BYTES, kind="tpu")
+    assert refused.fits(63)
+    assert not any(refused.fits(batch) for batch in (64, 65, 128))
+
+
+def test_a_larger_budget_fits_no_less() -> None:
+    limits = [prediction({}, size * MIB_BYTES).max_micro_batch(500) for size in (300, 600, 1200)]
+    assert 0 < limits[0] < limits[1] < limits[2] < 500

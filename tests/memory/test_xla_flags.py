@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bertbench.core.units import GIB_BYTES
 from bertbench.hardware.device import Budget, Device
 from bertbench.memory.allocator.budget import child_environment
 from bertbench.memory.allocator.xla_flags import without_rematerialization
+from finetune.errors import InputError
 
 OFF = "--xla_disable_hlo_passes=rematerialization"
 
@@ -28,6 +31,14 @@ OFF = "--xla_disable_hlo_passes=rematerialization"
 def test_rematerialization_is_off_and_other_flags_stay(flags: str, expected: str) -> None:
     assert without_rematerialization(flags) == expected
     assert without_rematerialization(expected) == expected
+
+
+def test_flags_in_a_file_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "flags.txt"
+    path.write_text("--x=1\n--y=2\n")
+    assert without_rematerialization(f" {path} ") == f"--x=1\n--y=2 {OFF}"
+    with pytest.raises(InputError, match="XLA_FLAGS names a file"):
+        without_rematerialization(str(tmp_path / "none"))
 
 
 def test_a_process_on_a_gpu_has_it_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from bertbench.planning.requests import PlannedDevice, PlanRequest, catalogue_de
 from bertbench.planning.verify_compiled import Compile, verify_by_compiler
 from bertbench.planning.workload_plans import plan_workload
 from finetune.errors import InputError
+from finetune.spec.checkpointing import NO_CHECKPOINTING, Checkpointing
 
 WORKLOAD = published_workload("bert-mini", 128)
 T4, TPU = find_accelerator("t4"), find_accelerator("tpu-v2-8")
@@ -46,10 +49,14 @@ def larger_than_predicted(by: float) -> Compile:
 
 
 def verified(
-    folder: Path, compile_: Compile, device: PlannedDevice, target_batch: int = 64
+    folder: Path,
+    compile_: Compile,
+    device: PlannedDevice,
+    target_batch: int = 64,
+    policies: Sequence[Checkpointing] | None = None,
 ) -> tuple[Plan, Compilation, list[Compilation]]:
     file = folder / "l.sqlite"
-    request = PlanRequest(target_batch, allowed=(Levers(xla=True),), ledger_file=file)
+    request = PlanRequest(target_batch, policies, (Levers(xla=True),), ledger_file=file)
     target = planned_target(device)
     assert target is not None
     with open_ledger(file) as ledger:
@@ -111,8 +118,37 @@ def test_a_compiler_that_fails_says_nothing_of_the_plan(tmp_path: Path) -> None:
 
 
 def test_nothing_fits_in_the_end(tmp_path: Path) -> None:
-    with pytest.raises((InputError, WorkError)):
-        verified(tmp_path, larger_than_predicted(3.0), catalogue_device(T4, 300 * MIB_BYTES))
+    with pytest.raises(InputError, match="is too large by its compiler's word"):
+        verified(
+            tmp_path,
+            larger_than_predicted(9.0),
+            catalogue_device(T4, 300 * MIB_BYTES),
+            2,
+            [NO_CHECKPOINTING],
+        )
+
+
+def test_the_budget_of_a_tpu_counts(tmp_path: Path) -> None:
+    device = catalogue_device(TPU, 1200 * MIB_BYTES)
+    plan, compilation, _ = verified(tmp_path, larger_than_predicted(0.4), device, 256)
+    assert compilation.memory is not None
+    assert compilation.memory.device_bytes <= plan.budget_bytes == 1200 * MIB_BYTES
+
+
+def test_a_ledger_that_cannot_be_read_is_said_once_and_the_plan_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "broken.sqlite"
+    path.write_text("no ledger")
+    monkeypatch.setenv("BERTBENCH_LEDGER", str(path))
+    device = catalogue_device(T4, 700 * MIB_BYTES)
+    xla = PlanRequest(64, allowed=(Levers(xla=True),))
+    for _ in range(2):
+        assert plan_workload(xla, WORKLOAD, device).chosen
+    assert capsys.readouterr().err.count("planning without it") == 1
+    named = dataclasses.replace(xla, ledger_file=path)
+    with pytest.raises(InputError):
+        plan_workload(named, WORKLOAD, device)
 
 
 def test_only_what_is_compiled_is_looked_up(tmp_path: Path) -> None:
@@ -124,7 +160,9 @@ def test_only_what_is_compiled_is_looked_up(tmp_path: Path) -> None:
     )
     assert with_compiled_steps(device, WORKLOAD, xla).compiled
     assert not with_compiled_steps(device, WORKLOAD, plain).compiled
-    assert with_compiled_steps(catalogue_device(TPU), WORKLOAD, plain).compiled == {}
+    verified(tmp_path, larger_than_predicted(0.0), catalogue_device(TPU))
+    # A TPU compiles unasked.
+    assert with_compiled_steps(catalogue_device(TPU), WORKLOAD, plain).compiled
     other = published_workload("bert-mini", 64)
     assert not with_compiled_steps(device, other, xla).compiled
     assert planned_target(catalogue_device(T4, replicas=2)) is None

@@ -1,8 +1,11 @@
-"""XLA's flags: the same in trials, in runs, and where a step is compiled for a GPU elsewhere."""
+"""The flag of XLA that trials, runs, and compilations for a GPU elsewhere have in common."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+from finetune.errors import InputError
 
 _PASS = "rematerialization"
 _DISABLED_RE = re.compile(r"(?<!\S)--xla_disable_hlo_passes=(\S*)")
@@ -22,8 +25,21 @@ def without_rematerialization(flags: str) -> str:
         '--xla_gpu_cuda_data_dir=/usr/local/cuda --xla_disable_hlo_passes=rematerialization'
 
     Args:
-        flags: value of the environment variable `XLA_FLAGS`, as a user may have set it.
+        flags: value of the environment variable `XLA_FLAGS`, as a user may have set it. A value
+            that does not begin with `-` names a file with flags.
+
+    Raises:
+        InputError: that file cannot be read.
     """
+    if flags.strip() and not flags.strip().startswith("-"):
+        # XLA takes it for the name of a file with flags.
+        try:
+            flags = Path(flags.strip()).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"XLA_FLAGS names a file that cannot be read ({error})",
+                hint="unset XLA_FLAGS, or correct it",
+            ) from error
     found = _DISABLED_RE.findall(flags)
     # Of several such flags XLA takes the last.
     passes = [name for name in found[-1].split(",") if name] if found else []

@@ -67,7 +67,7 @@ class StepDown:
             budget.device.name == self.device
             and budget.budget_bytes <= _SAME_BUDGET * self.budget_bytes
             and step.levers.inexact == failed.inexact
-            and step.levers.xla == failed.xla
+            and (budget.device.kind == "tpu" or step.levers.xla == failed.xla)
             and settings.checkpointing in (None, smaller.checkpointing)
             and (not settings.insist_placement or smaller.placement == failed.placement)
         )
