@@ -20,6 +20,7 @@ from bertbench.memory.compiled import CompiledMemory, compiled_fits
 from bertbench.memory.footprint import ACTIVATION_PARTS, Footprint, predict_footprint
 from bertbench.memory.formula_prediction import FormulaPrediction, or_all_reduce
 from bertbench.memory.room import Room
+from finetune.spec.precisions import EXACT_PRECISION, compute_bytes
 
 COMPILED_MARGINS = {"cpu": 0.9, "gpu": 0.05, "tpu": 1.2}
 """Part of the temporary bytes that a prediction adds where the compiler was not asked about the
@@ -31,12 +32,16 @@ the compiler named against those of the formula:
 | --- | --- | --- |
 | Titan X, T4, A100, H100 | 128, BERT-Small and BERT-Base | -19 % to +3 % |
 | A100, `bf16` | 8, BERT-Base | -8 % to +4 % |
+| several GPUs, `bf16` | 7, BERT-Mini to BERT-Base, random plans | up to +16 %, with `full` |
 | a CPU | 39, BERT-Tiny to BERT-Small | -12 % to +90 % |
 | a core of a TPU v2 | 11, BERT-Small | -22 % to +118 % |
 
 On a CPU XLA takes barriers out before it looks for what is computed twice. On a TPU tensors are
 padded.
 """
+
+_HALF_MARGIN = 0.2
+"""The same for a GPU with 16-bit activations."""
 
 _TPU_PROGRAM_BYTES = 60_000_000
 """Bytes of the program on a TPU for a layer of the model, where none was compiled. 21 to 90 MB were
@@ -115,12 +120,19 @@ class CompiledPrediction:
         """The largest micro-batch that fits as far as a search can guess."""
         return dataclasses.replace(self, guess=True).max_micro_batch(at_most)
 
+    @property
+    def _added(self) -> float:
+        """Part of the temporary bytes that is added."""
+        added = COMPILED_MARGINS[self.room.device_kind]
+        half = compute_bytes(self.setup.levers.precision) < compute_bytes(EXACT_PRECISION)
+        return max(added, _HALF_MARGIN) if half else added
+
     def _by_formula(self, micro_batch: int) -> Footprint:
         """The parts by the formula alone, on a TPU with the margin of activations."""
         step, factor = self.setup.step(micro_batch), 1.0
         if self.room.device_kind == "tpu" and not self.guess:
             # Before the highest moment is chosen: another one may have more activations.
-            factor += COMPILED_MARGINS["tpu"]
+            factor += self._added
         footprint = predict_footprint(step, activation_factor=factor)
         return or_all_reduce(footprint, step, self.room)
 
@@ -159,8 +171,7 @@ class CompiledPrediction:
         if self._near is not None:
             temporary += self._near.correction(micro_batch, math.inf if self.guess else _REACH)
         if not self.guess:
-            kind = self.room.device_kind
-            temporary += 0 if kind == "tpu" else int(temporary * COMPILED_MARGINS[kind])
+            temporary += 0 if self.room.device_kind == "tpu" else int(temporary * self._added)
             # A larger step needs no less, and a smaller one no more.
             said = [(b, m.temporary_bytes) for b, m in self._own.items() if m is not None]
             most = min((size for batch, size in said if batch > micro_batch), default=temporary)
