@@ -2,8 +2,9 @@
 
     python benchmarks/ship_compiled.py PROBE.json ... [--out FILE]
 
-Each PROBE.json is of `bertbench probe --gpu NAME --json PROBE.json`. All of them must be of one
-version of the software. Without `--out` the table is `bertbench/compiling/compiled_steps.json`.
+Each PROBE.json is of `bertbench probe --gpu NAME --json PROBE.json`. All of them must be of the same
+TensorFlow and compilers. Files of several versions of bertbench may be put together, if the training
+step is the same: a test compiles a row of the table again. Without `--out` the table is `bertbench/compiling/compiled_steps.json`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_PACKAGE / TABLE)
     arguments = parser.parse_args()
     probes = [load_object(path, what="a probe's result") for path in arguments.probes]
-    versions = {json_text(probe["versions"], sort_keys=True) for probe in probes}
+    versions = {json_text(_without_own(probe["versions"]), sort_keys=True) for probe in probes}
     if len(versions) > 1:
         parser.error("the files are of several versions")
     rows = sorted({json_text(row) for probe in probes for row in rows_of(probe)})
@@ -35,6 +36,10 @@ def main() -> None:
         f'{{"versions": {versions.pop()},\n"steps": [\n{text}\n]}}\n', encoding="utf-8"
     )
     print(f"{len(rows)} steps in {arguments.out}")
+
+
+def _without_own(versions: dict[str, str]) -> dict[str, str]:
+    return {name: version for name, version in versions.items() if name != "bertbench"}
 
 
 def rows_of(probe: dict[str, Any]) -> Iterator[dict[str, Any]]:
