@@ -2,9 +2,10 @@
 
     python benchmarks/ship_compiled.py PROBE.json ... [--out FILE]
 
-Each PROBE.json is of `bertbench probe --gpu NAME --json PROBE.json`. All of them must be of the same
-TensorFlow and compilers. Files of several versions of bertbench may be put together, if the training
-step is the same: a test compiles a row of the table again. Without `--out` the table is `bertbench/compiling/compiled_steps.json`.
+Each PROBE.json is of `bertbench probe --gpu NAME --json PROBE.json`. All of them must be of the
+same TensorFlow and compilers. Files of several versions of bertbench may be put together, if the
+training step is the same: a test compiles a row of the table again. Without `--out` the table is
+`bertbench/compiling/compiled_steps.json`.
 """
 
 from __future__ import annotations
