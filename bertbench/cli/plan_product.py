@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bertbench.compiling.compilation import Compilation
+from bertbench.compiling.compilation import Compilation, Compile
 from bertbench.compiling.installed import compiler_versions
 from bertbench.core.terminal import say
 from bertbench.core.workload import Workload
@@ -10,7 +10,7 @@ from bertbench.ledger.database import default_ledger_path, open_ledger
 from bertbench.planning.compiled_evidence import planned_target
 from bertbench.planning.planner import Plan, describe_planned_step
 from bertbench.planning.requests import PlannedDevice, PlanRequest
-from bertbench.planning.verify_compiled import Compile, verify_by_compiler
+from bertbench.planning.verify_compiled import verify_by_compiler
 from bertbench.planning.workload_plans import plan_workload
 from finetune.errors import InputError
 

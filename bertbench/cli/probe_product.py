@@ -12,7 +12,7 @@ from pathlib import Path
 from bertbench.cli.options.common import write_json
 from bertbench.cli.views.compiled_view import show_compiled, show_compiled_checks
 from bertbench.cli.views.probe_view import describe_workload
-from bertbench.compiling.compilation import CompileSettings, compile_step
+from bertbench.compiling.compilation import Compile, CompileSettings, compile_step
 from bertbench.compiling.target import compile_target
 from bertbench.core.errors import WorkError
 from bertbench.core.progress import describe_duration
@@ -24,7 +24,7 @@ from bertbench.hardware.host import host_memory
 from bertbench.hardware.threads import usable_cores
 from bertbench.ledger.compilations import CompiledQuestion, compiled_question
 from bertbench.ledger.database import open_ledger
-from bertbench.probing.compiled.cell import Compile, CompiledCell, probe_compiled
+from bertbench.probing.compiled.cell import CompiledCell, probe_compiled
 from bertbench.probing.compiled.claims import (
     KEY,
     CompiledCheck,

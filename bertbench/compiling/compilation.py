@@ -79,6 +79,10 @@ class Compilation:
         return dataclasses.asdict(self)
 
 
+Compile = Callable[[TrainingStep, CompileTarget], Compilation]
+"""Compiles a step for a target, as `compile_step` does; a test gives a simulated compiler."""
+
+
 @dataclasses.dataclass(frozen=True)
 class CompileSettings:
     """How steps are compiled.

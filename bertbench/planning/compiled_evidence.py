@@ -10,7 +10,7 @@ from bertbench.compiling.installed import has_compiler
 from bertbench.compiling.shipped import shipped_steps
 from bertbench.compiling.target import CompileTarget, compile_target
 from bertbench.core.terminal import say
-from bertbench.core.workload import Workload
+from bertbench.core.workload import Setup, Workload
 from bertbench.ledger.compilations import read_compiled_steps
 from bertbench.ledger.database import default_ledger_path, ledger_exists, read_ledger
 from bertbench.memory.compiled import CompiledMemory, CompiledSteps
@@ -47,13 +47,12 @@ def with_compiled_steps(
     compiles = device.kind == "tpu" or any(levers.xla for levers in request.allowed)
     if target is None or not compiles:
         return device
-    steps: dict = {
+    steps: dict[Setup, dict[int, CompiledMemory | None]] = {
         setup: dict(memories)
         for setup, memories in shipped_steps(target.name, target.replicas, workload).items()
     }
     for setup, memories in _of_ledger(target, workload, request.ledger_file).items():
-        own: dict[int, CompiledMemory | None] = steps.setdefault(setup, {})
-        own.update(memories)
+        steps.setdefault(setup, {}).update(memories)
     return dataclasses.replace(device, compiled=steps)
 
 

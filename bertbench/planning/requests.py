@@ -75,7 +75,7 @@ class PlannedDevice:
         return self.budget_bytes - self.spare_bytes
 
     def room(self, margin: float | None = None) -> Room:
-        """What a training step has to fit in; see `bertbench.memory.prediction.Room`."""
+        """What a training step has to fit in; see `bertbench.memory.room.Room`."""
         return Room(
             self.kind, self.budget_bytes, self.spare_bytes, self.replicas, margin, self.compiled
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from bertbench.compiling.compilation import FAILED, Compilation
+from bertbench.compiling.compilation import FAILED, Compilation, Compile
 from bertbench.compiling.target import CompileTarget
 from bertbench.core.errors import WorkError
 from bertbench.core.workload import TrainingStep
@@ -21,8 +21,6 @@ from bertbench.memory.room import Room
 from bertbench.planning.planner import Plan
 
 _PLANS = 8
-
-Compile = Callable[[TrainingStep, CompileTarget], Compilation]
 
 
 def verify_by_compiler(

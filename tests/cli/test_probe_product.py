@@ -23,6 +23,7 @@ from bertbench.compiling.compilation import (
     FAILED,
     NO_ROOM,
     Compilation,
+    Compile,
     CompileSettings,
 )
 from bertbench.compiling.target import CompileTarget
@@ -32,7 +33,6 @@ from bertbench.core.workload import Levers, TrainingStep
 from bertbench.hardware.accelerators import find_accelerator
 from bertbench.hardware.threads import usable_cores
 from bertbench.memory.compiled import CompiledMemory
-from bertbench.probing.compiled.cell import Compile
 from finetune.errors import InputError
 
 

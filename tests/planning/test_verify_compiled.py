@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bertbench.compiling.compilation import COMPILED, FAILED, NO_ROOM, Compilation
+from bertbench.compiling.compilation import COMPILED, FAILED, NO_ROOM, Compilation, Compile
 from bertbench.compiling.target import CompileTarget, compile_target
 from bertbench.core.errors import WorkError
 from bertbench.core.units import MIB_BYTES
@@ -20,7 +20,7 @@ from bertbench.memory.footprint import predict_footprint
 from bertbench.planning.compiled_evidence import planned_target, with_compiled_steps
 from bertbench.planning.planner import Plan
 from bertbench.planning.requests import PlannedDevice, PlanRequest, catalogue_device
-from bertbench.planning.verify_compiled import Compile, verify_by_compiler
+from bertbench.planning.verify_compiled import verify_by_compiler
 from bertbench.planning.workload_plans import plan_workload
 from finetune.errors import InputError
 from finetune.spec.checkpointing import NO_CHECKPOINTING, Checkpointing

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bertbench.compiling.compilation import FAILED, Compilation
-from bertbench.compiling.target import CompileTarget
-from bertbench.core.workload import MAX_BATCH, Setup, TrainingStep
+from bertbench.compiling.compilation import FAILED, Compilation, Compile
+from bertbench.core.workload import MAX_BATCH, Setup
 from bertbench.ledger.compilations import (
     CompiledQuestion,
     find_compilations,
@@ -22,8 +21,6 @@ from bertbench.probing.search import next_guess
 
 _SMALLER = 0.9
 """Part of a refused micro-batch to try next."""
-
-Compile = Callable[[TrainingStep, CompileTarget], Compilation]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from bertbench.compiling.compilation import FAILED, Compilation
+from bertbench.compiling.compilation import FAILED, Compilation, Compile
 from bertbench.compiling.target import CompileTarget, compile_target
 from bertbench.core.workload import (
     MAX_BATCH,
@@ -16,7 +16,6 @@ from bertbench.core.workload import (
     published_workload,
 )
 from bertbench.hardware.accelerators import find_accelerator
-from bertbench.probing.compiled.cell import Compile
 from finetune.errors import InputError
 from finetune.storage.json_files import MAX_WHOLE, get_value, get_whole, load_object
 
